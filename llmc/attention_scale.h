@@ -1,0 +1,57 @@
+// The numbers by which attention scales its rows and fades with distance, shared by every backend.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "llmc/config.h"
+
+// delta_h of a head at the start (and for good with --decay fixed): evenly spaced from 1.0 to 5.5.
+inline float initial_decay(int head, int H) {
+    return H == 1 ? 1.0f : 1.0f + 4.5f * head / (H - 1);
+}
+
+// log gamma with gamma = sigmoid(delta).
+inline double log_gamma(double delta) {
+    return delta > 0 ? -std::log1p(std::exp(-delta)) : delta - std::log1p(std::exp(delta));
+}
+
+// n_i of the scale `row`: sum_{j<=i} gamma^(2(i-j)), which is i+1 without decay (log_gamma 0).
+inline double effective_row_length(int64_t i, double log_gamma) {
+    if (log_gamma == 0) return (double)(i + 1);
+    return std::expm1(2 * (i + 1) * log_gamma) / std::expm1(2 * log_gamma);
+}
+
+// e_i = sum_{j<=i} (i-j) gamma^(2(i-j)) / n_i, for every i < T: what `row` subtracts in the gradient of log
+// gamma, since d log c_i / d log gamma = -e_i. By the recurrence S_i = gamma^2 (S_{i-1} + n_{i-1}) of the
+// numerator.
+inline std::vector<double> row_scale_log_derivatives(int64_t T, double log_gamma) {
+    std::vector<double> e(T);
+    double numerator = 0, squared = std::exp(2 * log_gamma);
+    for (int64_t i = 1; i < T; i++) {
+        numerator = squared * (numerator + effective_row_length(i - 1, log_gamma));
+        e[i] = numerator / effective_row_length(i, log_gamma);
+    }
+    return e;
+}
+
+// c_i of a polynomial: A_ij = c_i gamma^(i-j) x_ij^p. For `sum` it is 1, for its normaliser depends on the
+// scores.
+inline double row_scale(const AttentionConfig& config, int64_t i, double log_gamma, int D) {
+    double m = gaussian_moment(config.power, D);
+    switch (config.scale) {
+        case ScaleKind::row:
+            return 1 / std::sqrt(m * effective_row_length(i, log_gamma));
+        case ScaleKind::context:
+            return 1 / std::sqrt((double)config.context);
+        case ScaleKind::mean:
+            return 1 / (std::sqrt(m) * (i + 1));
+        case ScaleKind::constant:
+            return config.constant;
+        case ScaleKind::sum:
+            return 1;
+    }
+    return 1;
+}
+
+constexpr double kRowSumEps = 1e-6;  // of the scale `sum`: c_i = 1 / (1e-6 + sum_j |x_ij^p|)

@@ -1,0 +1,70 @@
+// Attention of a few new tokens to all before them, whose keys and values are kept: generation. The formulas
+// are those of attention.h; a token costs O(T), and its output is that of attention_forward to rounding.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <vector>
+
+#include "llmc/attention_scale.h"
+#include "llmc/config.h"
+
+namespace cpu {
+
+inline void attention_cached_forward(
+    float* out,          // (n,C)
+    const float* qkv,    // (n,3C): of tokens start .. start+n-1; only q is read
+    const float* cache,  // (start+n,2C): k and v of every token so far
+    const float* decay,  // (H), or null
+    const AttentionConfig& config, int start, int n, int H, int D) {
+    int C = H * D;
+#pragma omp parallel
+    {
+        std::vector<float> a(start + n);  // a row of A
+#pragma omp for collapse(2) schedule(static)
+        for (int t = 0; t < n; t++)
+            for (int h = 0; h < H; h++) {
+                int i = start + t;
+                double log_g = decay ? log_gamma(decay[h]) : 0;
+                const float* q = qkv + (size_t)t * 3 * C + h * D;
+                float inverse_sqrt = 1.0f / sqrtf((float)D), largest = -INFINITY;
+                for (int j = 0; j <= i; j++) {
+                    const float* k = cache + (size_t)j * 2 * C + h * D;
+                    float dot = 0;
+#pragma omp simd reduction(+ : dot)
+                    for (int d = 0; d < D; d++) dot += q[d] * k[d];
+                    a[j] = dot * inverse_sqrt;
+                    if (config.softmax()) {
+                        a[j] += (float)((i - j) * log_g);
+                        largest = std::max(largest, a[j]);
+                    }
+                }
+                double total = 0;  // the row's normaliser
+                for (int j = 0; j <= i; j++) {
+                    if (config.softmax()) {
+                        total += a[j] = std::exp(a[j] - largest);
+                    } else {
+                        float x = a[j], square = x * x;
+                        a[j] = config.power == 1   ? x
+                               : config.power == 2 ? square
+                               : config.power == 3 ? square * x
+                                                   : square * square;
+                        total += std::fabs(a[j]);
+                        if (decay) a[j] *= (float)std::exp((i - j) * log_g);
+                    }
+                }
+                float scale = (float)(config.softmax()       ? 1 / total
+                                      : config.has_row_sum() ? 1 / (total + kRowSumEps)
+                                                             : row_scale(config, i, log_g, D));
+                float* o = out + (size_t)t * C + h * D;
+                std::fill(o, o + D, 0.0f);
+                for (int j = 0; j <= i; j++) {
+                    const float* v = cache + (size_t)j * 2 * C + C + h * D;
+                    for (int d = 0; d < D; d++) o[d] += a[j] * v[d];
+                }
+                for (int d = 0; d < D; d++) o[d] *= scale;
+            }
+    }
+}
+
+}  // namespace cpu
