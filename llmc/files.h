@@ -1,0 +1,223 @@
+// Files: mapped for reading, written so that nothing is lost without a word.
+//
+// Every failure is an Error that begins with the path and ends with the system's reason. What close() has
+// returned from is on the disk (fsync), and a file replaced through write_text_atomically is the old one or
+// the new one after a crash, never half of each. A mapped file must not be shortened while it is in use:
+// that is a SIGBUS, as it is for every program that maps files.
+#pragma once
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <zlib.h>
+
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "llmc/error.h"
+
+// "PATH: cannot open: No such file or directory", from errno.
+[[noreturn]] inline void fail_errno(const std::string& path, const char* what) {
+    const int error = errno;
+    fail(path, ": ", what, ": ", std::strerror(error));
+}
+
+// A file descriptor that closes itself.
+struct Descriptor {
+    int fd;
+    explicit Descriptor(int fd) : fd(fd) {}
+    Descriptor(const Descriptor&) = delete;
+    Descriptor& operator=(const Descriptor&) = delete;
+    ~Descriptor() {
+        if (fd >= 0) ::close(fd);
+    }
+};
+
+// A regular file, mapped read-only. An empty one has size 0 and data nullptr.
+class MappedFile {
+  public:
+    explicit MappedFile(const std::string& path) : path_(path) {
+        const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+        if (file.fd < 0) fail_errno(path, "cannot open");
+        struct stat info;
+        if (::fstat(file.fd, &info) != 0) fail_errno(path, "cannot stat");
+        if (S_ISDIR(info.st_mode)) fail(path, ": cannot read: is a directory, expected a file");
+        if (!S_ISREG(info.st_mode)) fail(path, ": cannot read: not a regular file");
+        if (info.st_size == 0) return;
+        void* memory = ::mmap(nullptr, info.st_size, PROT_READ, MAP_PRIVATE, file.fd, 0);
+        if (memory == MAP_FAILED) fail_errno(path, "cannot map");
+        data_ = static_cast<const std::byte*>(memory);
+        size_ = info.st_size;
+    }
+    MappedFile(MappedFile&& other) noexcept { swap(other); }
+    MappedFile& operator=(MappedFile&& other) noexcept {
+        MappedFile moved(std::move(other));
+        swap(moved);
+        return *this;
+    }
+    ~MappedFile() {
+        if (data_) ::munmap(const_cast<std::byte*>(data_), size_);
+    }
+
+    const std::byte* data() const { return data_; }  // (size)
+    size_t size() const { return size_; }
+    const std::string& path() const { return path_; }
+    std::string_view text() const { return {reinterpret_cast<const char*>(data_), size_}; }
+
+  private:
+    void swap(MappedFile& other) {
+        std::swap(path_, other.path_);
+        std::swap(data_, other.data_);
+        std::swap(size_, other.size_);
+    }
+    std::string path_;
+    const std::byte* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// zlib's checksum, of any length.
+inline uint32_t crc32_of(const std::byte* data /*(size)*/, size_t size) {
+    return (uint32_t)::crc32_z(0, reinterpret_cast<const Bytef*>(data), size);
+}
+
+// Creates or replaces a file. Only close() makes it whole; without it the destructor leaves what there is.
+// After a failure the writer is closed.
+class FileWriter {
+  public:
+    explicit FileWriter(const std::string& path)
+        : path_(path), file_(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
+        if (file_.fd < 0) fail_errno(path, "cannot create");
+        buffer_.reserve(kBufferSize);
+    }
+
+    void write(const void* data /*(size)*/, size_t size) {
+        require_open();
+        const char* bytes = static_cast<const char*>(data);
+        crc_ = (uint32_t)::crc32_z(crc_, static_cast<const Bytef*>(data), size);
+        size_ += size;
+        if (buffer_.size() + size > kBufferSize) flush();
+        if (size > kBufferSize)
+            write_through(bytes, size);
+        else
+            buffer_.insert(buffer_.end(), bytes, bytes + size);
+    }
+
+    void close() {
+        require_open();
+        flush();
+        // A pipe or a device cannot be synced (EINVAL), and need not be.
+        if (::fsync(file_.fd) != 0 && errno != EINVAL) give_up("cannot sync");
+        if (::close(std::exchange(file_.fd, -1)) != 0) fail_errno(path_, "cannot close");
+    }
+
+    const std::string& path() const { return path_; }
+    uint64_t size() const { return size_; }  // bytes written so far
+    uint32_t crc32() const { return crc_; }  // and their checksum
+
+  private:
+    static constexpr size_t kBufferSize = 1 << 20;
+
+    void require_open() const {
+        if (file_.fd < 0) fail(path_, ": cannot write: the file is closed");
+    }
+    [[noreturn]] void give_up(const char* what) {
+        const int error = errno;
+        ::close(std::exchange(file_.fd, -1));
+        errno = error;
+        fail_errno(path_, what);
+    }
+    void write_through(const char* data /*(size)*/, size_t size) {
+        while (size > 0) {
+            const ssize_t written = ::write(file_.fd, data, size);
+            if (written < 0 && errno != EINTR) give_up("cannot write");
+            if (written > 0) data += written, size -= written;
+        }
+    }
+    void flush() {
+        write_through(buffer_.data(), buffer_.size());
+        buffer_.clear();
+    }
+
+    std::string path_;
+    Descriptor file_;
+    std::vector<char> buffer_;
+    uint64_t size_ = 0;
+    uint32_t crc_ = 0;
+};
+
+// Makes the names in a folder durable.
+inline void sync_folder(const std::string& path) {
+    const Descriptor folder(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    if (folder.fd < 0) fail_errno(path, "cannot open folder");
+    if (::fsync(folder.fd) != 0 && errno != EINVAL) fail_errno(path, "cannot sync folder");
+}
+
+// The folder that holds `path`; "." for a bare name. Slashes at the end do not count.
+inline std::string parent_folder(const std::string& path) {
+    std::filesystem::path p = std::filesystem::path(path).lexically_normal();
+    if (!p.has_filename()) p = p.parent_path();
+    return p.has_parent_path() ? p.parent_path().string() : ".";
+}
+
+// Gives a file or folder its final name, durably. Both names lie on one filesystem.
+inline void rename_synced(const std::string& from, const std::string& to) {
+    if (::rename(from.c_str(), to.c_str()) != 0)
+        fail_errno(to, str("cannot rename ", from, " to this").c_str());
+    sync_folder(parent_folder(to));
+}
+
+inline std::string read_text(const std::string& path) {
+    return std::string(MappedFile(path).text());
+}
+
+inline void write_text(const std::string& path, const std::string& text) {
+    FileWriter file(path);
+    file.write(text.data(), text.size());
+    file.close();
+}
+
+inline void write_text_atomically(const std::string& path, const std::string& text) {
+    const std::string temporary = path + ".tmp";
+    try {
+        write_text(temporary, text);
+        rename_synced(temporary, path);
+    } catch (...) {
+        ::unlink(temporary.c_str());
+        throw;
+    }
+}
+
+// JSON from outside. `where` (a path) starts the one-line message. A repeated key is an error, since readers
+// differ on which value counts; so is nesting past 64 levels, since everything that walks a value recurses.
+inline nlohmann::json parse_json(std::string_view text, const std::string& where) {
+    using Event = nlohmann::json::parse_event_t;
+    std::vector<std::unordered_set<std::string>> keys;  // of every object that is open
+    auto check = [&](int depth, Event event, nlohmann::json& value) {
+        if (depth > 64) fail(where, ": not usable JSON: nested more than 64 levels deep");
+        if (event == Event::object_start) keys.emplace_back();
+        if (event == Event::object_end) keys.pop_back();
+        if (event == Event::key && !keys.back().insert(value.get<std::string>()).second)
+            fail(where, ": not usable JSON: the key ", value.dump(), " stands twice in one object");
+        return true;
+    };
+    try {
+        return nlohmann::json::parse(text.begin(), text.end(), check);
+    } catch (const nlohmann::json::exception& e) {
+        const std::string what = e.what();  // "[json.exception.parse_error.101] parse error at line 1, ..."
+        fail(where, ": not valid JSON: ", what.substr(what.find("] ") + 2));
+    }
+}
+
+inline nlohmann::json read_json(const std::string& path) {
+    const MappedFile file(path);
+    return parse_json(file.text(), path);
+}

@@ -1,0 +1,175 @@
+// Using a model: writing text, evaluating it on a dataset, and dumping one batch for comparison with other
+// backends.
+#pragma once
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "llmc/checkpoint.h"
+#include "llmc/dataloader.h"
+#include "llmc/error.h"
+#include "llmc/model.h"
+#include "llmc/options.h"
+#include "llmc/safetensors.h"
+#include "llmc/sampler.h"
+#include "llmc/tokenizer.h"
+
+// Draws n tokens after `prompt` (not empty) and calls emit(token) for each; ends early at the token `end`
+// (-1: none). Where positions are a table, the text goes on past its end from the last half of the context,
+// encoded anew.
+template <class Model, class Emit>
+void generate_tokens(Model& model, std::vector<int> prompt, int n, const SamplerOptions& options, int end,
+                     Emit emit) {
+    const int context = model.config.context;
+    const bool bounded = !model.config.rope();
+    auto keep_last = [&](int count) {
+        if ((int)prompt.size() > count) prompt.erase(prompt.begin(), prompt.end() - count);
+    };
+    if (bounded) keep_last(context);
+    model.clear_cache();
+    std::vector<int> fresh = prompt;  // not yet in the cache
+    for (int i = 0; i < n; i++) {
+        if (bounded && (int)prompt.size() > context) {
+            keep_last(std::max(1, context / 2));
+            model.clear_cache();
+            fresh = prompt;
+        }
+        const float* logits = model.decode(fresh.data(), (int)fresh.size());
+        int token = sample_token(logits, model.config.vocab_size, options, i);
+        if (token == end) break;
+        emit(token);
+        prompt.push_back(token);
+        fresh = {token};
+    }
+    model.clear_cache();
+}
+
+// A model loaded for inference with room for B x T tokens.
+template <class Model>
+std::unique_ptr<Model> load_model(const Checkpoint& checkpoint, Purpose purpose, int B, int T) {
+    auto model = std::make_unique<Model>(checkpoint.config, purpose, B, T);
+    model->allocate();
+    checkpoint.load_weights(*model);
+    return model;
+}
+
+inline Tokenizer open_tokenizer(const Checkpoint& checkpoint) {
+    return Tokenizer(join_path(checkpoint.folder, "tokenizer.json"));
+}
+
+// An error where a sequence does not fit the model's positions.
+inline void check_sequence(const GPTConfig& config, int T) {
+    if (!config.rope() && T > config.context)
+        usage_error("--seq ", T, ": the model's learned positions end at its context, ", config.context);
+}
+
+template <class Model>
+void generate(const GenerateOptions& options) {
+    Checkpoint checkpoint = open_model(options.model);
+    Tokenizer tokenizer = open_tokenizer(checkpoint);
+    if (tokenizer.vocab_size() > checkpoint.config.vocab_size)
+        fail(checkpoint.folder, ": tokenizer.json has ", tokenizer.vocab_size(), " tokens, but the model ",
+             checkpoint.config.vocab_size);
+    std::vector<int> prompt = tokenizer.encode(options.prompt);
+    if (prompt.empty()) {
+        if (tokenizer.eot_token() < 0)
+            usage_error("--prompt: expected a text, for the tokenizer has no <|endoftext|>");
+        prompt = {tokenizer.eot_token()};
+    }
+    auto model = load_model<Model>(checkpoint, Purpose::inference, 1, std::min(256, (int)prompt.size()));
+    Utf8Stream text;
+    auto write = [&](const std::string& piece) {
+        if (fwrite(piece.data(), 1, piece.size(), stdout) != piece.size() || fflush(stdout) != 0)
+            fail_errno("stdout", "cannot write");
+    };
+    write(options.prompt);
+    generate_tokens(*model, prompt, options.tokens, options.sampler, tokenizer.eot_token(), [&](int token) {
+        if (token < tokenizer.vocab_size()) write(text.push(tokenizer.decode(token)));
+    });
+    write(text.finish() + "\n");
+}
+
+template <class Model>
+void evaluate(const EvalOptions& options) {
+    Checkpoint checkpoint = open_model(options.model);
+    const GPTConfig& config = checkpoint.config;
+    int T = options.seq ? options.seq : config.context;
+    check_sequence(config, T);
+    TokenDataset dataset(options.data, options.split, config.vocab_size, T);
+    DataLoader loader(dataset, 0, /*shuffle=*/false);
+    int64_t sequences = dataset.sequences();
+    if (options.batches > 0) sequences = std::min(sequences, (int64_t)options.batches * options.batch);
+    int B = (int)std::min<int64_t>(options.batch, sequences);
+    std::optional<Tokenizer> tokenizer;  // for the bytes of the text that was predicted
+    if (std::filesystem::exists(join_path(options.data, "tokenizer.json")))
+        tokenizer.emplace(join_path(options.data, "tokenizer.json"));
+    auto model = load_model<Model>(checkpoint, Purpose::inference, B, T);
+    std::vector<int> inputs((size_t)B * T), targets((size_t)B * T);
+    double total = 0;
+    int64_t bytes = 0;
+    for (int64_t done = 0; done < sequences; done += B) {
+        int count = (int)std::min<int64_t>(B, sequences - done);
+        loader.batch(done, count, inputs.data(), targets.data());
+        total += model->forward(inputs.data(), targets.data(), count, T, 0) * count * T;
+        for (int i = 0; tokenizer && i < count * T; i++)
+            if (targets[i] != tokenizer->eot_token() && targets[i] < tokenizer->vocab_size())
+                bytes += tokenizer->decode(targets[i]).size();
+    }
+    double loss = total / (sequences * T);
+    printf("%s, %s: %lld tokens in %lld sequences of %d\n", options.data.c_str(), options.split.c_str(),
+           (long long)(sequences * T), (long long)sequences, T);
+    printf("loss %.6f | perplexity %.4f", loss, std::exp(loss));
+    if (bytes > 0) printf(" | bits per byte %.4f", total / std::log(2.0) / bytes);
+    printf("\n");
+}
+
+template <class Model>
+void dump(const DumpOptions& options) {
+    Checkpoint checkpoint = open_model(options.model);
+    int B = options.batch, T = options.seq, V = checkpoint.config.vocab_size;
+    check_sequence(checkpoint.config, T);
+    TokenDataset dataset(options.data, "train", V, T);
+    if (dataset.sequences() < B)
+        usage_error("--batch ", B, ": ", options.data, " has ", dataset.sequences(), " sequences of ", T,
+                    " tokens");
+    std::vector<int> inputs((size_t)B * T), targets((size_t)B * T);
+    DataLoader(dataset, 0, /*shuffle=*/false).batch(0, B, inputs.data(), targets.data());
+    auto model = load_model<Model>(checkpoint, Purpose::training, B, T);
+    std::vector<float> logits((size_t)B * T * V);
+    model->all_logits(logits.data(), inputs.data(), B, T);
+    model->zero_gradients();
+    float loss = (float)model->forward(inputs.data(), targets.data(), B, T, 1.0f);
+    model->backward(inputs.data(), B, T);
+
+    std::vector<TensorSpec> specs = {{"input_ids", DType::I32, {B, T}},
+                                     {"targets", DType::I32, {B, T}},
+                                     {"logits", DType::F32, {B, T, V}},
+                                     {"loss", DType::F32, {}}};
+    for (const char* prefix : {"param.", "grad."})
+        for (const ParameterTensor& t : model->table.tensors)
+            specs.push_back({prefix + t.name, DType::F32, t.shape});
+    std::string temporary = options.file + ".tmp";
+    FileWriter file(temporary);
+    SafetensorsWriter writer(file, specs);
+    writer.append(inputs.data(), inputs.size() * sizeof(int));
+    writer.append(targets.data(), targets.size() * sizeof(int));
+    writer.append(logits.data(), logits.size() * sizeof(float));
+    writer.append(&loss, sizeof(loss));
+    std::vector<float> values;
+    for (Store store : {Store::weights, Store::gradients})
+        for (const ParameterTensor& t : model->table.tensors) {
+            values.resize(t.size);
+            model->read(store, t, values.data());
+            writer.append(values.data(), values.size() * sizeof(float));
+        }
+    writer.close();
+    rename_synced(temporary, options.file);
+    printf("loss %.6f; wrote %s\n", loss, options.file.c_str());
+}

@@ -1,0 +1,48 @@
+// main() of both trainers: runs the command and turns what goes wrong into one line on stderr and an exit
+// status.
+#pragma once
+#include <cstdio>
+#include <exception>
+#include <new>
+
+#include "llmc/error.h"
+#include "llmc/inference.h"
+#include "llmc/options.h"
+#include "llmc/trainer.h"
+
+template <class Model>
+int run(const char* program, int argc, char** argv) {
+    try {
+        Options options;
+        if (!parse_options(argc, argv, program, options)) return kExitDone;
+        auto set_threads = [](int threads) {
+            if (threads > 0) Model::set_threads(threads);
+        };
+        switch (options.command) {
+            case Command::train:
+                set_threads(options.train.threads);
+                return train<Model>(options.train);
+            case Command::generate:
+                set_threads(options.generate.threads);
+                generate<Model>(options.generate);
+                break;
+            case Command::eval:
+                set_threads(options.eval.threads);
+                evaluate<Model>(options.eval);
+                break;
+            case Command::dump:
+                set_threads(options.dump.threads);
+                dump<Model>(options.dump);
+                break;
+        }
+        return kExitDone;
+    } catch (const Error& e) {
+        fprintf(stderr, "%s: error: %s\n", program, e.what());
+        return e.status;
+    } catch (const std::bad_alloc&) {
+        fprintf(stderr, "%s: error: out of memory\n", program);
+    } catch (const std::exception& e) {  // of a library
+        fprintf(stderr, "%s: error: %s\n", program, e.what());
+    }
+    return kExitFailure;
+}

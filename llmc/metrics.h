@@ -1,0 +1,45 @@
+// metrics.jsonl: one JSON object a line, each written through to the system at once.
+#pragma once
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <string>
+
+#include "llmc/error.h"
+#include "llmc/files.h"
+
+class MetricsLog {
+  public:
+    // Appends to `path`. What an interrupted run logged past the step it goes on from, and a half-written
+    // last line, is dropped, so that no step is there twice.
+    MetricsLog(const std::string& path, int last_step) : path_(path) {
+        if (std::filesystem::exists(path)) {
+            std::istringstream lines(read_text(path));
+            std::string kept;
+            for (std::string line; std::getline(lines, line);) {
+                nlohmann::json entry = nlohmann::json::parse(line, nullptr, false);
+                if (entry.is_object() && entry.contains("step") && entry["step"].is_number_integer() &&
+                    entry["step"] <= last_step)
+                    kept += line + "\n";
+            }
+            write_text_atomically(path, kept);
+        }
+        file_.fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+        if (file_.fd < 0) fail_errno(path, "cannot open");
+    }
+
+    void write(const nlohmann::ordered_json& entry) {
+        std::string line = entry.dump() + "\n";
+        ssize_t written = ::write(file_.fd, line.data(), line.size());
+        if (written < 0) fail_errno(path_, "cannot write");
+        if ((size_t)written != line.size())
+            fail(path_, ": cannot write: the disk took ", written, " of ", line.size(), " bytes");
+    }
+
+  private:
+    std::string path_;
+    Descriptor file_{-1};
+};

@@ -1,0 +1,377 @@
+// The command line, the same for every backend: one struct a command, parsed by CLI11 and checked. Every
+// complaint is a usage Error that names the flag, the value and what is allowed.
+#pragma once
+#include <CLI/CLI.hpp>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "llmc/config.h"
+#include "llmc/error.h"
+#include "llmc/model.h"
+#include "llmc/sampler.h"
+#include "llmc/schedule.h"
+
+// Model flags that were given; the others follow from the preset, the attention or a checkpoint.
+struct ModelFlags {
+    std::optional<std::string> preset, attention, attention_scale, positions, decay;
+    std::optional<int> layers, heads, channels, context, short_conv;
+    std::optional<bool> qk_norm;
+
+    // The given flags put over `config`.
+    GPTConfig over(GPTConfig config) const {
+        if (preset)
+            for (const Preset& p : kPresets)
+                if (*preset == p.name)
+                    config.layers = p.layers, config.heads = p.heads, config.channels = p.channels,
+                    config.context = p.context;
+        if (layers) config.layers = *layers;
+        if (heads) config.heads = *heads;
+        if (channels) config.channels = *channels;
+        if (context) config.context = *context;
+        if (attention) config.power = index_of_name(*attention, kAttentionNames, "--attention");
+        if (attention_scale) config.attention_scale = *attention_scale;
+        if (positions)
+            config.positions = (PositionKind)index_of_name(*positions, kPositionNames, "--positions");
+        if (decay) config.decay = (DecayKind)index_of_name(*decay, kDecayNames, "--decay");
+        if (qk_norm) config.qk_norm = *qk_norm;
+        if (short_conv) config.short_conv = *short_conv;
+        return config;
+    }
+
+    // A new model: GPT-2's kind of attention, or RoPE and qk-norm where it is a polynomial, unless flags say
+    // otherwise.
+    GPTConfig fresh(int vocab_size) const {
+        GPTConfig config;
+        for (const Preset& p : kPresets)
+            if (preset.value_or("nano") == p.name)
+                config.layers = p.layers, config.heads = p.heads, config.channels = p.channels,
+                config.context = p.context;
+        config.vocab_size = vocab_size;
+        if (attention && *attention != kAttentionNames[0]) {
+            config.positions = PositionKind::rope;
+            config.qk_norm = true;
+        }
+        return over(config);
+    }
+
+    // A model that exists, from `file`: flags that say something else are refused.
+    void require_same(const GPTConfig& existing, const std::string& file) const {
+        nlohmann::ordered_json wanted = over(existing).to_json(), found = existing.to_json();
+        for (const auto& [key, value] : wanted.items())
+            if (value != found[key])
+                usage_error("the command line asks for ", key, " ", value.dump(), ", but ", file, " has ",
+                            found[key].dump());
+    }
+};
+
+struct TrainOptions {
+    ModelFlags model;
+    std::string data, out, init_from;
+    int batch = 8;
+    int seq = 0;              // 0: the context
+    int64_t total_batch = 0;  // tokens a step; 0: one micro-batch
+    int steps = 1000;
+    double learning_rate = 6e-4, final_lr_fraction = 0.1, grad_clip = 1.0;
+    std::string schedule = "cosine";
+    int warmup = -1;  // -1: a tenth of the steps, at most 700
+    AdamW adamw;
+    uint64_t seed = 1;
+    std::string dtype = "fp32";
+    int threads = 0;  // 0: all
+    int val_every = 100, val_batches = 20, sample_every = 500, sample_tokens = 128, checkpoint_every = 500;
+    int keep_checkpoints = 3;
+    bool resume = false;
+    std::string resume_from;  // empty: the newest of `out`
+
+    // The settings that a checkpoint remembers, so that --resume needs no flags but --out.
+    struct Setting {
+        std::string flag;
+        bool fixed;  // changing it would make another run
+        CLI::Option* option;
+        std::function<nlohmann::json()> get;
+        std::function<void(const nlohmann::json&)> set;
+    };
+    std::vector<Setting> settings;
+
+    TrainOptions() = default;
+    TrainOptions(const TrainOptions&) = delete;  // settings point into it
+    TrainOptions& operator=(const TrainOptions&) = delete;
+
+    nlohmann::ordered_json remembered() const {
+        nlohmann::ordered_json json;
+        for (const Setting& s : settings) json[s.flag] = s.get();
+        return json;
+    }
+
+    // Takes what `saved` (from `file`) remembers for every flag that was not given. A given flag that would
+    // make another run of it is refused; other changes are returned, to be told to the user.
+    std::string recall(const nlohmann::json& saved, const std::string& file) {
+        std::string changes;
+        for (const Setting& s : settings) {
+            if (!saved.is_object() || !saved.contains(s.flag))
+                fail(file, ": no ", s.flag, " among its options");
+            const nlohmann::json& value = saved.at(s.flag);
+            if (s.option->count() == 0) {
+                try {
+                    s.set(value);
+                } catch (const nlohmann::json::exception&) {
+                    fail(file, ": the option ", s.flag, " is ", value.dump());
+                }
+            } else if (s.get() != value) {
+                if (s.fixed)
+                    usage_error(s.flag, " ", s.get().dump(), " contradicts ", file, ", which has ",
+                                value.dump());
+                changes += str(changes.empty() ? "" : ", ", s.flag, " ", s.get().dump(), " (was ",
+                               value.dump(), ")");
+            }
+        }
+        return changes;
+    }
+};
+
+struct GenerateOptions {
+    std::string model, prompt;
+    int tokens = 256;
+    SamplerOptions sampler;
+    int threads = 0;
+};
+
+struct EvalOptions {
+    std::string model, data, split = "val";
+    int batches = 0;  // 0: all
+    int batch = 8;
+    int seq = 0;  // 0: the context
+    int threads = 0;
+};
+
+struct DumpOptions {
+    std::string model, data, file;
+    int batch = 4, seq = 64;
+    int threads = 0;
+};
+
+enum class Command { train, generate, eval, dump };
+
+struct Options {
+    Command command;
+    TrainOptions train;
+    GenerateOptions generate;
+    EvalOptions eval;
+    DumpOptions dump;
+};
+
+// CLI11's own range check lets NaN through.
+inline CLI::Validator in_range(double low, double high) {
+    auto check = [=](std::string& text) -> std::string {
+        double value = 0;
+        if (!CLI::detail::lexical_cast(text, value) || !(value >= low && value <= high))
+            return str("\"", text, "\" is not a number from ", low, " to ", high);
+        return "";
+    };
+    return CLI::Validator(check, "");
+}
+
+inline CLI::Validator one_of(const std::vector<std::string>& names) {
+    auto check = [=](std::string& text) -> std::string {
+        try {
+            index_of_name(text, names, "");
+            return "";
+        } catch (const Error& e) {
+            return std::string(e.what()).substr(2);
+        }
+    };
+    std::string description;
+    for (const std::string& name : names) description += (description.empty() ? "" : "|") + name;
+    return CLI::Validator(check, description);
+}
+
+// row, context, mean, sum or a number.
+inline CLI::Validator attention_scale_value() {
+    auto check = [](std::string& text) -> std::string {
+        try {
+            GPTConfig config;
+            config.attention_scale = text;
+            config.attention();
+            return "";
+        } catch (const Error& e) {
+            return e.what();
+        }
+    };
+    return CLI::Validator(check, "row|context|mean|sum|NUMBER");
+}
+
+namespace options_detail {
+
+constexpr double kMostInt = std::numeric_limits<int>::max();
+
+inline void add_train(CLI::App& app, TrainOptions& o) {
+    auto remember = [&](CLI::Option* option, auto& value, bool fixed) {
+        auto get = [&value] { return nlohmann::json(value); };
+        auto set = [&value](const nlohmann::json& json) { json.get_to(value); };
+        o.settings.push_back({option->get_name(), fixed, option, get, set});
+        return option;
+    };
+    auto model = [&](const char* flag, auto& value, const char* help) {
+        return app.add_option(flag, value, help)->group("Model");
+    };
+    std::vector<std::string> presets;
+    for (const Preset& p : kPresets) presets.push_back(p.name);
+    model("--preset", o.model.preset, "sizes of the model (default nano)")->check(one_of(presets));
+    model("--layers", o.model.layers, "number of blocks")->check(in_range(1, 1000));
+    model("--heads", o.model.heads, "attention heads a block")->check(in_range(1, 1024));
+    model("--channels", o.model.channels, "width of the residual stream")->check(in_range(1, 65536));
+    model("--context", o.model.context, "longest sequence")->check(in_range(1, 1 << 24));
+    model("--attention", o.model.attention, "activation of the scores (default softmax)")
+        ->check(one_of(kAttentionNames));
+    model("--attention-scale", o.model.attention_scale, "scale of polynomial attention (default row)")
+        ->check(attention_scale_value());
+    model("--positions", o.model.positions, "(default: rope for polynomials, else learned)")
+        ->check(one_of(kPositionNames));
+    model("--qk-norm", o.model.qk_norm,
+          "true or false: RMS-normalise q and k (default: true for polynomials)");
+    model("--decay", o.model.decay, "fade attention with distance (default none)")
+        ->check(one_of(kDecayNames));
+    model("--short-conv", o.model.short_conv, "width of a causal convolution on q, k, v (default 0: none)")
+        ->check(in_range(0, 64));
+    model("--init-from", o.init_from, "start from a checkpoint or a GPT-2 folder of Hugging Face");
+
+    auto batch = [&](const char* flag, auto& value, bool fixed, const char* help) {
+        return remember(app.add_option(flag, value, help)->group("Batch")->capture_default_str(), value,
+                        fixed);
+    };
+    remember(app.add_option("--data", o.data, "folder with train*.bin and val*.bin")->group("Run"), o.data,
+             false);
+    app.add_option("--out", o.out, "folder for checkpoints and metrics.jsonl")->group("Run")->required();
+    batch("--batch", o.batch, false, "sequences a micro-batch")->check(in_range(1, 1 << 20));
+    batch("--seq", o.seq, true, "tokens a sequence; 0: the context")->check(in_range(0, 1 << 24));
+    batch("--total-batch", o.total_batch, true,
+          "tokens a step, a multiple of batch x seq; 0: one micro-batch")
+        ->check(in_range(0, 1e15));
+
+    auto optimise = [&](const char* flag, auto& value, bool fixed, const char* help) {
+        return remember(app.add_option(flag, value, help)->group("Optimise")->capture_default_str(), value,
+                        fixed);
+    };
+    optimise("--steps", o.steps, false, "optimizer steps in all")->check(in_range(1, kMostInt));
+    optimise("--lr", o.learning_rate, false, "peak learning rate")->check(in_range(0, 1e30));
+    optimise("--schedule", o.schedule, false, "of the learning rate")->check(one_of(kScheduleNames));
+    optimise("--warmup", o.warmup, false, "steps; -1: a tenth of --steps, at most 700")
+        ->check(in_range(-1, kMostInt));
+    optimise("--final-lr-fraction", o.final_lr_fraction, false, "of --lr, at the last step")
+        ->check(in_range(0, 1));
+    optimise("--weight-decay", o.adamw.weight_decay, false, "on matrices and embeddings")
+        ->check(in_range(0, 1e6));
+    optimise("--beta1", o.adamw.beta1, false, "AdamW's")->check(in_range(0, 0.999999));
+    optimise("--beta2", o.adamw.beta2, false, "AdamW's")->check(in_range(0, 0.999999));
+    optimise("--eps", o.adamw.eps, false, "AdamW's")->check(in_range(1e-30, 1));
+    optimise("--grad-clip", o.grad_clip, false, "largest norm of the gradient; 0: no limit")
+        ->check(in_range(0, 1e30));
+    optimise("--seed", o.seed, true, "of the weights, the order of the data and the samples");
+    optimise("--dtype", o.dtype, true, "of the matrix products")->check(one_of({"fp32"}));
+    app.add_option("--threads", o.threads, "0: all")
+        ->group("Run")
+        ->capture_default_str()
+        ->check(in_range(0, 4096));
+
+    auto loop = [&](const char* flag, auto& value, const char* help) {
+        return remember(app.add_option(flag, value, help)->group("Loop")->capture_default_str(), value, false)
+            ->check(in_range(0, kMostInt));
+    };
+    loop("--val-every", o.val_every, "steps between validations; 0: never");
+    loop("--val-batches", o.val_batches, "micro-batches a validation, the same every time");
+    loop("--sample-every", o.sample_every, "steps between samples of text; 0: never");
+    loop("--sample-tokens", o.sample_tokens, "tokens a sample");
+    loop("--checkpoint-every", o.checkpoint_every, "steps between checkpoints; 0: never");
+    loop("--keep-checkpoints", o.keep_checkpoints, "the newest to keep; 0: all");
+    app.add_option("--resume", o.resume_from, "go on from the newest checkpoint of --out, or from this one")
+        ->group("Run")
+        ->expected(0, 1)
+        ->type_name("[DIR]");
+}
+
+inline void add_threads(CLI::App& app, int& threads) {
+    app.add_option("--threads", threads, "0: all")->capture_default_str()->check(in_range(0, 4096));
+}
+
+inline void add_generate(CLI::App& app, GenerateOptions& o) {
+    app.add_option("--model", o.model, "a checkpoint, or the --out of a run")->required();
+    app.add_option("--prompt", o.prompt, "text to go on from (default: the start of a document)");
+    app.add_option("--tokens", o.tokens, "tokens to generate")
+        ->capture_default_str()
+        ->check(in_range(0, 1e9));
+    app.add_option("--temperature", o.sampler.temperature, "0: always the likeliest token")
+        ->capture_default_str()
+        ->check(in_range(0, 1e6));
+    app.add_option("--top-k", o.sampler.top_k, "choose among the k likeliest; 0: all")
+        ->capture_default_str()
+        ->check(in_range(0, 1e9));
+    app.add_option("--top-p", o.sampler.top_p,
+                   "choose among the likeliest that together reach this probability")
+        ->capture_default_str()
+        ->check(in_range(0, 1));
+    app.add_option("--seed", o.sampler.seed, "of the choices")->capture_default_str();
+    add_threads(app, o.threads);
+}
+
+inline void add_eval(CLI::App& app, EvalOptions& o) {
+    app.add_option("--model", o.model, "a checkpoint, or the --out of a run")->required();
+    app.add_option("--data", o.data, "dataset folder")->required();
+    app.add_option("--split", o.split, "")->capture_default_str()->check(one_of({"train", "val"}));
+    app.add_option("--batches", o.batches, "0: the whole split")
+        ->capture_default_str()
+        ->check(in_range(0, 1e9));
+    app.add_option("--batch", o.batch, "sequences a batch")
+        ->capture_default_str()
+        ->check(in_range(1, 1 << 20));
+    app.add_option("--seq", o.seq, "tokens a sequence; 0: the context")
+        ->capture_default_str()
+        ->check(in_range(0, 1 << 24));
+    add_threads(app, o.threads);
+}
+
+inline void add_dump(CLI::App& app, DumpOptions& o) {
+    app.add_option("--model", o.model, "a checkpoint, or the --out of a run")->required();
+    app.add_option("--data", o.data, "dataset folder")->required();
+    app.add_option("--file", o.file, "where to write (.safetensors)")->required();
+    app.add_option("--batch", o.batch, "sequences")->capture_default_str()->check(in_range(1, 1 << 20));
+    app.add_option("--seq", o.seq, "tokens a sequence")->capture_default_str()->check(in_range(1, 1 << 24));
+    add_threads(app, o.threads);
+}
+
+}  // namespace options_detail
+
+// Fills `options`. Returns false where there is nothing to do, because help was asked for and has been
+// printed.
+inline bool parse_options(int argc, char** argv, const char* program, Options& options) {
+    CLI::App app("Trains GPT models, with softmax or polynomial attention.", program);
+    app.require_subcommand(1);
+    CLI::App* train = app.add_subcommand("train", "train a model");
+    CLI::App* generate = app.add_subcommand("generate", "write text with a trained model");
+    CLI::App* eval = app.add_subcommand("eval", "loss, perplexity and bits per byte of a model on a dataset");
+    CLI::App* dump =
+        app.add_subcommand("dump", "write logits, loss and gradients of one batch, to compare backends");
+    options_detail::add_train(*train, options.train);
+    options_detail::add_generate(*generate, options.generate);
+    options_detail::add_eval(*eval, options.eval);
+    options_detail::add_dump(*dump, options.dump);
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::Success& help) {
+        app.exit(help);
+        return false;
+    } catch (const CLI::ParseError& e) {
+        usage_error(e.what());
+    }
+    for (auto [subcommand, command] :
+         {std::pair(train, Command::train), std::pair(generate, Command::generate),
+          std::pair(eval, Command::eval), std::pair(dump, Command::dump)})
+        if (subcommand->parsed()) options.command = command;
+    options.train.resume = train->count("--resume") > 0;
+    return true;
+}

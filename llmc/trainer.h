@@ -1,0 +1,323 @@
+// The training loop, written once for every backend (see llmc/model.h for what it asks of one).
+//
+// A step consumes total_batch tokens in micro-batches of batch x seq. Everything that decides its result is
+// in the checkpoint or follows from the step's number: the place in the data, the learning rate, the moments,
+// and random numbers, which are functions of seed and counter. So a resumed run goes on bit for bit.
+#pragma once
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "llmc/checkpoint.h"
+#include "llmc/dataloader.h"
+#include "llmc/inference.h"
+#include "llmc/metrics.h"
+#include "llmc/model.h"
+#include "llmc/options.h"
+#include "llmc/schedule.h"
+#include "llmc/tokenizer.h"
+
+// Set by the first Ctrl-C or SIGTERM; a second one ends the program at once.
+inline volatile sig_atomic_t g_stop_requested = 0;
+
+inline void catch_stop_signals() {
+    struct sigaction action = {};
+    action.sa_handler = [](int) { g_stop_requested = 1; };
+    action.sa_flags = SA_RESETHAND | SA_RESTART;
+    sigaction(SIGINT, &action, nullptr);
+    sigaction(SIGTERM, &action, nullptr);
+}
+
+// Operations of forward and backward for one token: 2 a weight and product in the forward pass, twice that in
+// the backward pass, and the two products of causal attention, of which a token sees half the sequence on
+// average.
+inline double operations_per_token(const GPTConfig& config, int T) {
+    double L = config.layers, C = config.channels;
+    return 3 * (2 * (12 * L * C * C + config.vocab_size * C) + 2 * L * C * T);
+}
+
+inline std::string duration_text(double seconds) {
+    int64_t s = (int64_t)std::llround(seconds);
+    char text[64];
+    if (s >= 3600) {
+        snprintf(text, sizeof(text), "%lld:%02lld:%02lld", (long long)s / 3600, (long long)s / 60 % 60,
+                 (long long)s % 60);
+    } else {
+        snprintf(text, sizeof(text), "%lld:%02lld", (long long)s / 60, (long long)s % 60);
+    }
+    return text;
+}
+
+template <class Model>
+class Trainer {
+  public:
+    explicit Trainer(TrainOptions& options) : o(options) {}
+
+    int run() {
+        std::optional<Checkpoint> resumed = find_start();
+        GPTConfig config = choose_model(resumed);
+        settle_sizes(config);
+        TokenDataset train_data(o.data, "train", config.vocab_size, o.seq);
+        DataLoader loader(train_data, o.seed);
+        std::optional<TokenDataset> val_data;
+        if (o.val_every > 0 && o.val_batches > 0) val_data.emplace(o.data, "val", config.vocab_size, o.seq);
+
+        model = std::make_unique<Model>(config, Purpose::training, o.batch, o.seq);
+        describe(config, train_data);
+        model->allocate();
+        load_weights(resumed);
+        peak = Model::measured_peak();
+        std::error_code error;
+        std::filesystem::create_directories(o.out, error);
+        if (error) fail(o.out, ": cannot create: ", error.message());
+        if (resumed) delete_leftovers(o.out);
+        MetricsLog metrics(join_path(o.out, "metrics.jsonl"), state.step);
+
+        catch_stop_signals();
+        if (state.step == 0 && val_data) validate(*val_data, metrics);
+        while (state.step < o.steps && !g_stop_requested) {
+            step(loader, metrics);
+            bool last = state.step == o.steps;
+            auto due = [&](int every) { return every > 0 && (last || state.step % every == 0); };
+            if (val_data && due(o.val_every)) validate(*val_data, metrics);
+            if (tokenizer && o.sample_tokens > 0 && due(o.sample_every)) sample();
+            if (due(o.checkpoint_every) || (g_stop_requested && o.checkpoint_every > 0)) checkpoint();
+        }
+        if (state.step < o.steps) {
+            printf("stopped after step %d; go on with --resume\n", state.step);
+            return kExitInterrupted;
+        }
+        return kExitDone;
+    }
+
+  private:
+    TrainOptions& o;
+    TrainerState state;
+    std::unique_ptr<Model> model;
+    std::string tokenizer_text;  // of the dataset's tokenizer.json, copied into checkpoints
+    std::optional<Tokenizer> tokenizer;
+    std::vector<int> inputs, targets;  // (B,T)
+    std::string last_checkpoint;
+    double peak = 0;  // measured operations a second
+    double seconds_a_step = 0;
+    const bool terminal = isatty(STDOUT_FILENO);
+
+    // The checkpoint to go on from, its options taken over; none for a new run.
+    std::optional<Checkpoint> find_start() {
+        std::optional<Checkpoint> checkpoint;
+        if (!o.resume_from.empty()) {
+            checkpoint.emplace(o.resume_from);
+            if (!checkpoint->trainer)
+                fail(o.resume_from, ": trainer.json is missing, so it can only be given to --init-from");
+        } else if (o.resume) {
+            checkpoint = newest_checkpoint(o.out);
+            if (!checkpoint) printf("nothing to resume in %s: starting from the beginning\n", o.out.c_str());
+        } else if (std::filesystem::exists(join_path(o.out, "metrics.jsonl")) ||
+                   !checkpoint_steps(o.out).empty()) {
+            usage_error("--out ", o.out,
+                        " already holds a run: go on with --resume, or choose another folder");
+        }
+        if (checkpoint) {
+            std::string file = join_path(checkpoint->folder, "trainer.json");
+            std::string changes = o.recall(checkpoint->trainer->options, file);
+            state = *checkpoint->trainer;
+            last_checkpoint = checkpoint->folder;
+            printf("resuming from %s after step %d\n", checkpoint->folder.c_str(), state.step);
+            if (!changes.empty()) printf("changed by the command line: %s\n", changes.c_str());
+            if (state.step > o.steps)
+                usage_error("--steps ", o.steps, ": ", file, " has done ", state.step, " already");
+        }
+        if (o.data.empty()) usage_error("--data is required");
+        return checkpoint;
+    }
+
+    GPTConfig choose_model(const std::optional<Checkpoint>& resumed) {
+        DatasetInfo info = read_dataset_info(o.data);
+        std::string path = join_path(o.data, "tokenizer.json");
+        if (std::filesystem::exists(path)) {
+            tokenizer_text = read_text(path);
+            tokenizer.emplace(path);
+        }
+        GPTConfig config;
+        if (resumed || !o.init_from.empty()) {
+            config = resumed ? resumed->config : Checkpoint(o.init_from).config;
+            std::string folder = resumed ? resumed->folder : o.init_from;
+            o.model.require_same(config, join_path(folder, "config.json"));
+            if (info.vocab_size > config.vocab_size)
+                fail(o.data, ": its vocabulary of ", info.vocab_size, " is larger than the ",
+                     config.vocab_size, " of ", folder);
+        } else {
+            config = o.model.fresh(info.vocab_size);
+            try {
+                config.validate("the model asked for");
+            } catch (const Error& e) {
+                usage_error(e.what());
+            }
+        }
+        return config;
+    }
+
+    void settle_sizes(const GPTConfig& config) {
+        if (o.seq == 0) o.seq = config.context;
+        check_sequence(config, o.seq);
+        int64_t micro_batch = (int64_t)o.batch * o.seq;
+        if (micro_batch > (1 << 30))
+            usage_error("--batch ", o.batch, " x --seq ", o.seq, " is more than 2^30 tokens");
+        if (o.total_batch == 0) o.total_batch = micro_batch;
+        if (o.total_batch % micro_batch != 0)
+            usage_error("--total-batch ", o.total_batch, ": expected a multiple of --batch ", o.batch,
+                        " x --seq ", o.seq, " = ", micro_batch);
+        if (o.warmup < 0) o.warmup = std::min(700, o.steps / 10);
+        inputs.resize(micro_batch);
+        targets.resize(micro_batch);
+    }
+
+    void load_weights(const std::optional<Checkpoint>& resumed) {
+        if (resumed) {
+            resumed->load_weights(*model);
+            resumed->load_optimizer(*model);
+        } else if (!o.init_from.empty()) {
+            Checkpoint(o.init_from).load_weights(*model);
+        } else {
+            std::vector<float> values;
+            for (const ParameterTensor& t : model->table.tensors) {
+                values.resize(t.size);
+                initialize_tensor(values.data(), t, o.seed);
+                model->write(Store::weights, t, values.data());
+            }
+        }
+    }
+
+    void describe(const GPTConfig& config, const TokenDataset& data) const {
+        int64_t steps_an_epoch = std::max<int64_t>(1, data.sequences() * o.seq / o.total_batch);
+        std::string attention = kAttentionNames[config.power];
+        if (config.power > 0) attention += ", scale " + config.attention_scale;
+        attention +=
+            str(", ", kPositionNames[(int)config.positions], " positions", config.qk_norm ? ", qk-norm" : "",
+                config.decay != DecayKind::none ? ", decay " + kDecayNames[(int)config.decay] : "",
+                config.short_conv ? str(", short conv ", config.short_conv) : "");
+        printf("model      %d layers, %d heads, %d channels, context %d, vocabulary %d: %zu parameters\n",
+               config.layers, config.heads, config.channels, config.context, config.vocab_size,
+               model->table.count);
+        printf("attention  %s\n", attention.c_str());
+        printf("data       %s: %lld tokens, %lld sequences of %d\n", o.data.c_str(), (long long)data.tokens(),
+               (long long)data.sequences(), o.seq);
+        printf("batch      %lld tokens a step, in %lld micro-batches of %d x %d; %lld steps an epoch\n",
+               (long long)o.total_batch, (long long)(o.total_batch / ((int64_t)o.batch * o.seq)), o.batch,
+               o.seq, (long long)steps_an_epoch);
+        printf("training   %d steps, %s schedule to %g after %d steps of warm-up, %s\n", o.steps,
+               o.schedule.c_str(), o.learning_rate, o.warmup, o.dtype.c_str());
+        size_t total = 0;
+        std::string groups;
+        for (const MemoryGroup& group : model->memory()) {
+            total += group.bytes;
+            groups += str(groups.empty() ? "" : ", ", group.name, " ", group.bytes >> 20);
+        }
+        printf("memory     %zu MiB on the %s (%s)\n", total >> 20, Model::backend(), groups.c_str());
+        fflush(stdout);
+    }
+
+    void step(DataLoader& loader, MetricsLog& metrics) {
+        auto start = std::chrono::steady_clock::now();
+        int micro_batches = (int)(o.total_batch / ((int64_t)o.batch * o.seq));
+        double loss = 0;
+        model->zero_gradients();
+        for (int i = 0; i < micro_batches; i++) {
+            loader.batch(state.samples + (int64_t)i * o.batch, o.batch, inputs.data(), targets.data());
+            double micro_loss =
+                model->forward(inputs.data(), targets.data(), o.batch, o.seq, 1.0f / micro_batches);
+            if (!std::isfinite(micro_loss)) diverged("loss", micro_loss);
+            loss += micro_loss / micro_batches;
+            model->backward(inputs.data(), o.batch, o.seq);
+        }
+        double norm = model->gradient_norm();
+        if (!std::isfinite(norm)) diverged("gradient norm", norm);
+        double scale = o.grad_clip > 0 && norm > o.grad_clip ? o.grad_clip / norm : 1;
+        int step = state.step + 1;
+        double rate =
+            learning_rate_at(o.schedule, step, o.steps, o.warmup, o.learning_rate, o.final_lr_fraction);
+        model->update(o.adamw, rate, scale, step);
+        state.step = step;
+        state.samples += (int64_t)micro_batches * o.batch;
+
+        double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        double tokens_per_second = o.total_batch / seconds;
+        metrics.write({{"step", step},
+                       {"loss", loss},
+                       {"lr", rate},
+                       {"grad_norm", norm},
+                       {"tokens", step * o.total_batch},
+                       {"ms", seconds * 1e3},
+                       {"tokens_per_second", tokens_per_second}});
+        // A running mean, so that one slow step does not make the time left jump.
+        seconds_a_step = seconds_a_step == 0 ? seconds : 0.9 * seconds_a_step + 0.1 * seconds;
+        double share = operations_per_token(model->config, o.seq) * tokens_per_second / peak;
+        printf(
+            "step %*d/%d | loss %s%.4f%s | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | %.0f%% of peak | %s "
+            "left\n",
+            (int)std::to_string(o.steps).size(), step, o.steps, terminal ? "\033[1m" : "", loss,
+            terminal ? "\033[0m" : "", norm, rate, seconds * 1e3, tokens_per_second, 100 * share,
+            duration_text(seconds_a_step * (o.steps - step)).c_str());
+        fflush(stdout);
+    }
+
+    [[noreturn]] void diverged(const char* what, double value) {
+        std::string tensor = model->first_nonfinite();
+        throw Error(kExitDiverged,
+                    str("training diverged at step ", state.step + 1, ": the ", what, " is ", value,
+                        ", first in ", tensor.empty() ? std::string("the sum") : tensor,
+                        "; last checkpoint: ", last_checkpoint.empty() ? "none" : last_checkpoint));
+    }
+
+    void validate(const TokenDataset& data, MetricsLog& metrics) {
+        DataLoader loader(data, 0, /*shuffle=*/false);
+        int64_t batches = std::clamp<int64_t>(data.sequences() / o.batch, 1, o.val_batches);
+        int B = (int)std::min<int64_t>(o.batch, data.sequences());
+        double loss = 0;
+        for (int64_t i = 0; i < batches; i++) {
+            loader.batch(i * B, B, inputs.data(), targets.data());
+            loss += model->forward(inputs.data(), targets.data(), B, o.seq, 0) / batches;
+        }
+        metrics.write({{"step", state.step}, {"val_loss", loss}});
+        printf("step %d: validation loss %.4f over %lld tokens\n", state.step, loss,
+               (long long)(batches * B * o.seq));
+        fflush(stdout);
+    }
+
+    void sample() {
+        std::vector<int> prompt = {tokenizer->eot_token()};
+        if (prompt[0] < 0) prompt = tokenizer->encode("\n");
+        SamplerOptions options;
+        options.seed = o.seed + state.step;
+        std::vector<int> tokens;
+        generate_tokens(*model, prompt, o.sample_tokens, options, tokenizer->eot_token(), [&](int token) {
+            if (token < tokenizer->vocab_size()) tokens.push_back(token);
+        });
+        Utf8Stream stream;
+        std::string text = stream.push(tokenizer->decode(tokens));
+        printf("--- a sample after step %d\n%s\n---\n", state.step, (text + stream.finish()).c_str());
+        fflush(stdout);
+    }
+
+    void checkpoint() {
+        state.options = o.remembered();
+        last_checkpoint = write_checkpoint(o.out, *model, state, tokenizer_text);
+        delete_old_checkpoints(o.out, o.keep_checkpoints);
+        printf("wrote %s\n", last_checkpoint.c_str());
+        fflush(stdout);
+    }
+};
+
+template <class Model>
+int train(TrainOptions& options) {
+    return Trainer<Model>(options).run();
+}
