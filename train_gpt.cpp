@@ -23,7 +23,6 @@
 #include "llmc/cpu/memory.h"
 #include "llmc/cpu/qk_norm_rope.h"
 #include "llmc/cpu/short_conv.h"
-#include "llmc/main.h"
 #include "llmc/model.h"
 #include "llmc/parameters.h"
 
@@ -396,7 +395,9 @@ struct GPT {
     }
 };
 
-#ifndef LLMC_TESTING
+#ifndef LLMC_TESTING  // tests include this file
+#include "llmc/main.h"
+
 int main(int argc, char** argv) {
     return run<GPT>("train_gpt", argc, argv);
 }

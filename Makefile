@@ -1,0 +1,70 @@
+# make help lists what there is. Two commands need nothing but make: make quickstart, make test.
+
+CXX      ?= g++
+ONEDNN   ?= $(shell printf '\043include <oneapi/dnnl/dnnl.hpp>\n' | $(CXX) -x c++ -E - >/dev/null 2>&1 && echo 1)
+SANITIZE ?= 0
+PYTHON   := .venv/bin/python
+BUILD    := build
+
+CXXFLAGS ?= -O3 -march=native -Wall -Wextra
+flags    := -std=c++20 -fopenmp -I. -MMD -MP $(CXXFLAGS)
+libs     := -lpcre2-8 -lz
+ifeq ($(ONEDNN),1)
+flags    += -DLLMC_ONEDNN
+libs     += -ldnnl
+endif
+ifeq ($(SANITIZE),1)
+flags    += -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+endif
+
+tests    := $(patsubst tests/%.cpp,$(BUILD)/%.o,$(wildcard tests/*.cpp))
+
+.PHONY: all quickstart test bench format clean help
+all: train_gpt
+
+train_gpt: $(BUILD)/train_gpt.o
+	$(CXX) $(flags) $< -o $@ $(libs)
+
+$(BUILD)/train_gpt.o: train_gpt.cpp $(BUILD)/flags
+	$(CXX) $(flags) -c $< -o $@
+
+$(BUILD)/%.o: tests/%.cpp $(BUILD)/flags
+	$(CXX) $(flags) -c $< -o $@
+
+$(BUILD)/tests: $(tests)
+	$(CXX) $(flags) $^ -o $@ $(libs)
+
+# Changes, and so has everything built again, when the compiler or its flags do.
+$(BUILD)/flags: FORCE
+	@mkdir -p $(BUILD)
+	@echo '$(CXX) $(flags) $(libs)' | cmp -s - $@ || echo '$(CXX) $(flags) $(libs)' > $@
+FORCE:
+
+# Kills or fails a program at its n-th write, fsync or rename (tests/test_resume.cpp).
+$(BUILD)/fault_preload.so: tests/fault_preload.c $(BUILD)/flags
+	$(CC) -O2 -Wall -Wextra -fPIC -shared $< -o $@ -ldl
+
+quickstart: ## set up, tokenise Shakespeare, train a small GPT with polynomial attention, sample from it
+	@dev/quickstart.sh
+
+test: ## set up, build and run all tests
+	@dev/setup.sh
+	@$(MAKE) --no-print-directory -j$$(nproc) train_gpt $(BUILD)/tests $(BUILD)/fault_preload.so
+	@tests/run.sh
+
+bench: ## this trainer against PyTorch on this machine (installs torch into .venv)
+	@dev/setup.sh torch
+	@$(MAKE) --no-print-directory train_gpt
+	$(PYTHON) dev/bench/bench.py --train-gpt ./train_gpt
+
+format: ## clang-format all C++
+	clang-format -i *.cpp llmc/*.h llmc/cpu/*.h tests/*.cpp tests/*.h
+
+clean: ## remove what was built (not .venv, data or out)
+	rm -rf $(BUILD) train_gpt
+
+help: ## this list
+	@echo 'make               build train_gpt (SANITIZE=1: with ASan and UBSan; ONEDNN=0: without oneDNN)'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F'\t' '{ printf "make %-13s %s\n", $$1, $$2 }'
+
+-include $(wildcard $(BUILD)/*.d)

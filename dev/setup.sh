@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Installs what building, testing and data preparation need and this machine lacks: system packages by apt (with sudo
+# where not root), Python packages into .venv. `dev/setup.sh torch` adds PyTorch, for benchmarks and golden files.
+# Does nothing, quickly, where everything is there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+packages=(libdnnl-dev doctest-dev libcli11-dev nlohmann-json3-dev libpcre2-dev zlib1g-dev)
+command -v "${CXX:-g++}" >/dev/null || packages+=(g++)
+command -v python3 >/dev/null || packages+=(python3)
+python3 -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3-venv)
+
+if command -v dpkg-query >/dev/null && command -v apt-get >/dev/null; then
+    missing=()
+    for package in "${packages[@]}"; do
+        dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+    done
+    if [ ${#missing[@]} -gt 0 ]; then
+        sudo=()
+        [ "$(id -u)" -eq 0 ] || sudo=(sudo)
+        echo "installing ${missing[*]}"
+        log=$(mktemp)
+        if ! { "${sudo[@]}" apt-get update && "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y --no-install-recommends "${missing[@]}"; } >"$log" 2>&1; then
+            tail -n 20 "$log" >&2
+            echo "setup: apt-get could not install ${missing[*]} (whole log: $log)" >&2
+            exit 1
+        fi
+        rm -f "$log"
+    fi
+else
+    for header in doctest/doctest.h CLI/CLI.hpp nlohmann/json.hpp pcre2.h zlib.h; do
+        printf '#define PCRE2_CODE_UNIT_WIDTH 8\n#include <%s>\n' "$header" |
+            "${CXX:-g++}" -x c++ -std=c++20 -E - >/dev/null 2>&1 || {
+            echo "setup: <$header> not found. This system has no apt: please install a C++20 compiler, doctest, CLI11," >&2
+            echo "nlohmann-json, PCRE2, zlib and, for speed, oneDNN with its package manager, then try again." >&2
+            exit 1
+        }
+    done
+fi
+
+stamp=.venv/installed-requirements.txt
+if ! cmp -s requirements.txt "$stamp"; then
+    echo "installing Python packages into .venv"
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt "$stamp"
+fi
+if [ "${1:-}" = torch ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+    echo "installing PyTorch into .venv (about 3 GB)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check torch
+fi

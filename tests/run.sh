@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Runs the C++ and the Python tests and ends with one line: N passed, N failed. Called by `make test`, which builds
+# what it needs first. LLMC_TEST_DATA: a folder with tinyshakespeare.txt, wikitext2/ and gpt2/, for tests on real text;
+# they are skipped, with a notice, where it is not set.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export LLMC_TRAIN_GPT=./train_gpt LLMC_FAULT_PRELOAD=build/fault_preload.so
+log=$(mktemp -d)
+trap 'rm -rf "$log"' EXIT
+
+build/tests 2>&1 | tee "$log/cpp"
+# "[doctest] test cases: 50 | 49 passed | 1 failed | 0 skipped"; a crash prints no such line, and is one failure.
+cpp=$(sed -n 's/^\[doctest\] test cases: *[0-9]* *| *\([0-9]*\) passed *| *\([0-9]*\) failed.*/\1 \2/p' "$log/cpp")
+read -r passed failed <<<"${cpp:-0 1}"
+
+.venv/bin/python -m unittest discover -s tests 2>&1 | tee "$log/python"
+# "Ran 20 tests in 9s", then "OK (skipped=1)" or "FAILED (failures=1, errors=1)".
+count() { sed -n "s/^\(OK\|FAILED\).*$1=\([0-9]*\).*/\2/p" "$log/python"; }
+ran=$(sed -n 's/^Ran \([0-9]*\) tests\{0,1\} in.*/\1/p' "$log/python")
+broken=$(($(count failures || true)+0 + $(count errors || true)+0))
+skipped=$(($(count skipped || true)+0))
+[ -n "$ran" ] || { ran=0; broken=1; }
+[ "$ran" -ge $((broken + skipped)) ] && passed=$((passed + ran - broken - skipped))
+failed=$((failed + broken))
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]

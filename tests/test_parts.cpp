@@ -1,0 +1,242 @@
+// The small parts: random numbers, initial weights, schedules, the sampler, config.json and the metrics log.
+#include <doctest/doctest.h>
+#include <omp.h>
+
+#include <cmath>
+#include <map>
+#include <set>
+#include <vector>
+
+#include "llmc/attention_scale.h"
+#include "llmc/config.h"
+#include "llmc/metrics.h"
+#include "llmc/parameters.h"
+#include "llmc/rng.h"
+#include "llmc/sampler.h"
+#include "llmc/schedule.h"
+#include "tests/helpers.h"
+
+TEST_CASE("Philox4x32-10 gives its authors' known answers") {
+    CHECK(philox({0, 0, 0, 0}, 0, 0) == PhiloxBlock{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8});
+    CHECK(philox({~0u, ~0u, ~0u, ~0u}, ~0u, ~0u) ==
+          PhiloxBlock{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd});
+    CHECK(philox({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, 0xa4093822, 0x299f31d0) ==
+          PhiloxBlock{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
+}
+
+TEST_CASE("normal numbers have the moments of a normal distribution, whatever the number of threads") {
+    size_t n = 1 << 20;
+    std::vector<float> x(n), y(n + 3);
+    fill_normal(x.data(), n, 0.02, 7, random_stream("a"));
+    double m1 = 0, m2 = 0, m3 = 0, m4 = 0;
+    for (float value : x) {
+        double z = value / 0.02;
+        m1 += z / n, m2 += z * z / n, m3 += z * z * z / n, m4 += z * z * z * z / n;
+    }
+    CHECK(std::fabs(m1) < 0.005);
+    CHECK(std::fabs(m2 - 1) < 0.01);
+    CHECK(std::fabs(m3) < 0.02);
+    CHECK(std::fabs(m4 - 3) < 0.05);
+    int threads = omp_get_max_threads();
+    omp_set_num_threads(1);
+    fill_normal(y.data(), n + 3, 0.02, 7, random_stream("a"));  // a longer tensor starts the same
+    omp_set_num_threads(threads);
+    CHECK(std::equal(x.begin(), x.end(), y.begin()));
+    fill_normal(y.data(), n, 0.02, 7, random_stream("b"));
+    CHECK(!std::equal(x.begin(), x.end(), y.begin()));
+    fill_normal(y.data(), n, 0.02, 8, random_stream("a"));
+    CHECK(!std::equal(x.begin(), x.end(), y.begin()));
+}
+
+TEST_CASE("the table has GPT-2's tensors and numbers of parameters") {
+    auto count = [](const char* preset) {
+        GPTConfig config;
+        for (const Preset& p : kPresets)
+            if (std::string(p.name) == preset)
+                config.layers = p.layers, config.heads = p.heads, config.channels = p.channels,
+                config.context = p.context;
+        return ParameterTable(config, 50304).count;
+    };
+    CHECK(count("gpt2") == 124439808);
+    CHECK(count("gpt2-medium") == 354823168);
+    CHECK(count("gpt2-large") == 774030080);
+    CHECK(count("gpt2-xl") == 1557611200);
+
+    GPTConfig config;
+    config.layers = 2, config.heads = 3, config.channels = 12, config.context = 9, config.vocab_size = 17;
+    config.qk_norm = true, config.decay = DecayKind::learned, config.short_conv = 3;
+    ParameterTable table(config, 32);
+    std::set<std::string> names;
+    size_t end = 0;
+    for (const ParameterTensor& t : table.tensors) {
+        CAPTURE(t.name);
+        CHECK(names.insert(t.name).second);
+        CHECK(t.offset % 16 == 0);
+        CHECK(t.offset >= end);
+        end = t.offset + t.size;
+        bool matrix = t.shape.size() == 2 && !t.name.ends_with("conv.weight");
+        CHECK(t.weight_decay == matrix);
+    }
+    CHECK(table.size >= end);
+    std::vector<float> array(table.size);
+    Tensors view = table.view(array.data());
+    for (const ParameterTensor& t : table.tensors) {
+        if (t.name == "h.1.attn.q_gain") CHECK(view.h[1].q_gain == array.data() + t.offset);
+        if (t.name == "ln_f.bias") CHECK(view.ln_f_bias == array.data() + t.offset);
+        if (t.name == "wpe.weight") CHECK(t.offset >= 32 * 12);  // after the padded vocabulary
+    }
+}
+
+TEST_CASE("tensors start as the design says") {
+    GPTConfig config;
+    config.layers = 8, config.heads = 4, config.channels = 64, config.vocab_size = 300;
+    config.qk_norm = true, config.decay = DecayKind::learned, config.short_conv = 4;
+    ParameterTable table(config, 304);
+    for (const ParameterTensor& t : table.tensors) {
+        CAPTURE(t.name);
+        std::vector<float> x(t.size, NAN);
+        initialize_tensor(x.data(), t, 1);
+        double squares = 0;
+        for (float value : x) squares += (double)value * value;
+        double rms = std::sqrt(squares / t.size);
+        if (t.name.ends_with(".bias")) CHECK(rms == 0);
+        if (t.name.ends_with("c_proj.weight")) CHECK(rms == doctest::Approx(0.02 / 4).epsilon(0.05));
+        if (t.name.ends_with("c_attn.weight") || t.name.ends_with("c_fc.weight") ||
+            t.name.ends_with("te.weight"))
+            CHECK(rms == doctest::Approx(0.02).epsilon(0.05));
+        if (t.name.ends_with("q_gain")) CHECK(x == std::vector<float>(4, 1.0f));
+        if (t.name.ends_with("attn.decay")) CHECK(x == std::vector<float>{1.0f, 2.5f, 4.0f, 5.5f});
+        if (t.name.ends_with("conv.weight"))
+            for (size_t i = 0; i < t.size; i++) CHECK(x[i] == (i < 3 * 64 ? 1.0f : 0.0f));
+    }
+}
+
+TEST_CASE("learning rates") {
+    auto rate = [](const char* schedule, int step) {
+        return learning_rate_at(schedule, step, 100, 10, 2.0, 0.1);
+    };
+    for (const std::string& schedule : kScheduleNames) {
+        CAPTURE(schedule);
+        CHECK(rate(schedule.c_str(), 1) == doctest::Approx(0.2));
+        CHECK(rate(schedule.c_str(), 10) == doctest::Approx(2.0));
+        CHECK(rate(schedule.c_str(), 100) == doctest::Approx(schedule == "constant" ? 2.0 : 0.2));
+        CHECK(rate(schedule.c_str(), 150) == doctest::Approx(schedule == "constant" ? 2.0 : 0.2));
+        for (int step = 11; step <= 100; step++)
+            CHECK(rate(schedule.c_str(), step) <= rate(schedule.c_str(), step - 1));
+    }
+    CHECK(rate("cosine", 55) == doctest::Approx(1.1));
+    CHECK(rate("linear", 55) == doctest::Approx(1.1));
+    CHECK(rate("cosine", 32) > rate("linear", 32));
+    CHECK(rate("wsd", 80) == doctest::Approx(2.0));
+    CHECK(rate("wsd", 90) == doctest::Approx(1.1));
+    CHECK(learning_rate_at("cosine", 1, 1, 0, 2.0, 0.1) == doctest::Approx(0.2));   // a run of one step
+    CHECK(learning_rate_at("cosine", 5, 5, 10, 2.0, 0.1) == doctest::Approx(1.0));  // ends within the warm-up
+}
+
+TEST_CASE("the sampler draws from the distribution that its options leave") {
+    const std::vector<float> logits = {std::log(0.4f), std::log(0.1f), std::log(0.3f), std::log(0.2f)};
+    auto frequencies = [&](const SamplerOptions& options) {
+        std::vector<double> f(4);
+        for (int i = 0; i < 20000; i++) f[sample_token(logits.data(), 4, options, i)] += 1 / 20000.0;
+        return f;
+    };
+    auto check = [&](const SamplerOptions& options, std::vector<double> expected) {
+        std::vector<double> f = frequencies(options);
+        for (int v = 0; v < 4; v++) {
+            CAPTURE(v);
+            CHECK(std::fabs(f[v] - expected[v]) < 0.015);
+            if (expected[v] == 0) CHECK(f[v] == 0);
+        }
+    };
+    check({}, {0.4, 0.1, 0.3, 0.2});
+    check({.temperature = 0.5}, {0.16 / 0.3, 0.01 / 0.3, 0.09 / 0.3, 0.04 / 0.3});
+    check({.top_k = 2}, {0.4 / 0.7, 0, 0.3 / 0.7, 0});
+    check({.top_k = 9}, {0.4, 0.1, 0.3, 0.2});
+    check({.top_p = 0.69}, {0.4 / 0.7, 0, 0.3 / 0.7, 0});
+    check({.top_p = 0.85}, {0.4 / 0.9, 0, 0.3 / 0.9, 0.2 / 0.9});
+    check({.top_p = 0.0}, {1, 0, 0, 0});
+    check({.temperature = 0}, {1, 0, 0, 0});
+    CHECK(frequencies({.seed = 1}) == frequencies({.seed = 1}));
+    CHECK(frequencies({.seed = 1}) != frequencies({.seed = 2}));
+    std::vector<float> huge = {1e30f, -1e30f, 3e38f, 0};
+    CHECK(sample_token(huge.data(), 4, {}, 0) == 2);
+    huge[1] = NAN;
+    check_error([&] { sample_token(huge.data(), 4, {}, 0); }, {"not finite"});
+}
+
+TEST_CASE("scales of the rows: moments and effective lengths against direct sums") {
+    CHECK(gaussian_moment(1, 64) == 1);
+    CHECK(gaussian_moment(3, 64) == doctest::Approx(3 * (1 + 2.0 / 64) * 5 * (1 + 4.0 / 64)));
+    for (double delta : {-3.0, 0.0, 1.0, 5.5, 20.0}) {
+        CAPTURE(delta);
+        double log_g = log_gamma(delta), gamma = std::exp(log_g);
+        CHECK(gamma == doctest::Approx(1 / (1 + std::exp(-delta))).epsilon(1e-12));
+        std::vector<double> e = row_scale_log_derivatives(300, log_g);
+        double n = 0, weighted = 0;
+        for (int i = 0; i < 300; i++) {
+            n += std::pow(gamma, 2.0 * i);
+            weighted += i * std::pow(gamma, 2.0 * i);
+            CHECK(effective_row_length(i, log_g) == doctest::Approx(n).epsilon(1e-9));
+            CHECK(e[i] == doctest::Approx(weighted / n).epsilon(1e-9));
+        }
+    }
+    CHECK(effective_row_length(41, 0) == 42);
+}
+
+TEST_CASE("config.json goes out and comes back; what it may not say is refused") {
+    GPTConfig config;
+    config.layers = 3, config.heads = 2, config.channels = 20, config.context = 7, config.vocab_size = 99;
+    config.power = 2, config.attention_scale = "0.125", config.positions = PositionKind::rope;
+    config.qk_norm = true, config.decay = DecayKind::fixed, config.short_conv = 4;
+    CHECK(GPTConfig::from_json(nlohmann::json::parse(config.to_json().dump()), "f") == config);
+    const nlohmann::json good = config.to_json();
+    auto refused = [&](const char* key, nlohmann::json value, std::initializer_list<std::string> parts) {
+        CAPTURE(key);
+        nlohmann::json bad = good;
+        bad[key] = value;
+        check_error([&] { GPTConfig::from_json(bad, "the/file"); }, parts);
+    };
+    refused("n_head", 3, {"the/file", "3", "20"});
+    refused("n_head", 20, {"the/file", "even"});  // head size 1 with RoPE
+    refused("n_layer", 0, {"the/file", "n_layer", "0"});
+    refused("n_layer", "two", {"the/file", "n_layer", "two"});
+    refused("n_embd", 1e10, {"the/file", "n_embd"});
+    refused("n_embd", -4, {"the/file", "n_embd"});
+    refused("vocab_size", 1, {"the/file", "vocab_size"});
+    refused("attention", "cosine", {"the/file", "cosine", "softmax, poly1"});
+    refused("attention", 3, {"the/file", "attention"});
+    refused("attention_scale", "big", {"the/file", "big"});
+    refused("attention_scale", true, {"the/file", "attention_scale"});
+    refused("attention_scale", "nan", {"the/file", "nan"});
+    refused("decay", "slow", {"the/file", "slow"});
+    refused("positions", "alibi", {"the/file", "alibi"});
+    refused("qk_norm", 1, {"the/file", "qk_norm"});
+    refused("short_conv", 65, {"the/file", "short_conv"});
+    refused("model_type", "llama", {"the/file", "llama"});
+    refused("activation_function", "relu", {"the/file", "relu"});
+    refused("n_inner", 7, {"the/file", "n_inner"});
+    for (const char* key : {"n_layer", "n_head", "n_embd", "n_positions", "vocab_size"}) {
+        nlohmann::json bad = good;
+        bad.erase(key);
+        check_error([&] { GPTConfig::from_json(bad, "the/file"); }, {"the/file", key, "missing"});
+    }
+    check_error([] { GPTConfig::from_json(nlohmann::json::array(), "the/file"); }, {"the/file", "object"});
+    nlohmann::json number = good;
+    number["attention_scale"] = 0.125;
+    CHECK(GPTConfig::from_json(number, "f").attention().constant == 0.125);
+}
+
+TEST_CASE("the metrics log drops what lies past the step it goes on from") {
+    TempFolder folder;
+    std::string path = folder / "metrics.jsonl";
+    {
+        MetricsLog log(path, 0);
+        for (int step = 1; step <= 5; step++) log.write({{"step", step}, {"loss", 1.0 / step}});
+    }
+    put_file(path, read_text(path) + "{\"step\": 6, \"lo");  // killed while writing
+    MetricsLog(path, 3).write({{"step", 4}, {"loss", 9.0}});
+    CHECK(read_text(path) ==
+          "{\"step\":1,\"loss\":1.0}\n{\"step\":2,\"loss\":0.5}\n"
+          "{\"step\":3,\"loss\":0.3333333333333333}\n{\"step\":4,\"loss\":9.0}\n");
+    check_error([] { MetricsLog("/no/such/folder/metrics.jsonl", 0); }, {"/no/such/folder/metrics.jsonl"});
+}
