@@ -58,7 +58,8 @@ struct GPTConfig {
     int context =
         1024;  // longest training sequence; length of the position table where positions are learned
     int vocab_size = 50257;
-    int power = 0;  // attention: 0 is softmax, p is poly<p>
+    int eot_token = -1;  // ends a document; -1: there is none
+    int power = 0;       // attention: 0 is softmax, p is poly<p>
     std::string attention_scale = "row";
     PositionKind positions = PositionKind::learned;
     bool qk_norm = false;
@@ -112,22 +113,24 @@ struct GPTConfig {
     }
 
     nlohmann::ordered_json to_json() const {
-        return {{"model_type", "gpt2"},
-                {"architectures", {"GPT2LMHeadModel"}},
-                {"n_layer", layers},
-                {"n_head", heads},
-                {"n_embd", channels},
-                {"n_positions", context},
-                {"n_ctx", context},
-                {"vocab_size", vocab_size},
-                {"layer_norm_epsilon", 1e-5},
-                {"activation_function", "gelu_new"},
-                {"attention", kAttentionNames[power]},
-                {"attention_scale", attention_scale},
-                {"positions", kPositionNames[(int)positions]},
-                {"qk_norm", qk_norm},
-                {"decay", kDecayNames[(int)decay]},
-                {"short_conv", short_conv}};
+        nlohmann::ordered_json json = {{"model_type", "gpt2"},
+                                       {"architectures", {"GPT2LMHeadModel"}},
+                                       {"n_layer", layers},
+                                       {"n_head", heads},
+                                       {"n_embd", channels},
+                                       {"n_positions", context},
+                                       {"n_ctx", context},
+                                       {"vocab_size", vocab_size},
+                                       {"layer_norm_epsilon", 1e-5},
+                                       {"activation_function", "gelu_new"},
+                                       {"attention", kAttentionNames[power]},
+                                       {"attention_scale", attention_scale},
+                                       {"positions", kPositionNames[(int)positions]},
+                                       {"qk_norm", qk_norm},
+                                       {"decay", kDecayNames[(int)decay]},
+                                       {"short_conv", short_conv}};
+        if (eot_token >= 0) json["bos_token_id"] = json["eos_token_id"] = eot_token;
+        return json;
     }
 
     static GPTConfig from_json(const nlohmann::json& json, const std::string& where) {
@@ -166,6 +169,8 @@ struct GPTConfig {
         c.channels = integer("n_embd", -1);
         c.context = integer("n_positions", -1);
         c.vocab_size = integer("vocab_size", -1);
+        if (json.contains("eos_token_id") && !json.at("eos_token_id").is_null())
+            c.eot_token = integer("eos_token_id", -1);
         c.power = name("attention", kAttentionNames);
         c.positions = (PositionKind)name("positions", kPositionNames);
         c.decay = (DecayKind)name("decay", kDecayNames);

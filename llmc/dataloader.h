@@ -22,13 +22,16 @@
 #include <nlohmann/json.hpp>
 #include <string>
 #include <system_error>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "llmc/error.h"
 #include "llmc/files.h"
 
-// What a dataset folder's meta.json says. llm.c's published shards have none: they are GPT-2 tokens.
+// What a dataset folder's meta.json says:
+//   {"name": .., "vocab_size": .., "eot_token": .., "tokens": {"train": .., "val": ..}, "bytes": {the same}}
+// Only vocab_size must be there. llm.c's published shards have no meta.json: they are GPT-2 tokens.
 struct DatasetInfo {
     struct Split {
         int64_t tokens = -1;  // -1: not said
@@ -40,11 +43,9 @@ struct DatasetInfo {
     Split train, val;
 };
 
-// meta.json: {"name": .., "vocab_size": .., "eot_token": .., "tokens": {"train": .., "val": ..}, "bytes":
-// {same}}
 inline DatasetInfo read_dataset_info(const std::string& folder) {
     DatasetInfo info;
-    info.name = std::filesystem::path(folder).lexically_normal().filename().string();
+    info.name = base_name(folder);
     const std::string path = (std::filesystem::path(folder) / "meta.json").string();
     std::error_code unreadable;  // shows when the shards are looked for
     if (!std::filesystem::exists(path, unreadable)) return info;

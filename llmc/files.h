@@ -26,9 +26,10 @@
 #include "llmc/error.h"
 
 // "PATH: cannot open: No such file or directory", from errno.
-[[noreturn]] inline void fail_errno(const std::string& path, const char* what) {
+template <class... Parts>
+[[noreturn]] void fail_errno(const std::string& path, const Parts&... what) {
     const int error = errno;
-    fail(path, ": ", what, ": ", std::strerror(error));
+    fail(path, ": ", what..., ": ", std::strerror(error));
 }
 
 // A file descriptor that closes itself.
@@ -41,6 +42,14 @@ struct Descriptor {
         if (fd >= 0) ::close(fd);
     }
 };
+
+// fsync, until no signal interrupts it. What cannot be synced (a pipe: EINVAL) need not be.
+inline bool sync_descriptor(int fd) {
+    while (::fsync(fd) != 0) {
+        if (errno != EINTR) return errno == EINVAL;
+    }
+    return true;
+}
 
 // A regular file, mapped read-only. An empty one has size 0 and data nullptr.
 class MappedFile {
@@ -101,6 +110,7 @@ class FileWriter {
 
     void write(const void* data /*(size)*/, size_t size) {
         require_open();
+        if (size == 0) return;  // data may be nullptr, for which zlib starts anew
         const char* bytes = static_cast<const char*>(data);
         crc_ = (uint32_t)::crc32_z(crc_, static_cast<const Bytef*>(data), size);
         size_ += size;
@@ -114,8 +124,7 @@ class FileWriter {
     void close() {
         require_open();
         flush();
-        // A pipe or a device cannot be synced (EINVAL), and need not be.
-        if (::fsync(file_.fd) != 0 && errno != EINVAL) give_up("cannot sync");
+        if (!sync_descriptor(file_.fd)) give_up("cannot sync");
         if (::close(std::exchange(file_.fd, -1)) != 0) fail_errno(path_, "cannot close");
     }
 
@@ -158,20 +167,26 @@ class FileWriter {
 inline void sync_folder(const std::string& path) {
     const Descriptor folder(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     if (folder.fd < 0) fail_errno(path, "cannot open folder");
-    if (::fsync(folder.fd) != 0 && errno != EINVAL) fail_errno(path, "cannot sync folder");
+    if (!sync_descriptor(folder.fd)) fail_errno(path, "cannot sync folder");
 }
 
-// The folder that holds `path`; "." for a bare name. Slashes at the end do not count.
+// The last part of a path, and the folder that holds it ("." for a bare name). Slashes at the end do not
+// count.
+inline std::filesystem::path without_slash(const std::string& path) {
+    const std::filesystem::path normal = std::filesystem::path(path).lexically_normal();
+    return normal.has_filename() ? normal : normal.parent_path();
+}
+inline std::string base_name(const std::string& path) {
+    return without_slash(path).filename().string();
+}
 inline std::string parent_folder(const std::string& path) {
-    std::filesystem::path p = std::filesystem::path(path).lexically_normal();
-    if (!p.has_filename()) p = p.parent_path();
-    return p.has_parent_path() ? p.parent_path().string() : ".";
+    const std::filesystem::path parent = without_slash(path).parent_path();
+    return parent.empty() ? "." : parent.string();
 }
 
 // Gives a file or folder its final name, durably. Both names lie on one filesystem.
 inline void rename_synced(const std::string& from, const std::string& to) {
-    if (::rename(from.c_str(), to.c_str()) != 0)
-        fail_errno(to, str("cannot rename ", from, " to this").c_str());
+    if (::rename(from.c_str(), to.c_str()) != 0) fail_errno(to, "cannot rename ", from, " to this");
     sync_folder(parent_folder(to));
 }
 
@@ -213,7 +228,7 @@ inline nlohmann::json parse_json(std::string_view text, const std::string& where
         return nlohmann::json::parse(text.begin(), text.end(), check);
     } catch (const nlohmann::json::exception& e) {
         const std::string what = e.what();  // "[json.exception.parse_error.101] parse error at line 1, ..."
-        fail(where, ": not valid JSON: ", what.substr(what.find("] ") + 2));
+        fail(where, ": not valid JSON: ", what.substr(what.find("] ") + 2, 200));
     }
 }
 

@@ -46,13 +46,14 @@ struct ModelFlags {
 
     // A new model: GPT-2's kind of attention, or RoPE and qk-norm where it is a polynomial, unless flags say
     // otherwise.
-    GPTConfig fresh(int vocab_size) const {
+    GPTConfig fresh(int vocab_size, int eot_token) const {
         GPTConfig config;
         for (const Preset& p : kPresets)
             if (preset.value_or("nano") == p.name)
                 config.layers = p.layers, config.heads = p.heads, config.channels = p.channels,
                 config.context = p.context;
         config.vocab_size = vocab_size;
+        config.eot_token = eot_token;
         if (attention && *attention != kAttentionNames[0]) {
             config.positions = PositionKind::rope;
             config.qk_norm = true;

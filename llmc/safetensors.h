@@ -49,7 +49,7 @@ struct TensorView {
 // "(2, 3)" for messages.
 inline std::string shape_text(const std::vector<int64_t>& shape) {
     std::string text = "(";
-    for (size_t i = 0; i < shape.size(); i++) text += (i ? ", " : "") + std::to_string(shape[i]);
+    for (size_t i = 0; i < shape.size(); i++) text += str(i ? ", " : "", shape[i]);
     return text + ")";
 }
 
@@ -135,7 +135,7 @@ class SafetensorsFile {
 
     template <class... Parts>
     [[noreturn]] void fail_at(const std::string& tensor, const Parts&... parts) const {
-        fail(path(), ": tensor \"", tensor, "\": ", parts...);
+        fail(path(), ": tensor ", nlohmann::json(tensor).dump(), ": ", parts...);
     }
 
     template <class Raw, class Convert>
@@ -150,7 +150,7 @@ class SafetensorsFile {
     void read_metadata(const nlohmann::json& value) {
         if (!value.is_object()) fail(path(), ": __metadata__ is not an object of strings");
         for (const auto& [key, text] : value.items()) {
-            if (!text.is_string()) fail(path(), ": __metadata__: \"", key, "\" is not a string");
+            if (!text.is_string()) fail(path(), ": __metadata__ is not an object of strings");
             metadata_[key] = text.get<std::string>();
         }
     }
@@ -176,7 +176,7 @@ class SafetensorsFile {
         const std::string dtype_name = value.at("dtype").get<std::string>();
         int dtype = 0;
         while (dtype < kDTypes && dtype_name != dtype_info((DType)dtype).name) dtype++;
-        if (dtype == kDTypes) fail_at(name, "unknown dtype \"", dtype_name, "\"");
+        if (dtype == kDTypes) fail_at(name, "unknown dtype ", value.at("dtype").dump());
 
         TensorView tensor{name, (DType)dtype, read_integers(name, value, "shape"), nullptr, 0};
         const std::vector<int64_t> offsets = read_integers(name, value, "data_offsets");
@@ -228,7 +228,7 @@ struct TensorSpec {
 
 class SafetensorsWriter {
   public:
-    // Writes the header. The file must be new and must outlive the writer.
+    // Writes the header. Nothing was written to the file before; it must outlive the writer.
     SafetensorsWriter(FileWriter& file, const std::vector<TensorSpec>& tensors,
                       const std::map<std::string, std::string>& metadata = {{"format", "pt"}})
         : file_(file) {

@@ -31,17 +31,12 @@ struct Utf8Char {
     int bytes;                           // its length; where bad, how many bytes to replace by one U+FFFD
 };
 
-// Well-formed means table 3-7 of the Unicode standard: no overlong forms, no surrogates, nothing past
-// U+10FFFF.
+// Well-formed as in table 3-7 of the Unicode standard: nothing overlong, no surrogates, none past U+10FFFF.
 inline Utf8Char next_utf8(std::string_view text) {
     const unsigned char lead = text[0];
-    const int length = lead < 0x80   ? 1
-                       : lead < 0xc2 ? 0
-                       : lead < 0xe0 ? 2
-                       : lead < 0xf0 ? 3
-                       : lead < 0xf5 ? 4
-                                     : 0;
-    if (length == 0) return {Utf8Char::bad, 1};
+    if (lead < 0x80) return {Utf8Char::whole, 1};
+    if (lead < 0xc2 || lead > 0xf4) return {Utf8Char::bad, 1};
+    const int length = lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
     for (int i = 1; i < length; i++) {
         if ((size_t)i == text.size()) return {Utf8Char::cut, i};
         unsigned char low = 0x80, high = 0xbf;
@@ -97,8 +92,7 @@ class WordSplitter {
         pcre2_jit_compile(code_.get(), PCRE2_JIT_COMPLETE);  // where there is no JIT, matching is only slower
     }
 
-    // Calls word(std::string_view) for each word of a text that is well-formed UTF-8; together they are the
-    // text.
+    // Calls word(std::string_view) for each word of a text of well-formed UTF-8; together they are the text.
     template <class Word>
     void split(std::string_view text, Word word) const {
         const std::unique_ptr<pcre2_match_data, Free> match(
@@ -142,7 +136,7 @@ class Tokenizer {
         for (size_t at = 0; at < all.size();) {
             const Utf8Char c = next_utf8(all.substr(at));
             if (c.kind != Utf8Char::whole)
-                fail("cannot encode a text that is not UTF-8: byte ", at, " is wrong");
+                fail("cannot encode text that is not valid UTF-8 at byte offset ", at);
             at += c.bytes;
         }
         std::vector<int> ids;

@@ -156,7 +156,7 @@ class Trainer {
                 fail(o.data, ": its vocabulary of ", info.vocab_size, " is larger than the ",
                      config.vocab_size, " of ", folder);
         } else {
-            config = o.model.fresh(info.vocab_size);
+            config = o.model.fresh(info.vocab_size, info.eot_token);
             try {
                 config.validate("the model asked for");
             } catch (const Error& e) {

@@ -1,0 +1,17 @@
+"""FineWeb-Edu's sample of 10 billion tokens: web pages that teach something; one document a page."""
+from collections.abc import Iterator
+
+from common import stream_rows
+
+DESCRIPTION = "FineWeb-Edu, the sample of 10 billion tokens: 9.7 million web pages, 46 GB"
+SOURCE = "HuggingFaceFW/fineweb-edu, sample-10BT"
+VAL_FRACTION = 0.001
+LOCAL = "a folder of its parquet files"
+
+
+def size(args) -> int:
+    return 46_000_000_000
+
+
+def documents(args) -> Iterator[str]:
+    return stream_rows("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", args.local)

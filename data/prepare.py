@@ -1,0 +1,567 @@
+#!/usr/bin/env python3
+"""Makes the token shards that train_gpt reads: python data/prepare.py shakespeare --tokenizer byte --out DIR
+
+Writes train_000000.bin, ..., val_000000.bin, tokenizer.json and meta.json. The documents are read one after
+another, encoded by worker processes and written in their order, each after an end-of-text token, so that the
+shards are the same for any number of workers. Memory holds a document and a few batches, never the corpus.
+Every file is written under a temporary name and gets its own when all are complete, meta.json last.
+"""
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # before the slow imports: Ctrl-C always ends the program at once, and quietly
+    def stop(number, frame):
+        signal.signal(number, signal.SIG_DFL)  # a second one does not wait for anything
+        os.write(2, b"\n" * os.isatty(2))  # below a progress bar
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import multiprocessing.resource_tracker
+import re
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+try:
+    import numpy as np
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+except ImportError as missing:
+    sys.exit(f"prepare.py: error: {missing}; pip install -r requirements.txt")
+
+import fineweb_edu
+import openwebtext
+import shakespeare
+import text
+import tinyshakespeare
+import tinystories
+import wikitext2
+from common import END_OF_TEXT, Failure, UsageError, download, one_line
+
+DATASETS = {
+    "shakespeare": shakespeare,
+    "tinyshakespeare": tinyshakespeare,
+    "wikitext2": wikitext2,
+    "tinystories": tinystories,
+    "openwebtext": openwebtext,
+    "fineweb-edu": fineweb_edu,
+    "text": text,
+}
+SPLITS = "train", "val"
+OUR_FILES = re.compile(r"((?:train|val)_\d{6}\.bin|tokenizer\.json|meta\.json)(\.tmp)?")
+BATCH = 1 << 18  # characters in a batch, the unit of work of a worker
+
+
+# --- The command line ---------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(message)
+
+
+def integer(low: int, high: int):
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"-?\d{1,18}", value) or not low <= int(value) <= high:
+            raise argparse.ArgumentTypeError(f"{value!r} is not an integer from {low} to {high}")
+        return int(value)
+    return parse
+
+
+def fraction(value: str) -> float:
+    if not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", value) or not 0 < float(value) <= 0.5:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number above 0, at most 0.5")
+    return float(value)
+
+
+def tokenizer_name(value: str) -> str:
+    if value not in ("byte", "gpt2"):
+        kind, _, size = value.partition(":")
+        if kind != "bpe":
+            raise argparse.ArgumentTypeError(f"{value!r} is none of byte, bpe:N and gpt2")
+        try:
+            integer(257, 1 << 24)(size)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{value!r}: N = {error}") from error
+    return value
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    listed = ["datasets:", *(f"  {name:16} {dataset.DESCRIPTION}" for name, dataset in DATASETS.items()),
+              "\nwhat --from reads:", *(f"  {name:16} {dataset.LOCAL}" for name, dataset in DATASETS.items()
+                                        if hasattr(dataset, "LOCAL"))]
+    parser = Parser(prog="prepare.py", description="Tokenizes a dataset into shards of tokens for train_gpt.",
+                    epilog="\n".join(listed), formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    add = parser.add_argument
+    add("name", nargs="?", default="shakespeare", metavar="NAME",
+        help="the dataset, one of those below (default: shakespeare)")
+    add("paths", nargs="*", metavar="PATH", help="files and folders, for the dataset `text`")
+    add("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
+    add("--overwrite", action="store_true", help="replace the dataset that is in --out")
+    add("--tokenizer", type=tokenizer_name, default="byte", metavar="byte|bpe:N|gpt2",
+        help="bytes; a byte-level BPE with a vocabulary of N, trained on the train split; or GPT-2's "
+             "(default: byte)")
+    add("--gpt2-files", type=Path, metavar="DIR",
+        help="read GPT-2's encoder.json and vocab.bpe here instead of downloading them")
+    add("--bpe-bytes", type=integer(1, 1 << 50), default=1 << 30, metavar="N",
+        help="train the BPE on about the first N bytes of the train split (default: 1 GiB)")
+    add("--from", dest="local", metavar="PATH", help="read a local copy, see below, instead of downloading")
+    add("--max-documents", type=integer(2, 1 << 50), metavar="N", help="only the first N documents")
+    add("--val-fraction", type=fraction, metavar="F",
+        help="share of the documents in the validation split (default: the dataset's own validation split, "
+             "or a share that suits its size)")
+    add("--shard-tokens", type=integer(1, 2**31 - 1), default=100_000_000, metavar="N",
+        help="tokens in a shard (default: 100000000)")
+    add("--workers", type=integer(1, 1024), default=min(32, os.cpu_count() or 1), metavar="N",
+        help="processes that encode (default: one for each CPU, at most 32)")
+    args = parser.parse_intermixed_args(argv)
+    if args.name not in DATASETS:
+        raise UsageError(f"unknown dataset {args.name!r}, expected one of {', '.join(DATASETS)}")
+    if args.paths and args.name != "text":
+        raise UsageError(f"unexpected {args.paths[0]!r}: only the dataset text takes paths")
+    if args.local and not hasattr(DATASETS[args.name], "LOCAL"):
+        raise UsageError(f"--from: not for the dataset {args.name}, which downloads nothing")
+    if args.gpt2_files and args.tokenizer != "gpt2":
+        raise UsageError(f"--gpt2-files: only with --tokenizer gpt2, not {args.tokenizer}")
+    return args
+
+
+# --- Documents, their splits, and the pieces in which they are encoded --------------------------------------
+
+def split_documents(args) -> tuple[str, Iterator[tuple[str, str]]]:
+    """How the dataset is split, in words, and (split, document) pairs, always in the same order."""
+    dataset = DATASETS[args.name]
+    documents = itertools.islice(not_blank(dataset.documents(args)), args.max_documents)
+    if args.val_fraction is None and hasattr(dataset, "validation"):
+        own = dataset.validation(args)
+        if own is not None:
+            return "the dataset's own", itertools.chain(zip(itertools.repeat("train"), documents),
+                                                        zip(itertools.repeat("val"), not_blank(own)))
+
+    share = args.val_fraction or dataset.VAL_FRACTION
+    first = list(itertools.islice(documents, 2))
+    if not first:
+        raise Failure(f"{source(args)}: no text in it")
+    if len(first) == 1:
+        parts = cut(first[0], share)
+        if "" in parts:
+            raise Failure(f"{source(args)}: one document of {len(first[0])} characters, too few to split")
+        return f"by position: the last {share:g} of the one document is val", zip(SPLITS, parts)
+    # Evenly spread: of the first n documents ceil(n * share) are val, so at least one.
+    splits = (SPLITS[math.ceil((n + 1) * share) - math.ceil(n * share)] for n in itertools.count())
+    return (f"by document: {share:g} of the documents, evenly spread from the first on, are val",
+            zip(splits, itertools.chain(first, documents)))
+
+
+def not_blank(documents: Iterable[str]) -> Iterator[str]:
+    return (document for document in documents if document.strip())
+
+
+def cut(document: str, share: float) -> tuple[str, str]:
+    """All but about the last `share` of it, and the rest, which starts with a line where it can."""
+    at = int(len(document) * (1 - share))
+    line = document.find("\n", at) + 1
+    at = line if 0 < line < len(document) else at
+    return document[:at], document[at:]
+
+
+def source(args) -> str:
+    where = args.local or " ".join(args.paths) or DATASETS[args.name].SOURCE
+    return os.fsencode(where).decode(errors="replace")  # a file name need not be UTF-8
+
+
+class Piece(NamedTuple):
+    split: str
+    starts: bool  # a document
+    text: str
+
+
+# No word of GPT-2's pattern has white space after something else: encoding the two sides of such a place one
+# after the other gives what encoding the whole gives.
+SAFE_CUT = re.compile(r"(?<=\S)(?=[ \t\r\n])")
+
+
+def pieces(documents: Iterable[tuple[str, str]]) -> Iterator[Piece]:
+    """The documents in pieces of little more than a batch: a long one takes no more memory to encode."""
+    for split, document in documents:
+        start = 0
+        while len(document) - start > BATCH and (place := SAFE_CUT.search(document, start + BATCH)):
+            yield Piece(split, start == 0, document[start:place.start()])
+            start = place.start()
+        yield Piece(split, start == 0, document[start:])
+
+
+def batches(all_pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    characters = 0
+    for piece in all_pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+# --- Tokenizers ---------------------------------------------------------------------------------------------
+
+def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits with GPT-2's pattern
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def from_merges(merges: list[tuple[str, str]]) -> Tokenizer:
+    """The tokens are the bytes, in their order, then what the merges make, then end of text."""
+    printable = {*range(33, 127), *range(161, 256)} - {173}  # these stand for themselves,
+    others = itertools.count(256)  # the other bytes are written U+0100, U+0101, ...
+    vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    for left, right in merges:
+        vocab.setdefault(left + right, len(vocab))
+    vocab[END_OF_TEXT] = len(vocab)
+    return byte_level_bpe(vocab, merges)
+
+
+def train_bpe(args) -> Tokenizer:
+    wanted = int(args.tokenizer.removeprefix("bpe:"))
+    total = expected_size(args)
+    progress = Progress("training the BPE", total and min(total, args.bpe_bytes))
+
+    def train_texts() -> Iterator[str]:
+        left = args.bpe_bytes
+        for piece in pieces(split_documents(args)[1]):
+            if piece.split == "train":
+                size = len(piece.text.encode())
+                left -= size
+                progress.add(size)
+                yield piece.text
+            if left <= 0:
+                return
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.train_from_iterator(train_texts(), trainers.BpeTrainer(
+        vocab_size=wanted - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    progress.close()
+    tokenizer = from_merges([tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]])
+    if tokenizer.get_vocab_size() != wanted:
+        raise Failure(f"--tokenizer {args.tokenizer}: the train split of {source(args)} has too little text, "
+                      f"enough for bpe:{tokenizer.get_vocab_size()}")
+    return tokenizer
+
+
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+GPT2_SHA256 = {"encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+               "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"}
+
+
+def gpt2_tokenizer(folder: Path | None) -> Tokenizer:
+    contents = {}
+    for name, expected in GPT2_SHA256.items():
+        where = f"{folder or GPT2_URL}/{name}"
+        data = Path(where).read_bytes() if folder else download(where, "--gpt2-files DIR reads local copies")
+        if hashlib.sha256(data).hexdigest() != expected:
+            raise Failure(f"{where}: not GPT-2's {name}: its SHA-256 is not {expected}")
+        contents[name] = data.decode()
+    merges = [tuple(line.split()) for line in contents["vocab.bpe"].splitlines()[1:]]  # after its version
+    return byte_level_bpe(json.loads(contents["encoder.json"]), merges)
+
+
+# --- What the workers do ------------------------------------------------------------------------------------
+
+def make_tokenizer(args, path: Path) -> None:
+    if args.tokenizer == "gpt2":
+        tokenizer = gpt2_tokenizer(args.gpt2_files)
+    else:
+        tokenizer = from_merges([]) if args.tokenizer == "byte" else train_bpe(args)
+    write_synced(path, tokenizer.to_str(pretty=True))
+
+
+@functools.cache
+def load_tokenizer(path: Path) -> Tokenizer:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = True  # an <|endoftext|> inside a document is text
+    return tokenizer
+
+
+class Encoded(NamedTuple):
+    tokens: np.ndarray
+    bytes: int  # of text
+    documents: int
+
+
+def encode(path: Path, batch: list[Piece]) -> dict[str, Encoded]:
+    """The tokens of a batch, for each split those of its pieces in their order."""
+    tokenizer = load_tokenizer(path)
+    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
+    encoded = {}
+    for split in SPLITS:
+        mine = [(piece, encoding) for piece, encoding in zip(batch, encodings) if piece.split == split]
+        ids: list[int] = []
+        for piece, encoding in mine:
+            ids += [end_of_text] * piece.starts
+            ids += encoding.ids
+        encoded[split] = Encoded(np.array(ids, dtype=token_type(tokenizer.get_vocab_size())),
+                                 sum(len(piece.text.encode()) for piece, _ in mine),
+                                 sum(piece.starts for piece, _ in mine))
+    return encoded
+
+
+def work(connection) -> None:
+    """A worker: calls what it receives and sends the result, or the error, until the parent has ended."""
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            function, item = connection.recv()
+            try:
+                result = function(item)
+            except (Failure, OSError) as error:
+                result = error
+            connection.send(result)
+
+
+class Workers:
+    """Processes that share the calls of a function. If one is killed, map fails; that of Pool would hang."""
+
+    def __init__(self, count: int):
+        context = multiprocessing.get_context("spawn")
+        self.connections, self.processes = [], []
+        multiprocessing.resource_tracker.ensure_running()  # when it starts it unblocks SIGINT
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it: Ctrl-C is for the parent
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            self.connections.append(ours)
+            self.processes.append(context.Process(target=work, args=(theirs,), daemon=True))
+            self.processes[-1].start()
+            theirs.close()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        for process in self.processes:
+            process.kill()
+
+    def map(self, function, items: Iterable) -> Iterator:
+        """function(item) for each item, in their order. Takes no item before a worker is free for it."""
+        idle, busy = deque(self.connections), deque()
+        try:
+            for item in items:
+                if not idle:
+                    idle.append(busy.popleft())
+                    yield self.receive(idle[0])
+                idle[0].send((function, item))
+                busy.append(idle.popleft())
+            for connection in busy:
+                yield self.receive(connection)
+        except (EOFError, ConnectionError) as error:
+            raise Failure("a worker process was killed; too little memory?") from error
+
+    @staticmethod
+    def receive(connection):
+        result = connection.recv()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+
+# --- Files --------------------------------------------------------------------------------------------------
+
+def token_type(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 1 << 16 else "<u4"
+
+
+class ShardWriter:
+    """Writes a stream of tokens as one split's shards, each `NAME.bin.tmp`, complete once it is closed."""
+
+    def __init__(self, folder: Path, split: str, shard_tokens: int, dtype: str):
+        self.folder, self.split, self.shard_tokens, self.dtype = folder, split, shard_tokens, dtype
+        self.paths: list[Path] = []
+        self.tokens = self.in_shard = 0
+        self.file = None
+
+    def write(self, tokens: np.ndarray) -> None:
+        while len(tokens):
+            if self.file is None:
+                self.paths.append(self.folder / f"{self.split}_{len(self.paths):06d}.bin.tmp")
+                self.file = open(self.paths[-1], "wb")
+                self.file.write(bytes(1024))
+            part = tokens[:self.shard_tokens - self.in_shard]
+            self.file.write(part.astype(self.dtype).tobytes())
+            self.in_shard += len(part)
+            tokens = tokens[len(part):]
+            if self.in_shard == self.shard_tokens:
+                self.close()
+
+    def close(self) -> None:
+        """Ends the shard that is being written, if one is."""
+        if self.file is None:
+            return
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = (20240520, 1, self.in_shard) if self.dtype == "<u2" else (20240801, 7, self.in_shard)
+        self.file.seek(0)
+        self.file.write(header.tobytes())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.tokens += self.in_shard
+        self.file, self.in_shard = None, 0
+
+
+def write_synced(path: Path, content: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def our_files(folder: Path, temporary: bool) -> list[Path]:
+    named = [(path, OUR_FILES.fullmatch(path.name)) for path in sorted(folder.iterdir())]
+    return [path for path, match in named if match and bool(match[2]) == temporary]
+
+
+def put_in_place(folder: Path, paths: list[Path]) -> None:
+    """Gives the files their final names, the last of them last: never is meta.json there and a shard not."""
+    *others, meta = paths
+    (folder / "meta.json").unlink(missing_ok=True)
+    sync_folder(folder)
+    for old in our_files(folder, temporary=False):
+        old.unlink()
+    for path in others:
+        path.rename(path.with_suffix(""))
+    sync_folder(folder)
+    meta.rename(meta.with_suffix(""))
+    sync_folder(folder)
+
+
+# --- Progress -----------------------------------------------------------------------------------------------
+
+def expected_size(args) -> int | None:
+    return None if args.local or args.max_documents else DATASETS[args.name].size(args)
+
+
+CLEAR_LINE = "\r\033[K"
+
+
+class Progress:
+    """A bar on a terminal, a line every ten seconds elsewhere; on stderr."""
+
+    def __init__(self, what: str, total: int | None):
+        self.what, self.total, self.done, self.tokens = what, total, 0, 0
+        self.terminal = sys.stderr.isatty()
+        self.start = self.shown = time.monotonic()
+
+    def add(self, done: int, tokens: int = 0) -> None:
+        self.done += done
+        self.tokens += tokens
+        if time.monotonic() - self.shown >= (0.1 if self.terminal else 10):
+            self.show()
+
+    def show(self) -> None:
+        self.shown = time.monotonic()
+        part = min(1.0, self.done / self.total) if self.total else None
+        line = self.what
+        if part is not None and self.terminal:
+            line += f" [{'#' * int(30 * part):30}]"
+        if part is not None:
+            line += f" {100 * part:3.0f}%"
+        line += f" {self.done / 1e6:.1f} MB"
+        if self.tokens:
+            line += f", {self.tokens / 1e6:.1f} million tokens"
+        line += f", {self.done / 1e6 / max(self.shown - self.start, 1e-3):.1f} MB/s"
+        sys.stderr.write(f"{CLEAR_LINE}{line}" if self.terminal else f"{line}\n")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        if self.terminal:
+            sys.stderr.write(CLEAR_LINE)
+
+
+# --- All of it ----------------------------------------------------------------------------------------------
+
+def prepare(args) -> None:
+    start, folder = time.monotonic(), args.out
+    folder.mkdir(parents=True, exist_ok=True)
+    there = our_files(folder, temporary=False)
+    if there and not args.overwrite:
+        raise Failure(f"{folder}: already holds a dataset ({there[0].name}); --overwrite replaces it")
+    try:
+        put_in_place(folder, write_files(args))
+    finally:
+        for leftover in our_files(folder, temporary=True):  # of this run or of an earlier one that was killed
+            leftover.unlink()
+    print(f"done in {time.monotonic() - start:.1f} s")
+
+
+def write_files(args) -> list[Path]:
+    """Writes everything under temporary names, and gives these in the order in which they become final."""
+    tokenizer_path, meta_path = args.out / "tokenizer.json.tmp", args.out / "meta.json.tmp"
+    how_split, documents = split_documents(args)
+    with Workers(args.workers) as workers:
+        list(workers.map(functools.partial(make_tokenizer, args), [tokenizer_path]))
+        tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        dtype = token_type(tokenizer.get_vocab_size())
+        writers = {split: ShardWriter(args.out, split, args.shard_tokens, dtype) for split in SPLITS}
+        progress = Progress("encoding", expected_size(args))
+        text_bytes, counts = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+        for encoded in workers.map(functools.partial(encode, tokenizer_path), batches(pieces(documents))):
+            for split, part in encoded.items():
+                writers[split].write(part.tokens)
+                text_bytes[split] += part.bytes
+                counts[split] += part.documents
+                progress.add(part.bytes, len(part.tokens))
+        progress.close()
+    for split in SPLITS:
+        writers[split].close()
+        if not counts[split]:
+            raise Failure(f"{source(args)}: no text for the {split} split")
+    meta = {"name": args.name, "source": source(args), "tokenizer": args.tokenizer,
+            "vocab_size": tokenizer.get_vocab_size(), "eot_token": tokenizer.token_to_id(END_OF_TEXT),
+            "split": how_split, "documents": counts, "bytes": text_bytes,
+            "tokens": {split: writers[split].tokens for split in SPLITS},
+            "shards": {split: len(writers[split].paths) for split in SPLITS}}
+    write_synced(meta_path, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+    for split, writer in writers.items():
+        print(f"{split}: {counts[split]} documents, {text_bytes[split]} bytes, {writer.tokens} tokens, "
+              f"shards: {len(writer.paths)}")
+    return [tokenizer_path, *writers["train"].paths, *writers["val"].paths, meta_path]
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse_arguments(argv)
+        try:
+            prepare(args)
+        except OSError as error:
+            raise Failure(f"{error.filename or args.out}: {one_line(error)}") from error
+    except Failure as failure:
+        print(f"{CLEAR_LINE * sys.stderr.isatty()}prepare.py: error: {failure}", file=sys.stderr)
+        return failure.status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

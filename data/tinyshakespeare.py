@@ -1,0 +1,21 @@
+"""Andrej Karpathy's tiny Shakespeare: parts of the plays in one file of 1 MB, so one document."""
+from collections.abc import Iterator
+
+from common import download, open_text
+
+DESCRIPTION = "40,000 lines of Shakespeare, 1 MB, in one document"
+SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+VAL_FRACTION = 0.1
+LOCAL = "the text file"
+
+
+def size(args) -> int:
+    return 1_115_394
+
+
+def documents(args) -> Iterator[str]:
+    if args.local is None:
+        yield download(SOURCE, "--from FILE reads a local copy").decode()
+    else:
+        with open_text(args.local) as file:
+            yield file.read()

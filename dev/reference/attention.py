@@ -1,0 +1,54 @@
+"""The attentions of the PyTorch twin, as dense (T,T) matrices, and what is done to q and k before.
+
+Shapes: B batch, H heads, T sequence length, D head size; i is a query's position, j a key's.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor) -> Tensor:  # (..., D)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def rotate(x: Tensor) -> Tensor:  # (B,H,T,D)
+    """RoPE: turns the pair of channels (i, i + D/2) of position t by the angle t * 10000^(-2i/D)."""
+    T, D = x.shape[-2:]
+    frequency = 10000.0 ** (-torch.arange(0, D, 2, dtype=torch.float64, device=x.device) / D)
+    angle = torch.arange(T, dtype=torch.float64, device=x.device)[:, None] * frequency  # (T,D/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def attention_matrix(q: Tensor, k: Tensor, delta: Tensor | None, attention: str, scale: str,
+                     context: int) -> Tensor:
+    """A (B,H,T,T) from q and k (B,H,T,D) and, where there is decay, gamma = sigmoid(delta) (H)."""
+    T, D = q.shape[-2:]
+    x = q @ k.mT / math.sqrt(D)
+    i = torch.arange(T, dtype=q.dtype, device=q.device)
+    distance = i[:, None] - i[None, :]
+    visible = distance >= 0
+    log_gamma = F.logsigmoid(delta) if delta is not None else q.new_zeros(1)
+    log_fade = (log_gamma[:, None, None] * distance).masked_fill(~visible, -math.inf)  # (H,T,T)
+    if attention == "softmax":
+        return (x + log_fade).softmax(-1)
+
+    p = int(attention.removeprefix("poly"))
+    power = x ** p
+    fade = log_fade.exp()  # gamma^(i-j), and 0 for j > i
+    moment = math.prod((2 * s + 1) * (1 + 2 * s / D) for s in range(p))  # E[x^(2p)] for q, k ~ N(0, I)
+    match scale:
+        case "row":  # n_i is the sum over the row of gamma^(2(i-j)): i + 1 without decay
+            c = (moment * fade.square().sum(-1, keepdim=True)).rsqrt()
+        case "context":
+            c = context ** -0.5
+        case "mean":
+            c = 1 / (math.sqrt(moment) * (i[:, None] + 1))
+        case "sum":
+            c = 1 / (1e-6 + (power * visible).abs().sum(-1, keepdim=True))
+        case number:
+            c = float(number)
+    return c * power * fade

@@ -1,0 +1,75 @@
+"""Trains the PyTorch twin for a few steps, as the trainer does: clipped gradients, then AdamW.
+
+    python dev/reference/training.py --model DIR --data DIR --batch B --seq T --steps N --out metrics.jsonl
+
+Each step's loss, gradient norm and milliseconds go to a file like the trainer's metrics.jsonl. It is what the
+benchmark measures; the twin takes the sequences in the order of the shards, unshuffled.
+"""
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gpt import GPT, decays, load
+from shards import batches
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def adamw(model: GPT, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95),
+          eps: float = 1e-8) -> torch.optim.AdamW:
+    groups = [{"params": [p for name, p in model.named_parameters() if decays(name, p) == decay],
+               "weight_decay": weight_decay if decay else 0.0} for decay in (True, False)]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, input_ids: Tensor, targets: Tensor,
+               grad_clip: float, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """The loss and the gradient's norm before the step. `dtype` is what the matrices are multiplied in."""
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(input_ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        _, loss = model(input_ids, targets)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    return loss.item(), norm.item()
+
+
+def train(args: argparse.Namespace) -> Iterator[dict]:
+    model = load(args.model, fused=True)
+    optimizer = adamw(model, args.lr, args.weight_decay)
+    step_model = torch.compile(model) if args.compile else model
+    for step, (inputs, targets) in zip(range(1, args.steps + 1), batches(args.data, args.batch, args.seq)):
+        start = time.perf_counter()
+        loss, norm = train_step(step_model, optimizer, torch.from_numpy(inputs), torch.from_numpy(targets),
+                                args.grad_clip, DTYPES[args.dtype])
+        yield {"step": step, "loss": loss, "grad_norm": norm, "ms": 1e3 * (time.perf_counter() - start)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains the PyTorch twin for a few steps.")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint to start from")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="dataset folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="metrics, a line a step")
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--seq", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--grad-clip", type=float, default=1.0)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile", action="store_true", help="run the model through torch.compile")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with open(args.out, "w") as file:
+        for line in train(args):
+            print(json.dumps(line), file=file, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+// Running the trainer's program as a user does, on small datasets and models made here.
+//
+// LLMC_TRAIN_GPT is the program (./train_gpt where it is not set) and LLMC_FAULT_PRELOAD the library of
+// tests/fault_preload.c (build/fault_preload.so).
+#pragma once
+#include <doctest/doctest.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <initializer_list>
+#include <iterator>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "tests/helpers.h"
+
+namespace cli {
+
+using Strings = std::vector<std::string>;
+using Json = nlohmann::json;
+
+inline std::string environment(const char* name, const char* otherwise) {
+    const char* value = getenv(name);
+    return value ? value : otherwise;
+}
+
+inline bool contains(const std::string& text, const std::string& part) {
+    return text.find(part) != std::string::npos;
+}
+
+inline std::string get_file(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    REQUIRE_MESSAGE(file, path);
+    return {std::istreambuf_iterator<char>(file), {}};
+}
+
+inline Strings lines_of(const std::string& text) {
+    Strings lines;
+    std::istringstream in(text);
+    for (std::string line; std::getline(in, line);) lines.push_back(line);
+    return lines;
+}
+
+// What a run left: its exit status, or minus the signal that ended it.
+struct Result {
+    int status = 0;
+    std::string out, err;
+};
+
+struct Run {
+    Strings environment = {};    // NAME=VALUE, besides this process's own
+    double kill_after = 0;       // seconds until SIGKILL; 0: never
+    std::string stdout_to = {};  // a file instead of Result::out
+};
+
+// Runs the program with the words of `line` and then `more` as its arguments, stdin closed. Too long a run
+// is an error.
+inline Result train_gpt(const std::string& line, const Strings& more = {}, const Run& run = {}) {
+    const double limit = 120;  // seconds
+    Strings arguments = {environment("LLMC_TRAIN_GPT", "./train_gpt")};
+    std::istringstream words(line);
+    for (std::string word; words >> word;) arguments.push_back(word);
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    // Threads that wait in a loop make a run many times slower where the machine has other work.
+    Strings variables = {"OMP_WAIT_POLICY=passive", "ASAN_OPTIONS=verify_asan_link_order=0"};
+    variables.insert(variables.end(), run.environment.begin(), run.environment.end());
+    std::vector<char*> argv, envp;
+    for (std::string& text : arguments) argv.push_back(text.data());
+    for (std::string& text : variables) envp.push_back(text.data());
+    for (char** variable = environ; *variable; variable++) envp.push_back(*variable);
+    argv.push_back(nullptr), envp.push_back(nullptr);
+
+    FILE *out = tmpfile(), *err = tmpfile();
+    REQUIRE(out);
+    REQUIRE(err);
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_addclose(&actions, 0);
+    posix_spawn_file_actions_adddup2(&actions, fileno(out), 1);
+    posix_spawn_file_actions_adddup2(&actions, fileno(err), 2);
+    if (!run.stdout_to.empty())
+        posix_spawn_file_actions_addopen(&actions, 1, run.stdout_to.c_str(), O_WRONLY, 0);
+    pid_t pid = 0;
+    const int error = posix_spawn(&pid, argv[0], &actions, nullptr, argv.data(), envp.data());
+    posix_spawn_file_actions_destroy(&actions);
+    REQUIRE_MESSAGE(error == 0, argv[0], ": ", strerror(error));
+
+    using Clock = std::chrono::steady_clock;
+    const Clock::time_point start = Clock::now();
+    int status = 0;
+    while (waitpid(pid, &status, WNOHANG) == 0) {
+        const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+        if (seconds > (run.kill_after > 0 ? run.kill_after : limit)) kill(pid, SIGKILL);
+        if (seconds > limit) FAIL("no end after ", limit, " s: ", line);
+        usleep(500);
+    }
+    auto text = [](FILE* file) {
+        std::string all;
+        rewind(file);
+        for (int c; (c = fgetc(file)) != EOF;) all += (char)c;
+        fclose(file);
+        return all;
+    };
+    return {WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status), text(out), text(err)};
+}
+
+inline void check_done(const Result& result) {
+    CAPTURE(result.out);
+    CAPTURE(result.err);
+    CHECK(result.status == 0);
+    CHECK(result.err == "");
+}
+
+// The run failed with `status`, and stderr is warnings and one line of error, in which every part stands.
+inline void check_failed(const Result& result, int status, const Strings& parts) {
+    const std::string start = "train_gpt: error: ";
+    CAPTURE(result.err);
+    CHECK(result.status == status);
+    std::string error;
+    int errors = 0, others = 0;
+    for (const std::string& line : lines_of(result.err)) {
+        if (line.rfind(start, 0) == 0)
+            errors++, error = line.substr(start.size());
+        else if (line.rfind("warning: ", 0) != 0)
+            others++;
+    }
+    CHECK(errors == 1);
+    CHECK(others == 0);
+    for (const std::string& part : parts) {
+        CAPTURE(part);
+        CHECK(contains(error, part));
+    }
+}
+
+// The sizes of the models here, and two threads.
+inline const std::string kSizes = " --layers 1 --heads 2 --channels 16 --context 16";
+inline const std::string kTiny = kSizes + " --batch 2 --threads 2";
+inline const std::string kTokenizer = "tests/golden/tokenizer.json";
+constexpr int kTokenizerVocab = 900;
+
+using Tokens = std::vector<uint16_t>;
+
+// The same on every machine.
+inline Tokens random_tokens(int count, int vocab_size, int seed) {
+    std::mt19937 random(seed);
+    Tokens tokens;
+    for (int i = 0; i < count; i++) tokens.push_back((uint16_t)(random() % vocab_size));
+    return tokens;
+}
+
+inline std::string shard(const Tokens& tokens) {
+    std::vector<int32_t> header(256);
+    header[0] = 20240520, header[1] = 1, header[2] = (int32_t)tokens.size();
+    return std::string((const char*)header.data(), 1024) +
+           std::string((const char*)tokens.data(), 2 * tokens.size());
+}
+
+// A dataset folder, with tokenizer.json where the vocabulary is the golden tokenizer's.
+inline void write_dataset(const std::string& folder, int vocab_size, const Tokens& train, const Tokens& val) {
+    std::filesystem::create_directory(folder);
+    put_file(folder + "/train_000000.bin", shard(train));
+    put_file(folder + "/val_000000.bin", shard(val));
+    put_file(folder + "/meta.json", Json{{"vocab_size", vocab_size}}.dump());
+    if (vocab_size == kTokenizerVocab) put_file(folder + "/tokenizer.json", get_file(kTokenizer));
+}
+
+// Trains and returns the last checkpoint.
+inline std::string train_model(const std::string& data, const std::string& out, const std::string& flags,
+                               int steps = 1) {
+    check_done(
+        train_gpt(str("train --data ", data, " --out ", out, " --threads 2 --steps ", steps, " ", flags)));
+    char name[32];
+    snprintf(name, sizeof(name), "/step_%08d", steps);
+    REQUIRE(std::filesystem::exists(out + name));
+    return out + name;
+}
+
+// A safetensors file as header and data, to read and to spoil.
+struct Safetensors {
+    Json header;
+    std::string data;
+
+    explicit Safetensors(const std::string& path) {
+        const std::string text = get_file(path);
+        uint64_t size = 0;
+        REQUIRE(text.size() > 8);
+        memcpy(&size, text.data(), 8);
+        REQUIRE(size <= text.size() - 8);
+        header = Json::parse(text.substr(8, size));
+        data = text.substr(8 + size);
+    }
+    std::string text() const {
+        const std::string json = header.dump();
+        const uint64_t size = json.size();
+        return std::string((const char*)&size, 8) + json + data;
+    }
+    // The elements of a tensor of 4-byte ones.
+    template <class T = float>
+    std::vector<T> values(const std::string& name) const {
+        static_assert(sizeof(T) == 4);
+        const size_t begin = header.at(name).at("data_offsets").at(0),
+                     end = header.at(name).at("data_offsets").at(1);
+        REQUIRE(begin <= end);
+        REQUIRE(end <= data.size());
+        std::vector<T> out((end - begin) / 4);
+        memcpy(out.data(), data.data() + begin, end - begin);
+        return out;
+    }
+    // Sets one element.
+    void poke(const std::string& name, size_t index, float value) {
+        const size_t begin = header.at(name).at("data_offsets").at(0);
+        memcpy(&data.at(begin + 4 * index), &value, 4);
+    }
+};
+
+// A copy of a checkpoint as a mere model: without trainer.json, so that its files can be changed.
+inline void copy_model(const std::string& checkpoint, const std::string& folder) {
+    std::filesystem::remove_all(folder);
+    std::filesystem::copy(checkpoint, folder);
+    std::filesystem::remove(folder + "/trainer.json");
+    std::filesystem::remove(folder + "/optimizer.safetensors");
+}
+
+// The lines of metrics.jsonl, every one of which must be an object of finite numbers.
+inline std::vector<Json> read_metrics(const std::string& out) {
+    std::vector<Json> entries;
+    for (const std::string& line : lines_of(get_file(out + "/metrics.jsonl"))) {
+        CAPTURE(line);
+        const Json entry = Json::parse(line, nullptr, false);
+        REQUIRE(entry.is_object());
+        for (const Json& value : entry) CHECK(value.is_number());
+        entries.push_back(entry);
+    }
+    return entries;
+}
+
+}  // namespace cli

@@ -1,0 +1,133 @@
+// LD_PRELOAD library of tests/test_resume.cpp: counts the calls by which a program changes what is on the
+// disk under one folder, and lets something happen at the n-th. Between two calls the disk does not change,
+// so dying before call n + 1 is dying after call n too.
+//
+//   FAULT_FOLDER  the folder's absolute path; where it is not set nothing is counted
+//   FAULT_AT      n, from 1
+//   FAULT_DO      signal  the process gets signal FAULT_VALUE, before the call
+//                 twice   the same, two times
+//                 half    a write writes half of its bytes, and the process is killed
+//                 error   the call fails with errno FAULT_VALUE
+//                 full    the disk is full from here on: this write takes half of its bytes, and from then on
+//                         whatever needs space fails with ENOSPC
+//   FAULT_LOG     a file outside of the folder, which gets a line a call: "write PATH"
+//
+// The calls go to the kernel directly, so there is no other function that could be called by mistake.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum fate { GO_ON, FAIL, HALF, HALF_AND_DIE };
+
+static const char* setting(const char* name) {
+    const char* value = getenv(name);
+    return value ? value : "";
+}
+
+// The path of `path`, seen from the folder that is open as `fd`; of what is open as `fd` where it is "".
+static void full_path(char* out, size_t size, int fd, const char* path) {
+    char link[64], base[PATH_MAX] = "";
+    snprintf(link, sizeof(link), fd == AT_FDCWD ? "/proc/self/cwd" : "/proc/self/fd/%d", fd);
+    if (path[0] != '/' && readlink(link, base, sizeof(base) - 1) < 0) base[0] = 0;
+    snprintf(out, size, "%s%s%s", base, path[0] && path[0] != '/' ? "/" : "", path);
+}
+
+static void log_call(const char* call, const char* path) {
+    if (!*setting("FAULT_LOG")) return;
+    int fd = (int)syscall(SYS_openat, AT_FDCWD, setting("FAULT_LOG"), O_WRONLY | O_CREAT | O_APPEND, 0666);
+    char line[2 * PATH_MAX + 64];
+    int length = snprintf(line, sizeof(line), "%s %s\n", call, path);
+    if (fd < 0 || syscall(SYS_write, fd, line, length) != length) abort();
+    close(fd);
+}
+
+// Counts a call and says what is to become of it; sets errno where it is to fail.
+static enum fate fate_of(const char* call, int needs_space, int fd, const char* path) {
+    static atomic_int calls;
+    char name[2 * PATH_MAX];
+    const char* folder = setting("FAULT_FOLDER");
+    size_t length = strlen(folder);
+    if (length == 0) return GO_ON;
+    full_path(name, sizeof(name), fd, path);
+    if (strncmp(name, folder, length) != 0 || (name[length] != 0 && name[length] != '/')) return GO_ON;
+    log_call(call, name);
+    int count = ++calls, at = atoi(setting("FAULT_AT")), value = atoi(setting("FAULT_VALUE"));
+    int writes = strcmp(call, "write") == 0;
+    const char* what = setting("FAULT_DO");
+    if (at == 0 || count < at) return GO_ON;
+    if (strcmp(what, "full") == 0) {
+        errno = ENOSPC;
+        return count == at && writes ? HALF : needs_space ? FAIL : GO_ON;
+    }
+    if (count > at) return GO_ON;
+    if (strcmp(what, "error") == 0) {
+        errno = value;
+        return FAIL;
+    }
+    if (strcmp(what, "half") == 0) {
+        if (writes) return HALF_AND_DIE;
+        raise(SIGKILL);
+    }
+    if (strcmp(what, "signal") != 0 && strcmp(what, "twice") != 0) abort();
+    raise(value);
+    if (strcmp(what, "twice") == 0) raise(value);
+    return GO_ON;
+}
+
+#define CALL(name, needs_space, fd, path, system_call) \
+    return fate_of(name, needs_space, fd, path) == FAIL ? -1 : (int)(system_call)
+
+ssize_t write(int fd, const void* data, size_t size) {
+    enum fate fate = fate_of("write", 1, fd, "");
+    if (fate == FAIL) return -1;
+    ssize_t written = syscall(SYS_write, fd, data, fate == GO_ON ? size : size / 2);
+    if (fate == HALF_AND_DIE) raise(SIGKILL);
+    return written;
+}
+
+int open(const char* path, int flags, ...) {
+    va_list rest;
+    va_start(rest, flags);
+    mode_t mode = flags & O_CREAT ? va_arg(rest, mode_t) : 0;
+    va_end(rest);
+    if (!(flags & (O_CREAT | O_TRUNC))) return (int)syscall(SYS_openat, AT_FDCWD, path, flags, 0);
+    CALL("open", 1, AT_FDCWD, path, syscall(SYS_openat, AT_FDCWD, path, flags, mode));
+}
+
+int fsync(int fd) {
+    CALL("fsync", 1, fd, "", syscall(SYS_fsync, fd));
+}
+
+int mkdir(const char* path, mode_t mode) {
+    CALL("mkdir", 1, AT_FDCWD, path, syscall(SYS_mkdirat, AT_FDCWD, path, mode));
+}
+
+int rename(const char* from, const char* to) {
+    CALL("rename", 0, AT_FDCWD, to, syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, 0));
+}
+
+int unlinkat(int fd, const char* path, int flags) {
+    CALL("unlink", 0, fd, path, syscall(SYS_unlinkat, fd, path, flags));
+}
+
+int unlink(const char* path) {
+    return unlinkat(AT_FDCWD, path, 0);
+}
+
+int rmdir(const char* path) {
+    return unlinkat(AT_FDCWD, path, AT_REMOVEDIR);
+}
+
+int remove(const char* path) {
+    int result = unlinkat(AT_FDCWD, path, 0);
+    return result < 0 && errno == EISDIR ? rmdir(path) : result;
+}

@@ -1,0 +1,66 @@
+// What several tests need: a folder of their own, and checks of an error's text.
+#pragma once
+#include <doctest/doctest.h>
+#include <stdlib.h>
+
+#include <filesystem>
+#include <fstream>
+#include <initializer_list>
+#include <string>
+#include <system_error>
+
+#include "llmc/error.h"
+
+// A new folder that goes away with the object.
+class TempFolder {
+  public:
+    TempFolder() {
+        std::string name = (std::filesystem::temp_directory_path() / "llmc_test_XXXXXX").string();
+        if (!::mkdtemp(name.data())) fail("cannot create ", name);
+        path_ = name;
+    }
+    TempFolder(const TempFolder&) = delete;
+    TempFolder& operator=(const TempFolder&) = delete;
+    ~TempFolder() {
+        std::error_code ignored;
+        std::filesystem::remove_all(path_, ignored);
+    }
+    const std::string& path() const { return path_; }
+    std::string operator/(const std::string& name) const { return path_ + "/" + name; }
+
+  private:
+    std::string path_;
+};
+
+// Writes a file without the syncs of write_text, for tests that make thousands. A new file each time: some
+// filesystems sync one that is cut to nothing and written again.
+inline void put_file(const std::string& path, const std::string& text) {
+    std::filesystem::remove(path);
+    std::ofstream file(path, std::ios::binary);
+    file.write(text.data(), (std::streamsize)text.size());
+    if (!file.flush()) fail("cannot write ", path);
+}
+
+// The text of the Error that f throws; "" where it throws none.
+template <class F>
+std::string error_of(F f) {
+    try {
+        f();
+    } catch (const Error& e) {
+        return e.what();
+    }
+    return "";
+}
+
+// f must throw an Error whose one line contains every part.
+template <class F>
+void check_error(F f, std::initializer_list<std::string> parts) {
+    const std::string error = error_of(f);
+    CAPTURE(error);
+    CHECK(error != "");
+    CHECK(error.find('\n') == std::string::npos);
+    for (const std::string& part : parts) {
+        CAPTURE(part);
+        CHECK(error.find(part) != std::string::npos);
+    }
+}

@@ -1,0 +1,345 @@
+#include "llmc/dataloader.h"
+
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <limits>
+#include <map>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "tests/helpers.h"
+
+namespace {
+
+constexpr int32_t kMagic16 = 20240520, kMagic32 = 20240801;
+
+template <class Token>
+std::string shard_text(int32_t magic, int32_t version, int32_t count, const std::vector<Token>& tokens) {
+    std::vector<int32_t> header(256);
+    header[0] = magic;
+    header[1] = version;
+    header[2] = count;
+    std::string text(reinterpret_cast<const char*>(header.data()), 1024);
+    text.append(reinterpret_cast<const char*>(tokens.data()), tokens.size() * sizeof(Token));
+    return text;
+}
+
+// A shard of the tokens first, first+1, ...
+void write_shard(const std::string& path, int first, int count) {
+    std::vector<uint16_t> tokens(count);
+    for (int i = 0; i < count; i++) tokens[i] = (uint16_t)(first + i);
+    put_file(path, shard_text(kMagic16, 1, count, tokens));
+}
+
+// Samples first .. first+B-1, each as its first token; the rest of each is checked to go on from there.
+std::vector<int> first_tokens(const DataLoader& loader, int64_t first, int B, int T) {
+    std::vector<int> inputs(B * T, -1), targets(B * T, -1), out;
+    loader.batch(first, B, inputs.data(), targets.data());
+    for (int b = 0; b < B; b++) {
+        out.push_back(inputs[b * T]);
+        for (int t = 0; t < T; t++) {
+            REQUIRE(inputs[b * T + t] == out[b] + t);
+            REQUIRE(targets[b * T + t] == out[b] + t + 1);
+        }
+    }
+    return out;
+}
+
+// Chi-square: about `degrees` where all counts are fair, with a standard deviation of sqrt(2 degrees). The
+// seeds are fixed, so the result is too.
+void check_fair(const std::vector<int>& counts, double expected, double degrees) {
+    double chi_square = 0;
+    for (int count : counts) chi_square += (count - expected) * (count - expected) / expected;
+    CHECK(std::abs(chi_square - degrees) < 4 * std::sqrt(2 * degrees));
+}
+
+}  // namespace
+
+TEST_CASE("TokenDataset: sequences of a shard, neighbours sharing one token, none across shards") {
+    const TempFolder folder;
+    write_shard(folder / "train_000001.bin", 500, 9);   // 2 sequences of 4
+    write_shard(folder / "train_000000.bin", 100, 12);  // 2, and 3 tokens over
+    write_shard(folder / "fineweb_train_000001.bin", 900, 5);
+    write_shard(folder / "val_000000.bin", 700, 13);  // 3
+    write_shard(folder / "retrieval_train_000009.bin", 1000, 5);
+    put_file(folder / "train.txt", "no shard");
+    put_file(folder / "notes.bin", "no shard");
+
+    const TokenDataset train(folder.path(), "train", 50257, 4);
+    CHECK(train.tokens() == 9 + 12 + 5 + 5);
+    CHECK(train.sequences() == 6);
+    CHECK(train.sequence_length() == 4);
+    const DataLoader in_order(train, 1, false);
+    CHECK(first_tokens(in_order, 0, 6, 4) == std::vector<int>{900, 1000, 100, 104, 500, 504});
+    CHECK(first_tokens(in_order, 5, 3, 4) == std::vector<int>{504, 900, 1000});
+
+    const TokenDataset val(folder.path(), "val", 50257, 4);
+    CHECK(first_tokens(DataLoader(val, 1, false), 0, 3, 4) == std::vector<int>{700, 704, 708});
+    int inputs[4], targets[4];
+    check_error([&] { val.read(3, inputs, targets); }, {"sequence 3 of 3"});
+    check_error([&] { val.read(-1, inputs, targets); }, {"sequence -1"});
+    check_error([&] { in_order.sequence_of(-1); }, {"sample -1"});
+}
+
+TEST_CASE("TokenDataset: number of sequences at the boundaries") {
+    const TempFolder folder;
+    for (int count = 5; count <= 40; count++) {
+        write_shard(folder / "train_000000.bin", 0, count);
+        CHECK(TokenDataset(folder.path(), "train", 50257, 4).sequences() == (count - 1) / 4);
+    }
+    write_shard(folder / "train_000000.bin", 0, 4);
+    check_error([&] { TokenDataset(folder.path(), "train", 50257, 4); },
+                {folder / "train_000000.bin", "4 tokens", "4 takes 5"});
+    check_error([&] { TokenDataset(folder.path(), "train", 50257, std::numeric_limits<int>::max()); },
+                {"4 tokens", "takes 2147483648"});
+    write_shard(folder / "train_000000.bin", 0, 2);
+    CHECK(first_tokens(DataLoader(TokenDataset(folder.path(), "train", 50257, 1), 3), 0, 1, 1) ==
+          std::vector<int>{0});
+}
+
+TEST_CASE("TokenDataset: uint32 shards, and both kinds in one folder") {
+    const TempFolder folder;
+    put_file(folder / "train_000000.bin",
+             shard_text<uint32_t>(kMagic32, 7, 5, {70000, 70001, 70002, 70003, 70004}));
+    write_shard(folder / "train_000001.bin", 65531, 5);  // up to 65535
+    const TokenDataset data(folder.path(), "train", 70005, 4);
+    CHECK(first_tokens(DataLoader(data, 1, false), 0, 2, 4) == std::vector<int>{70000, 65531});
+}
+
+TEST_CASE("TokenDataset: a token outside the vocabulary is named with its place") {
+    const TempFolder folder;
+    int inputs[2], targets[2];
+    auto check = [&](const std::string& text, int vocab_size, std::initializer_list<std::string> parts) {
+        put_file(folder / "val_0.bin", text);
+        const TokenDataset data(folder.path(), "val", vocab_size, 2);
+        data.read(0, inputs, targets);
+        check_error([&] { data.read(1, inputs, targets); }, {folder / "val_0.bin"});
+        check_error([&] { data.read(1, inputs, targets); }, parts);
+    };
+    check(shard_text<uint16_t>(kMagic16, 1, 5, {0, 9, 8, 10, 0}), 10,
+          {"token 10 at byte 1030", "vocabulary has 10"});
+    check(shard_text<uint16_t>(kMagic16, 1, 5, {0, 9, 8, 0, 65535}), 10, {"token 65535 at byte 1032"});
+    check(shard_text<uint32_t>(kMagic32, 7, 5, {0, 9, 8, 0, 0xffffffff}), 10,
+          {"token 4294967295 at byte 1040"});
+}
+
+TEST_CASE("TokenDataset: each malformed shard or folder has its complaint") {
+    const TempFolder folder;
+    const std::string path = folder / "train_0.bin";
+    auto load = [&] { TokenDataset(folder.path(), "train", 50257, 2); };
+    check_error(load, {folder.path(), "no *train*.bin"});
+    check_error([&] { TokenDataset(folder / "none", "train", 50257, 2); },
+                {folder / "none", "No such file or directory"});
+    put_file(folder / "file", "");
+    check_error([&] { TokenDataset(folder / "file", "train", 50257, 2); },
+                {folder / "file", "Not a directory"});
+
+    auto check_bad = [&](const std::string& text, std::initializer_list<std::string> parts) {
+        put_file(path, text);
+        check_error(load, {path});
+        check_error(load, parts);
+    };
+    const std::vector<uint16_t> tokens = {1, 2, 3, 4};
+    const std::string good = shard_text(kMagic16, 1, 4, tokens);
+    check_bad("", {"0 bytes", "header of 1024"});
+    check_bad(good.substr(0, 1023), {"1023 bytes", "header of 1024"});
+    check_bad(good.substr(0, 1024), {"1024 bytes, expected 1032", "4 tokens"});
+    check_bad(good.substr(0, 1031), {"1031 bytes, expected 1032"});
+    check_bad(good + "x", {"1033 bytes, expected 1032"});
+    check_bad(shard_text(20240521, 1, 4, tokens), {"magic number 20240521", "20240520", "20240801"});
+    check_bad(shard_text(kMagic16, 2, 4, tokens), {"version 2, expected 1"});
+    check_bad(shard_text(kMagic16, 7, 4, tokens), {"version 7, expected 1"});
+    check_bad(shard_text(kMagic32, 1, 4, tokens), {"version 1, expected 7"});
+    check_bad(shard_text(kMagic32, 7, 4, tokens), {"1032 bytes, expected 1040"});
+    check_bad(shard_text(kMagic16, 1, -1, tokens), {"counts -1 tokens"});
+    check_bad(shard_text(kMagic16, 1, 0, tokens), {"1032 bytes, expected 1024"});
+    check_bad(shard_text(kMagic16, 1, INT32_MAX, tokens), {"expected 4294968318"});
+    check_bad(shard_text<uint16_t>(kMagic16, 1, 0, {}), {"0 tokens"});
+    std::filesystem::remove(path);
+    std::filesystem::create_directory(path);
+    check_error(load, {path, "is a directory"});
+}
+
+TEST_CASE("TokenDataset: thousands of damaged shards load or throw Error") {
+    const TempFolder folder;
+    std::mt19937 random(5);
+    const std::string good16 = shard_text<uint16_t>(kMagic16, 1, 9, {1, 2, 3, 4, 5, 6, 7, 8, 9});
+    const std::string good32 = shard_text<uint32_t>(kMagic32, 7, 9, {1, 2, 3, 4, 5, 6, 7, 8, 9});
+    const int32_t likely[] = {0, 1, 7, 8, 9, 10, -1, kMagic16, kMagic32, INT32_MAX, INT32_MIN, 1 << 30};
+    int read = 0, refused = 0;
+    for (int round = 0; round < 4000; round++) {
+        std::string text = random() % 2 ? good16 : good32;
+        switch (random() % 4) {
+            case 0:
+                text[random() % 12] = (char)random();
+                break;
+            case 1:
+                std::memcpy(&text[random() % 3 * 4], &likely[random() % 12], 4);
+                break;
+            case 2:
+                text[1024 + random() % (text.size() - 1024)] = (char)random();
+                break;
+            case 3:
+                text.resize(random() % 2 ? random() % text.size() : text.size() + random() % 9);
+                break;
+        }
+        put_file(folder / "train_0.bin", text);
+        try {
+            const TokenDataset data(folder.path(), "train", 16, 2);
+            const DataLoader loader(data, 1);
+            int inputs[2], targets[2];
+            for (int64_t n = 0; n < data.sequences(); n++) {
+                loader.batch(n, 1, inputs, targets);
+                for (int token : {inputs[0], inputs[1], targets[0], targets[1]})
+                    REQUIRE((token >= 0 && token < 16));
+            }
+            read++;
+        } catch (const Error&) {
+            refused++;
+        }
+    }
+    CHECK(read > 100);
+    CHECK(refused > 1000);
+}
+
+TEST_CASE("DataLoader: every epoch has every sequence once, whatever the batch") {
+    const TempFolder folder;
+    write_shard(folder / "train_0.bin", 0, 3 * 5 + 2);     // 5 sequences of 3
+    write_shard(folder / "train_1.bin", 1000, 3 * 7 + 1);  // 7
+    write_shard(folder / "train_2.bin", 2000, 3 + 1);      // 1
+    const TokenDataset data(folder.path(), "train", 50257, 3);
+    REQUIRE(data.sequences() == 13);
+    const DataLoader loader(data, 42), other_seed(data, 43);
+    const std::vector<int> in_order = first_tokens(DataLoader(data, 0, false), 0, 13, 3);
+    const std::vector<int> samples = first_tokens(loader, 0, 13 * 6, 3);
+    std::set<std::vector<int>> orders;
+    for (int epoch = 0; epoch < 6; epoch++) {
+        std::vector<int> order(samples.begin() + 13 * epoch, samples.begin() + 13 * (epoch + 1));
+        orders.insert(order);
+        std::sort(order.begin(), order.end());
+        CHECK(order == in_order);
+    }
+    CHECK(orders.size() == 6);
+    CHECK(first_tokens(other_seed, 0, 13, 3) != first_tokens(loader, 0, 13, 3));
+    CHECK(orders.count(in_order) == 0);
+
+    // In batches of any size, from any place, on loaders of their own (as ranks or a resumed run have).
+    for (int B : {1, 2, 3, 5, 8, 13, 20, 78}) {
+        for (int first = 0; first + B <= 78; first += B) {
+            const std::vector<int> expected(samples.begin() + first, samples.begin() + first + B);
+            CHECK(first_tokens(DataLoader(data, 42), first, B, 3) == expected);
+        }
+    }
+}
+
+TEST_CASE("DataLoader: one sequence alone, and far samples") {
+    const TempFolder folder;
+    write_shard(folder / "train_0.bin", 7, 4);
+    const TokenDataset data(folder.path(), "train", 50257, 3);
+    const DataLoader loader(data, 1);
+    CHECK(first_tokens(loader, 0, 4, 3) == std::vector<int>{7, 7, 7, 7});
+    CHECK(first_tokens(loader, INT64_MAX - 1, 1, 3) == std::vector<int>{7});
+}
+
+TEST_CASE("Permutation: one to one for every N") {
+    for (int64_t N = 1; N <= 300; N++) {
+        std::vector<bool> seen(N);
+        const Permutation permutation(N, 5, N);
+        for (int64_t i = 0; i < N; i++) {
+            const int64_t x = permutation(i);
+            REQUIRE((x >= 0 && x < N));
+            REQUIRE(!seen[x]);
+            seen[x] = true;
+        }
+    }
+    const int64_t huge = INT64_MAX;
+    const Permutation permutation(huge, 1, 2);
+    std::set<int64_t> values;
+    for (int64_t i = 0; i < 1000; i++)
+        values.insert(permutation(i)), values.insert(permutation(huge - 1 - i));
+    CHECK(values.size() == 2000);
+    CHECK(*values.begin() >= 0);
+    CHECK(*values.rbegin() < huge);
+}
+
+TEST_CASE("Permutation: all orders of a few are equally likely, over seeds and over epochs") {
+    for (bool epochs : {false, true}) {
+        for (int N : {2, 3, 4, 5}) {
+            std::map<std::vector<int64_t>, int> count_of;
+            std::vector<int64_t> order(N);
+            for (int i = 0; i < N; i++) order[i] = i;
+            do count_of[order] = 0;
+            while (std::next_permutation(order.begin(), order.end()));
+            const int rounds = 100 * (int)count_of.size();
+            for (int round = 0; round < rounds; round++) {
+                const Permutation permutation(N, epochs ? 1337 : round, epochs ? round : 0);
+                for (int i = 0; i < N; i++) order[i] = permutation(i);
+                count_of.at(order)++;
+            }
+            std::vector<int> counts;
+            for (const auto& [_, count] : count_of) counts.push_back(count);
+            CAPTURE(N);
+            CAPTURE(epochs);
+            check_fair(counts, 100, (double)counts.size() - 1);
+        }
+    }
+}
+
+TEST_CASE("Permutation: places, neighbours and successive epochs are unrelated") {
+    constexpr int N = 50, kEpochs = 1500;
+    std::vector<int> at(N * N), step(N), again(N);
+    for (int epoch = 0; epoch < kEpochs; epoch++) {
+        const Permutation permutation(N, 1337, epoch), next(N, 1337, epoch + 1);
+        for (int i = 0; i < N; i++) {
+            const int x = (int)permutation(i);
+            at[i * N + x]++;
+            if (i + 1 < N) step[(permutation(i + 1) - x + N) % N]++;
+            again[(next(i) - x + N) % N]++;
+        }
+    }
+    check_fair(at, kEpochs / N, N * (N - 1));  // a little more than (N - 1)^2: rows and columns are exact
+    CHECK(step[0] == 0);
+    step.erase(step.begin());
+    check_fair(step, kEpochs, N - 2);
+    check_fair(again, kEpochs, N - 1);
+}
+
+TEST_CASE("read_dataset_info: from meta.json, GPT-2's without one") {
+    const TempFolder folder;
+    std::filesystem::create_directory(folder / "fineweb");
+    const DatasetInfo gpt2 = read_dataset_info(folder / "fineweb/");
+    CHECK(gpt2.name == "fineweb");
+    CHECK(gpt2.vocab_size == 50257);
+    CHECK(gpt2.eot_token == 50256);
+    CHECK(gpt2.train.tokens == -1);
+
+    auto read = [&](const std::string& text) {
+        put_file(folder / "meta.json", text);
+        return read_dataset_info(folder.path());
+    };
+    const DatasetInfo info =
+        read(R"({"name": "shakespeare", "vocab_size": 1024, "eot_token": 0, "source": "x",
+        "tokens": {"train": 5000000000, "val": 7}, "bytes": {"val": 20}})");
+    CHECK(info.name == "shakespeare");
+    CHECK(info.vocab_size == 1024);
+    CHECK(info.eot_token == 0);
+    CHECK(info.train.tokens == 5000000000);
+    CHECK(info.val.tokens == 7);
+    CHECK(info.train.bytes == -1);
+    CHECK(info.val.bytes == 20);
+    CHECK(read(R"({"vocab_size": 65, "eot_token": null})").eot_token == -1);
+    check_error([&] { read("[]"); }, {folder / "meta.json", "object"});
+    check_error([&] { read("{}"); }, {folder / "meta.json", "vocab_size", "missing"});
+    check_error([&] { read(R"({"vocab_size": 1})"); }, {folder / "meta.json", "\"vocab_size\" is 1"});
+    check_error([&] { read(R"({"vocab_size": "9"})"); }, {"\"vocab_size\" is \"9\""});
+    check_error([&] { read(R"({"vocab_size": 9, "eot_token": 9})"); }, {"\"eot_token\" is 9", "-1 to 8"});
+    check_error([&] { read(R"({"vocab_size": 18446744073709551615})"); },
+                {"\"vocab_size\" is 18446744073709551615"});
+    check_error([&] { read(R"({"vocab_size": 9, "tokens": {"val": -1}})"); }, {"\"val\" is -1"});
+}

@@ -1,0 +1,694 @@
+// Every layer of llmc/cpu but attention (test_attention.cpp) against the double precision oracle, and the
+// oracle's backward passes against finite differences of its forward passes.
+#include "llmc/cpu/adamw.h"
+#include "llmc/cpu/cross_entropy.h"
+#include "llmc/cpu/embedding.h"
+#include "llmc/cpu/gelu.h"
+#include "llmc/cpu/layernorm.h"
+#include "llmc/cpu/matmul.h"
+#include "llmc/cpu/qk_norm_rope.h"
+#include "llmc/cpu/short_conv.h"
+#include "tests/reference.h"
+
+using namespace reference;
+
+namespace {
+
+const float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// The oracle's gradient of dot(dout, output) in x against central differences.
+template <class Loss>
+void check_gradient(const std::string& name, Vector& x, const Vector& gradient, Loss loss) {
+    INFO("gradient of ", name);
+    CHECK(relative_error(gradient, finite_differences(x, loss)) < 1e-6);
+}
+
+Vector random_vector(size_t n, uint64_t seed) {
+    return to_double(normal(n, seed));
+}
+
+Vector scaled(Vector x, double factor) {
+    for (double& value : x) value *= factor;
+    return x;
+}
+
+Vector sum(Vector a, const Vector& b) {
+    for (size_t i = 0; i < a.size(); i++) a[i] += b[i];
+    return a;
+}
+
+bool all_nan(const float* x, size_t n) {
+    return std::all_of(x, x + n, is_nan);
+}
+bool none_nan(const float* x, size_t n) {
+    return std::none_of(x, x + n, is_nan);
+}
+
+}  // namespace
+
+// --------------------------------------------------------------------------------------------------------
+// oracle
+
+TEST_CASE("oracle: backward passes agree with finite differences") {
+    SUBCASE("matmul") {
+        int N = 3, IC = 4, OC = 5;
+        Vector inp = random_vector(N * IC, 1), weight = random_vector(IC * OC, 2),
+               bias = random_vector(OC, 3);
+        Vector dout = random_vector(N * OC, 4);
+        auto loss = [&] { return dot(dout, add_bias(matmul(inp, weight, N, OC, IC), bias)); };
+        MatmulGradients d = matmul_backward(dout, inp, weight, N, IC, OC);
+        check_gradient("inp", inp, d.dinp, loss);
+        check_gradient("weight", weight, d.dweight, loss);
+        check_gradient("bias", bias, d.dbias, loss);
+    }
+    SUBCASE("embedding") {
+        int B = 2, T = 4, C = 3, V = 5;
+        std::vector<int> tokens = {0, 3, 3, 1, 4, 0, 3, 1};
+        Vector wte = random_vector(V * C, 1), wpe = random_vector((T + 1) * C, 2);
+        Vector dout = random_vector(B * T * C, 3);
+        auto loss = [&] { return dot(dout, embedding_forward(tokens, wte, wpe, B, T, C)); };
+        EmbeddingGradients d = embedding_backward(dout, tokens, B, T, C, V, T + 1);
+        check_gradient("wte", wte, d.dwte, loss);
+        check_gradient("wpe", wpe, d.dwpe, loss);
+    }
+    SUBCASE("layernorm") {
+        int N = 3, C = 7;
+        Vector inp = random_vector(N * C, 1), weight = random_vector(C, 2), bias = random_vector(C, 3);
+        Vector dout = random_vector(N * C, 4);
+        auto loss = [&] { return dot(dout, layernorm_forward(inp, weight, bias, N, C).out); };
+        LayerNormGradients d = layernorm_backward(dout, inp, weight, N, C);
+        check_gradient("inp", inp, d.dinp, loss);
+        check_gradient("weight", weight, d.dweight, loss);
+        check_gradient("bias", bias, d.dbias, loss);
+    }
+    SUBCASE("gelu") {
+        Vector x, gradient;
+        for (double value = -6; value <= 6; value += 0.37) {
+            x.push_back(value);
+            gradient.push_back(gelu_derivative(value).value());
+        }
+        auto loss = [&] {
+            double total = 0;
+            for (double value : x) total += gelu(value);
+            return total;
+        };
+        check_gradient("x", x, gradient, loss);
+        for (double value : {-2.5, -1.0, -0.3, 0.0, 0.7, 1.9}) {  // the formula as GPT-2 has it
+            double u = std::sqrt(2 / M_PI) * (value + 0.044715 * std::pow(value, 3));
+            CHECK(gelu(value) == doctest::Approx(0.5 * value * (1 + std::tanh(u))).epsilon(1e-12));
+        }
+    }
+    SUBCASE("short_conv") {
+        for (int K : {1, 3, 6}) {
+            CAPTURE(K);
+            int B = 2, T = 4, W = 3;
+            Vector inp = random_vector(B * T * W, 1), weight = random_vector(K * W, 2);
+            Vector dout = random_vector(B * T * W, 3);
+            auto loss = [&] { return dot(dout, short_conv_forward(inp, weight, B, T, W, K)); };
+            ShortConvGradients d = short_conv_backward(dout, inp, weight, B, T, W, K);
+            check_gradient("inp", inp, d.dinp, loss);
+            check_gradient("weight", weight, d.dweight, loss);
+        }
+    }
+    SUBCASE("qk_norm_rope") {
+        for (bool norm : {false, true})
+            for (bool rope : {false, true}) {
+                CAPTURE(norm);
+                CAPTURE(rope);
+                int B = 2, T = 3, H = 2, D = 4;
+                Vector inp = random_vector(B * T * 3 * H * D, 1), gain = random_vector(norm ? H : 0, 2);
+                Vector dout = random_vector(inp.size(), 3);
+                auto loss = [&] { return dot(dout, qk_norm_rope_forward(inp, gain, rope, B, T, H, D).out); };
+                QkNormRopeGradients d = qk_norm_rope_backward(dout, inp, gain, rope, B, T, H, D);
+                check_gradient("inp", inp, d.dinp, loss);
+                check_gradient("q_gain", gain, d.dq_gain, loss);
+            }
+    }
+    SUBCASE("cross_entropy") {
+        int N = 3, V = 5, Vp = 8;
+        std::vector<int> targets = {4, 0, 2};
+        Vector logits = random_vector(N * Vp, 1);
+        auto loss = [&] { return dot(cross_entropy(logits, targets, N, V, Vp).losses, Vector(N, 1.0)); };
+        check_gradient("logits", logits, cross_entropy(logits, targets, N, V, Vp).dlogits, loss);
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------
+// matmul
+
+namespace {
+
+void check_matmul(int M, int N, int K, bool trans_a, bool trans_b, bool accumulate, bool has_bias) {
+    CAPTURE(M);
+    CAPTURE(N);
+    CAPTURE(K);
+    CAPTURE(trans_a);
+    CAPTURE(trans_b);
+    CAPTURE(accumulate);
+    CAPTURE(has_bias);
+    Floats a = normal((size_t)M * K, 1), b = normal((size_t)K * N, 2), bias = normal(has_bias ? N : 0, 3);
+    Vector c = add_bias(matmul(to_double(a), to_double(b), M, N, K, trans_a, trans_b), to_double(bias));
+    const float* bias_or_null = has_bias ? bias.data() : nullptr;
+    Output output{"c", accumulate ? Output::added_to : Output::overwritten, c};
+    {
+        INFO("matmul_loops");
+        check_layer({a, b, bias}, {output}, [&](auto& o) {
+            cpu::matmul_loops(o["c"], a.data(), b.data(), M, N, K, trans_a, trans_b, accumulate,
+                              bias_or_null);
+        });
+    }
+    INFO("matmul");
+    check_layer({a, b, bias}, {output}, [&](auto& o) {
+        cpu::matmul(o["c"], a.data(), b.data(), M, N, K, trans_a, trans_b, accumulate, bias_or_null);
+    });
+}
+
+void check_linear(int N, int IC, int OC, bool has_bias, bool wants_dinp) {
+    CAPTURE(N);
+    CAPTURE(IC);
+    CAPTURE(OC);
+    CAPTURE(has_bias);
+    CAPTURE(wants_dinp);
+    Floats inp = normal((size_t)N * IC, 1), weight = normal((size_t)IC * OC, 2);
+    Floats bias = normal(has_bias ? OC : 0, 3), dout = normal((size_t)N * OC, 4);
+    Vector out = add_bias(matmul(to_double(inp), to_double(weight), N, OC, IC), to_double(bias));
+    check_layer({inp, weight, bias}, {{"out", Output::overwritten, out}}, [&](auto& o) {
+        cpu::matmul_forward(o["out"], inp.data(), weight.data(), has_bias ? bias.data() : nullptr, N, IC, OC);
+    });
+    MatmulGradients d = matmul_backward(to_double(dout), to_double(inp), to_double(weight), N, IC, OC);
+    std::vector<Output> outputs = {{"dweight", Output::added_to, d.dweight}};
+    if (wants_dinp) outputs.push_back({"dinp", Output::overwritten, d.dinp});
+    if (has_bias) outputs.push_back({"dbias", Output::added_to, d.dbias});
+    check_layer({dout, inp, weight}, outputs, [&](auto& o) {  // an output that is not listed is null
+        cpu::matmul_backward(o["dinp"], o["dweight"], o["dbias"], dout.data(), inp.data(), weight.data(), N,
+                             IC, OC);
+    });
+}
+
+}  // namespace
+
+TEST_CASE("matmul: all transposes, overwriting, accumulating, with bias") {
+    const int sizes[][3] = {{1, 1, 1},   {7, 5, 3},    {65, 257, 33}, {1, 130, 64},
+                            {64, 1, 80}, {64, 96, 48}, {3, 5, 4099}};
+    for (auto [M, N, K] : sizes)
+        for (bool trans_a : {false, true})
+            for (bool trans_b : {false, true}) {
+                check_matmul(M, N, K, trans_a, trans_b, false, false);
+                check_matmul(M, N, K, trans_a, trans_b, true, false);
+                check_matmul(M, N, K, trans_a, trans_b, false, true);
+            }
+}
+
+TEST_CASE("matmul: the linear layer") {
+    const int sizes[][3] = {{1, 1, 1}, {7, 5, 3}, {130, 64, 192}, {14, 80, 33}};
+    for (auto [N, IC, OC] : sizes)
+        for (bool has_bias : {false, true})
+            for (bool wants_dinp : {false, true}) check_linear(N, IC, OC, has_bias, wants_dinp);
+}
+
+// -----------------------------------------------------------------------------------------------------
+// embedding
+
+namespace {
+
+void check_embedding(int T, int C, int V, bool has_wpe) {
+    CAPTURE(T);
+    CAPTURE(C);
+    CAPTURE(V);
+    CAPTURE(has_wpe);
+    const int B = 2, positions = T + 3;  // the table may be longer than the sequence
+    std::vector<int> tokens = random_ints(B * T, V, 1);
+    tokens[0] = V - 1;
+    Floats wte = normal((size_t)V * C, 2), wpe = normal(has_wpe ? positions * C : 0, 3);
+    Floats dout = normal((size_t)B * T * C, 4);
+    Vector out = embedding_forward(tokens, to_double(wte), to_double(wpe), B, T, C);
+    check_layer({tokens, wte, wpe}, {{"out", Output::overwritten, out}}, [&](auto& o) {
+        cpu::embedding_forward(o["out"], tokens.data(), wte.data(), has_wpe ? wpe.data() : nullptr, B, T, C);
+    });
+    EmbeddingGradients d = embedding_backward(to_double(dout), tokens, B, T, C, V, positions);
+    std::vector<Output> outputs = {{"dwte", Output::added_to, d.dwte}};
+    if (has_wpe) outputs.push_back({"dwpe", Output::added_to, d.dwpe});
+    check_layer({tokens, dout}, outputs, [&](auto& o) {
+        cpu::embedding_backward(o["dwte"], o["dwpe"], dout.data(), tokens.data(), B, T, C);
+    });
+}
+
+}  // namespace
+
+TEST_CASE("embedding") {
+    for (int T : {1, 7, 64, 65, 130})
+        for (int C : {8, 33, 80})
+            for (int V : {2, 50})
+                for (bool has_wpe : {false, true}) check_embedding(T, C, V, has_wpe);
+}
+
+// -----------------------------------------------------------------------------------------------------
+// layernorm
+
+namespace {
+
+void check_layernorm(int N, int C, const Floats& inp, double tolerance) {
+    CAPTURE(N);
+    CAPTURE(C);
+    Floats delta = normal((size_t)N * C, 2), weight = normal(C, 3, 0.3, 1), bias = normal(C, 4);
+    Floats dout = normal((size_t)N * C, 5);
+    {
+        LayerNorm y = layernorm_forward(to_double(inp), to_double(weight), to_double(bias), N, C);
+        check_layer({inp, weight, bias},
+                    {{"out", Output::overwritten, y.out, tolerance},
+                     {"mean", Output::overwritten, y.mean, tolerance},
+                     {"rstd", Output::overwritten, y.rstd, tolerance}},
+                    [&](auto& o) {
+                        cpu::layernorm_forward(o["out"], o["mean"], o["rstd"], inp.data(), weight.data(),
+                                               bias.data(), N, C);
+                    });
+        LayerNormGradients d = layernorm_backward(to_double(dout), to_double(inp), to_double(weight), N, C);
+        Floats mean = to_float(y.mean), rstd = to_float(y.rstd);
+        check_layer({dout, inp, mean, rstd, weight},
+                    {{"dinp", Output::added_to, d.dinp, tolerance},
+                     {"dweight", Output::added_to, d.dweight, tolerance},
+                     {"dbias", Output::added_to, d.dbias, tolerance}},
+                    [&](auto& o) {
+                        cpu::layernorm_backward(o["dinp"], o["dweight"], o["dbias"], dout.data(), inp.data(),
+                                                mean.data(), rstd.data(), weight.data(), N, C);
+                    });
+    }
+    INFO("residual_layernorm");
+    Floats residual = inp;
+    for (size_t i = 0; i < inp.size(); i++) residual[i] += delta[i];
+    LayerNorm y = layernorm_forward(to_double(residual), to_double(weight), to_double(bias), N, C);
+    check_layer({inp, delta, weight, bias},
+                {{"residual", Output::overwritten, sum(to_double(inp), to_double(delta)), 1e-7},
+                 {"out", Output::overwritten, y.out, tolerance},
+                 {"mean", Output::overwritten, y.mean, tolerance},
+                 {"rstd", Output::overwritten, y.rstd, tolerance}},
+                [&](auto& o) {
+                    cpu::residual_layernorm_forward(o["residual"], o["out"], o["mean"], o["rstd"], inp.data(),
+                                                    delta.data(), weight.data(), bias.data(), N, C);
+                });
+}
+
+}  // namespace
+
+TEST_CASE("layernorm") {
+    for (int N : {1, 2, 14, 130})
+        for (int C : {3, 8, 33, 64, 80, 240}) check_layernorm(N, C, normal((size_t)N * C, 1, 1.5, 0.5), 1e-5);
+}
+
+TEST_CASE("layernorm: rows of mean 1000 and deviation 1 need the variance in two passes") {
+    // A mean rounded to float is off by up to 3e-5 here; E[x^2] - mean^2 in float would be off by 0.06 and
+    // more.
+    for (int C : {33, 64, 768}) check_layernorm(3, C, normal((size_t)3 * C, 1, 1, 1000), 1e-4);
+}
+
+TEST_CASE("layernorm: constant rows and rows of zeros") {
+    int N = 2, C = 40;
+    Floats inp(N * C, 0.0f), weight = normal(C, 1), bias = normal(C, 2), out(N * C, kNan), mean(N), rstd(N);
+    std::fill(inp.begin() + C, inp.end(), 3.0f);
+    cpu::layernorm_forward(out.data(), mean.data(), rstd.data(), inp.data(), weight.data(), bias.data(), N,
+                           C);
+    for (int i = 0; i < N * C; i++) CHECK(std::abs(out[i] - bias[i % C]) < 1e-3);
+    for (float r : rstd) CHECK(r == doctest::Approx(1 / std::sqrt(1e-5)).epsilon(1e-4));
+}
+
+TEST_CASE("layernorm: a NaN comes out as NaN") {
+    int N = 3, C = 37;
+    Floats weight = normal(C, 2), bias = normal(C, 3);
+    for (int c = 0; c < C; c++) {
+        CAPTURE(c);
+        Floats inp = normal(N * C, 1), delta = normal(N * C, 4), mean(N), rstd(N), out(N * C),
+               residual(N * C);
+        Floats dout = normal(N * C, 5), dinp(N * C), dweight(C), dbias(C);
+        cpu::layernorm_forward(out.data(), mean.data(), rstd.data(), inp.data(), weight.data(), bias.data(),
+                               N, C);
+        Floats nan_dout = dout;
+        nan_dout[C + c] = kNan;
+        cpu::layernorm_backward(dinp.data(), dweight.data(), dbias.data(), nan_dout.data(), inp.data(),
+                                mean.data(), rstd.data(), weight.data(), N, C);
+        CHECK(none_nan(&dinp[0], C));
+        CHECK(all_nan(&dinp[C], C));
+        CHECK(none_nan(&dinp[2 * C], C));
+        CHECK(is_nan(dweight[c]));
+        CHECK(is_nan(dbias[c]));
+
+        inp[C + c] = kNan;
+        cpu::layernorm_forward(out.data(), mean.data(), rstd.data(), inp.data(), weight.data(), bias.data(),
+                               N, C);
+        CHECK(none_nan(&out[0], C));
+        CHECK(all_nan(&out[C], C));
+        CHECK(none_nan(&out[2 * C], C));
+        CHECK(is_nan(mean[1]));
+        CHECK(is_nan(rstd[1]));
+        cpu::residual_layernorm_forward(residual.data(), out.data(), mean.data(), rstd.data(), delta.data(),
+                                        inp.data(), weight.data(), bias.data(), N, C);
+        CHECK(all_nan(&out[C], C));
+        CHECK(none_nan(&out[2 * C], C));
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// gelu
+
+TEST_CASE("gelu: every value over [-30, 30]") {
+    // The error is relative to the value itself down to x = -10, where it ends below a float's smallest
+    // normal number; e^(-2u) turns one rounding of u into |2u| of them, hence not 1e-6. The two terms of the
+    // derivative cancel near x = -0.75.
+    const double kTolerance = 2e-5, kSmallest = 1e-36;
+    Floats x;
+    for (double value = -30; value <= 30; value += 1.0 / 512) x.push_back((float)value);
+    x.push_back(1e-30f);
+    x.push_back(-1e-4f);
+    Floats dout = normal(x.size(), 1), out(x.size(), kNan), dinp(x.size(), kNan);
+    cpu::gelu_forward(out.data(), x.data(), x.size());
+    cpu::gelu_backward(dinp.data(), dout.data(), x.data(), x.size());
+    for (size_t i = 0; i < x.size(); i++) {
+        double y = gelu(x[i]), dx = dout[i] * gelu_derivative(x[i]).value();
+        double y_error = kTolerance * std::abs(y) + kSmallest;
+        double dx_error = std::abs(dout[i]) * (kTolerance * gelu_derivative(x[i]).magnitude() + kSmallest);
+        CAPTURE(x[i]);
+        CAPTURE(y);
+        CAPTURE(dx);
+        CHECK(std::abs(out[i] - y) <= y_error);
+        CHECK(std::abs(dinp[i] - dx) <= dx_error);
+    }
+}
+
+TEST_CASE("gelu: sizes, and backward in place") {
+    for (size_t n : {1, 7, 16, 33, 1000, 70001}) {
+        CAPTURE(n);
+        Floats x = normal(n, 1, 2), dout = normal(n, 2);
+        Vector y(n), dx(n);
+        for (size_t i = 0; i < n; i++) {
+            y[i] = gelu(x[i]);
+            dx[i] = dout[i] * gelu_derivative(x[i]).value();
+        }
+        check_layer({x}, {{"out", Output::overwritten, y}},
+                    [&](auto& o) { cpu::gelu_forward(o["out"], x.data(), n); });
+        check_layer({x, dout}, {{"dinp", Output::overwritten, dx}},
+                    [&](auto& o) { cpu::gelu_backward(o["dinp"], dout.data(), x.data(), n); });
+        check_layer({x}, {{"dinp", Output::in_place, dx, 1e-5, dout}},
+                    [&](auto& o) { cpu::gelu_backward(o["dinp"], o["dinp"], x.data(), n); });
+    }
+}
+
+TEST_CASE("gelu: NaN and infinity") {
+    for (size_t at = 0; at < 37; at++) {
+        Floats x = normal(37, 1), out(37), dinp(37), dout(37, 1.0f);
+        x[at] = kNan;
+        cpu::gelu_forward(out.data(), x.data(), x.size());
+        cpu::gelu_backward(dinp.data(), dout.data(), x.data(), x.size());
+        for (size_t i = 0; i < x.size(); i++) {
+            CHECK(is_nan(out[i]) == (i == at));
+            CHECK(is_nan(dinp[i]) == (i == at));
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------
+// short_conv
+
+namespace {
+
+void check_short_conv(int T, int W, int K) {
+    CAPTURE(T);
+    CAPTURE(W);
+    CAPTURE(K);
+    const int B = 2;
+    Floats inp = normal((size_t)B * T * W, 1), weight = normal((size_t)K * W, 2);
+    Floats dout = normal((size_t)B * T * W, 3);
+    Vector out = short_conv_forward(to_double(inp), to_double(weight), B, T, W, K);
+    check_layer({inp, weight}, {{"out", Output::overwritten, out}},
+                [&](auto& o) { cpu::short_conv_forward(o["out"], inp.data(), weight.data(), B, T, W, K); });
+    ShortConvGradients d =
+        short_conv_backward(to_double(dout), to_double(inp), to_double(weight), B, T, W, K);
+    check_layer({dout, inp, weight},
+                {{"dinp", Output::overwritten, d.dinp}, {"dweight", Output::added_to, d.dweight}},
+                [&](auto& o) {
+                    cpu::short_conv_backward(o["dinp"], o["dweight"], dout.data(), inp.data(), weight.data(),
+                                             B, T, W, K);
+                });
+}
+
+}  // namespace
+
+TEST_CASE("short_conv") {
+    for (int T : {1, 7, 64, 65, 130})
+        for (int W : {3, 24, 99, 240})
+            for (int K : {1, 2, 4, T + 3}) check_short_conv(T, W, K);
+}
+
+TEST_CASE("short_conv: the identity kernel changes no bit") {
+    int B = 2, T = 9, W = 21, K = 4;
+    Floats inp = normal(B * T * W, 1), weight(K * W), out(B * T * W, kNan);
+    std::fill(weight.begin(), weight.begin() + W, 1.0f);
+    cpu::short_conv_forward(out.data(), inp.data(), weight.data(), B, T, W, K);
+    CHECK(out == inp);
+}
+
+// --------------------------------------------------------------------------------------------------
+// qk_norm_rope
+
+TEST_CASE("rope_table: good to the last bits of a float, at late positions too") {
+    for (int D : {2, 8, 64, 80}) {
+        int T = 2048;
+        Floats table = cpu::rope_table(T, D);
+        REQUIRE(table.size() == (size_t)T * D);
+        double worst = 0;
+        for (int t = 0; t < T; t++)
+            for (int i = 0; i < D / 2; i++) {
+                double angle = rope_angle(t, i, D);
+                worst = std::max(worst, std::abs(table[(size_t)t * D + i] - std::cos(angle)));
+                worst = std::max(worst, std::abs(table[(size_t)t * D + D / 2 + i] - std::sin(angle)));
+            }
+        CAPTURE(D);
+        CHECK(worst < 1e-7);
+    }
+}
+
+namespace {
+
+void check_qk_norm_rope(int T, int H, int D, bool norm, bool rope) {
+    CAPTURE(T);
+    CAPTURE(H);
+    CAPTURE(D);
+    CAPTURE(norm);
+    CAPTURE(rope);
+    const int B = 2;
+    const size_t n = (size_t)B * T * 3 * H * D;
+    Floats inp = normal(n, 1, 2), gain = normal(norm ? H : 0, 2, 0.5, 1), dout = normal(n, 3);
+    Floats table = rope ? cpu::rope_table(T, D) : Floats();
+    const float* gain_or_null = norm ? gain.data() : nullptr;
+    const float* table_or_null = rope ? table.data() : nullptr;
+
+    QkNormRope y = qk_norm_rope_forward(to_double(inp), to_double(gain), rope, B, T, H, D);
+    std::vector<Output> outputs = {{"out", Output::overwritten, y.out}};
+    if (norm) outputs.push_back({"rstd", Output::overwritten, y.rstd});  // without norm it may be null
+    std::vector<Floats> result = check_layer({inp, gain, table}, outputs, [&](auto& o) {
+        cpu::qk_norm_rope_forward(o["out"], o["rstd"], inp.data(), gain_or_null, table_or_null, B, T, H, D);
+    });
+    bool v_is_copied = true;
+    for (size_t i = 0; i < n; i++) v_is_copied &= i / (H * D) % 3 != 2 || result[0][i] == inp[i];
+    CHECK(v_is_copied);
+
+    QkNormRopeGradients d =
+        qk_norm_rope_backward(to_double(dout), to_double(inp), to_double(gain), rope, B, T, H, D);
+    Floats rstd = norm ? to_float(y.rstd) : Floats(y.rstd.size(), kNan);
+    for (bool in_place : {false, true}) {
+        CAPTURE(in_place);
+        outputs = {{"dinp", Output::overwritten, d.dinp}};
+        if (in_place) outputs = {{"dinp", Output::in_place, d.dinp, 1e-5, dout}};
+        if (norm) outputs.push_back({"dq_gain", Output::added_to, d.dq_gain});
+        check_layer({dout, inp, rstd, gain, table}, outputs, [&](auto& o) {
+            cpu::qk_norm_rope_backward(o["dinp"], o["dq_gain"], in_place ? o["dinp"] : dout.data(),
+                                       inp.data(), rstd.data(), gain_or_null, table_or_null, B, T, H, D);
+        });
+    }
+}
+
+}  // namespace
+
+TEST_CASE("qk_norm_rope") {
+    for (int T : {1, 7, 64, 65, 130})
+        for (int D : {2, 8, 32, 64, 80})
+            for (int H : {1, 3})
+                for (bool norm : {false, true})
+                    for (bool rope : {false, true}) check_qk_norm_rope(T, H, D, norm, rope);
+}
+
+TEST_CASE("qk_norm_rope: odd heads without rotation, rows of zeros, NaN") {
+    int B = 2, T = 3, H = 3, D = 5, C = H * D;
+    Floats inp = normal(B * T * 3 * C, 1), gain = normal(H, 2), out(inp.size(), kNan),
+           rstd(B * T * 2 * H, kNan);
+    std::fill(inp.begin(), inp.begin() + D, 0.0f);  // q of the first token and head
+    inp[3 * C + C + 2 * D + 4] = kNan;              // k of the second token and last head
+    cpu::qk_norm_rope_forward(out.data(), rstd.data(), inp.data(), gain.data(), nullptr, B, T, H, D);
+    Vector expected = qk_norm_rope_forward(to_double(inp), to_double(gain), false, B, T, H, D).out;
+    for (size_t i = 0; i < out.size(); i++) {
+        CAPTURE(i);
+        bool in_nan_head = i >= size_t(4 * C + 2 * D) && i < size_t(4 * C + 3 * D);
+        CHECK(is_nan(out[i]) == in_nan_head);
+        if (!in_nan_head) CHECK(std::abs(out[i] - expected[i]) <= 1e-6 * (1 + std::abs(expected[i])));
+    }
+    CHECK(rstd[0] == doctest::Approx(1000.0));
+}
+
+// -------------------------------------------------------------------------------------------------
+// cross_entropy
+
+namespace {
+
+void check_cross_entropy(int N, int V, int Vp, Floats logits /*(N,Vp)*/) {
+    CAPTURE(N);
+    CAPTURE(V);
+    CAPTURE(Vp);
+    for (int n = 0; n < N; n++) std::fill(&logits[(size_t)n * Vp] + V, &logits[(size_t)n * Vp] + Vp, kNan);
+    std::vector<int> targets = random_ints(N, V, 2);
+    targets[0] = V - 1;
+    CrossEntropy y = cross_entropy(to_double(logits), targets, N, V, Vp);
+    for (float dloss : {1.0f, 0.125f / N, -3.0f}) {
+        CAPTURE(dloss);
+        check_layer(
+            {targets},
+            {{"losses", Output::overwritten, y.losses},
+             {"logits", Output::in_place, scaled(y.dlogits, dloss), 1e-5, logits}},
+            [&](auto& o) { cpu::cross_entropy(o["losses"], o["logits"], targets.data(), dloss, N, V, Vp); });
+    }
+    INFO("dloss 0");
+    Floats untouched = logits;
+    check_layer({targets}, {{"losses", Output::overwritten, y.losses}}, [&](auto& o) {
+        cpu::cross_entropy(o["losses"], untouched.data(), targets.data(), 0.0f, N, V, Vp);
+    });
+    CHECK(same_bits(untouched, logits));
+}
+
+}  // namespace
+
+TEST_CASE("cross_entropy") {
+    const int sizes[][3] = {{1, 2, 2},   {5, 2, 16},     {7, 50, 64},  {14, 65, 128},
+                            {2, 64, 64}, {3, 999, 1024}, {130, 33, 33}};
+    for (auto [N, V, Vp] : sizes) check_cross_entropy(N, V, Vp, normal((size_t)N * Vp, 1, 2));
+}
+
+TEST_CASE("cross_entropy: large logits do not overflow") {
+    int N = 6, V = 37, Vp = 48;
+    Floats logits(N * Vp);
+    for (int n = 0; n < N; n++)
+        for (int v = 0; v < Vp; v++) logits[n * Vp + v] = (v * 7 + n) % 3 == 0 ? 80.0f : -80.0f;
+    check_cross_entropy(N, V, Vp, logits);
+    for (float& x : logits) x *= 100;
+    check_cross_entropy(N, V, Vp, logits);
+    std::fill(logits.begin(), logits.end(), -500.0f);
+    check_cross_entropy(N, V, Vp, logits);
+}
+
+TEST_CASE("cross_entropy: a NaN comes out as NaN") {
+    int N = 3, V = 37, Vp = 48;
+    for (int v = 0; v < V; v++) {
+        CAPTURE(v);
+        Floats logits = normal(N * Vp, 1), losses(N);
+        logits[Vp + v] = kNan;
+        std::vector<int> targets = {0, 5, 36};
+        cpu::cross_entropy(losses.data(), logits.data(), targets.data(), 0.0f, N, V, Vp);
+        CHECK(is_nan(losses[1]));
+        cpu::cross_entropy(losses.data(), logits.data(), targets.data(), 1.0f, N, V, Vp);
+        CHECK(none_nan(&losses[0], 1));
+        CHECK(is_nan(losses[1]));
+        CHECK(none_nan(&losses[2], 1));
+        CHECK(none_nan(&logits[0], Vp));
+        CHECK(all_nan(&logits[Vp], V));
+        CHECK(none_nan(&logits[2 * Vp], Vp));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// adamw
+
+TEST_CASE("adamw: several steps") {
+    struct Case {
+        float learning_rate, beta1, beta2, eps, weight_decay, grad_scale;
+        int first_step;
+    };
+    // The parameters are as small as the updates, and some eps as large as the gradients, so that each term
+    // shows.
+    const Case cases[] = {
+        {0.01f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.0f, 1},    {0.01f, 0.9f, 0.999f, 1e-2f, 0.0f, 0.3f, 1},
+        {0.003f, 0.5f, 0.9f, 0.5f, 10.0f, 2.0f, 1},    {0.01f, 0.0f, 0.95f, 1e-8f, 1.0f, 1.0f, 1},
+        {0.01f, 0.9f, 0.95f, 1e-8f, 0.1f, 0.7f, 1000}, {0.0f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.0f, 1}};
+    for (const Case& c : cases)
+        for (size_t n : {1, 7, 33, 100003}) {
+            CAPTURE(&c - cases);
+            CAPTURE(n);
+            Floats param = normal(n, 1, 0.02), m = normal(n, 2, c.first_step > 1 ? 0.1 : 0), v(n);
+            for (size_t i = 0; i < n; i++) v[i] = m[i] * m[i] * 1.5f;
+            AdamW expected{to_double(param), to_double(m), to_double(v)};
+            for (int step = c.first_step; step < c.first_step + 5; step++) {
+                CAPTURE(step);
+                Floats grad = normal(n, 100 + step, 0.5);
+                grad[n / 2] = 0;
+                expected.update(to_double(grad), c.learning_rate, c.beta1, c.beta2, c.eps, c.weight_decay,
+                                c.grad_scale, step);
+                std::vector<Floats> after = check_layer(
+                    {grad},
+                    {{"param", Output::in_place, expected.param, 1e-5, param},
+                     {"m", Output::in_place, expected.m, 1e-5, m},
+                     {"v", Output::in_place, expected.v, 1e-5, v}},
+                    [&](auto& o) {
+                        cpu::adamw_update(o["param"], grad.data(), o["m"], o["v"], n, c.learning_rate,
+                                          c.beta1, c.beta2, c.eps, c.weight_decay, c.grad_scale, step);
+                    });
+                param = after[0], m = after[1], v = after[2];
+            }
+        }
+}
+
+TEST_CASE("adamw: a weight without a gradient only decays, and a NaN stays where it is") {
+    Floats param = {1.0f, 2.0f, 3.0f}, grad = {0.0f, kNan, 1.0f}, m(3), v(3);
+    cpu::adamw_update(param.data(), grad.data(), m.data(), v.data(), 3, 0.1f, 0.9f, 0.95f, 1e-8f, 0.5f, 1.0f,
+                      1);
+    CHECK(param[0] == doctest::Approx(0.95));
+    CHECK(is_nan(param[1]));
+    CHECK(param[2] == doctest::Approx(3 * 0.95 - 0.1));
+}
+
+TEST_CASE("sum_of_squares: accurate, and the same bits whatever the number of threads") {
+    for (size_t n : {0, 1, 7, 33, 4097, 100003, 10000000}) {
+        CAPTURE(n);
+        Floats x = normal(n, 1, 1, 0.5);
+        double expected = 0;
+        for (float value : x) expected += (double)value * value;
+        double one, two, three;
+        {
+            Threads threads(1);
+            one = cpu::sum_of_squares(x.data(), n);
+        }
+        {
+            Threads threads(2);
+            two = cpu::sum_of_squares(x.data(), n);
+            CHECK(cpu::sum_of_squares(x.data(), n) == two);
+        }
+        {
+            Threads threads(3);
+            three = cpu::sum_of_squares(x.data(), n);
+        }
+        CHECK(std::abs(one - expected) <= 1e-9 * expected);
+        CHECK(one == two);
+        CHECK(one == three);
+    }
+}
+
+TEST_CASE("sum_of_squares: squares beyond a float's range, NaN and infinity") {
+    Floats x(1000, 1e-30f);
+    CHECK(cpu::sum_of_squares(x.data(), x.size()) == doctest::Approx(1e-57).epsilon(1e-5));
+    x[3] = 1e30f;
+    CHECK(cpu::sum_of_squares(x.data(), x.size()) == doctest::Approx(1e60).epsilon(1e-5));
+    x[5] = std::numeric_limits<float>::infinity();
+    CHECK(cpu::sum_of_squares(x.data(), x.size()) == std::numeric_limits<double>::infinity());
+    for (size_t n : {1, 37, 100003})
+        for (size_t at : {size_t(0), n / 3, n / 2, n - 1}) {
+            CAPTURE(n);
+            CAPTURE(at);
+            x = normal(n, 1);
+            x[at] = kNan;
+            CHECK(is_nan((float)cpu::sum_of_squares(x.data(), n)));
+        }
+}

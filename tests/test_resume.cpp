@@ -1,0 +1,491 @@
+// Checkpoints: a run that is killed, stopped or out of disk space at any moment goes on with --resume as if
+// nothing had happened. tests/fault_preload.c counts the program's calls that change the disk and interferes
+// at the n-th; what is on the disk changes at no other moment.
+#include <algorithm>
+#include <cerrno>
+#include <functional>
+#include <set>
+
+#include "tests/cli.h"
+
+namespace {
+
+using namespace cli;
+namespace fs = std::filesystem;
+
+const std::string kFlags =
+    kSizes +
+    " --attention poly2 --batch 2 --total-batch 64 --lr 1e-2 --warmup 10 --val-every 25 "
+    "--sample-every 25 --sample-tokens 4 --checkpoint-every 10 ";
+
+// 50 steps without a stop: 8 epochs of 23 sequences and a part, 2 micro-batches a step, checkpoints at 10,
+// 20,
+// ..., 50. And the same run in the middle: checkpoints of step 10 and 20, a log that has gone on to a part of
+// a line after step 27, and what a checkpoint that was not finished left.
+struct Runs {
+    TempFolder folder;
+    const std::string data = folder / "data", whole = folder / "whole", begun = folder / "begun";
+    std::vector<Json> metrics;
+
+    Runs();
+    std::string train(const std::string& out) const {
+        return "train --threads 2 --steps 50 --data " + data + " --out " + out + kFlags;
+    }
+};
+
+std::string step_name(int step) {
+    return str("step_000000", step < 10 ? "0" : "", step);
+}
+
+// What does not depend on the clock.
+std::vector<Json> timeless_metrics(const std::string& out) {
+    std::vector<Json> entries = read_metrics(out);
+    for (Json& entry : entries) entry.erase("ms"), entry.erase("tokens_per_second");
+    return entries;
+}
+
+std::set<std::string> names_in(const std::string& folder) {
+    std::set<std::string> names;
+    for (const auto& entry : fs::directory_iterator(folder)) names.insert(entry.path().filename().string());
+    return names;
+}
+
+const Strings kModelFiles = {"config.json", "model.safetensors", "tokenizer.json", "optimizer.safetensors"};
+
+Runs::Runs() {
+    write_dataset(data, kTokenizerVocab, random_tokens(23 * 16 + 1, kTokenizerVocab, 1),
+                  random_tokens(65, kTokenizerVocab, 2));
+    check_done(train_gpt(train(whole) + " --keep-checkpoints 0"));
+    metrics = timeless_metrics(whole);
+    fs::create_directory(begun);
+    for (int step : {10, 20}) fs::copy(whole + "/" + step_name(step), begun + "/" + step_name(step));
+    const std::string log = get_file(whole + "/metrics.jsonl");
+    put_file(begun + "/metrics.jsonl", log.substr(0, log.find("{\"step\":28") + 20));
+    fs::create_directory(begun + "/step_00000030.tmp");
+    put_file(begun + "/step_00000030.tmp/config.json", "{");
+}
+
+const Runs& runs() {
+    static const Runs runs;
+    return runs;
+}
+
+// A checkpoint that has its final name has the bytes it ought to have.
+void check_checkpoints(const std::string& out) {
+    for (const std::string& name : names_in(out)) {
+        if (name.rfind("step_", 0) != 0 || contains(name, ".tmp")) continue;
+        CAPTURE(name);
+        CHECK(names_in(out + "/" + name).size() == kModelFiles.size() + 1);
+        if (!fs::exists(runs().whole + "/" + name)) continue;  // of a step at which a signal came
+        for (const std::string& file : kModelFiles)
+            CHECK((get_file(out + "/" + name + "/" + file) ==
+                   get_file(runs().whole + "/" + name + "/" + file)));
+    }
+}
+
+// The end of the run without a stop: each step is logged once, and the last checkpoint is the same.
+void check_same_end(const std::string& out) {
+    CHECK(timeless_metrics(out) == runs().metrics);
+    CHECK(names_in(out).count("step_00000050") == 1);
+    check_checkpoints(out);
+}
+
+Run fault(const std::string& folder, int n, const std::string& what, int value = 0,
+          const std::string& log = "") {
+    return {
+        {"LD_PRELOAD=" + fs::absolute(environment("LLMC_FAULT_PRELOAD", "build/fault_preload.so")).string(),
+         "FAULT_FOLDER=" + folder, str("FAULT_AT=", n), "FAULT_DO=" + what, str("FAULT_VALUE=", value),
+         "FAULT_LOG=" + log}};
+}
+
+std::string resume(const std::string& out, const std::string& flags = "") {
+    return "train --threads 2 --resume --out " + out + " --keep-checkpoints 2 " + flags;
+}
+
+void copy_begun(const std::string& out) {
+    fs::remove_all(out);
+    fs::copy(runs().begun, out, fs::copy_options::recursive);
+}
+
+struct Call {
+    std::string name, path;  // the path below the folder of the run
+
+    bool needs_space() const { return name != "unlink" && name != "rename"; }
+    bool operator==(const Call& other) const { return name == other.name && path == other.path; }
+};
+
+// The calls of a run that goes on from `begun`, up to the first after checkpoint 30 is written and 10
+// deleted.
+const std::vector<Call>& calls() {
+    static const std::vector<Call> calls = [] {
+        const TempFolder folder;
+        const std::string out = folder / "out", log = folder / "log";
+        copy_begun(out);
+        CHECK(train_gpt(resume(out), {}, fault(out, 0, "", 0, log)).status == 0);
+        std::vector<Call> all;
+        bool deleting = false, end = false;
+        for (const std::string& line : lines_of(get_file(log))) {
+            const size_t space = line.find(' ');
+            const std::string path = line.substr(space + 1);
+            const Call call = {line.substr(0, space), path == out ? "" : path.substr(out.size() + 1)};
+            if (end) break;
+            all.push_back(call);
+            if (contains(call.path, "step_00000010.tmp")) deleting = true;
+            end = deleting && call.path == "metrics.jsonl";
+        }
+        CHECK(end);
+        return all;
+    }();
+    return calls;
+}
+
+// Is call n, counted from 1, one of several equal ones in a row, neither the first nor the last?
+bool repeated(int n) {
+    return n > 1 && n < (int)calls().size() && calls()[n - 2] == calls()[n - 1] &&
+           calls()[n] == calls()[n - 1];
+}
+
+int call_number(const Call& wanted) {
+    const auto found = std::find(calls().begin(), calls().end(), wanted);
+    REQUIRE_MESSAGE(found != calls().end(), wanted.name, " ", wanted.path);
+    return (int)(found - calls().begin()) + 1;
+}
+
+// Resumes `out` after an accident, to the end. Folders of checkpoints that were not finished must be
+// reported.
+void check_resumes(const std::string& out) {
+    check_checkpoints(out);
+    Strings unfinished;
+    for (const std::string& name : names_in(out))
+        if (name.rfind("step_", 0) == 0 && contains(name, ".tmp")) unfinished.push_back(name);
+    const Result result = train_gpt(resume(out));
+    CAPTURE(result.err);
+    CHECK(result.status == 0);
+    CHECK(lines_of(result.err).size() == unfinished.size());
+    for (const std::string& name : unfinished) CHECK(contains(result.err, out + "/" + name + ": incomplete"));
+    check_same_end(out);
+    CHECK(names_in(out) == std::set<std::string>{"metrics.jsonl", "step_00000040", "step_00000050"});
+}
+
+}  // namespace
+
+TEST_CASE("resume: a checkpoint gets its name when it is on the disk, and only then the old one goes") {
+    const int renamed = call_number({"rename", step_name(30)}),
+              folder_synced = call_number({"fsync", step_name(30) + ".tmp"});
+    CHECK(folder_synced < renamed);
+    CHECK(calls()[renamed] == Call{"fsync", ""});
+    CHECK(call_number({"rename", step_name(10) + ".tmp"}) > renamed + 1);
+    Strings files = kModelFiles;
+    files.push_back("trainer.json");
+    for (const std::string& name : files) {
+        const std::string path = step_name(30) + ".tmp/" + name;
+        const int opened = call_number({"open", path}), synced = call_number({"fsync", path});
+        CHECK(opened < call_number({"write", path}));
+        CHECK(synced < folder_synced);
+        for (int n = synced; n < (int)calls().size(); n++) CHECK(calls()[n].path != path);
+    }
+}
+
+TEST_CASE("resume: killed at any moment, a run goes on as if it had not been") {
+    const TempFolder folder;
+    const std::string out = folder / "out";
+    REQUIRE(calls().size() > 40);
+    for (int n = 1; n <= (int)calls().size(); n++) {
+        if (repeated(n)) continue;
+        CAPTURE(n);
+        const Call& call = calls()[n - 1];
+        CAPTURE(call.name);
+        CAPTURE(call.path);
+        copy_begun(out);
+        CHECK(train_gpt(resume(out), {}, fault(out, n, "signal", SIGKILL)).status == -SIGKILL);
+        check_resumes(out);
+        if (call.name != "write") continue;
+        copy_begun(out);
+        CHECK(train_gpt(resume(out), {}, fault(out, n, "half")).status == -SIGKILL);
+        check_resumes(out);
+    }
+}
+
+TEST_CASE(
+    "resume: a disk that is full or fails stops the run with a clear message and leaves what was whole") {
+    const TempFolder folder;
+    const std::string out = folder / "out";
+    for (int n = 1; n <= (int)calls().size(); n++) {
+        if (repeated(n)) continue;
+        CAPTURE(n);
+        const Call& call = calls()[n - 1];
+        CAPTURE(call.name);
+        CAPTURE(call.path);
+        for (const char* what : {"error", "full"}) {
+            CAPTURE(what);
+            const bool full = what == std::string("full");
+            if (full && !call.needs_space()) continue;
+            copy_begun(out);
+            const Result result = train_gpt(resume(out), {}, fault(out, n, what, EIO));
+            // What cannot be deleted stops no run.
+            const bool deletion =
+                call.name == "unlink" || (call.name == "rename" && contains(call.path, "step_00000010"));
+            if (deletion) {
+                CHECK(result.status == 0);
+            } else {
+                check_failed(result, 1,
+                             {out + (full              ? "/"
+                                     : call.path == "" ? ""
+                                                       : "/" + call.path),
+                              full ? "" : "Input/output error"});
+                for (const std::string& name : names_in(out)) CHECK_FALSE(contains(name, ".tmp"));
+            }
+            check_resumes(out);
+        }
+    }
+}
+
+TEST_CASE("resume: a full disk at the start, and under dump") {
+    const TempFolder folder;
+    const std::string out = folder / "out";
+    check_failed(train_gpt(runs().train(out), {}, fault(out, 1, "full")), 1, {out, "No space left"});
+    CHECK_FALSE(fs::exists(out));
+    fs::create_directory(out);
+    const std::string dump = "dump --threads 2 --batch 1 --seq 16 --data " + runs().data + " --model " +
+                             runs().whole + " --file " + out + "/dump";
+    int n = 0;
+    for (;;) {
+        const Result result = train_gpt(dump, {}, fault(out, ++n, "full"));
+        if (result.status == 0) break;
+        check_failed(result, 1, {out + "/dump", "No space left"});
+        CHECK(names_in(out).empty());
+        REQUIRE(n < 50);
+    }
+    CHECK(n > 3);
+    CHECK(names_in(out) == std::set<std::string>{"dump"});
+}
+
+TEST_CASE("resume: killed a dozen times at random, a run still ends as if it had not been") {
+    const TempFolder folder;
+    const std::string out = folder / "out";
+    using Clock = std::chrono::steady_clock;
+    const Clock::time_point start = Clock::now();
+    check_done(train_gpt(runs().train(folder / "timed")));
+    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    std::mt19937 random(1);
+    int killed = 0;
+    for (int i = 0; i < 12; i++) {
+        Run run;
+        run.kill_after = seconds * (0.2 + 0.8 * (random() % 1000) / 1000);
+        killed += train_gpt(runs().train(out) + " --resume", {}, run).status == -SIGKILL;
+    }
+    CHECK(killed > 0);
+    CHECK(train_gpt(runs().train(out) + " --resume").status == 0);
+    check_same_end(out);
+}
+
+TEST_CASE("resume: SIGTERM and Ctrl-C finish the step and write a checkpoint") {
+    const TempFolder folder;
+    for (int signal : {SIGTERM, SIGINT}) {
+        // mkdir, open, the first validation and step 1 are calls 1 to 4; a checkpoint begins with call 14.
+        for (int n : {4, 10, 16}) {
+            CAPTURE(n);
+            const std::string out = folder / str("out", signal, "_", n);
+            const int step = std::min(n - 3, 10);
+            const Result result = train_gpt(runs().train(out), {}, fault(out, n, "signal", signal));
+            CHECK(result.status == 130);
+            CHECK(result.err == "");
+            CHECK(contains(result.out, str("stopped after step ", step, ";")));
+            CHECK(timeless_metrics(out).back().at("step") == step);
+            CHECK(names_in(out) == std::set<std::string>{"metrics.jsonl", step_name(step)});
+            check_done(train_gpt(resume(out)));
+            check_same_end(out);
+        }
+    }
+    // A second Ctrl-C ends the program at once. There is no checkpoint yet, so --resume starts anew.
+    const std::string out = folder / "twice";
+    CHECK(train_gpt(runs().train(out), {}, fault(out, 10, "twice", SIGINT)).status == -SIGINT);
+    CHECK(names_in(out) == std::set<std::string>{"metrics.jsonl"});
+    const Result again = train_gpt(runs().train(out) + " --resume");
+    check_done(again);
+    CHECK(contains(again.out, "nothing to resume in " + out));
+    check_same_end(out);
+    // Without checkpoints there is nothing to go on with, which must not be promised.
+    const std::string none = folder / "none";
+    const Result stopped = train_gpt(
+        "train --threads 2 --batch 2 --checkpoint-every 0 --data " + runs().data + " --out " + none + kSizes,
+        {}, fault(none, 10, "signal", SIGTERM));
+    CHECK(stopped.status == 130);
+    CHECK(contains(stopped.out, "stopped after step 7"));
+    CHECK_FALSE(contains(stopped.out, "--resume"));
+}
+
+TEST_CASE("resume: with nothing to resume, with a checkpoint's name, and after the end") {
+    const TempFolder folder;
+    const std::string out = folder / "out", other = folder / "other";
+    const Result fresh = train_gpt(runs().train(out) + " --resume --keep-checkpoints 2");
+    check_done(fresh);
+    CHECK(contains(fresh.out, "nothing to resume in " + out));
+    check_same_end(out);
+    CHECK(names_in(out) == std::set<std::string>{"metrics.jsonl", "step_00000040", "step_00000050"});
+
+    const std::string log = get_file(out + "/metrics.jsonl");
+    check_done(train_gpt(resume(out)));
+    CHECK(get_file(out + "/metrics.jsonl") == log);
+    check_checkpoints(out);
+
+    const Result named =
+        train_gpt("train --threads 2 --out " + other + " --resume " + runs().whole + "/step_00000030");
+    check_done(named);
+    CHECK(contains(named.out, "step_00000030 after step 30"));
+    check_checkpoints(other);
+    CHECK(names_in(other).count("step_00000050") == 1);
+    std::vector<Json> rest = runs().metrics;
+    rest.erase(rest.begin(),
+               std::find_if(rest.begin(), rest.end(), [](const Json& e) { return e.at("step") == 31; }));
+    CHECK(timeless_metrics(other) == rest);
+    // A model is no checkpoint.
+    copy_model(runs().whole + "/step_00000030", folder / "model");
+    check_failed(train_gpt("train --out " + (folder / "new") + " --resume " + (folder / "model")), 1,
+                 {folder / "model", "trainer.json"});
+    check_failed(train_gpt("train --out " + (folder / "new") + " --resume " + (folder / "lost")), 1,
+                 {folder / "lost"});
+    check_failed(train_gpt("train --resume --out " + (folder / "new")), 2, {"--data"});
+    CHECK_FALSE(fs::exists(folder / "new"));
+}
+
+TEST_CASE("resume: from further back, later checkpoints no longer count") {
+    const TempFolder folder;
+    const std::string out = folder / "out", back = " --resume " + out + "/step_00000020";
+    fs::copy(runs().whole, out, fs::copy_options::recursive);
+    // With another learning rate, to step 30, which has a checkpoint from before.
+    const Result result =
+        train_gpt("train --threads 2 --steps 30 --lr 1e-3 --keep-checkpoints 2 --out " + out + back);
+    CHECK(result.status == 0);
+    CHECK(contains(result.out, "--lr 0.001 (was 0.01)"));
+    CHECK(timeless_metrics(out).back().at("step") == 30);
+    CHECK((get_file(out + "/step_00000030/model.safetensors") !=
+           get_file(runs().whole + "/step_00000030/model.safetensors")));
+    const Result on = train_gpt(resume(out, "--steps 31"));
+    CHECK(on.status == 0);
+    CHECK(contains(on.out, "step_00000030 after step 30"));
+    std::vector<int> steps;
+    for (const Json& entry : timeless_metrics(out))
+        if (entry.contains("loss")) steps.push_back(entry.at("step"));
+    REQUIRE(steps.size() == 31);
+    for (int i = 0; i < 31; i++) CHECK(steps[i] == i + 1);
+}
+
+TEST_CASE("resume: a damaged checkpoint is reported and the one before it used") {
+    const TempFolder folder;
+    const std::string out = folder / "out";
+    auto flipped = [](std::string text) { return text[text.size() / 2] ^= 1, text; };
+    auto cut = [](const std::string& text) { return text.substr(0, text.size() - 1); };
+    auto longer = [](const std::string& text) { return text + "x"; };
+    auto other_samples = [](std::string text) {
+        const std::string samples = "\"samples\": 80";
+        const size_t at = text.find(samples);
+        REQUIRE(at != std::string::npos);
+        return text.replace(at, samples.size(), "\"samples\": 81");
+    };
+    struct Damage {
+        std::string file;
+        std::function<std::string(const std::string&)> damage;  // none: the file is removed
+    };
+    std::vector<Damage> table = {
+        {"trainer.json", cut}, {"trainer.json", nullptr}, {"trainer.json", other_samples}};
+    for (const std::string& file : kModelFiles)
+        for (const Damage& damage :
+             {Damage{file, flipped}, Damage{file, cut}, Damage{file, longer}, Damage{file, nullptr}})
+            table.push_back(damage);
+    auto spoil = [&](int step, const Damage& damage) {
+        const std::string path = out + "/" + step_name(step) + "/" + damage.file, text = get_file(path);
+        fs::remove(path);
+        if (damage.damage) put_file(path, damage.damage(text));
+    };
+    auto begin = [&] {
+        copy_begun(out);
+        fs::remove_all(out + "/step_00000030.tmp");
+    };
+    for (const Damage& damage : table) {
+        CAPTURE(damage.file);
+        begin();
+        spoil(20, damage);
+        const Result result = train_gpt(resume(out));
+        CAPTURE(result.err);
+        CHECK(result.status == 0);
+        CHECK(contains(result.out, "step_00000010 after step 10"));
+        CHECK(lines_of(result.err).size() == 1);
+        CHECK(result.err.rfind("warning: ", 0) == 0);
+        CHECK(contains(result.err, "step_00000020"));
+        CHECK(contains(result.err, damage.file));
+        check_same_end(out);
+    }
+    begin();
+    spoil(20, table.back());
+    const Result eval = train_gpt("eval --threads 2 --data " + runs().data + " --model " + out);
+    CHECK(eval.status == 0);
+    CHECK(contains(eval.err, "step_00000020"));
+    CHECK(eval.out ==
+          train_gpt("eval --threads 2 --data " + runs().data + " --model " + out + "/step_00000010").out);
+    spoil(10, table.front());
+    const std::string log = get_file(out + "/metrics.jsonl");
+    const Result result = train_gpt(resume(out));
+    check_failed(result, 1, {out});
+    CHECK(contains(result.err, "step_00000010"));
+    CHECK(contains(result.err, "step_00000020"));
+    CHECK(get_file(out + "/metrics.jsonl") == log);
+    CHECK(names_in(out) == std::set<std::string>{"metrics.jsonl", "step_00000010", "step_00000020"});
+}
+
+TEST_CASE("resume: a damaged checkpoint does not count among those to keep") {
+    const TempFolder folder;
+    const std::string out = folder / "out";
+    copy_begun(out);
+    fs::remove(out + "/step_00000020/model.safetensors");
+    CHECK(train_gpt("train --resume --threads 2 --steps 15 --keep-checkpoints 1 --out " + out).status == 0);
+    const Result result = train_gpt("train --resume --threads 2 --steps 16 --out " + out);
+    CHECK(result.status == 0);
+    CHECK(contains(result.out, "step_00000015 after step 15"));
+}
+
+TEST_CASE("resume: flags that would make another run are refused, others change it and are named") {
+    const TempFolder folder;
+    const std::string out = folder / "out";
+    struct Bad {
+        std::string flags;
+        Strings parts;
+    };
+    const Bad table[] = {{"--seed 2", {"--seed", "2", "1", "trainer.json"}},
+                         {"--seq 8", {"--seq", "8", "16", "trainer.json"}},
+                         {"--total-batch 128", {"--total-batch", "128", "64", "trainer.json"}},
+                         {"--attention softmax", {"attention", "softmax", "poly2", "config.json"}},
+                         {"--attention-scale mean", {"attention_scale", "mean", "row", "config.json"}},
+                         {"--positions learned", {"positions", "learned", "rope", "config.json"}},
+                         {"--qk-norm false", {"qk_norm", "false", "true", "config.json"}},
+                         {"--decay learned", {"decay", "learned", "none", "config.json"}},
+                         {"--short-conv 3", {"short_conv", "3", "0", "config.json"}},
+                         {"--layers 2", {"layer", "2", "1", "config.json"}},
+                         {"--heads 4", {"head", "4", "2", "config.json"}},
+                         {"--channels 32", {"embd", "32", "16", "config.json"}},
+                         {"--context 32", {"positions", "32", "16", "config.json"}},
+                         {"--preset gpt2", {"12", "1", "config.json"}},
+                         {"--steps 19", {"--steps", "19", "20"}},
+                         {"--batch 3", {"--total-batch", "64", "48"}}};
+    copy_begun(out);
+    const auto names = names_in(out);
+    for (const Bad& bad : table) {
+        CAPTURE(bad.flags);
+        check_failed(train_gpt("train --resume --threads 2 --out " + out + " " + bad.flags), 2, bad.parts);
+        CHECK(names_in(out) == names);
+        CHECK(get_file(out + "/metrics.jsonl") == get_file(runs().begun + "/metrics.jsonl"));
+    }
+    const Result result = train_gpt(resume(out, "--steps 24 --seed 1 --batch 4 --schedule constant"));
+    CHECK(result.status == 0);
+    for (const char* part : {"--steps 24 (was 50)", "--batch 4 (was 2)", "\"constant\" (was \"cosine\")"})
+        CHECK(contains(result.out, part));
+    CHECK_FALSE(contains(result.out, "--seed"));
+    CHECK(names_in(out) == std::set<std::string>{"metrics.jsonl", "step_00000020", "step_00000024"});
+    // The samples of a step do not depend on the micro-batch.
+    const auto same_step = [](const Json& entry) { return entry.at("step") == 21; };
+    const std::vector<Json> after = timeless_metrics(out);
+    CHECK(std::find_if(after.begin(), after.end(), same_step)->at("loss").get<double>() ==
+          doctest::Approx(
+              std::find_if(runs().metrics.begin(), runs().metrics.end(), same_step)->at("loss").get<double>())
+              .epsilon(1e-5));
+}
