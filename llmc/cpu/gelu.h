@@ -18,6 +18,8 @@ inline vec gelu(vec x) {
 }
 
 inline vec gelu_derivative(vec x) {
+    const float far = 1e4f;  // it is 0 or 1 long before, while further out x^3 overflows
+    x = x < -far ? broadcast(-far) : x > far ? broadcast(far) : x;
     vec u2 = x * kGeluScale * (1.0f + kGeluCubic * x * x);
     vec sigmoid = 1.0f / (1.0f + exp(-u2));
     vec du2 = kGeluScale * (1.0f + 3.0f * kGeluCubic * x * x);

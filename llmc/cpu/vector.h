@@ -55,9 +55,9 @@ inline vec abs(vec v) {
 }
 
 // exp(x) to about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, exp(x) = 2^n P(r), P the minimax polynomial of
-// Cephes' expf. Results below the smallest normal float are 0; NaN comes out as NaN.
+// Cephes' expf. Results below 3.7e-38 are 0, those past the largest float Inf; NaN comes out as NaN.
 inline vec exp(vec x) {
-    const vec low = broadcast(-87.336544f), high = broadcast(88.722839f);
+    const vec low = broadcast(-86.2f), high = broadcast(89.0f);
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
     vec clamped = x < low ? low : x;  // a comparison with NaN is false, which keeps it
     clamped = clamped > high ? high : clamped;
@@ -72,9 +72,9 @@ inline vec exp(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    vec result = (vec)((vint)p + ((vint)shifted << 23));
+    // 2^(n-1) goes into the exponent's bits, the last factor 2 is a product: it overflows to Inf where it must.
+    vec result = (vec)((vint)p + (((vint)shifted - 1) << 23)) * 2.0f;
     result = x < low ? vec{} : result;
-    result = x > high ? broadcast(__builtin_inff()) : result;
     return x != x ? x : result;
 }
 
