@@ -7,7 +7,8 @@ PYTHON   := .venv/bin/python
 BUILD    := build
 
 CXXFLAGS ?= -O3 -march=native -Wall -Wextra
-flags    := -std=c++20 -fopenmp -I. -MMD -MP $(CXXFLAGS)
+# -fno-math-errno lets sqrt be vectorised; -Wno-psabi: vectors wider than the machine's pass through functions here.
+flags    := -std=c++20 -fopenmp -fno-math-errno -Wno-psabi -I. -MMD -MP $(CXXFLAGS)
 libs     := -lpcre2-8 -lz
 ifeq ($(ONEDNN),1)
 flags    += -DLLMC_ONEDNN

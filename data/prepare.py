@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Makes the token shards that train_gpt reads: python data/prepare.py shakespeare --tokenizer byte --out DIR
 
 Writes train_000000.bin, ..., val_000000.bin, tokenizer.json and meta.json. The documents are read one after
@@ -10,14 +9,8 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # before the slow imports: Ctrl-C always ends the program at once, and quietly
-    def stop(number, frame):
-        signal.signal(number, signal.SIG_DFL)  # a second one does not wait for anything
-        os.write(2, b"\n" * os.isatty(2))  # below a progress bar
-        sys.exit(128 + number)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+if __name__ == "__main__":  # Ctrl-C ends the program quietly also during the slow imports; then see stop
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import contextlib
@@ -26,20 +19,15 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
-import multiprocessing.resource_tracker
+import pickle
 import re
+import subprocess
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
-
-try:
-    import numpy as np
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-except ImportError as missing:
-    sys.exit(f"prepare.py: error: {missing}; pip install -r requirements.txt")
 
 import fineweb_edu
 import openwebtext
@@ -49,6 +37,12 @@ import tinyshakespeare
 import tinystories
 import wikitext2
 from common import END_OF_TEXT, Failure, UsageError, download, one_line
+
+try:
+    import numpy as np
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+except ImportError as missing:
+    sys.exit(f"prepare.py: error: {one_line(missing)}; pip install -r requirements.txt")
 
 DATASETS = {
     "shakespeare": shakespeare,
@@ -324,62 +318,68 @@ def encode(path: Path, batch: list[Piece]) -> dict[str, Encoded]:
     return encoded
 
 
-def work(connection) -> None:
-    """A worker: calls what it receives and sends the result, or the error, until the parent has ended."""
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            function, item = connection.recv()
-            try:
-                result = function(item)
-            except (Failure, OSError) as error:
-                result = error
-            connection.send(result)
-
-
 class Workers:
-    """Processes that share the calls of a function. If one is killed, map fails; that of Pool would hang."""
+    """Processes that share the calls of a function: this program again, as `prepare.py --worker`.
+
+    They are in sessions of their own, so that Ctrl-C only reaches this process, and end when it has ended. If
+    one is killed, map fails (where multiprocessing.Pool would hang).
+    """
 
     def __init__(self, count: int):
-        context = multiprocessing.get_context("spawn")
-        self.connections, self.processes = [], []
-        multiprocessing.resource_tracker.ensure_running()  # when it starts it unblocks SIGINT
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # they inherit it: Ctrl-C is for the parent
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            self.connections.append(ours)
-            self.processes.append(context.Process(target=work, args=(theirs,), daemon=True))
-            self.processes[-1].start()
-            theirs.close()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        command = [sys.executable, __file__, "--worker"]
+        self.workers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         start_new_session=True) for _ in range(count)]
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        for process in self.processes:
-            process.kill()
+        for worker in self.workers:
+            worker.kill()
+            with contextlib.suppress(BrokenPipeError):  # half a call that it will not read
+                worker.communicate()
 
     def map(self, function, items: Iterable) -> Iterator:
         """function(item) for each item, in their order. Takes no item before a worker is free for it."""
-        idle, busy = deque(self.connections), deque()
+        idle, busy = deque(self.workers), deque()
         try:
             for item in items:
                 if not idle:
                     idle.append(busy.popleft())
                     yield self.receive(idle[0])
-                idle[0].send((function, item))
+                send(idle[0].stdin, (function, item))
                 busy.append(idle.popleft())
-            for connection in busy:
-                yield self.receive(connection)
-        except (EOFError, ConnectionError) as error:
+            for worker in busy:
+                yield self.receive(worker)
+        except (EOFError, pickle.UnpicklingError, BrokenPipeError) as error:
             raise Failure("a worker process was killed; too little memory?") from error
 
     @staticmethod
-    def receive(connection):
-        result = connection.recv()
+    def receive(worker):
+        result = pickle.load(worker.stdout)
         if isinstance(result, Exception):
             raise result
         return result
+
+
+def send(pipe, value) -> None:
+    pickle.dump(value, pipe)
+    pipe.flush()
+
+
+def work() -> None:
+    """A worker: calls what it reads and writes the result, or the error, until the parent has ended."""
+    calls, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get among the results
+    with contextlib.suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):
+        while True:
+            function, item = pickle.load(calls)
+            try:
+                result = function(item)
+            except (Failure, OSError) as error:
+                result = error
+            send(results, result)
+    os._exit(0)
 
 
 # --- Files --------------------------------------------------------------------------------------------------
@@ -401,10 +401,10 @@ class ShardWriter:
         while len(tokens):
             if self.file is None:
                 self.paths.append(self.folder / f"{self.split}_{len(self.paths):06d}.bin.tmp")
-                self.file = open(self.paths[-1], "wb")
-                self.file.write(bytes(1024))
+                self.file = open(self.paths[-1], "wb", buffering=0)
+                write_all(self.file, bytes(1024))
             part = tokens[:self.shard_tokens - self.in_shard]
-            self.file.write(part.astype(self.dtype).tobytes())
+            write_all(self.file, part.astype(self.dtype).tobytes())
             self.in_shard += len(part)
             tokens = tokens[len(part):]
             if self.in_shard == self.shard_tokens:
@@ -417,18 +417,22 @@ class ShardWriter:
         header = np.zeros(256, dtype="<i4")
         header[:3] = (20240520, 1, self.in_shard) if self.dtype == "<u2" else (20240801, 7, self.in_shard)
         self.file.seek(0)
-        self.file.write(header.tobytes())
-        self.file.flush()
+        write_all(self.file, header.tobytes())
         os.fsync(self.file.fileno())
         self.file.close()
         self.tokens += self.in_shard
         self.file, self.in_shard = None, 0
 
 
+def write_all(file: FileIO, content: bytes) -> None:
+    """Without a buffer, which would try to write again, and complain, after a failure such as a full disk."""
+    while content:
+        content = content[file.write(content):]
+
+
 def write_synced(path: Path, content: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
+    with open(path, "wb", buffering=0) as file:
+        write_all(file, content.encode())
         os.fsync(file.fileno())
 
 
@@ -550,7 +554,15 @@ def write_files(args) -> list[Path]:
     return [tokenizer_path, *writers["train"].paths, *writers["val"].paths, meta_path]
 
 
+def stop(number: int, frame) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one does not wait for anything
+    os.write(2, b"\n" * os.isatty(2))  # below a progress bar
+    sys.exit(128 + number)
+
+
 def main(argv: list[str] | None = None) -> int:
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
         args = parse_arguments(argv)
         try:
@@ -564,4 +576,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(work() if sys.argv[1:] == ["--worker"] else main())

@@ -1,5 +1,5 @@
 // Checkpoint folders: OUT/step_00001000/ with config.json, model.safetensors, tokenizer.json,
-// optimizer.safetensors and trainer.json, which holds the sizes and CRC-32s of the others.
+// optimizer.safetensors and trainer.json, which holds the sizes and CRC-32s of the others and its own.
 //
 // A checkpoint is whole or absent: it is written into OUT/step_00001000.tmp, synced, and then given its name.
 // What a crash leaves is a folder with the .tmp name, which is reported and never used. A folder with its
@@ -55,7 +55,7 @@ inline std::vector<int> checkpoint_steps(const std::string& out) {
 struct TrainerState {
     int step = 0;         // steps done
     int64_t samples = 0;  // sequences consumed: the data loader's state
-    nlohmann::ordered_json options;
+    nlohmann::json options;
 };
 
 namespace checkpoint_detail {
@@ -87,6 +87,13 @@ Written write_tensors(const std::string& folder, const std::string& name, const 
     return {name, file.size(), file.crc32()};
 }
 
+// trainer.json's checksum of itself: of the object without that key, keys sorted.
+inline uint32_t json_crc32(nlohmann::json json) {
+    json.erase("crc32");
+    std::string text = json.dump();
+    return crc32_of(reinterpret_cast<const std::byte*>(text.data()), text.size());
+}
+
 inline Written write_file(const std::string& folder, const std::string& name, const std::string& text) {
     FileWriter file(join_path(folder, name));
     file.write(text.data(), text.size());
@@ -116,11 +123,12 @@ std::string write_checkpoint(const std::string& out, const Model& model, const T
         if (!tokenizer.empty()) files.push_back(write_file(temporary, "tokenizer.json", tokenizer));
         files.push_back(
             write_tensors(temporary, "optimizer.safetensors", model, {{"m.", Store::m}, {"v.", Store::v}}));
-        nlohmann::ordered_json trainer = {{"version", kCheckpointVersion},
-                                          {"step", state.step},
-                                          {"samples", state.samples},
-                                          {"options", state.options}};
+        nlohmann::json trainer = {{"version", kCheckpointVersion},
+                                  {"step", state.step},
+                                  {"samples", state.samples},
+                                  {"options", state.options}};
         for (const Written& f : files) trainer["files"][f.name] = {{"size", f.size}, {"crc32", f.crc}};
+        trainer["crc32"] = json_crc32(trainer);
         write_file(temporary, "trainer.json", trainer.dump(2) + "\n");
         sync_folder(temporary);
         std::string replaced =
@@ -139,12 +147,14 @@ std::string write_checkpoint(const std::string& out, const Model& model, const T
     return folder;
 }
 
-// Deletes all but the newest `keep` checkpoints; 0 keeps all.
-inline void delete_old_checkpoints(const std::string& out, int keep) {
-    std::vector<int> steps = checkpoint_steps(out);
-    for (size_t i = keep; keep > 0 && i < steps.size(); i++) {
+// After the checkpoint of `step` has been written: deletes all but the newest `keep` (0: none of them), and
+// those of later steps, which are damaged or from before the run was resumed further back.
+inline void delete_old_checkpoints(const std::string& out, int step, int keep) {
+    int kept = 0;
+    for (int existing : checkpoint_steps(out)) {
+        if (existing <= step && (keep == 0 || ++kept <= keep)) continue;
         // Renamed first: a folder half deleted must not bear a checkpoint's name.
-        std::string folder = join_path(out, checkpoint_name(steps[i]));
+        std::string folder = join_path(out, checkpoint_name(existing));
         std::error_code error;
         std::filesystem::rename(folder, folder + ".tmp", error);
         if (!error) std::filesystem::remove_all(folder + ".tmp", error);
@@ -206,6 +216,8 @@ class Checkpoint {
         try {
             if (json.at("version") != kCheckpointVersion)
                 fail(path, ": version ", json.at("version").dump(), ", expected ", kCheckpointVersion);
+            if (json.at("crc32") != checkpoint_detail::json_crc32(json))
+                fail(path, ": its checksum is not the one it names: the file is damaged");
             for (const auto& [name, expected] : json.at("files").items()) {
                 if (name.empty() || name.find('/') != std::string::npos)
                     fail(path, ": bad file name \"", name, "\"");

@@ -128,6 +128,7 @@ class FileWriter {
         if (::close(std::exchange(file_.fd, -1)) != 0) fail_errno(path_, "cannot close");
     }
 
+    bool is_open() const { return file_.fd >= 0; }
     const std::string& path() const { return path_; }
     uint64_t size() const { return size_; }  // bytes written so far
     uint32_t crc32() const { return crc_; }  // and their checksum
@@ -200,15 +201,24 @@ inline void write_text(const std::string& path, const std::string& text) {
     file.close();
 }
 
-inline void write_text_atomically(const std::string& path, const std::string& text) {
+// Writes a file under a temporary name by fill(FileWriter&), then gives it its own, durably. After a failure
+// there is what was there before.
+template <class Fill>
+void write_file_atomically(const std::string& path, Fill fill) {
     const std::string temporary = path + ".tmp";
     try {
-        write_text(temporary, text);
+        FileWriter file(temporary);
+        fill(file);
+        if (file.is_open()) file.close();
         rename_synced(temporary, path);
     } catch (...) {
         ::unlink(temporary.c_str());
         throw;
     }
+}
+
+inline void write_text_atomically(const std::string& path, const std::string& text) {
+    write_file_atomically(path, [&](FileWriter& file) { file.write(text.data(), text.size()); });
 }
 
 // JSON from outside. `where` (a path) starts the one-line message. A repeated key is an error, since readers

@@ -77,7 +77,12 @@ void generate(const GenerateOptions& options) {
     if (tokenizer.vocab_size() > checkpoint.config.vocab_size)
         fail(checkpoint.folder, ": tokenizer.json has ", tokenizer.vocab_size(), " tokens, but the model ",
              checkpoint.config.vocab_size);
-    std::vector<int> prompt = tokenizer.encode(options.prompt);
+    std::vector<int> prompt;
+    try {
+        prompt = tokenizer.encode(options.prompt);
+    } catch (const Error& e) {
+        usage_error("--prompt: ", e.what());
+    }
     if (prompt.empty()) {
         if (tokenizer.eot_token() < 0)
             usage_error("--prompt: expected a text, for the tokenizer has no <|endoftext|>");
@@ -155,21 +160,20 @@ void dump(const DumpOptions& options) {
     for (const char* prefix : {"param.", "grad."})
         for (const ParameterTensor& t : model->table.tensors)
             specs.push_back({prefix + t.name, DType::F32, t.shape});
-    std::string temporary = options.file + ".tmp";
-    FileWriter file(temporary);
-    SafetensorsWriter writer(file, specs);
-    writer.append(inputs.data(), inputs.size() * sizeof(int));
-    writer.append(targets.data(), targets.size() * sizeof(int));
-    writer.append(logits.data(), logits.size() * sizeof(float));
-    writer.append(&loss, sizeof(loss));
     std::vector<float> values;
-    for (Store store : {Store::weights, Store::gradients})
-        for (const ParameterTensor& t : model->table.tensors) {
-            values.resize(t.size);
-            model->read(store, t, values.data());
-            writer.append(values.data(), values.size() * sizeof(float));
-        }
-    writer.close();
-    rename_synced(temporary, options.file);
+    write_file_atomically(options.file, [&](FileWriter& file) {
+        SafetensorsWriter writer(file, specs);
+        writer.append(inputs.data(), inputs.size() * sizeof(int));
+        writer.append(targets.data(), targets.size() * sizeof(int));
+        writer.append(logits.data(), logits.size() * sizeof(float));
+        writer.append(&loss, sizeof(loss));
+        for (Store store : {Store::weights, Store::gradients})
+            for (const ParameterTensor& t : model->table.tensors) {
+                values.resize(t.size);
+                model->read(store, t, values.data());
+                writer.append(values.data(), values.size() * sizeof(float));
+            }
+        writer.close();
+    });
     printf("loss %.6f; wrote %s\n", loss, options.file.c_str());
 }

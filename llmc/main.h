@@ -14,28 +14,31 @@ template <class Model>
 int run(const char* program, int argc, char** argv) {
     try {
         Options options;
-        if (!parse_options(argc, argv, program, options)) return kExitDone;
+        bool help = !parse_options(argc, argv, program, options);
         auto set_threads = [](int threads) {
             if (threads > 0) Model::set_threads(threads);
         };
-        switch (options.command) {
-            case Command::train:
-                set_threads(options.train.threads);
-                return train<Model>(options.train);
-            case Command::generate:
-                set_threads(options.generate.threads);
-                generate<Model>(options.generate);
-                break;
-            case Command::eval:
-                set_threads(options.eval.threads);
-                evaluate<Model>(options.eval);
-                break;
-            case Command::dump:
-                set_threads(options.dump.threads);
-                dump<Model>(options.dump);
-                break;
-        }
-        return kExitDone;
+        int status = kExitDone;
+        if (!help) switch (options.command) {
+                case Command::train:
+                    set_threads(options.train.threads);
+                    status = train<Model>(options.train);
+                    break;
+                case Command::generate:
+                    set_threads(options.generate.threads);
+                    generate<Model>(options.generate);
+                    break;
+                case Command::eval:
+                    set_threads(options.eval.threads);
+                    evaluate<Model>(options.eval);
+                    break;
+                case Command::dump:
+                    set_threads(options.dump.threads);
+                    dump<Model>(options.dump);
+                    break;
+            }
+        if (fflush(stdout) != 0 || ferror(stdout)) fail("stdout: cannot write all of the output");
+        return status;
     } catch (const Error& e) {
         fprintf(stderr, "%s: error: %s\n", program, e.what());
         return e.status;

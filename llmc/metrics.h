@@ -14,7 +14,8 @@
 class MetricsLog {
   public:
     // Appends to `path`. What an interrupted run logged past the step it goes on from, and a half-written
-    // last line, is dropped, so that no step is there twice.
+    // last line, is dropped, so that no step is there twice; all of it (last_step -1) where there was nothing
+    // to go on from.
     MetricsLog(const std::string& path, int last_step) : path_(path) {
         if (std::filesystem::exists(path)) {
             std::istringstream lines(read_text(path));
@@ -33,10 +34,11 @@ class MetricsLog {
 
     void write(const nlohmann::ordered_json& entry) {
         std::string line = entry.dump() + "\n";
-        ssize_t written = ::write(file_.fd, line.data(), line.size());
-        if (written < 0) fail_errno(path_, "cannot write");
-        if ((size_t)written != line.size())
-            fail(path_, ": cannot write: the disk took ", written, " of ", line.size(), " bytes");
+        for (size_t done = 0; done < line.size();) {
+            ssize_t written = ::write(file_.fd, line.data() + done, line.size() - done);
+            if (written < 0 && errno != EINTR) fail_errno(path_, "cannot write");
+            if (written > 0) done += written;
+        }
     }
 
   private:

@@ -93,8 +93,8 @@ struct TrainOptions {
     // The settings that a checkpoint remembers, so that --resume needs no flags but --out.
     struct Setting {
         std::string flag;
-        bool fixed;  // changing it would make another run
-        CLI::Option* option;
+        bool fixed;          // changing it would make another run
+        bool given = false;  // on the command line
         std::function<nlohmann::json()> get;
         std::function<void(const nlohmann::json&)> set;
     };
@@ -104,8 +104,8 @@ struct TrainOptions {
     TrainOptions(const TrainOptions&) = delete;  // settings point into it
     TrainOptions& operator=(const TrainOptions&) = delete;
 
-    nlohmann::ordered_json remembered() const {
-        nlohmann::ordered_json json;
+    nlohmann::json remembered() const {
+        nlohmann::json json;
         for (const Setting& s : settings) json[s.flag] = s.get();
         return json;
     }
@@ -118,7 +118,7 @@ struct TrainOptions {
             if (!saved.is_object() || !saved.contains(s.flag))
                 fail(file, ": no ", s.flag, " among its options");
             const nlohmann::json& value = saved.at(s.flag);
-            if (s.option->count() == 0) {
+            if (!s.given) {
                 try {
                     s.set(value);
                 } catch (const nlohmann::json::exception&) {
@@ -215,7 +215,7 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     auto remember = [&](CLI::Option* option, auto& value, bool fixed) {
         auto get = [&value] { return nlohmann::json(value); };
         auto set = [&value](const nlohmann::json& json) { json.get_to(value); };
-        o.settings.push_back({option->get_name(), fixed, option, get, set});
+        o.settings.push_back({option->get_name(), fixed, false, get, set});
         return option;
     };
     auto model = [&](const char* flag, auto& value, const char* help) {
@@ -235,7 +235,8 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     model("--positions", o.model.positions, "(default: rope for polynomials, else learned)")
         ->check(one_of(kPositionNames));
     model("--qk-norm", o.model.qk_norm,
-          "true or false: RMS-normalise q and k (default: true for polynomials)");
+          "true or false: RMS-normalise q and k (default: true for polynomials)")
+        ->check(one_of({"true", "false"}));
     model("--decay", o.model.decay, "fade attention with distance (default none)")
         ->check(one_of(kDecayNames));
     model("--short-conv", o.model.short_conv, "width of a causal convolution on q, k, v (default 0: none)")
@@ -273,7 +274,8 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     optimise("--eps", o.adamw.eps, false, "AdamW's")->check(in_range(1e-30, 1));
     optimise("--grad-clip", o.grad_clip, false, "largest norm of the gradient; 0: no limit")
         ->check(in_range(0, 1e30));
-    optimise("--seed", o.seed, true, "of the weights, the order of the data and the samples");
+    optimise("--seed", o.seed, true, "of the weights, the order of the data and the samples")
+        ->check(in_range(0, 18446744073709551615.0));
     optimise("--dtype", o.dtype, true, "of the matrix products")->check(one_of({"fp32"}));
     app.add_option("--threads", o.threads, "0: all")
         ->group("Run")
@@ -316,7 +318,9 @@ inline void add_generate(CLI::App& app, GenerateOptions& o) {
                    "choose among the likeliest that together reach this probability")
         ->capture_default_str()
         ->check(in_range(0, 1));
-    app.add_option("--seed", o.sampler.seed, "of the choices")->capture_default_str();
+    app.add_option("--seed", o.sampler.seed, "of the choices")
+        ->capture_default_str()
+        ->check(in_range(0, 18446744073709551615.0));
     add_threads(app, o.threads);
 }
 
@@ -361,6 +365,12 @@ inline bool parse_options(int argc, char** argv, const char* program, Options& o
     options_detail::add_generate(*generate, options.generate);
     options_detail::add_eval(*eval, options.eval);
     options_detail::add_dump(*dump, options.dump);
+    bool known = argc > 1 && (argv[1] == std::string("--help") || argv[1] == std::string("-h"));
+    for (const CLI::App* subcommand : {train, generate, eval, dump})
+        known |= argc > 1 && subcommand->check_name(argv[1]);
+    if (!known)
+        usage_error(argc > 1 ? str("unknown command \"", argv[1], "\"") : "no command",
+                    ": expected train, generate, eval or dump (see --help)");
     try {
         app.parse(argc, argv);
     } catch (const CLI::Success& help) {
@@ -374,5 +384,6 @@ inline bool parse_options(int argc, char** argv, const char* program, Options& o
           std::pair(eval, Command::eval), std::pair(dump, Command::dump)})
         if (subcommand->parsed()) options.command = command;
     options.train.resume = train->count("--resume") > 0;
+    for (TrainOptions::Setting& s : options.train.settings) s.given = train->count(s.flag) > 0;
     return true;
 }

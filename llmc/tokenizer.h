@@ -224,7 +224,7 @@ class Tokenizer {
             const Candidate best = queue.top();
             queue.pop();
             Node &left = nodes[best.left], &right = nodes[best.right];
-            if (left.next != best.right || pair_key(left.id, right.id) != best.pair) continue;
+            if (pair_key(left.id, right.id) != best.pair) continue;
             left.id = best.id;
             left.next = right.next;
             if (right.next >= 0) nodes[right.next].previous = best.left;

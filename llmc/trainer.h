@@ -79,8 +79,8 @@ class Trainer {
         std::error_code error;
         std::filesystem::create_directories(o.out, error);
         if (error) fail(o.out, ": cannot create: ", error.message());
-        if (resumed) delete_leftovers(o.out);
-        MetricsLog metrics(join_path(o.out, "metrics.jsonl"), state.step);
+        if (o.resume) delete_leftovers(o.out);
+        MetricsLog metrics(join_path(o.out, "metrics.jsonl"), resumed ? state.step : -1);
 
         catch_stop_signals();
         if (state.step == 0 && val_data) validate(*val_data, metrics);
@@ -88,12 +88,17 @@ class Trainer {
             step(loader, metrics);
             bool last = state.step == o.steps;
             auto due = [&](int every) { return every > 0 && (last || state.step % every == 0); };
-            if (val_data && due(o.val_every)) validate(*val_data, metrics);
-            if (tokenizer && o.sample_tokens > 0 && due(o.sample_every)) sample();
-            if (due(o.checkpoint_every) || (g_stop_requested && o.checkpoint_every > 0)) checkpoint();
+            bool validates = val_data && due(o.val_every);
+            bool samples = tokenizer && o.sample_tokens > 0 && due(o.sample_every);
+            bool saves = due(o.checkpoint_every) || (g_stop_requested && o.checkpoint_every > 0);
+            if (validates || samples || saves) check_finite();  // a good loss may have made bad weights
+            if (validates) validate(*val_data, metrics);
+            if (samples) sample();
+            if (saves) checkpoint();
         }
         if (state.step < o.steps) {
-            printf("stopped after step %d; go on with --resume\n", state.step);
+            printf("stopped after step %d; %s\n", state.step,
+                   last_checkpoint.empty() ? "no checkpoint was asked for" : "go on with --resume");
             return kExitInterrupted;
         }
         return kExitDone;
@@ -114,6 +119,7 @@ class Trainer {
     // The checkpoint to go on from, its options taken over; none for a new run.
     std::optional<Checkpoint> find_start() {
         std::optional<Checkpoint> checkpoint;
+        if (o.out.empty()) usage_error("--out \"\": expected the name of a folder");
         if (!o.resume_from.empty()) {
             checkpoint.emplace(o.resume_from);
             if (!checkpoint->trainer)
@@ -176,6 +182,9 @@ class Trainer {
         if (o.total_batch % micro_batch != 0)
             usage_error("--total-batch ", o.total_batch, ": expected a multiple of --batch ", o.batch,
                         " x --seq ", o.seq, " = ", micro_batch);
+        if (o.total_batch / micro_batch > 1 << 30)
+            usage_error("--total-batch ", o.total_batch, ": more than 2^30 micro-batches of ", micro_batch,
+                        " tokens");
         if (o.warmup < 0) o.warmup = std::min(700, o.steps / 10);
         inputs.resize(micro_batch);
         targets.resize(micro_batch);
@@ -235,12 +244,12 @@ class Trainer {
             loader.batch(state.samples + (int64_t)i * o.batch, o.batch, inputs.data(), targets.data());
             double micro_loss =
                 model->forward(inputs.data(), targets.data(), o.batch, o.seq, 1.0f / micro_batches);
-            if (!std::isfinite(micro_loss)) diverged("loss", micro_loss);
+            if (!std::isfinite(micro_loss)) diverged(state.step + 1, "the loss is", micro_loss);
             loss += micro_loss / micro_batches;
             model->backward(inputs.data(), o.batch, o.seq);
         }
         double norm = model->gradient_norm();
-        if (!std::isfinite(norm)) diverged("gradient norm", norm);
+        if (!std::isfinite(norm)) diverged(state.step + 1, "the gradient norm is", norm);
         double scale = o.grad_clip > 0 && norm > o.grad_clip ? o.grad_clip / norm : 1;
         int step = state.step + 1;
         double rate =
@@ -270,12 +279,16 @@ class Trainer {
         fflush(stdout);
     }
 
-    [[noreturn]] void diverged(const char* what, double value) {
+    [[noreturn]] void diverged(int step, const char* what, double value) {
         std::string tensor = model->first_nonfinite();
         throw Error(kExitDiverged,
-                    str("training diverged at step ", state.step + 1, ": the ", what, " is ", value,
-                        ", first in ", tensor.empty() ? std::string("the sum") : tensor,
+                    str("training diverged at step ", step, ": ", what, " ", value, ", first in ",
+                        tensor.empty() ? std::string("their sum") : tensor,
                         "; last checkpoint: ", last_checkpoint.empty() ? "none" : last_checkpoint));
+    }
+
+    void check_finite() {
+        if (!model->first_nonfinite().empty()) diverged(state.step, "a value is", NAN);
     }
 
     void validate(const TokenDataset& data, MetricsLog& metrics) {
@@ -287,6 +300,7 @@ class Trainer {
             loader.batch(i * B, B, inputs.data(), targets.data());
             loss += model->forward(inputs.data(), targets.data(), B, o.seq, 0) / batches;
         }
+        if (!std::isfinite(loss)) diverged(state.step, "the validation loss is", loss);
         metrics.write({{"step", state.step}, {"val_loss", loss}});
         printf("step %d: validation loss %.4f over %lld tokens\n", state.step, loss,
                (long long)(batches * B * o.seq));
@@ -311,7 +325,7 @@ class Trainer {
     void checkpoint() {
         state.options = o.remembered();
         last_checkpoint = write_checkpoint(o.out, *model, state, tokenizer_text);
-        delete_old_checkpoints(o.out, o.keep_checkpoints);
+        delete_old_checkpoints(o.out, state.step, o.keep_checkpoints);
         printf("wrote %s\n", last_checkpoint.c_str());
         fflush(stdout);
     }

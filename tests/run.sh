@@ -4,6 +4,8 @@
 # they are skipped, with a notice, where it is not set.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+# Threads that wait spinning would take minutes more where other programs run beside the tests.
+export OMP_WAIT_POLICY=passive
 export LLMC_TRAIN_GPT=./train_gpt LLMC_FAULT_PRELOAD=build/fault_preload.so
 log=$(mktemp -d)
 trap 'rm -rf "$log"' EXIT

@@ -77,14 +77,17 @@ TEST_CASE("FileWriter: what was written in pieces of any size is in the file") {
     const TempFolder folder;
     const size_t MiB = 1 << 20;
     for (size_t size : {size_t{0}, size_t{1}, MiB - 1, MiB, MiB + 1, 3 * MiB + 7}) {
-        for (size_t piece : {size_t{1000}, MiB, MiB + 1, 4 * MiB}) {
+        for (size_t piece : {size_t{1000}, MiB, MiB + 1, 4 * MiB}) {  // and every second one of 10 bytes
             CAPTURE(size);
             CAPTURE(piece);
             const std::string text = random_text(size, (unsigned)size);
             FileWriter file(folder / "a");
-            for (size_t at = 0; at < size; at += piece) {
-                file.write(text.data() + at, std::min(piece, size - at));
+            size_t at = 0;
+            for (int i = 0; at < size; i++) {
+                const size_t count = std::min(i % 2 ? piece : 10, size - at);
+                file.write(text.data() + at, count);
                 file.write(nullptr, 0);
+                at += count;
             }
             CHECK(file.size() == size);
             CHECK(file.crc32() == crc32_of(reinterpret_cast<const std::byte*>(text.data()), size));
@@ -215,7 +218,7 @@ TEST_CASE("read_json: a value, or one line that says where and what") {
         check_error([&] { read_json(path); }, {path});
         check_error([&] { read_json(path); }, parts);
     };
-    put_file(path, R"({"a": [1, 2.5, "x"], "b": {"a": null}, "c": {"a": 1}})");
+    put_file(path, R"({"a": [1, 2.5, "x"], "b": {"a": null, "c": 0}, "c": {"a": 1}})");
     CHECK(read_json(path).at("a").at(1) == 2.5);
     CHECK(read_json(path).at("c").at("a") == 1);
     check_bad("{\n  \"a\": 1,\n  \"b\": ]\n}", {"line 3", "not valid JSON", "unexpected ']'"});
@@ -225,6 +228,7 @@ TEST_CASE("read_json: a value, or one line that says where and what") {
     check_bad("{\"a\": 1e999}", {"number overflow"});
     check_bad("{\"a\": \"\xff\"}", {"ill-formed UTF-8"});
     check_bad(R"({"x": [{"a": 1, "a": 1}]})", {"the key \"a\" stands twice"});
+    check_bad(R"({"a": 1, "x": {"b": 1}, "a": 1})", {"the key \"a\" stands twice"});
     check_bad(std::string(1000000, '['), {"64 levels"});
     check_bad(std::string(100, '[') + std::string(100, ']'), {"64 levels"});
     put_file(path, std::string(60, '[') + std::string(60, ']'));

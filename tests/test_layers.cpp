@@ -296,9 +296,9 @@ TEST_CASE("layernorm") {
 }
 
 TEST_CASE("layernorm: rows of mean 1000 and deviation 1 need the variance in two passes") {
-    // A mean rounded to float is off by up to 3e-5 here; E[x^2] - mean^2 in float would be off by 0.06 and
-    // more.
-    for (int C : {33, 64, 768}) check_layernorm(3, C, normal((size_t)3 * C, 1, 1, 1000), 1e-4);
+    // 768 such floats summed one by one are off by up to 0.5, their mean by 6e-4. E[x^2] - mean^2 in float is
+    // off by 0.06.
+    for (int C : {33, 64, 768}) check_layernorm(3, C, normal((size_t)3 * C, 1, 1, 1000), 1e-3);
 }
 
 TEST_CASE("layernorm: constant rows and rows of zeros") {

@@ -52,7 +52,8 @@ TEST_CASE("safetensors: what the writer wrote the reader reads") {
     const std::string path = folder / "a.safetensors";
     FileWriter file(path);
     SafetensorsWriter writer(file,
-                             {{"double", DType::F64, {2}},
+                             {{"empty at the start", DType::F64, {0}},
+                              {"double", DType::F64, {2}},
                               {"empty", DType::F32, {0, 3}},
                               {"float", DType::F32, {2, 3}},
                               {"scalar", DType::F32, {}},
@@ -75,7 +76,7 @@ TEST_CASE("safetensors: what the writer wrote the reader reads") {
 
     const SafetensorsFile read(path);
     const float inf = std::numeric_limits<float>::infinity();
-    CHECK(read.tensors().size() == 9);
+    CHECK(read.tensors().size() == 10);
     CHECK(read.metadata().size() == 2);
     CHECK(read.metadata().at("note") == "\u00e9\"\n");
     CHECK(floats(read, "double", {2}, 2) == std::vector<float>{1.5, -inf});
@@ -91,6 +92,11 @@ TEST_CASE("safetensors: what the writer wrote the reader reads") {
     CHECK(ints->bytes == 12);
     CHECK(std::memcmp(ints->data, std::vector<int32_t>{-1, 0, 7}.data(), 12) == 0);
     CHECK(read.find("none") == nullptr);
+
+    FileWriter nothing(folder / "nothing");
+    SafetensorsWriter(nothing, {}, {}).close();
+    CHECK(SafetensorsFile(folder / "nothing").tensors().empty());
+    CHECK(SafetensorsFile(folder / "nothing").metadata().empty());
 
     // The header is padded with spaces, so that the data begin at a multiple of 8.
     const std::string text = read_text(path);

@@ -193,15 +193,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measures the trainer against its PyTorch twin.")
     parser.add_argument("--train-gpt", required=True, metavar="FILE", help="the trainer")
     parser.add_argument("--rounds", type=positive, help="runs of each program (default: 5; quick: 2)")
-    parser.add_argument("--steps", type=positive, help="measured steps a run (default: 20; quick: 10)")
-    parser.add_argument("--warmup", type=positive, default=5, help="steps before these (default: 5)")
+    parser.add_argument("--steps", type=positive, help="measured steps a run (default: 8; quick: 5)")
+    parser.add_argument("--warmup", type=positive, default=2, help="steps before these (default: 2)")
     parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)),
                         help="of every program (default: all cores)")
     parser.add_argument("--quick", action="store_true", help="a small model, to see that everything runs")
     parser.add_argument("--json", type=Path, default=Path("bench.json"), help="(default: bench.json)")
     args = parser.parse_args()
     args.rounds = args.rounds or (2 if args.quick else 5)
-    args.steps = args.steps or (10 if args.quick else 20)
+    args.steps = args.steps or (5 if args.quick else 8)
     if any(importlib.util.find_spec(module) is None for module in ("torch", "numpy", "safetensors")):
         print(f"bench.py: {sys.executable} has no PyTorch: python3 -m venv .venv && .venv/bin/pip install "
               "torch numpy safetensors, then run this with .venv/bin/python", file=sys.stderr)
