@@ -16,11 +16,15 @@ struct SamplerOptions {
     uint64_t seed = 1;
 };
 
+struct NonfiniteLogits : Error {
+    NonfiniteLogits() : Error(kExitFailure, "the model's logits are not finite: its weights have diverged") {}
+};
+
 // Draws token number `index` of a text from logits (V). The filters apply in the order temperature, top-k,
 // top-p. Ties are broken by the lower token id.
 inline int sample_token(const float* logits, int V, const SamplerOptions& options, uint64_t index) {
     for (int v = 0; v < V; v++)
-        if (!std::isfinite(logits[v])) fail("the model's logits are not finite: its weights have diverged");
+        if (!std::isfinite(logits[v])) throw NonfiniteLogits();
     if (options.temperature == 0) return (int)(std::max_element(logits, logits + V) - logits);
     std::vector<int> order(V);
     std::iota(order.begin(), order.end(), 0);

@@ -313,9 +313,13 @@ class Trainer {
         SamplerOptions options;
         options.seed = o.seed + state.step;
         std::vector<int> tokens;
-        generate_tokens(*model, prompt, o.sample_tokens, options, tokenizer->eot_token(), [&](int token) {
-            if (token < tokenizer->vocab_size()) tokens.push_back(token);
-        });
+        try {
+            generate_tokens(*model, prompt, o.sample_tokens, options, tokenizer->eot_token(), [&](int token) {
+                if (token < tokenizer->vocab_size()) tokens.push_back(token);
+            });
+        } catch (const NonfiniteLogits&) {
+            diverged(state.step, "a logit of the sample is", NAN);
+        }
         Utf8Stream stream;
         std::string text = stream.push(tokenizer->decode(tokens));
         printf("--- a sample after step %d\n%s\n---\n", state.step, (text + stream.finish()).c_str());
