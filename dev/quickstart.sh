@@ -9,7 +9,7 @@ make --no-print-directory train_gpt
     .venv/bin/python data/prepare.py shakespeare --tokenizer bpe:1024 --out data/shakespeare
 run=out/quickstart
 ./train_gpt train --data data/shakespeare --out $run --resume --preset nano --attention poly3 \
-    --batch 8 --seq 128 --steps 2000 --lr 3e-3 --val-every 250 --sample-every 1000 --checkpoint-every 500
+    --batch 8 --context 128 --steps 2000 --lr 3e-3 --val-every 250 --sample-every 1000 --checkpoint-every 500
 .venv/bin/python dev/plot_loss.py $run --out $run/loss.png
 echo
 echo "A sample of what it has learned:"

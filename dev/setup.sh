@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 
 packages=(libdnnl-dev doctest-dev libcli11-dev nlohmann-json3-dev libpcre2-dev zlib1g-dev)
 command -v "${CXX:-g++}" >/dev/null || packages+=(g++)
+case "${CXX:-}" in *clang*) packages+=(libomp-dev) ;; esac
 command -v python3 >/dev/null || packages+=(python3)
 python3 -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3-venv)
 

@@ -205,3 +205,14 @@ inline const std::vector<Preset> kPresets = {{"nano", 4, 4, 128, 256},
                                              {"gpt2-medium", 24, 16, 1024, 1024},
                                              {"gpt2-large", 36, 20, 1280, 1024},
                                              {"gpt2-xl", 48, 25, 1600, 1024}};
+
+// The sizes of a preset of kPresets put over `config`.
+inline GPTConfig with_preset(GPTConfig config, const std::string& name) {
+    for (const Preset& p : kPresets) {
+        if (name != p.name) continue;
+        config.layers = p.layers, config.heads = p.heads, config.channels = p.channels,
+        config.context = p.context;
+        return config;
+    }
+    fail("unknown preset \"", name, "\"");
+}

@@ -25,11 +25,7 @@ struct ModelFlags {
 
     // The given flags put over `config`.
     GPTConfig over(GPTConfig config) const {
-        if (preset)
-            for (const Preset& p : kPresets)
-                if (*preset == p.name)
-                    config.layers = p.layers, config.heads = p.heads, config.channels = p.channels,
-                    config.context = p.context;
+        if (preset) config = with_preset(config, *preset);
         if (layers) config.layers = *layers;
         if (heads) config.heads = *heads;
         if (channels) config.channels = *channels;
@@ -47,11 +43,7 @@ struct ModelFlags {
     // A new model: GPT-2's kind of attention, or RoPE and qk-norm where it is a polynomial, unless flags say
     // otherwise.
     GPTConfig fresh(int vocab_size, int eot_token) const {
-        GPTConfig config;
-        for (const Preset& p : kPresets)
-            if (preset.value_or("nano") == p.name)
-                config.layers = p.layers, config.heads = p.heads, config.channels = p.channels,
-                config.context = p.context;
+        GPTConfig config = with_preset(GPTConfig(), "nano");
         config.vocab_size = vocab_size;
         config.eot_token = eot_token;
         if (attention && *attention != kAttentionNames[0]) {

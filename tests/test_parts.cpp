@@ -50,12 +50,7 @@ TEST_CASE("normal numbers have the moments of a normal distribution, whatever th
 
 TEST_CASE("the table has GPT-2's tensors and numbers of parameters") {
     auto count = [](const char* preset) {
-        GPTConfig config;
-        for (const Preset& p : kPresets)
-            if (std::string(p.name) == preset)
-                config.layers = p.layers, config.heads = p.heads, config.channels = p.channels,
-                config.context = p.context;
-        return ParameterTable(config, 50304).count;
+        return ParameterTable(with_preset(GPTConfig(), preset), 50304).count;
     };
     CHECK(count("gpt2") == 124439808);
     CHECK(count("gpt2-medium") == 354823168);

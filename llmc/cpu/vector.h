@@ -11,6 +11,7 @@ constexpr int kLanes = 16;
 
 typedef float vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t vint __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint32_t vuint __attribute__((vector_size(kLanes * sizeof(float))));  // may wrap around
 
 inline vec load(const float* p) {
     vec v;
@@ -73,7 +74,7 @@ inline vec exp(vec x) {
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
     // 2^(n-1) goes into the exponent's bits, the last factor 2 is a product: it overflows to Inf where it must.
-    vec result = (vec)((vint)p + (((vint)shifted - 1) << 23)) * 2.0f;
+    vec result = (vec)((vuint)p + (((vuint)shifted - 1) << 23)) * 2.0f;
     result = x < low ? vec{} : result;
     return x != x ? x : result;
 }
