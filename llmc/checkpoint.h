@@ -147,19 +147,30 @@ std::string write_checkpoint(const std::string& out, const Model& model, const T
     return folder;
 }
 
-// After the checkpoint of `step` has been written: deletes all but the newest `keep` (0: none of them), and
-// those of later steps, which are damaged or from before the run was resumed further back.
-inline void delete_old_checkpoints(const std::string& out, int step, int keep) {
-    int kept = 0;
-    for (int existing : checkpoint_steps(out)) {
-        if (existing <= step && (keep == 0 || ++kept <= keep)) continue;
+// Deletes all but the newest `keep` checkpoints; 0 keeps all.
+inline void delete_old_checkpoints(const std::string& out, int keep) {
+    std::vector<int> steps = checkpoint_steps(out);
+    for (size_t i = keep; keep > 0 && i < steps.size(); i++) {
         // Renamed first: a folder half deleted must not bear a checkpoint's name.
-        std::string folder = join_path(out, checkpoint_name(existing));
+        std::string folder = join_path(out, checkpoint_name(steps[i]));
         std::error_code error;
         std::filesystem::rename(folder, folder + ".tmp", error);
         if (!error) std::filesystem::remove_all(folder + ".tmp", error);
         if (error)
             fprintf(stderr, "warning: %s: cannot delete: %s\n", folder.c_str(), error.message().c_str());
+    }
+}
+
+// Before a run goes on from `step`: checkpoints of later steps, which are damaged or of a run that is given
+// up by going further back, become step_<step>.old and count no more.
+inline void set_aside_later_checkpoints(const std::string& out, int step) {
+    for (int later : checkpoint_steps(out)) {
+        if (later <= step) continue;
+        std::string folder = join_path(out, checkpoint_name(later)), aside = folder + ".old";
+        std::error_code ignored;
+        std::filesystem::remove_all(aside, ignored);
+        rename_synced(folder, aside);
+        printf("set aside as %s\n", aside.c_str());
     }
 }
 

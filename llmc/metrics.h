@@ -41,6 +41,11 @@ class MetricsLog {
         }
     }
 
+    // On the disk, so that a checkpoint is never there without the lines up to it.
+    void sync() {
+        if (::fsync(file_.fd) != 0 && errno != EINVAL) fail_errno(path_, "cannot sync");
+    }
+
   private:
     std::string path_;
     Descriptor file_{-1};

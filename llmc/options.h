@@ -2,6 +2,7 @@
 // complaint is a usage Error that names the flag, the value and what is allowed.
 #pragma once
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -9,6 +10,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "llmc/config.h"
@@ -159,15 +161,25 @@ struct Options {
     DumpOptions dump;
 };
 
-// CLI11's own range check lets NaN through.
-inline CLI::Validator in_range(double low, double high) {
+// CLI11's own checks let NaN through, and integers that overflow.
+template <class Number>
+inline CLI::Validator in_range(Number low, Number high) {
     auto check = [=](std::string& text) -> std::string {
-        double value = 0;
-        if (!CLI::detail::lexical_cast(text, value) || !(value >= low && value <= high))
-            return str("\"", text, "\" is not a number from ", low, " to ", high);
-        return "";
+        Number value = 0;
+        const char* end = text.data() + text.size();
+        auto [stop, error] = std::from_chars(text.data(), end, value);
+        if (error == std::errc() && stop == end && value >= low && value <= high) return "";
+        return str("\"", text, "\" is not ", std::is_integral_v<Number> ? "an integer" : "a number", " from ",
+                   low, " to ", high);
     };
     return CLI::Validator(check, "");
+}
+
+inline CLI::Validator integer_in(int64_t low, int64_t high) {
+    return in_range<int64_t>(low, high);
+}
+inline CLI::Validator number_in(double low, double high) {
+    return in_range<double>(low, high);
 }
 
 inline CLI::Validator one_of(const std::vector<std::string>& names) {
@@ -193,7 +205,7 @@ inline CLI::Validator attention_scale_value() {
             config.attention();
             return "";
         } catch (const Error& e) {
-            return e.what();
+            return std::string(e.what()).substr(std::string("attention_scale: ").size());
         }
     };
     return CLI::Validator(check, "row|context|mean|sum|NUMBER");
@@ -201,7 +213,7 @@ inline CLI::Validator attention_scale_value() {
 
 namespace options_detail {
 
-constexpr double kMostInt = std::numeric_limits<int>::max();
+constexpr int kMostInt = std::numeric_limits<int>::max();
 
 inline void add_train(CLI::App& app, TrainOptions& o) {
     auto remember = [&](CLI::Option* option, auto& value, bool fixed) {
@@ -216,10 +228,10 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     std::vector<std::string> presets;
     for (const Preset& p : kPresets) presets.push_back(p.name);
     model("--preset", o.model.preset, "sizes of the model (default nano)")->check(one_of(presets));
-    model("--layers", o.model.layers, "number of blocks")->check(in_range(1, 1000));
-    model("--heads", o.model.heads, "attention heads a block")->check(in_range(1, 1024));
-    model("--channels", o.model.channels, "width of the residual stream")->check(in_range(1, 65536));
-    model("--context", o.model.context, "longest sequence")->check(in_range(1, 1 << 24));
+    model("--layers", o.model.layers, "number of blocks")->check(integer_in(1, 1000));
+    model("--heads", o.model.heads, "attention heads a block")->check(integer_in(1, 1024));
+    model("--channels", o.model.channels, "width of the residual stream")->check(integer_in(1, 65536));
+    model("--context", o.model.context, "longest sequence")->check(integer_in(1, 1 << 24));
     model("--attention", o.model.attention, "activation of the scores (default softmax)")
         ->check(one_of(kAttentionNames));
     model("--attention-scale", o.model.attention_scale, "scale of polynomial attention (default row)")
@@ -232,7 +244,7 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     model("--decay", o.model.decay, "fade attention with distance (default none)")
         ->check(one_of(kDecayNames));
     model("--short-conv", o.model.short_conv, "width of a causal convolution on q, k, v (default 0: none)")
-        ->check(in_range(0, 64));
+        ->check(integer_in(0, 64));
     model("--init-from", o.init_from, "start from a checkpoint or a GPT-2 folder of Hugging Face");
 
     auto batch = [&](const char* flag, auto& value, bool fixed, const char* help) {
@@ -242,41 +254,41 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     remember(app.add_option("--data", o.data, "folder with train*.bin and val*.bin")->group("Run"), o.data,
              false);
     app.add_option("--out", o.out, "folder for checkpoints and metrics.jsonl")->group("Run")->required();
-    batch("--batch", o.batch, false, "sequences a micro-batch")->check(in_range(1, 1 << 20));
-    batch("--seq", o.seq, true, "tokens a sequence; 0: the context")->check(in_range(0, 1 << 24));
+    batch("--batch", o.batch, false, "sequences a micro-batch")->check(integer_in(1, 1 << 20));
+    batch("--seq", o.seq, true, "tokens a sequence; 0: the context")->check(integer_in(0, 1 << 24));
     batch("--total-batch", o.total_batch, true,
           "tokens a step, a multiple of batch x seq; 0: one micro-batch")
-        ->check(in_range(0, 1e15));
+        ->check(integer_in(0, int64_t{1} << 50));
 
     auto optimise = [&](const char* flag, auto& value, bool fixed, const char* help) {
         return remember(app.add_option(flag, value, help)->group("Optimise")->capture_default_str(), value,
                         fixed);
     };
-    optimise("--steps", o.steps, false, "optimizer steps in all")->check(in_range(1, kMostInt));
-    optimise("--lr", o.learning_rate, false, "peak learning rate")->check(in_range(0, 1e30));
+    optimise("--steps", o.steps, false, "optimizer steps in all")->check(integer_in(1, kMostInt));
+    optimise("--lr", o.learning_rate, false, "peak learning rate")->check(number_in(0, 1e30));
     optimise("--schedule", o.schedule, false, "of the learning rate")->check(one_of(kScheduleNames));
     optimise("--warmup", o.warmup, false, "steps; -1: a tenth of --steps, at most 700")
-        ->check(in_range(-1, kMostInt));
+        ->check(integer_in(-1, kMostInt));
     optimise("--final-lr-fraction", o.final_lr_fraction, false, "of --lr, at the last step")
-        ->check(in_range(0, 1));
+        ->check(number_in(0, 1));
     optimise("--weight-decay", o.adamw.weight_decay, false, "on matrices and embeddings")
-        ->check(in_range(0, 1e6));
-    optimise("--beta1", o.adamw.beta1, false, "AdamW's")->check(in_range(0, 0.999999));
-    optimise("--beta2", o.adamw.beta2, false, "AdamW's")->check(in_range(0, 0.999999));
-    optimise("--eps", o.adamw.eps, false, "AdamW's")->check(in_range(1e-30, 1));
+        ->check(number_in(0, 1e6));
+    optimise("--beta1", o.adamw.beta1, false, "AdamW's")->check(number_in(0, 0.999999));
+    optimise("--beta2", o.adamw.beta2, false, "AdamW's")->check(number_in(0, 0.999999));
+    optimise("--eps", o.adamw.eps, false, "AdamW's")->check(number_in(1e-30, 1));
     optimise("--grad-clip", o.grad_clip, false, "largest norm of the gradient; 0: no limit")
-        ->check(in_range(0, 1e30));
+        ->check(number_in(0, 1e30));
     optimise("--seed", o.seed, true, "of the weights, the order of the data and the samples")
-        ->check(in_range(0, 18446744073709551615.0));
+        ->check(in_range<uint64_t>(0, UINT64_MAX));
     optimise("--dtype", o.dtype, true, "of the matrix products")->check(one_of({"fp32"}));
     app.add_option("--threads", o.threads, "0: all")
         ->group("Run")
         ->capture_default_str()
-        ->check(in_range(0, 4096));
+        ->check(integer_in(0, 4096));
 
     auto loop = [&](const char* flag, auto& value, const char* help) {
         return remember(app.add_option(flag, value, help)->group("Loop")->capture_default_str(), value, false)
-            ->check(in_range(0, kMostInt));
+            ->check(integer_in(0, kMostInt));
     };
     loop("--val-every", o.val_every, "steps between validations; 0: never");
     loop("--val-batches", o.val_batches, "micro-batches a validation, the same every time");
@@ -291,7 +303,7 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
 }
 
 inline void add_threads(CLI::App& app, int& threads) {
-    app.add_option("--threads", threads, "0: all")->capture_default_str()->check(in_range(0, 4096));
+    app.add_option("--threads", threads, "0: all")->capture_default_str()->check(integer_in(0, 4096));
 }
 
 inline void add_generate(CLI::App& app, GenerateOptions& o) {
@@ -299,20 +311,20 @@ inline void add_generate(CLI::App& app, GenerateOptions& o) {
     app.add_option("--prompt", o.prompt, "text to go on from (default: the start of a document)");
     app.add_option("--tokens", o.tokens, "tokens to generate")
         ->capture_default_str()
-        ->check(in_range(0, 1e9));
+        ->check(integer_in(0, 1000000000));
     app.add_option("--temperature", o.sampler.temperature, "0: always the likeliest token")
         ->capture_default_str()
-        ->check(in_range(0, 1e6));
+        ->check(number_in(0, 1e6));
     app.add_option("--top-k", o.sampler.top_k, "choose among the k likeliest; 0: all")
         ->capture_default_str()
-        ->check(in_range(0, 1e9));
+        ->check(integer_in(0, 1000000000));
     app.add_option("--top-p", o.sampler.top_p,
                    "choose among the likeliest that together reach this probability")
         ->capture_default_str()
-        ->check(in_range(0, 1));
+        ->check(number_in(0, 1));
     app.add_option("--seed", o.sampler.seed, "of the choices")
         ->capture_default_str()
-        ->check(in_range(0, 18446744073709551615.0));
+        ->check(in_range<uint64_t>(0, UINT64_MAX));
     add_threads(app, o.threads);
 }
 
@@ -322,13 +334,13 @@ inline void add_eval(CLI::App& app, EvalOptions& o) {
     app.add_option("--split", o.split, "")->capture_default_str()->check(one_of({"train", "val"}));
     app.add_option("--batches", o.batches, "0: the whole split")
         ->capture_default_str()
-        ->check(in_range(0, 1e9));
+        ->check(integer_in(0, 1000000000));
     app.add_option("--batch", o.batch, "sequences a batch")
         ->capture_default_str()
-        ->check(in_range(1, 1 << 20));
+        ->check(integer_in(1, 1 << 20));
     app.add_option("--seq", o.seq, "tokens a sequence; 0: the context")
         ->capture_default_str()
-        ->check(in_range(0, 1 << 24));
+        ->check(integer_in(0, 1 << 24));
     add_threads(app, o.threads);
 }
 
@@ -336,8 +348,8 @@ inline void add_dump(CLI::App& app, DumpOptions& o) {
     app.add_option("--model", o.model, "a checkpoint, or the --out of a run")->required();
     app.add_option("--data", o.data, "dataset folder")->required();
     app.add_option("--file", o.file, "where to write (.safetensors)")->required();
-    app.add_option("--batch", o.batch, "sequences")->capture_default_str()->check(in_range(1, 1 << 20));
-    app.add_option("--seq", o.seq, "tokens a sequence")->capture_default_str()->check(in_range(1, 1 << 24));
+    app.add_option("--batch", o.batch, "sequences")->capture_default_str()->check(integer_in(1, 1 << 20));
+    app.add_option("--seq", o.seq, "tokens a sequence")->capture_default_str()->check(integer_in(1, 1 << 24));
     add_threads(app, o.threads);
 }
 

@@ -74,12 +74,16 @@ class Trainer {
         model = std::make_unique<Model>(config, Purpose::training, o.batch, o.seq);
         describe(config, train_data);
         model->allocate();
+        inputs.resize((size_t)o.batch * o.seq);
+        targets.resize((size_t)o.batch * o.seq);
         load_weights(resumed);
         peak = Model::measured_peak();
         std::error_code error;
         std::filesystem::create_directories(o.out, error);
         if (error) fail(o.out, ": cannot create: ", error.message());
+        sync_folder(parent_folder(o.out));
         if (o.resume) delete_leftovers(o.out);
+        if (resumed) set_aside_later_checkpoints(o.out, state.step);
         MetricsLog metrics(join_path(o.out, "metrics.jsonl"), resumed ? state.step : -1);
 
         catch_stop_signals();
@@ -94,7 +98,7 @@ class Trainer {
             if (validates || samples || saves) check_finite();  // a good loss may have made bad weights
             if (validates) validate(*val_data, metrics);
             if (samples) sample();
-            if (saves) checkpoint();
+            if (saves) checkpoint(metrics);
         }
         if (state.step < o.steps) {
             printf("stopped after step %d; %s\n", state.step,
@@ -186,8 +190,6 @@ class Trainer {
             usage_error("--total-batch ", o.total_batch, ": more than 2^30 micro-batches of ", micro_batch,
                         " tokens");
         if (o.warmup < 0) o.warmup = std::min(700, o.steps / 10);
-        inputs.resize(micro_batch);
-        targets.resize(micro_batch);
     }
 
     void load_weights(const std::optional<Checkpoint>& resumed) {
@@ -326,10 +328,11 @@ class Trainer {
         fflush(stdout);
     }
 
-    void checkpoint() {
+    void checkpoint(MetricsLog& metrics) {
+        metrics.sync();
         state.options = o.remembered();
         last_checkpoint = write_checkpoint(o.out, *model, state, tokenizer_text);
-        delete_old_checkpoints(o.out, state.step, o.keep_checkpoints);
+        delete_old_checkpoints(o.out, o.keep_checkpoints);
         printf("wrote %s\n", last_checkpoint.c_str());
         fflush(stdout);
     }

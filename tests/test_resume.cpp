@@ -385,6 +385,21 @@ TEST_CASE("resume: from further back, later checkpoints no longer count") {
     for (int i = 0; i < 31; i++) CHECK(steps[i] == i + 1);
 }
 
+TEST_CASE("resume: from further back, and killed before the first checkpoint from there") {
+    const TempFolder folder;
+    const std::string out = folder / "out", back = " --resume " + out + "/step_00000020";
+    fs::copy(runs().whole, out, fs::copy_options::recursive);
+    // The 40th call comes after the later checkpoints are set aside, while the next one is written.
+    CHECK(train_gpt("train --threads 2 --out " + out + back, {}, fault(out, 40, "signal", SIGKILL)).status ==
+          -SIGKILL);
+    CHECK_FALSE(fs::exists(out + "/step_00000030"));
+    CHECK(fs::exists(out + "/step_00000030.old"));
+    const Result on = train_gpt(resume(out));
+    CHECK(on.status == 0);
+    CHECK(contains(on.out, "step_00000020 after step 20"));
+    check_same_end(out);
+}
+
 TEST_CASE("resume: a damaged checkpoint is reported and the one before it used") {
     const TempFolder folder;
     const std::string out = folder / "out";
