@@ -261,8 +261,8 @@ struct GPT {
         std::copy_n(in, t.size, array(store) + t.offset);
     }
 
-    // Where a NaN or Inf came from: weights, then activations in the order of the forward pass, then
-    // gradients in that of the backward pass. Empty where all is finite.
+    // Where a NaN or Inf came from: weights and moments, then activations in the order of the forward pass,
+    // then gradients in that of the backward pass. Empty where all is finite.
     std::string first_nonfinite() const {
         auto finite = [](const float* x, size_t n) {
             for (size_t i = 0; i < n; i++)
@@ -270,10 +270,13 @@ struct GPT {
             return true;
         };
         for (const ParameterTensor& t : table.tensors)
-            if (!finite(array(Store::weights) + t.offset, t.size)) return "weight " + t.name;
+            for (auto [store, what] :
+                 {std::pair(Store::weights, "weight "), std::pair(Store::m, "AdamW's m of "),
+                  std::pair(Store::v, "AdamW's v of ")})
+                if (array(store) && !finite(array(store) + t.offset, t.size)) return what + t.name;
         for (const cpu::MemoryPlan::Buffer& buffer : activation_plan.buffers())
             if (buffer.kept && !finite(*buffer.slot, buffer.size)) return "activation " + buffer.name;
-        for (size_t i = table.tensors.size(); i-- > 0;) {
+        for (size_t i = training ? table.tensors.size() : 0; i-- > 0;) {
             const ParameterTensor& t = table.tensors[i];
             if (!finite(array(Store::gradients) + t.offset, t.size)) return "gradient of " + t.name;
         }
@@ -300,7 +303,11 @@ struct GPT {
 
     static const char* backend() { return "CPU"; }
 
-    static void set_threads(int threads) { omp_set_num_threads(threads); }
+    // 0: as many as there are cores. Returns how many there will be.
+    static int set_threads(int threads) {
+        if (threads > 0) omp_set_num_threads(threads);
+        return omp_get_max_threads();
+    }
 
     // Operations a second of a large matrix product on this machine, now: what the log's share of the peak is
     // of.

@@ -131,12 +131,7 @@ std::string write_checkpoint(const std::string& out, const Model& model, const T
         trainer["crc32"] = json_crc32(trainer);
         write_file(temporary, "trainer.json", trainer.dump(2) + "\n");
         sync_folder(temporary);
-        std::string replaced =
-            folder + ".old.tmp";  // a broken one, or one from before a run was resumed further back
-        fs::remove_all(replaced);
-        if (fs::exists(folder)) rename_synced(folder, replaced);
         rename_synced(temporary, folder);
-        fs::remove_all(replaced);
     } catch (const fs::filesystem_error& e) {
         fs::remove_all(temporary, ignored);
         fail(e.what());
@@ -203,12 +198,6 @@ class Checkpoint {
         SafetensorsFile file(join_path(folder, "optimizer.safetensors"));
         load(model, file, "m.", Store::m);
         load(model, file, "v.", Store::v);
-    }
-
-    // The text of tokenizer.json, or "".
-    std::string tokenizer() const {
-        std::string path = join_path(folder, "tokenizer.json");
-        return std::filesystem::exists(path) ? read_text(path) : "";
     }
 
   private:

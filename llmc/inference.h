@@ -64,19 +64,25 @@ inline Tokenizer open_tokenizer(const Checkpoint& checkpoint) {
     return Tokenizer(join_path(checkpoint.folder, "tokenizer.json"));
 }
 
-// An error where a sequence does not fit the model's positions.
-inline void check_sequence(const GPTConfig& config, int T) {
+// An error where a batch does not fit the model's positions, or the integers that count its tokens.
+inline void check_batch(const GPTConfig& config, int B, int T) {
+    if ((int64_t)B * T > 1 << 30) usage_error("--batch ", B, " x --seq ", T, ": more than 2^30 tokens");
     if (!config.rope() && T > config.context)
         usage_error("--seq ", T, ": the model's learned positions end at its context, ", config.context);
+}
+
+// An error where the tokenizer, of `path`, has tokens that the model does not.
+inline void check_tokenizer(const Tokenizer& tokenizer, const std::string& path, const GPTConfig& config) {
+    if (tokenizer.vocab_size() > config.vocab_size)
+        fail(path, ": the tokenizer has ", tokenizer.vocab_size(), " tokens, but the model ",
+             config.vocab_size);
 }
 
 template <class Model>
 void generate(const GenerateOptions& options) {
     Checkpoint checkpoint = open_model(options.model);
     Tokenizer tokenizer = open_tokenizer(checkpoint);
-    if (tokenizer.vocab_size() > checkpoint.config.vocab_size)
-        fail(checkpoint.folder, ": tokenizer.json has ", tokenizer.vocab_size(), " tokens, but the model ",
-             checkpoint.config.vocab_size);
+    check_tokenizer(tokenizer, join_path(checkpoint.folder, "tokenizer.json"), checkpoint.config);
     std::vector<int> prompt;
     try {
         prompt = tokenizer.encode(options.prompt);
@@ -106,7 +112,7 @@ void evaluate(const EvalOptions& options) {
     Checkpoint checkpoint = open_model(options.model);
     const GPTConfig& config = checkpoint.config;
     int T = options.seq ? options.seq : config.context;
-    check_sequence(config, T);
+    check_batch(config, options.batch, T);
     TokenDataset dataset(options.data, options.split, config.vocab_size, T);
     DataLoader loader(dataset, 0, /*shuffle=*/false);
     int64_t sequences = dataset.sequences();
@@ -139,7 +145,7 @@ template <class Model>
 void dump(const DumpOptions& options) {
     Checkpoint checkpoint = open_model(options.model);
     int B = options.batch, T = options.seq, V = checkpoint.config.vocab_size;
-    check_sequence(checkpoint.config, T);
+    check_batch(checkpoint.config, B, T);
     TokenDataset dataset(options.data, "train", V, T);
     if (dataset.sequences() < B)
         usage_error("--batch ", B, ": ", options.data, " has ", dataset.sequences(), " sequences of ", T,

@@ -15,25 +15,21 @@ int run(const char* program, int argc, char** argv) {
     try {
         Options options;
         bool help = !parse_options(argc, argv, program, options);
-        auto set_threads = [](int threads) {
-            if (threads > 0) Model::set_threads(threads);
-        };
         int status = kExitDone;
         if (!help) switch (options.command) {
                 case Command::train:
-                    set_threads(options.train.threads);
                     status = train<Model>(options.train);
                     break;
                 case Command::generate:
-                    set_threads(options.generate.threads);
+                    Model::set_threads(options.generate.threads);
                     generate<Model>(options.generate);
                     break;
                 case Command::eval:
-                    set_threads(options.eval.threads);
+                    Model::set_threads(options.eval.threads);
                     evaluate<Model>(options.eval);
                     break;
                 case Command::dump:
-                    set_threads(options.dump.threads);
+                    Model::set_threads(options.dump.threads);
                     dump<Model>(options.dump);
                     break;
             }

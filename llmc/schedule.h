@@ -10,9 +10,9 @@
 inline const std::vector<std::string> kScheduleNames = {"cosine", "linear", "wsd", "constant"};
 
 // Steps count from 1 to `steps`. The rate rises linearly over `warmup` steps, reaching `peak` at the last of
-// them, then goes down to final_fraction * peak, which it has at step `steps`: along half a cosine wave,
-// along a line, or (wsd: warm-up, stable, decay) after staying at the peak until the last fifth of the run,
-// along a line.
+// them, then (but for constant) goes down to final_fraction * peak, which it has at step `steps`: along half
+// a cosine wave, along a line, or (wsd: warm-up, stable, decay) after staying at the peak until the last
+// fifth of the run, along a line.
 inline double learning_rate_at(const std::string& schedule, int64_t step, int64_t steps, int64_t warmup,
                                double peak, double final_fraction) {
     if (step <= warmup) return peak * step / warmup;

@@ -4,7 +4,9 @@
 // in the checkpoint or follows from the step's number: the place in the data, the learning rate, the moments,
 // and random numbers, which are functions of seed and counter. So a resumed run goes on bit for bit.
 #pragma once
+#include <fcntl.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -64,7 +66,14 @@ class Trainer {
 
     int run() {
         std::optional<Checkpoint> resumed = find_start();
-        GPTConfig config = choose_model(resumed);
+        o.threads = Model::set_threads(o.threads);
+        std::optional<Checkpoint> initial;  // where the weights come from: none for a new model
+        if (resumed) {
+            initial = resumed;
+        } else if (!o.init_from.empty()) {
+            initial = open_model(o.init_from);
+        }
+        GPTConfig config = choose_model(initial);
         settle_sizes(config);
         TokenDataset train_data(o.data, "train", config.vocab_size, o.seq);
         DataLoader loader(train_data, o.seed);
@@ -76,12 +85,16 @@ class Trainer {
         model->allocate();
         inputs.resize((size_t)o.batch * o.seq);
         targets.resize((size_t)o.batch * o.seq);
-        load_weights(resumed);
+        load_weights(initial, resumed.has_value());
         peak = Model::measured_peak();
         std::error_code error;
         std::filesystem::create_directories(o.out, error);
         if (error) fail(o.out, ": cannot create: ", error.message());
         sync_folder(parent_folder(o.out));
+        Descriptor lock(::open(o.out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+        if (lock.fd < 0) fail_errno(o.out, "cannot open folder");
+        if (::flock(lock.fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+            fail(o.out, ": another train_gpt is training in this folder");
         if (o.resume) delete_leftovers(o.out);
         if (resumed) set_aside_later_checkpoints(o.out, state.step);
         MetricsLog metrics(join_path(o.out, "metrics.jsonl"), resumed ? state.step : -1);
@@ -94,15 +107,20 @@ class Trainer {
             auto due = [&](int every) { return every > 0 && (last || state.step % every == 0); };
             bool validates = val_data && due(o.val_every);
             bool samples = tokenizer && o.sample_tokens > 0 && due(o.sample_every);
-            bool saves = due(o.checkpoint_every) || (g_stop_requested && o.checkpoint_every > 0);
+            bool saves = due(o.checkpoint_every);
             if (validates || samples || saves) check_finite();  // a good loss may have made bad weights
             if (validates) validate(*val_data, metrics);
             if (samples) sample();
             if (saves) checkpoint(metrics);
         }
         if (state.step < o.steps) {
+            bool saved = last_checkpoint == join_path(o.out, checkpoint_name(state.step));
+            if (o.checkpoint_every > 0 && state.step > 0 && !saved) {
+                check_finite();
+                checkpoint(metrics);
+            }
             printf("stopped after step %d; %s\n", state.step,
-                   last_checkpoint.empty() ? "no checkpoint was asked for" : "go on with --resume");
+                   o.checkpoint_every > 0 ? "go on with --resume" : "no checkpoint was asked for");
             return kExitInterrupted;
         }
         return kExitDone;
@@ -124,15 +142,19 @@ class Trainer {
     std::optional<Checkpoint> find_start() {
         std::optional<Checkpoint> checkpoint;
         if (o.out.empty()) usage_error("--out \"\": expected the name of a folder");
+        bool holds_run =
+            std::filesystem::exists(join_path(o.out, "metrics.jsonl")) || !checkpoint_steps(o.out).empty();
         if (!o.resume_from.empty()) {
-            checkpoint.emplace(o.resume_from);
+            checkpoint = open_model(o.resume_from);
+            std::error_code missing;
+            if (holds_run && !std::filesystem::equivalent(parent_folder(checkpoint->folder), o.out, missing))
+                usage_error("--out ", o.out, " holds another run than --resume ", o.resume_from, " is of");
             if (!checkpoint->trainer)
                 fail(o.resume_from, ": trainer.json is missing, so it can only be given to --init-from");
         } else if (o.resume) {
             checkpoint = newest_checkpoint(o.out);
             if (!checkpoint) printf("nothing to resume in %s: starting from the beginning\n", o.out.c_str());
-        } else if (std::filesystem::exists(join_path(o.out, "metrics.jsonl")) ||
-                   !checkpoint_steps(o.out).empty()) {
+        } else if (holds_run) {
             usage_error("--out ", o.out,
                         " already holds a run: go on with --resume, or choose another folder");
         }
@@ -150,21 +172,15 @@ class Trainer {
         return checkpoint;
     }
 
-    GPTConfig choose_model(const std::optional<Checkpoint>& resumed) {
+    GPTConfig choose_model(const std::optional<Checkpoint>& initial) {
         DatasetInfo info = read_dataset_info(o.data);
-        std::string path = join_path(o.data, "tokenizer.json");
-        if (std::filesystem::exists(path)) {
-            tokenizer_text = read_text(path);
-            tokenizer.emplace(path);
-        }
         GPTConfig config;
-        if (resumed || !o.init_from.empty()) {
-            config = resumed ? resumed->config : Checkpoint(o.init_from).config;
-            std::string folder = resumed ? resumed->folder : o.init_from;
-            o.model.require_same(config, join_path(folder, "config.json"));
+        if (initial) {
+            config = initial->config;
+            o.model.require_same(config, join_path(initial->folder, "config.json"));
             if (info.vocab_size > config.vocab_size)
                 fail(o.data, ": its vocabulary of ", info.vocab_size, " is larger than the ",
-                     config.vocab_size, " of ", folder);
+                     config.vocab_size, " of ", initial->folder);
         } else {
             config = o.model.fresh(info.vocab_size, info.eot_token);
             try {
@@ -173,15 +189,19 @@ class Trainer {
                 usage_error(e.what());
             }
         }
+        std::string path = join_path(o.data, "tokenizer.json");
+        if (std::filesystem::exists(path)) {
+            tokenizer_text = read_text(path);
+            tokenizer.emplace(path);
+            check_tokenizer(*tokenizer, path, config);
+        }
         return config;
     }
 
     void settle_sizes(const GPTConfig& config) {
         if (o.seq == 0) o.seq = config.context;
-        check_sequence(config, o.seq);
+        check_batch(config, o.batch, o.seq);
         int64_t micro_batch = (int64_t)o.batch * o.seq;
-        if (micro_batch > (1 << 30))
-            usage_error("--batch ", o.batch, " x --seq ", o.seq, " is more than 2^30 tokens");
         if (o.total_batch == 0) o.total_batch = micro_batch;
         if (o.total_batch % micro_batch != 0)
             usage_error("--total-batch ", o.total_batch, ": expected a multiple of --batch ", o.batch,
@@ -192,19 +212,17 @@ class Trainer {
         if (o.warmup < 0) o.warmup = std::min(700, o.steps / 10);
     }
 
-    void load_weights(const std::optional<Checkpoint>& resumed) {
-        if (resumed) {
-            resumed->load_weights(*model);
-            resumed->load_optimizer(*model);
-        } else if (!o.init_from.empty()) {
-            Checkpoint(o.init_from).load_weights(*model);
-        } else {
-            std::vector<float> values;
-            for (const ParameterTensor& t : model->table.tensors) {
-                values.resize(t.size);
-                initialize_tensor(values.data(), t, o.seed);
-                model->write(Store::weights, t, values.data());
-            }
+    void load_weights(const std::optional<Checkpoint>& initial, bool resumed) {
+        if (initial) {
+            initial->load_weights(*model);
+            if (resumed) initial->load_optimizer(*model);
+            return;
+        }
+        std::vector<float> values;
+        for (const ParameterTensor& t : model->table.tensors) {
+            values.resize(t.size);
+            initialize_tensor(values.data(), t, o.seed);
+            model->write(Store::weights, t, values.data());
         }
     }
 
@@ -246,12 +264,12 @@ class Trainer {
             loader.batch(state.samples + (int64_t)i * o.batch, o.batch, inputs.data(), targets.data());
             double micro_loss =
                 model->forward(inputs.data(), targets.data(), o.batch, o.seq, 1.0f / micro_batches);
-            if (!std::isfinite(micro_loss)) diverged(state.step + 1, "the loss is", micro_loss);
+            if (!std::isfinite(micro_loss)) diverged(state.step + 1, str("the loss is ", micro_loss));
             loss += micro_loss / micro_batches;
             model->backward(inputs.data(), o.batch, o.seq);
         }
         double norm = model->gradient_norm();
-        if (!std::isfinite(norm)) diverged(state.step + 1, "the gradient norm is", norm);
+        if (!std::isfinite(norm)) diverged(state.step + 1, str("the gradient norm is ", norm));
         double scale = o.grad_clip > 0 && norm > o.grad_clip ? o.grad_clip / norm : 1;
         int step = state.step + 1;
         double rate =
@@ -281,16 +299,16 @@ class Trainer {
         fflush(stdout);
     }
 
-    [[noreturn]] void diverged(int step, const char* what, double value) {
+    [[noreturn]] void diverged(int step, const std::string& what) {
         std::string tensor = model->first_nonfinite();
         throw Error(kExitDiverged,
-                    str("training diverged at step ", step, ": ", what, " ", value, ", first in ",
+                    str("training diverged at step ", step, ": ", what, ", first in ",
                         tensor.empty() ? std::string("their sum") : tensor,
                         "; last checkpoint: ", last_checkpoint.empty() ? "none" : last_checkpoint));
     }
 
     void check_finite() {
-        if (!model->first_nonfinite().empty()) diverged(state.step, "a value is", NAN);
+        if (!model->first_nonfinite().empty()) diverged(state.step, "a value is not finite");
     }
 
     void validate(const TokenDataset& data, MetricsLog& metrics) {
@@ -302,7 +320,7 @@ class Trainer {
             loader.batch(i * B, B, inputs.data(), targets.data());
             loss += model->forward(inputs.data(), targets.data(), B, o.seq, 0) / batches;
         }
-        if (!std::isfinite(loss)) diverged(state.step, "the validation loss is", loss);
+        if (!std::isfinite(loss)) diverged(state.step, str("the validation loss is ", loss));
         metrics.write({{"step", state.step}, {"val_loss", loss}});
         printf("step %d: validation loss %.4f over %lld tokens\n", state.step, loss,
                (long long)(batches * B * o.seq));
@@ -320,11 +338,14 @@ class Trainer {
                 if (token < tokenizer->vocab_size()) tokens.push_back(token);
             });
         } catch (const NonfiniteLogits&) {
-            diverged(state.step, "a logit of the sample is", NAN);
+            diverged(state.step, "a logit of the sample is not finite");
         }
         Utf8Stream stream;
         std::string text = stream.push(tokenizer->decode(tokens));
-        printf("--- a sample after step %d\n%s\n---\n", state.step, (text + stream.finish()).c_str());
+        text += stream.finish();
+        printf("--- a sample after step %d\n", state.step);
+        fwrite(text.data(), 1, text.size(), stdout);  // it may hold a NUL
+        printf("\n---\n");
         fflush(stdout);
     }
 

@@ -11,11 +11,14 @@ log=$(mktemp -d)
 trap 'rm -rf "$log"' EXIT
 
 build/tests 2>&1 | tee "$log/cpp"
+cpp_status=${PIPESTATUS[0]}
 # "[doctest] test cases: 50 | 49 passed | 1 failed | 0 skipped"; a crash prints no such line, and is one failure.
 cpp=$(sed -n 's/^\[doctest\] test cases: *[0-9]* *| *\([0-9]*\) passed *| *\([0-9]*\) failed.*/\1 \2/p' "$log/cpp")
 read -r passed failed <<<"${cpp:-0 1}"
+[ "$cpp_status" -eq 0 ] || [ "$failed" -gt 0 ] || failed=1  # a sanitizer's report after the summary
 
 .venv/bin/python -m unittest discover -s tests 2>&1 | tee "$log/python"
+python_status=${PIPESTATUS[0]}
 # "Ran 20 tests in 9s", then "OK (skipped=1)" or "FAILED (failures=1, errors=1)".
 count() { sed -n "s/^\(OK\|FAILED\).*$1=\([0-9]*\).*/\2/p" "$log/python"; }
 ran=$(sed -n 's/^Ran \([0-9]*\) tests\{0,1\} in.*/\1/p' "$log/python")
@@ -23,6 +26,7 @@ broken=$(($(count failures || true)+0 + $(count errors || true)+0))
 skipped=$(($(count skipped || true)+0))
 [ -n "$ran" ] || { ran=0; broken=1; }
 [ "$ran" -ge $((broken + skipped)) ] && passed=$((passed + ran - broken - skipped))
+[ "$python_status" -eq 0 ] || [ "$broken" -gt 0 ] || broken=1
 failed=$((failed + broken))
 
 echo "$passed passed, $failed failed"

@@ -1,6 +1,10 @@
 // Checkpoints: a run that is killed, stopped or out of disk space at any moment goes on with --resume as if
 // nothing had happened. tests/fault_preload.c counts the program's calls that change the disk and interferes
 // at the n-th; what is on the disk changes at no other moment.
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <functional>
@@ -19,8 +23,8 @@ const std::string kFlags =
     "--sample-every 25 --sample-tokens 4 --checkpoint-every 10 ";
 
 // 50 steps without a stop: 8 epochs of 23 sequences and a part, 2 micro-batches a step, checkpoints at 10,
-// 20,
-// ..., 50. And the same run in the middle: checkpoints of step 10 and 20, a log that has gone on to a part of
+// 20, ...,
+// 50. And the same run in the middle: checkpoints of step 10 and 20, a log that has gone on to a part of
 // a line after step 27, and what a checkpoint that was not finished left.
 struct Runs {
     TempFolder folder;
@@ -311,6 +315,16 @@ TEST_CASE("resume: SIGTERM and Ctrl-C finish the step and write a checkpoint") {
             check_same_end(out);
         }
     }
+    // In the middle of a validation, after step 3: mkdir, open, a validation and three steps are calls 1
+    // to 6.
+    const std::string validating = folder / "validating";
+    const Result during =
+        train_gpt("train --threads 2 --batch 2 --steps 9 --val-every 3 --checkpoint-every 9 --data " +
+                      runs().data + " --out " + validating + kSizes,
+                  {}, fault(validating, 7, "signal", SIGTERM));
+    CHECK(during.status == 130);
+    CHECK(contains(during.out, "stopped after step 3; go on with --resume"));
+    CHECK(names_in(validating) == std::set<std::string>{"metrics.jsonl", step_name(3)});
     // A second Ctrl-C ends the program at once. There is no checkpoint yet, so --resume starts anew.
     const std::string out = folder / "twice";
     CHECK(train_gpt(runs().train(out), {}, fault(out, 10, "twice", SIGINT)).status == -SIGINT);
@@ -398,6 +412,22 @@ TEST_CASE("resume: from further back, and killed before the first checkpoint fro
     CHECK(on.status == 0);
     CHECK(contains(on.out, "step_00000020 after step 20"));
     check_same_end(out);
+}
+
+TEST_CASE("resume: a folder that holds another run, or a running one, is left alone") {
+    const TempFolder folder;
+    const std::string out = folder / "out", other = folder / "other";
+    fs::copy(runs().whole, out, fs::copy_options::recursive);
+    fs::copy(runs().whole, other, fs::copy_options::recursive);
+    const std::string before = get_file(out + "/metrics.jsonl");
+    check_failed(train_gpt("train --threads 2 --out " + out + " --resume " + other + "/step_00000020"), 2,
+                 {"--out", out, "--resume", other});
+    const int held = ::open(out.c_str(), O_RDONLY | O_DIRECTORY);
+    REQUIRE(::flock(held, LOCK_EX) == 0);
+    check_failed(train_gpt("train --threads 2 --resume --steps 60 --out " + out), 1,
+                 {out, "another train_gpt"});
+    ::close(held);
+    CHECK(get_file(out + "/metrics.jsonl") == before);
 }
 
 TEST_CASE("resume: a damaged checkpoint is reported and the one before it used") {

@@ -198,7 +198,7 @@ def main() -> int:
     parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)),
                         help="of every program (default: all cores)")
     parser.add_argument("--quick", action="store_true", help="a small model, to see that everything runs")
-    parser.add_argument("--json", type=Path, default=Path("bench.json"), help="(default: bench.json)")
+    parser.add_argument("--json", type=Path, default=Path("out/bench.json"), help="(default: out/bench.json)")
     args = parser.parse_args()
     args.rounds = args.rounds or (2 if args.quick else 5)
     args.steps = args.steps or (5 if args.quick else 8)
@@ -230,6 +230,7 @@ def main() -> int:
         command = bench.trainer(Path("OUT"), args.warmup + args.steps, LEARNING_RATE)
         results.append({"case": asdict(case), "command": command, "loss_difference": difference,
                         "absent": absent, "runs": [asdict(run) for run in runs]})
+    args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({"machine": machine, "rounds": args.rounds, "steps": args.steps,
                                      "warmup": args.warmup, "results": results}, indent=1) + "\n")
     wrong = [r["case"]["name"] for r in results if not r["loss_difference"] <= r["case"]["loss_rtol"]]

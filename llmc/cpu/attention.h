@@ -210,7 +210,8 @@ inline void attention_forward(float* out,          // (B,T,C)
 #pragma omp for schedule(dynamic, 1)
             for (int task = 0; task < B * H * tiles; task++) {
                 int tile = tiles - 1 - task / (B * H), bh = task % (B * H), b = bh / H, h = bh % H;
-                attention_forward_tile<power>(out + (size_t)b * T * C + h * D, stats + (size_t)bh * T,
+                attention_forward_tile<power>(out + (size_t)b * T * C + h * D,
+                                              stats ? stats + (size_t)bh * T : nullptr,
                                               qkv + (size_t)b * T * 3 * C + h * D, scales[decay ? h : 0],
                                               config.has_row_sum(), tile * kTile, T, C, D, scratch.get());
             }
@@ -314,8 +315,8 @@ inline double attention_backward_tiles(float* dq,
             }
             // Padded queries have x = 0 and dO = 0; only softmax's exp(0 - lse) needs a value to subtract.
             float lse[kTile] = {}, dot[kTile] = {};
-            std::copy(stats + i0, stats + i0 + (kPower == 0 ? queries : 0), lse);
-            std::copy(row_dot + i0, row_dot + i0 + (row_dot ? queries : 0), dot);
+            if (kPower == 0) std::copy_n(stats + i0, queries, lse);
+            if (row_dot) std::copy_n(row_dot + i0, queries, dot);
             ddecay += weights_and_score_gradients<kPower>(s, da, lse, dot, scale, row_sum, wants_decay,
                                                           queries, i0, j0);
             for (int r = 0; r < kTile; r += kTileRows) {  // keys
@@ -373,6 +374,8 @@ inline std::vector<int> balanced_cuts(int tiles, int parts) {
     return cuts;
 }
 
+constexpr int kMaxParts = 8;  // of a head, each with a dq of its own
+
 inline void attention_backward(float* dqkv,         // (B,T,3C)
                                float* ddecay,       // (H) +=, or null: not wanted
                                const float* dout,   // (B,T,C)
@@ -398,7 +401,7 @@ inline void attention_backward(float* dqkv,         // (B,T,3C)
     // has its own share of dq, added up at the end.
     int wanted = (4 * omp_get_max_threads() + B * H - 1) / (B * H);
     std::vector<int> cuts =
-        balanced_cuts(tiles, B * H >= omp_get_max_threads() ? 1 : std::min(tiles, wanted));
+        balanced_cuts(tiles, B * H >= omp_get_max_threads() ? 1 : std::min({tiles, wanted, kMaxParts}));
     int parts = (int)cuts.size() - 1;
     Floats shares(parts > 1 ? (size_t)B * H * parts * T * D : 0);  // (B,H,parts,T,D)
     std::vector<double> dlog_gamma((size_t)B * H * parts);
@@ -414,7 +417,8 @@ inline void attention_backward(float* dqkv,         // (B,T,3C)
                 size_t from = (size_t)cuts[part] * kTile;
                 float* dq = parts > 1 ? shares.get() + (((size_t)bh * parts + part) * T + from) * D : head;
                 dlog_gamma[(size_t)bh * parts + part] = attention_backward_tiles<power>(
-                    dq, parts > 1 ? D : 3 * C, head, dout + (size_t)b * T * C + h * D, stats + (size_t)bh * T,
+                    dq, parts > 1 ? D : 3 * C, head, dout + (size_t)b * T * C + h * D,
+                    stats ? stats + (size_t)bh * T : nullptr,
                     row_dot.empty() ? nullptr : row_dot.data() + (size_t)bh * T,
                     row_sum ? row_factor.data() + (size_t)bh * T : scale.c.data(),
                     qkv + (size_t)b * T * 3 * C + h * D, scale, row_sum, ddecay != nullptr, cuts[part],

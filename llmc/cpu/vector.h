@@ -73,7 +73,8 @@ inline vec exp(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    // 2^(n-1) goes into the exponent's bits, the last factor 2 is a product: it overflows to Inf where it must.
+    // 2^(n-1) goes into the exponent's bits, the last factor 2 is a product: it overflows to Inf where it
+    // must.
     vec result = (vec)((vuint)p + (((vuint)shifted - 1) << 23)) * 2.0f;
     result = x < low ? vec{} : result;
     return x != x ? x : result;
