@@ -3,10 +3,13 @@
 CXX      ?= g++
 ONEDNN   ?= $(shell printf '\043include <oneapi/dnnl/dnnl.hpp>\n' | $(CXX) -x c++ -E - >/dev/null 2>&1 && echo 1)
 SANITIZE ?= 0
+# 1: train_gpt has the model three times, for AVX2, AVX-512 and AVX-512 with BF16, and takes the best that the processor
+# has (llmc/cpu/isa.h). 0: once, for this processor.
+DISPATCH ?= $(if $(filter x86_64-1,$(shell uname -m)-$(if $(filter 0,$(SANITIZE)),1)),1,0)
 PYTHON   := .venv/bin/python
 BUILD    := build
 
-CXXFLAGS ?= -O3 -march=native -Wall -Wextra
+CXXFLAGS ?= -O3 -Wall -Wextra
 # -fno-math-errno lets sqrt be vectorised; -Wno-psabi: vectors wider than the machine's pass through functions here.
 flags    := -std=c++20 -fopenmp -fno-math-errno -Wno-psabi -I. -MMD -MP $(CXXFLAGS)
 libs     := -lpcre2-8 -lz
@@ -18,19 +21,36 @@ ifeq ($(SANITIZE),1)
 flags    += -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 endif
 
+native   := -march=native
+ifeq ($(DISPATCH),1)
+main     := -march=x86-64-v3 -DLLMC_ISA=avx2 -DLLMC_DISPATCH -DLLMC_MAIN
+more     := $(BUILD)/avx512.o $(BUILD)/avx512_bf16.o
+else
+main     := $(native) -DLLMC_MAIN
+endif
+$(BUILD)/avx512.o: isa := -march=x86-64-v4 -DLLMC_ISA=avx512
+$(BUILD)/avx512_bf16.o: isa := -march=x86-64-v4 -mavx512bf16 -DLLMC_ISA=avx512_bf16
+
 tests    := $(patsubst tests/%.cpp,$(BUILD)/%.o,$(wildcard tests/*.cpp))
 
 .PHONY: all quickstart test bench format clean help
 all: train_gpt
 
-train_gpt: $(BUILD)/train_gpt.o
-	$(CXX) $(flags) $< -o $@ $(libs)
+# In this order: of an inline function that several objects have, the linker takes the first, which must run on all
+# processors.
+train_gpt: $(BUILD)/train_gpt.o $(more)
+	$(CXX) $(flags) $^ -o $@ $(libs)
 
 $(BUILD)/train_gpt.o: train_gpt.cpp $(BUILD)/flags
-	$(CXX) $(flags) -c $< -o $@
+	$(CXX) $(flags) $(main) -c $< -o $@
+
+# What runs before main() would run on processors without this instruction set.
+$(BUILD)/avx%.o: train_gpt.cpp $(BUILD)/flags
+	$(CXX) $(flags) $(isa) -c $< -o $@
+	@if nm $@ | grep _GLOBAL__sub_I; then echo '$@: has static initialisers' >&2; rm $@; false; fi
 
 $(BUILD)/%.o: tests/%.cpp $(BUILD)/flags
-	$(CXX) $(flags) -c $< -o $@
+	$(CXX) $(flags) $(native) -c $< -o $@
 
 $(BUILD)/tests: $(tests)
 	$(CXX) $(flags) $^ -o $@ $(libs)
@@ -38,7 +58,7 @@ $(BUILD)/tests: $(tests)
 # Changes, and so has everything built again, when the compiler or its flags do.
 $(BUILD)/flags: FORCE
 	@mkdir -p $(BUILD)
-	@echo '$(CXX) $(flags) $(libs)' | cmp -s - $@ || echo '$(CXX) $(flags) $(libs)' > $@
+	@echo '$(CXX) $(flags) $(main) $(libs)' | cmp -s - $@ || echo '$(CXX) $(flags) $(main) $(libs)' > $@
 FORCE:
 
 # Kills or fails a program at its n-th write, fsync or rename (tests/test_resume.cpp).

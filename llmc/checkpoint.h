@@ -67,8 +67,7 @@ struct Written {
 };
 
 // Tensors of the table from `store`, their names after `prefix`.
-template <class Model>
-Written write_tensors(const std::string& folder, const std::string& name, const Model& model,
+inline Written write_tensors(const std::string& folder, const std::string& name, const Model& model,
                       const std::vector<std::pair<std::string, Store>>& stores) {
     std::vector<TensorSpec> infos;
     for (const auto& [prefix, store] : stores)
@@ -105,8 +104,7 @@ inline Written write_file(const std::string& folder, const std::string& name, co
 
 // Writes OUT/step_<step>. `tokenizer` is the text of tokenizer.json, empty where there is none. After a
 // failure the folder is as before.
-template <class Model>
-std::string write_checkpoint(const std::string& out, const Model& model, const TrainerState& state,
+inline std::string write_checkpoint(const std::string& out, const Model& model, const TrainerState& state,
                              const std::string& tokenizer) {
     namespace fs = std::filesystem;
     using namespace checkpoint_detail;
@@ -186,14 +184,12 @@ class Checkpoint {
     }
 
     // Weights into `model`, whose config is this one's.
-    template <class Model>
     void load_weights(Model& model) const {
         SafetensorsFile file(join_path(folder, "model.safetensors"));
         bool prefixed = !file.find("wte.weight") && file.find("transformer.wte.weight");
         load(model, file, prefixed ? "transformer." : "", Store::weights);
     }
 
-    template <class Model>
     void load_optimizer(Model& model) const {
         SafetensorsFile file(join_path(folder, "optimizer.safetensors"));
         load(model, file, "m.", Store::m);
@@ -201,7 +197,6 @@ class Checkpoint {
     }
 
   private:
-    template <class Model>
     static void load(Model& model, const SafetensorsFile& file, const std::string& prefix, Store store) {
         std::vector<float> values;
         for (const ParameterTensor& t : model.table.tensors) {

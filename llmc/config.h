@@ -5,9 +5,9 @@
 #include <charconv>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <string>
-#include <vector>
 
 #include "llmc/error.h"
 
@@ -16,18 +16,19 @@ enum class DecayKind { none, fixed, learned };
 enum class PositionKind { learned, rope };
 
 // The values of a flag or of a key in config.json, in the order of the enumeration.
-inline const std::vector<std::string> kAttentionNames = {"softmax", "poly1", "poly2", "poly3", "poly4"};
-inline const std::vector<std::string> kScaleNames = {"row", "context", "mean", "sum"};  // or a number
-inline const std::vector<std::string> kDecayNames = {"none", "fixed", "learned"};
-inline const std::vector<std::string> kPositionNames = {"learned", "rope"};
+inline constexpr const char* kAttentionNames[] = {"softmax", "poly1", "poly2", "poly3", "poly4"};
+inline constexpr const char* kScaleNames[] = {"row", "context", "mean", "sum"};  // or a number
+inline constexpr const char* kDecayNames[] = {"none", "fixed", "learned"};
+inline constexpr const char* kPositionNames[] = {"learned", "rope"};
 
 // The index of `name` in `names`; an error that starts with `where` and lists what is allowed otherwise.
-inline int index_of_name(const std::string& name, const std::vector<std::string>& names,
-                         const std::string& where) {
+template <class Names>
+int index_of_name(const std::string& name, const Names& names, const std::string& where) {
     std::string allowed;
-    for (size_t i = 0; i < names.size(); i++) {
-        if (names[i] == name) return (int)i;
-        allowed += (i ? ", " : "") + names[i];
+    int i = 0;
+    for (const auto& candidate : names) {
+        if (name == candidate) return i;
+        allowed += str(i++ ? ", " : "", candidate);
     }
     fail(where, ": \"", name, "\" is not one of ", allowed);
 }
@@ -76,7 +77,7 @@ struct GPTConfig {
         AttentionConfig a;
         a.power = power;
         a.context = context;
-        for (size_t i = 0; i < kScaleNames.size(); i++) {
+        for (size_t i = 0; i < std::size(kScaleNames); i++) {
             if (attention_scale == kScaleNames[i]) return a.scale = (ScaleKind)i, a;
         }
         const char* end = attention_scale.data() + attention_scale.size();
@@ -145,7 +146,7 @@ struct GPTConfig {
                 fail(where, ": \"", key, "\" is ", value.dump(), ", expected an integer");
             return value.get<int>();
         };
-        auto name = [&](const char* key, const std::vector<std::string>& names) {
+        auto name = [&](const char* key, const auto& names) {
             if (!json.contains(key)) return 0;
             const auto& value = json.at(key);
             if (!value.is_string()) fail(where, ": \"", key, "\" is ", value.dump(), ", expected a string");
@@ -200,7 +201,7 @@ struct Preset {
 };
 
 // GPT-2's four sizes, and one that learns Shakespeare on two cores in a few minutes.
-inline const std::vector<Preset> kPresets = {{"nano", 4, 4, 128, 256},
+inline constexpr Preset kPresets[] = {{"nano", 4, 4, 128, 256},
                                              {"gpt2", 12, 12, 768, 1024},
                                              {"gpt2-medium", 24, 16, 1024, 1024},
                                              {"gpt2-large", 36, 20, 1280, 1024},

@@ -24,7 +24,7 @@
 // Draws n tokens after `prompt` (not empty) and calls emit(token) for each; ends early at the token `end`
 // (-1: none). Where positions are a table, the text goes on past its end from the last half of the context,
 // encoded anew.
-template <class Model, class Emit>
+template <class Emit>
 void generate_tokens(Model& model, std::vector<int> prompt, int n, const SamplerOptions& options, int end,
                      Emit emit) {
     const int context = model.config.context;
@@ -51,10 +51,10 @@ void generate_tokens(Model& model, std::vector<int> prompt, int n, const Sampler
     model.clear_cache();
 }
 
-// A model loaded for inference with room for B x T tokens.
-template <class Model>
-std::unique_ptr<Model> load_model(const Checkpoint& checkpoint, Purpose purpose, int B, int T) {
-    auto model = std::make_unique<Model>(checkpoint.config, purpose, B, T);
+// A model with the weights of a checkpoint.
+inline std::unique_ptr<Model> load_model(const Backend& backend, const Checkpoint& checkpoint,
+                                         const ModelOptions& options) {
+    std::unique_ptr<Model> model = backend.make_model(checkpoint.config, options);
     model->allocate();
     checkpoint.load_weights(*model);
     return model;
@@ -78,8 +78,7 @@ inline void check_tokenizer(const Tokenizer& tokenizer, const std::string& path,
              config.vocab_size);
 }
 
-template <class Model>
-void generate(const GenerateOptions& options) {
+inline void generate(const Backend& backend, const GenerateOptions& options) {
     Checkpoint checkpoint = open_model(options.model);
     Tokenizer tokenizer = open_tokenizer(checkpoint);
     check_tokenizer(tokenizer, join_path(checkpoint.folder, "tokenizer.json"), checkpoint.config);
@@ -94,7 +93,9 @@ void generate(const GenerateOptions& options) {
             usage_error("--prompt: expected a text, for the tokenizer has no <|endoftext|>");
         prompt = {tokenizer.eot_token()};
     }
-    auto model = load_model<Model>(checkpoint, Purpose::inference, 1, std::min(256, (int)prompt.size()));
+    ModelOptions model_options{Purpose::inference, 1, std::min(256, (int)prompt.size())};
+    model_options.cache = (CacheKind)index_of_name(options.cache, kCacheNames, "--cache");
+    auto model = load_model(backend, checkpoint, model_options);
     Utf8Stream text;
     auto write = [&](const std::string& piece) {
         if (fwrite(piece.data(), 1, piece.size(), stdout) != piece.size() || fflush(stdout) != 0)
@@ -107,8 +108,7 @@ void generate(const GenerateOptions& options) {
     write(text.finish() + "\n");
 }
 
-template <class Model>
-void evaluate(const EvalOptions& options) {
+inline void evaluate(const Backend& backend, const EvalOptions& options) {
     Checkpoint checkpoint = open_model(options.model);
     const GPTConfig& config = checkpoint.config;
     int T = options.seq ? options.seq : config.context;
@@ -121,7 +121,7 @@ void evaluate(const EvalOptions& options) {
     std::optional<Tokenizer> tokenizer;  // for the bytes of the text that was predicted
     if (std::filesystem::exists(join_path(options.data, "tokenizer.json")))
         tokenizer.emplace(join_path(options.data, "tokenizer.json"));
-    auto model = load_model<Model>(checkpoint, Purpose::inference, B, T);
+    auto model = load_model(backend, checkpoint, options.compute.model_options(Purpose::inference, B, T));
     std::vector<int> inputs((size_t)B * T), targets((size_t)B * T);
     double total = 0;
     int64_t bytes = 0;
@@ -141,8 +141,7 @@ void evaluate(const EvalOptions& options) {
     printf("\n");
 }
 
-template <class Model>
-void dump(const DumpOptions& options) {
+inline void dump(const Backend& backend, const DumpOptions& options) {
     Checkpoint checkpoint = open_model(options.model);
     int B = options.batch, T = options.seq, V = checkpoint.config.vocab_size;
     check_batch(checkpoint.config, B, T);
@@ -152,7 +151,7 @@ void dump(const DumpOptions& options) {
                     " tokens");
     std::vector<int> inputs((size_t)B * T), targets((size_t)B * T);
     DataLoader(dataset, 0, /*shuffle=*/false).batch(0, B, inputs.data(), targets.data());
-    auto model = load_model<Model>(checkpoint, Purpose::training, B, T);
+    auto model = load_model(backend, checkpoint, options.compute.model_options(Purpose::training, B, T));
     std::vector<float> logits((size_t)B * T * V);
     model->all_logits(logits.data(), inputs.data(), B, T);
     model->zero_gradients();

@@ -10,27 +10,27 @@
 #include "llmc/options.h"
 #include "llmc/trainer.h"
 
-template <class Model>
-int run(const char* program, int argc, char** argv) {
+inline int run(const char* program, Backend (*choose_backend)(), int argc, char** argv) {
     try {
         Options options;
         bool help = !parse_options(argc, argv, program, options);
         int status = kExitDone;
+        Backend backend = choose_backend();
         if (!help) switch (options.command) {
                 case Command::train:
-                    status = train<Model>(options.train);
+                    status = train(backend, options.train);
                     break;
                 case Command::generate:
-                    Model::set_threads(options.generate.threads);
-                    generate<Model>(options.generate);
+                    backend.set_threads(options.generate.threads);
+                    generate(backend, options.generate);
                     break;
                 case Command::eval:
-                    Model::set_threads(options.eval.threads);
-                    evaluate<Model>(options.eval);
+                    backend.set_threads(options.eval.threads);
+                    evaluate(backend, options.eval);
                     break;
                 case Command::dump:
-                    Model::set_threads(options.dump.threads);
-                    dump<Model>(options.dump);
+                    backend.set_threads(options.dump.threads);
+                    dump(backend, options.dump);
                     break;
             }
         if (fflush(stdout) != 0 || ferror(stdout)) fail("stdout: cannot write all of the output");

@@ -65,6 +65,19 @@ struct ModelFlags {
     }
 };
 
+// How a model is computed, whatever it is.
+struct ComputeFlags {
+    std::string dtype = "fp32", kernel = "auto";
+
+    // For batches of up to B x T tokens.
+    ModelOptions model_options(Purpose purpose, int B, int T) const {
+        ModelOptions options{purpose, B, T};
+        options.precision = (Precision)index_of_name(dtype, kPrecisionNames, "--dtype");
+        options.kernel = (AttentionKernel)index_of_name(kernel, kKernelNames, "--attention-kernel");
+        return options;
+    }
+};
+
 struct TrainOptions {
     ModelFlags model;
     std::string data, out, init_from;
@@ -77,12 +90,20 @@ struct TrainOptions {
     int warmup = -1;  // -1: a tenth of the steps, at most 700
     AdamW adamw;
     uint64_t seed = 1;
-    std::string dtype = "fp32";
+    ComputeFlags compute;
+    std::string recompute = "none";
     int threads = 0;  // 0: all
     int val_every = 100, val_batches = 20, sample_every = 500, sample_tokens = 128, checkpoint_every = 500;
+    int norms_every = 0;
     int keep_checkpoints = 3;
     bool resume = false;
     std::string resume_from;  // empty: the newest of `out`
+
+    ModelOptions model_options() const {
+        ModelOptions options = compute.model_options(Purpose::training, batch, seq);
+        options.recompute = (Recompute)index_of_name(recompute, kRecomputeNames, "--recompute");
+        return options;
+    }
 
     // The settings that a checkpoint remembers, so that --resume needs no flags but --out.
     struct Setting {
@@ -134,6 +155,7 @@ struct GenerateOptions {
     std::string model, prompt;
     int tokens = 256;
     SamplerOptions sampler;
+    std::string cache = "auto";
     int threads = 0;
 };
 
@@ -142,12 +164,14 @@ struct EvalOptions {
     int batches = 0;  // 0: all
     int batch = 8;
     int seq = 0;  // 0: the context
+    ComputeFlags compute;
     int threads = 0;
 };
 
 struct DumpOptions {
     std::string model, data, file;
     int batch = 4, seq = 64;
+    ComputeFlags compute;
     int threads = 0;
 };
 
@@ -196,6 +220,11 @@ inline CLI::Validator one_of(const std::vector<std::string>& names) {
     return CLI::Validator(check, description);
 }
 
+template <size_t N>
+CLI::Validator one_of(const char* const (&names)[N]) {
+    return one_of(std::vector<std::string>(names, names + N));
+}
+
 // row, context, mean, sum or a number.
 inline CLI::Validator attention_scale_value() {
     auto check = [](std::string& text) -> std::string {
@@ -214,6 +243,18 @@ inline CLI::Validator attention_scale_value() {
 namespace options_detail {
 
 constexpr int kMostInt = std::numeric_limits<int>::max();
+
+inline void add_compute(CLI::App& app, ComputeFlags& o, const char* group) {
+    app.add_option("--dtype", o.dtype, "of the matrix products and most activations")
+        ->group(group)
+        ->capture_default_str()
+        ->check(one_of(kPrecisionNames));
+    app.add_option("--attention-kernel", o.kernel,
+                   "tiles of all pairs, or chunks at linear cost (poly1, poly2, poly3 with small heads)")
+        ->group(group)
+        ->capture_default_str()
+        ->check(one_of(kKernelNames));
+}
 
 inline void add_train(CLI::App& app, TrainOptions& o) {
     auto remember = [&](CLI::Option* option, auto& value, bool fixed) {
@@ -280,7 +321,15 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
         ->check(number_in(0, 1e30));
     optimise("--seed", o.seed, true, "of the weights, the order of the data and the samples")
         ->check(in_range<uint64_t>(0, UINT64_MAX));
-    optimise("--dtype", o.dtype, true, "of the matrix products")->check(one_of({"fp32"}));
+    add_compute(app, o.compute, "Compute");
+    remember(app.get_option("--dtype"), o.compute.dtype, true);
+    remember(app.get_option("--attention-kernel"), o.compute.kernel, false);
+    remember(app.add_option("--recompute", o.recompute,
+                            "what the backward pass computes again rather than reads, for less memory")
+                 ->group("Compute")
+                 ->capture_default_str()
+                 ->check(one_of(kRecomputeNames)),
+             o.recompute, false);
     app.add_option("--threads", o.threads, "0: all")
         ->group("Run")
         ->capture_default_str()
@@ -294,6 +343,7 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     loop("--val-batches", o.val_batches, "micro-batches a validation, the same every time");
     loop("--sample-every", o.sample_every, "steps between samples of text; 0: never");
     loop("--sample-tokens", o.sample_tokens, "tokens a sample");
+    loop("--norms-every", o.norms_every, "steps between measures of the attention matrices; 0: never");
     loop("--checkpoint-every", o.checkpoint_every, "steps between checkpoints; 0: never");
     loop("--keep-checkpoints", o.keep_checkpoints, "the newest to keep; 0: all");
     app.add_option("--resume", o.resume_from, "go on from the newest checkpoint of --out, or from this one")
@@ -325,6 +375,10 @@ inline void add_generate(CLI::App& app, GenerateOptions& o) {
     app.add_option("--seed", o.sampler.seed, "of the choices")
         ->capture_default_str()
         ->check(in_range<uint64_t>(0, UINT64_MAX));
+    app.add_option("--cache", o.cache,
+                   "of the tokens so far: keys and values, or a state of fixed size (as --attention-kernel linear)")
+        ->capture_default_str()
+        ->check(one_of(kCacheNames));
     add_threads(app, o.threads);
 }
 
@@ -341,6 +395,7 @@ inline void add_eval(CLI::App& app, EvalOptions& o) {
     app.add_option("--seq", o.seq, "tokens a sequence; 0: the context")
         ->capture_default_str()
         ->check(integer_in(0, 1 << 24));
+    add_compute(app, o.compute, "OPTIONS");
     add_threads(app, o.threads);
 }
 
@@ -350,6 +405,7 @@ inline void add_dump(CLI::App& app, DumpOptions& o) {
     app.add_option("--file", o.file, "where to write (.safetensors)")->required();
     app.add_option("--batch", o.batch, "sequences")->capture_default_str()->check(integer_in(1, 1 << 20));
     app.add_option("--seq", o.seq, "tokens a sequence")->capture_default_str()->check(integer_in(1, 1 << 24));
+    add_compute(app, o.compute, "OPTIONS");
     add_threads(app, o.threads);
 }
 

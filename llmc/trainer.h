@@ -1,4 +1,4 @@
-// The training loop, written once for every backend (see llmc/model.h for what it asks of one).
+// The training loop, written once for every backend (llmc/model.h).
 //
 // A step consumes total_batch tokens in micro-batches of batch x seq. Everything that decides its result is
 // in the checkpoint or follows from the step's number: the place in the data, the learning rate, the moments,
@@ -24,6 +24,7 @@
 #include "llmc/inference.h"
 #include "llmc/metrics.h"
 #include "llmc/model.h"
+#include "llmc/norms.h"
 #include "llmc/options.h"
 #include "llmc/schedule.h"
 #include "llmc/tokenizer.h"
@@ -59,14 +60,13 @@ inline std::string duration_text(double seconds) {
     return text;
 }
 
-template <class Model>
 class Trainer {
   public:
-    explicit Trainer(TrainOptions& options) : o(options) {}
+    Trainer(const Backend& backend, TrainOptions& options) : backend(backend), o(options) {}
 
     int run() {
         std::optional<Checkpoint> resumed = find_start();
-        o.threads = Model::set_threads(o.threads);
+        o.threads = backend.set_threads(o.threads);
         std::optional<Checkpoint> initial;  // where the weights come from: none for a new model
         if (resumed) {
             initial = resumed;
@@ -80,13 +80,13 @@ class Trainer {
         std::optional<TokenDataset> val_data;
         if (o.val_every > 0 && o.val_batches > 0) val_data.emplace(o.data, "val", config.vocab_size, o.seq);
 
-        model = std::make_unique<Model>(config, Purpose::training, o.batch, o.seq);
+        model = backend.make_model(config, o.model_options());
         describe(config, train_data);
         model->allocate();
         inputs.resize((size_t)o.batch * o.seq);
         targets.resize((size_t)o.batch * o.seq);
         load_weights(initial, resumed.has_value());
-        peak = Model::measured_peak();
+        peak = backend.measured_peak(o.model_options().precision);
         std::error_code error;
         std::filesystem::create_directories(o.out, error);
         if (error) fail(o.out, ": cannot create: ", error.message());
@@ -127,6 +127,7 @@ class Trainer {
     }
 
   private:
+    const Backend& backend;
     TrainOptions& o;
     TrainerState state;
     std::unique_ptr<Model> model;
@@ -232,7 +233,7 @@ class Trainer {
         if (config.power > 0) attention += ", scale " + config.attention_scale;
         attention +=
             str(", ", kPositionNames[(int)config.positions], " positions", config.qk_norm ? ", qk-norm" : "",
-                config.decay != DecayKind::none ? ", decay " + kDecayNames[(int)config.decay] : "",
+                config.decay != DecayKind::none ? str(", decay ", kDecayNames[(int)config.decay]) : "",
                 config.short_conv ? str(", short conv ", config.short_conv) : "");
         printf("model      %d layers, %d heads, %d channels, context %d, vocabulary %d: %zu parameters\n",
                config.layers, config.heads, config.channels, config.context, config.vocab_size,
@@ -244,14 +245,14 @@ class Trainer {
                (long long)o.total_batch, (long long)(o.total_batch / ((int64_t)o.batch * o.seq)), o.batch,
                o.seq, (long long)steps_an_epoch);
         printf("training   %d steps, %s schedule to %g after %d steps of warm-up, %s\n", o.steps,
-               o.schedule.c_str(), o.learning_rate, o.warmup, o.dtype.c_str());
+               o.schedule.c_str(), o.learning_rate, o.warmup, o.compute.dtype.c_str());
         size_t total = 0;
         std::string groups;
         for (const MemoryGroup& group : model->memory()) {
             total += group.bytes;
             groups += str(groups.empty() ? "" : ", ", group.name, " ", group.bytes >> 20);
         }
-        printf("memory     %zu MiB on the %s (%s)\n", total >> 20, Model::backend(), groups.c_str());
+        printf("memory     %zu MiB on the %s (%s)\n", total >> 20, backend.name.c_str(), groups.c_str());
         fflush(stdout);
     }
 
@@ -259,11 +260,15 @@ class Trainer {
         auto start = std::chrono::steady_clock::now();
         int micro_batches = (int)(o.total_batch / ((int64_t)o.batch * o.seq));
         double loss = 0;
+        std::vector<AttentionNorms> norms;  // (L,H), on the first micro-batch
+        if (o.norms_every > 0 && (state.step == 0 || (state.step + 1) % o.norms_every == 0))
+            norms.resize((size_t)model->config.layers * model->config.heads);
         model->zero_gradients();
         for (int i = 0; i < micro_batches; i++) {
             loader.batch(state.samples + (int64_t)i * o.batch, o.batch, inputs.data(), targets.data());
             double micro_loss =
-                model->forward(inputs.data(), targets.data(), o.batch, o.seq, 1.0f / micro_batches);
+                model->forward(inputs.data(), targets.data(), o.batch, o.seq, 1.0f / micro_batches,
+                               i == 0 && !norms.empty() ? norms.data() : nullptr);
             if (!std::isfinite(micro_loss)) diverged(state.step + 1, str("the loss is ", micro_loss));
             loss += micro_loss / micro_batches;
             model->backward(inputs.data(), o.batch, o.seq);
@@ -287,6 +292,7 @@ class Trainer {
                        {"tokens", step * o.total_batch},
                        {"ms", seconds * 1e3},
                        {"tokens_per_second", tokens_per_second}});
+        if (!norms.empty()) write_norms(metrics, norms);
         // A running mean, so that one slow step does not make the time left jump.
         seconds_a_step = seconds_a_step == 0 ? seconds : 0.9 * seconds_a_step + 0.1 * seconds;
         double share = operations_per_token(model->config, o.seq) * tokens_per_second / peak;
@@ -297,6 +303,19 @@ class Trainer {
             terminal ? "\033[0m" : "", norm, rate, seconds * 1e3, tokens_per_second, 100 * share,
             duration_text(seconds_a_step * (o.steps - step)).c_str());
         fflush(stdout);
+    }
+
+    // A line a head for the attention, and one a layer for the gradient, of the step that was just done.
+    void write_norms(MetricsLog& metrics, const std::vector<AttentionNorms>& norms) {
+        const GPTConfig& config = model->config;
+        for (int l = 0; l < config.layers; l++) {
+            for (int h = 0; h < config.heads; h++) {
+                nlohmann::ordered_json line = {{"step", state.step}, {"layer", l}, {"head", h}};
+                append_norms(line, norms[(size_t)l * config.heads + h], config.attention());
+                metrics.write(line);
+            }
+            metrics.write({{"step", state.step}, {"layer", l}, {"gradient_norm", model->gradient_norm(l)}});
+        }
     }
 
     [[noreturn]] void diverged(int step, const std::string& what) {
@@ -359,7 +378,6 @@ class Trainer {
     }
 };
 
-template <class Model>
-int train(TrainOptions& options) {
-    return Trainer<Model>(options).run();
+inline int train(const Backend& backend, TrainOptions& options) {
+    return Trainer(backend, options).run();
 }

@@ -42,8 +42,10 @@ std::vector<int> ints(const SafetensorsFile& file, const std::string& name) {
 }
 
 // A model with the golden parameters: a tensor is the first elements of the stored one.
-std::unique_ptr<GPT> golden_model(const GPTConfig& config, const SafetensorsFile& params, int B, int T) {
-    auto model = std::make_unique<GPT>(config, Purpose::training, B, T);
+template <class Real = float>
+std::unique_ptr<cpu::GPT<Real>> golden_model(const GPTConfig& config, const SafetensorsFile& params,
+                                             const ModelOptions& options) {
+    auto model = std::make_unique<cpu::GPT<Real>>(config, options);
     model->allocate();
     for (const ParameterTensor& t : model->table.tensors) {
         const TensorView* stored = params.find(t.name);
@@ -80,7 +82,7 @@ TEST_CASE("loss, logits and every gradient equal the PyTorch twin's") {
     for (const GoldenCase& golden : cases) {
         CAPTURE(golden.name);
         SafetensorsFile expected(golden.file);
-        auto model = golden_model(golden.config, params, kBatch, kSeq);
+        auto model = golden_model(golden.config, params, {Purpose::training, kBatch, kSeq});
         std::vector<float> logits((size_t)kBatch * kSeq * model->V, NAN);
         model->all_logits(logits.data(), inputs.data(), kBatch, kSeq);
         CHECK(relative_error(logits.data(), floats(*expected.find("logits")).data(), logits.size()) < 1e-5);
@@ -112,12 +114,71 @@ TEST_CASE("loss, logits and every gradient equal the PyTorch twin's") {
     }
 }
 
+TEST_CASE("bf16: loss and gradients are those of float32 but for rounding") {
+    SafetensorsFile params(kGolden + "params.safetensors");
+    std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
+    for (const GoldenCase& golden : golden_cases()) {
+        CAPTURE(golden.name);
+        SafetensorsFile expected(golden.file);
+        auto model = golden_model<cpu::bf16>(golden.config, params, {Purpose::training, kBatch, kSeq});
+        model->zero_gradients();
+        float loss = (float)model->forward(inputs.data(), targets.data(), kBatch, kSeq, 1.0f);
+        model->backward(inputs.data(), kBatch, kSeq);
+        CHECK(relative_error(&loss, floats(*expected.find("loss")).data(), 1) < 1e-2);
+        double difference = 0, norm = 0;  // of all gradients together
+        for (const ParameterTensor& t : model->table.tensors) {
+            std::vector<float> gradient(t.size), wanted = floats(*expected.find("grad." + t.name));
+            model->read(Store::gradients, t, gradient.data());
+            for (size_t i = 0; i < t.size; i++) gradient[i] -= wanted[i];
+            difference += squares(gradient.data(), t.size);
+            norm += squares(wanted.data(), t.size);
+        }
+        CHECK(std::sqrt(difference / norm) < 6e-2);  // most are under 1e-2; high powers raise what was rounded
+    }
+}
+
+TEST_CASE("recomputing less or more gives the same bits, in less memory") {
+    SafetensorsFile params(kGolden + "params.safetensors");
+    std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
+    auto check = [&](auto real) {
+        using Real = decltype(real);
+        for (const GoldenCase& golden : golden_cases()) {
+            CAPTURE(golden.name);
+            std::vector<float> expected;
+            size_t bytes = SIZE_MAX;
+            for (Recompute recompute :
+                 {Recompute::none, Recompute::gelu, Recompute::layernorm, Recompute::block}) {
+                CAPTURE(kRecomputeNames[(int)recompute]);
+                ModelOptions options{Purpose::training, kBatch, kSeq};
+                options.recompute = recompute;
+                auto model = golden_model<Real>(golden.config, params, options);
+                std::vector<float> got;
+                for (int micro_batch = 0; micro_batch < 2; micro_batch++) {
+                    if (micro_batch == 0) model->zero_gradients();
+                    got.push_back((float)model->forward(inputs.data(), targets.data(), kBatch, kSeq, 1.0f));
+                    model->backward(inputs.data(), kBatch, kSeq);
+                }
+                for (const ParameterTensor& t : model->table.tensors) {
+                    got.resize(got.size() + t.size);
+                    model->read(Store::gradients, t, &got[got.size() - t.size]);
+                }
+                if (recompute == Recompute::none) expected = got;
+                CHECK(memcmp(got.data(), expected.data(), got.size() * sizeof(float)) == 0);
+                CHECK(model->memory()[1].bytes < bytes);
+                bytes = model->memory()[1].bytes;
+            }
+        }
+    };
+    check(float());
+    check(cpu::bf16());
+}
+
 TEST_CASE("generation with the cache gives the logits of the training forward pass at every position") {
     SafetensorsFile params(kGolden + "params.safetensors");
     std::vector<int> inputs = ints(params, "input_ids");
     for (const GoldenCase& golden : golden_cases()) {
         CAPTURE(golden.name);
-        auto model = golden_model(golden.config, params, 1, kSeq);
+        auto model = golden_model(golden.config, params, {Purpose::training, 1, kSeq});
         int V = model->V;
         std::vector<float> expected((size_t)kSeq * V, NAN);
         model->all_logits(expected.data(), inputs.data(), 1, kSeq);
@@ -142,7 +203,7 @@ TEST_CASE("a prompt longer than the buffers goes through the cache in pieces") {
     std::vector<int> tokens(33);
     for (size_t i = 0; i < tokens.size(); i++) tokens[i] = (int)(i * i % 50);
     auto make = [&](int B, int T) {
-        auto model = std::make_unique<GPT>(config, Purpose::inference, B, T);
+        auto model = std::make_unique<cpu::GPT<float>>(config, ModelOptions{Purpose::inference, B, T});
         model->allocate();
         std::vector<float> values;
         for (const ParameterTensor& t : model->table.tensors) {
@@ -163,7 +224,7 @@ TEST_CASE("micro-batches add up to the gradient of the whole batch") {
     SafetensorsFile params(kGolden + "params.safetensors");
     std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
     GPTConfig config = golden_cases()[1].config;
-    auto whole = golden_model(config, params, 2, kSeq), halves = golden_model(config, params, 2, kSeq);
+    auto whole = golden_model(config, params, {Purpose::training, 2, kSeq}), halves = golden_model(config, params, {Purpose::training, 2, kSeq});
     whole->zero_gradients();
     double loss = whole->forward(inputs.data(), targets.data(), 2, kSeq, 1.0f);
     whole->backward(inputs.data(), 2, kSeq);
@@ -187,11 +248,11 @@ TEST_CASE("validation leaves gradients alone, an inference model gives the same 
     SafetensorsFile params(kGolden + "params.safetensors");
     std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
     GPTConfig config = golden_cases()[0].config;
-    auto model = golden_model(config, params, kBatch, kSeq);
+    auto model = golden_model(config, params, {Purpose::training, kBatch, kSeq});
     model->zero_gradients();
     double loss = model->forward(inputs.data(), targets.data(), kBatch, kSeq, 0);
     CHECK(model->gradient_norm() == 0);
-    GPT inference(config, Purpose::inference, kBatch, kSeq);
+    cpu::GPT<float> inference(config, {Purpose::inference, kBatch, kSeq});
     inference.allocate();
     for (const ParameterTensor& t : inference.table.tensors)
         inference.write(Store::weights, t, floats(*params.find(t.name)).data());
@@ -202,7 +263,7 @@ TEST_CASE("validation leaves gradients alone, an inference model gives the same 
 TEST_CASE("the first tensor with a NaN is found where it arose") {
     SafetensorsFile params(kGolden + "params.safetensors");
     std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
-    auto model = golden_model(golden_cases()[0].config, params, kBatch, kSeq);
+    auto model = golden_model(golden_cases()[0].config, params, {Purpose::training, kBatch, kSeq});
     auto run = [&] {
         model->zero_gradients();
         double loss = model->forward(inputs.data(), targets.data(), kBatch, kSeq, 1.0f);
@@ -230,7 +291,7 @@ TEST_CASE("training learns a repeated sequence, for every attention") {
         config.vocab_size = 11;
         config.power = power, config.qk_norm = power > 0;
         config.positions = power > 0 ? PositionKind::rope : PositionKind::learned;
-        GPT model(config, Purpose::training, 2, 16);
+        cpu::GPT<float> model(config, {Purpose::training, 2, 16});
         model.allocate();
         std::vector<float> values;
         for (const ParameterTensor& t : model.table.tensors) {

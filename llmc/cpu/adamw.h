@@ -2,13 +2,19 @@
 #pragma once
 #include <cmath>
 #include <cstddef>
+#include <type_traits>
 #include <vector>
 
-namespace cpu {
+#include "llmc/cpu/isa.h"
+#include "llmc/cpu/vector.h"
+
+namespace cpu::inline LLMC_ISA {
 
 // One step in one pass over memory: m and v are the moving averages of the gradient times grad_scale (the
 // clip factor) and of its square, bias-corrected by `step`, which counts from 1; weight decay is decoupled.
+template <class Real>
 inline void adamw_update(float* param,       // (n)
+                         Real* copy,         // (n): the new param in bf16, or null where Real is float
                          const float* grad,  // (n)
                          float* m,           // (n)
                          float* v,           // (n)
@@ -17,12 +23,21 @@ inline void adamw_update(float* param,       // (n)
     float step_size = (float)(learning_rate / (1 - std::pow((double)beta1, step)));
     float v_scale = (float)(1 / std::sqrt(1 - std::pow((double)beta2, step)));
     float keep = 1 - learning_rate * weight_decay;
-#pragma omp parallel for simd schedule(static)
-    for (size_t i = 0; i < n; i++) {
-        float g = grad[i] * grad_scale;
-        m[i] = beta1 * m[i] + (1 - beta1) * g;
-        v[i] = beta2 * v[i] + (1 - beta2) * g * g;
-        param[i] = param[i] * keep - step_size * m[i] / (std::sqrt(v[i]) * v_scale + eps);
+    constexpr size_t kBlock = 4096;
+#pragma omp parallel for schedule(static)
+    for (size_t i0 = 0; i0 < n; i0 += kBlock) {
+        size_t end = i0 + kBlock < n ? i0 + kBlock : n;
+#pragma omp simd
+        for (size_t i = i0; i < end; i++) {
+            float g = grad[i] * grad_scale;
+            m[i] = beta1 * m[i] + (1 - beta1) * g;
+            v[i] = beta2 * v[i] + (1 - beta2) * g * g;
+            param[i] = param[i] * keep - step_size * m[i] / (std::sqrt(v[i]) * v_scale + eps);
+        }
+        if constexpr (!std::is_same_v<Real, float>)
+            for_vectors((int)(end - i0), [&](int i, int lanes) {
+                store(copy + i0 + i, load(param + i0 + i, lanes), lanes);
+            });
     }
 }
 

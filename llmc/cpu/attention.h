@@ -3,12 +3,14 @@
 //
 //   x_ij = q_i . k_j / sqrt(D),  O = A V,  j <= i
 //   softmax: A_ij = exp(x_ij + (i-j) log gamma) / sum_j        (arXiv 1706.03762; tiling: arXiv 2307.08691)
-//   poly<p>: A_ij = c_i gamma^(i-j) x_ij^p                     (arXiv 2410.18613; c_i:
-//   llmc/attention_scale.h)
+//   poly<p>: A_ij = c_i gamma^(i-j) x_ij^p                     (arXiv 2410.18613; c_i: llmc/attention_scale.h)
 //
 // qkv rows are q (H,D), k (H,D), v (H,D). decay holds delta (H) with gamma_h = sigmoid(delta_h), or is null:
 // gamma is 1. stats keeps what backward needs of a row: the log-sum-exp for softmax, 1e-6 + sum |x^p| for the
 // scale `sum`, nothing otherwise. Results are the same bits for the same number of threads.
+//
+// Tiles hold q . k; a polynomial's 1/sqrt(D)^p goes with c_i. Sums are float32, and so are the scores; with bf16
+// the factors of every product are bf16 (tile.h).
 #pragma once
 #include <omp.h>
 
@@ -16,27 +18,39 @@
 #include <cmath>
 #include <cstddef>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "llmc/attention_scale.h"
 #include "llmc/config.h"
+#include "llmc/cpu/isa.h"
 #include "llmc/cpu/memory.h"
 #include "llmc/cpu/tile.h"
 #include "llmc/cpu/vector.h"
 
-namespace cpu {
+namespace cpu::inline LLMC_ISA {
+
+inline float inverse_sqrt(int D) {
+    return 1.0f / sqrtf((float)D);
+}
+
+// What a polynomial of q . k is multiplied by to be one of x.
+inline float score_factor(int power, int D) {
+    return (float)std::pow((double)D, -0.5 * power);
+}
 
 // What the rows and distances of one head are multiplied by.
 class HeadScale {
   public:
     bool decays;
-    std::vector<float> c;  // (T): c_i of a polynomial; 1 for softmax and `sum`
+    std::vector<float> c;  // (T): c_i / sqrt(D)^p of a polynomial; without c_i for `sum`; 1 for softmax
 
     HeadScale(const AttentionConfig& config, const float* decay, int h, int T, int D)
         : decays(decay != nullptr), c(T, 1.0f) {
         double log_g = decay ? log_gamma(decay[h]) : 0;
         if (!config.softmax())
-            for (int i = 0; i < T; i++) c[i] = (float)row_scale(config, i, log_g, D);
+            for (int i = 0; i < T; i++)
+                c[i] = (float)(row_scale(config, i, log_g, D) * std::pow((double)D, -0.5 * config.power));
         if (!decays) return;
         size_ = T + 2 * kTile;
         rising_ = Floats(size_);
@@ -68,10 +82,6 @@ inline std::vector<HeadScale> head_scales(const AttentionConfig& config, const f
     return scales;
 }
 
-inline vint lane_index() {
-    return vint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-}
-
 // x^p.
 template <int kPower>
 inline vec power(vec x) {
@@ -83,20 +93,34 @@ inline vec power(vec x) {
     if constexpr (kPower == 4) return (x * x) * (x * x);
 }
 
-// The scores of one tile of keys become weights, not yet scaled by rows. A row of s (64,64) is a key, its
-// lanes are queries, so that the running sums of the rows of A go down the columns, 16 rows of A at a time.
-//   i0, j0: the first query and key. Softmax: o (64,Dp) is rescaled where the maximum grows.
-template <int kPower>
-inline void scores_to_weights(float* s, float* largest, float* total, float* o, const HeadScale& scale,
-                              bool row_sum, int i0, int j0, int Dp) {
+// The scores of one tile of keys become weights, not yet scaled by rows. A row of s is a key, its lanes are
+// queries, so that the running sums of the rows of A go down the columns, 16 rows of A at a time.
+//   i0, j0: the first query and key. Softmax: o is rescaled where the maximum grows.
+template <int kPower, class Word>
+inline void scores_to_weights(Word* weights,   // (64 keys,64) in words; may be s
+                              float* s,        // (64 keys,64)
+                              float* largest,  // (64)
+                              float* total,    // (64)
+                              float* o,        // (64,Dp)
+                              const HeadScale& scale, bool row_sum, int i0, int j0, int D) {
     bool diagonal = i0 == j0;
+    int Dp = padded(D);
+    float to_x = inverse_sqrt(D);
     for (int i = 0; i < kTile; i += kLanes) {
         int seen = diagonal ? i + kLanes : kTile;  // keys that some of these 16 queries see
+        auto put = [&](int j, vec first, vec second) {  // the weights of keys j and j+1
+            if constexpr (std::is_same_v<Word, float>) {
+                store(weights + j * kTile + i, first);
+                store(weights + (j + 1) * kTile + i, second);
+            } else {
+                store_pairs(weights + j / 2 * kTile + i, first, second);
+            }
+        };
         vec sum = load(total + i);
         if constexpr (kPower == 0) {
             vec before = load(largest + i), most = before;
             for (int j = 0; j < seen; j++) {
-                vec x = load(s + j * kTile + i);
+                vec x = load(s + j * kTile + i) * to_x;
                 if (scale.decays) x += scale.rising(i0 + i - j0 - j);
                 if (diagonal) x = lane_index() + i >= j ? x : broadcast(-INFINITY);
                 store(s + j * kTile + i, x);
@@ -104,10 +128,11 @@ inline void scores_to_weights(float* s, float* largest, float* total, float* o, 
             }
             vec rescale = exp(before - most);
             sum *= rescale;
-            for (int j = 0; j < seen; j++) {
-                vec e = exp(load(s + j * kTile + i) - most);
-                store(s + j * kTile + i, e);
-                sum += e;
+            for (int j = 0; j < seen; j += 2) {
+                vec first = exp(load(s + j * kTile + i) - most);
+                vec second = exp(load(s + (j + 1) * kTile + i) - most);
+                put(j, first, second);
+                sum += first + second;
             }
             store(largest + i, most);
             for (int r = 0; j0 > 0 && r < kLanes; r++) {
@@ -115,66 +140,105 @@ inline void scores_to_weights(float* s, float* largest, float* total, float* o, 
                 for (int d = 0; d < Dp; d += kLanes) store(row + d, load(row + d) * rescale[r]);
             }
         } else {
-            for (int j = 0; j < seen; j++) {
+            auto weight = [&](int j) {
                 vec a = power<kPower>(load(s + j * kTile + i));
                 if (diagonal) a = lane_index() + i >= j ? a : vec{};
                 if (row_sum) sum += abs(a);
                 if (scale.decays) a *= scale.rising(i0 + i - j0 - j);
-                store(s + j * kTile + i, a);
+                return a;
+            };
+            for (int j = 0; j < seen; j += 2) {
+                vec first = weight(j), second = weight(j + 1);
+                put(j, first, second);
             }
         }
         store(total + i, sum);
     }
 }
 
-// Queries i0 .. i0+63 of one head against all keys up to them.
-template <int kPower>
-inline void attention_forward_tile(float* out,        // (T,C), from this head's channels on
-                                   float* stats,      // (T)
-                                   const float* qkv,  // (T,3C), from this head's channels on
-                                   const HeadScale& scale, bool row_sum, int i0, int T, int C, int D,
-                                   float* scratch) {
-    int Dp = padded(D), queries = std::min(kTile, T - i0);
-    float* qt = scratch;                 // (Dp,64): q^T / sqrt(D)
-    float* k = qt + Dp * kTile;          // (64,Dp)
-    float* v = k + kTile * Dp;           // (64,Dp)
-    float* o = v + kTile * Dp;           // (64,Dp)
-    float* s = o + kTile * Dp;           // (64 keys, 64 queries)
-    float* largest = s + kTile * kTile;  // (64): softmax's running maximum
-    float* total = largest + kTile;      // (64): the running sum
-    load_tile_transposed(qt, qkv + (size_t)i0 * 3 * C, 3 * C, queries, D, 1.0f / sqrtf((float)D));
-    std::fill(o, o + kTile * Dp, 0.0f);
-    std::fill(largest, largest + kTile, -INFINITY);
-    std::fill(total, total + kTile, 0.0f);
+// 64 queries of one head: begin(), add_keys() for the tiles of keys that they see, finish(). Pointers to rows of
+// qkv and of out begin at this head's channels.
+template <int kPower, class Real>
+struct ForwardTile {
+    using Word = TileWord<Real>;
+    static constexpr int N = kDepth<Word>;
 
-    for (int j0 = 0; j0 <= i0; j0 += kTile) {
+    const HeadScale& scale;
+    bool row_sum;
+    int T, C, D, Dp;
+    int i0 = 0, queries = 0;
+    Word* qt;        // (Dp/N,64)
+    Word* k;         // (64,Dp/N)
+    Word* v_rows;    // (64,Dp/N)
+    Word* v;         // (64/N,Dp)
+    float* s;        // (64 keys,64 queries)
+    Word* a;         // (64/N keys,64 queries)
+    float* o;        // (64,Dp): without the rows' factors
+    float* largest;  // (64): softmax's running maximum
+    float* total;    // (64): the running sum
+
+    ForwardTile(const HeadScale& scale, bool row_sum, int T, int C, int D,
+                float* scratch)  // (forward_scratch(D))
+        : scale(scale), row_sum(row_sum), T(T), C(C), D(D), Dp(padded(D)) {
+        auto words = [&](int n) { return (Word*)std::exchange(scratch, scratch + n); };
+        qt = words(kTile * Dp / N);
+        k = words(kTile * Dp / N);
+        v_rows = words(kTile * Dp / N);
+        v = N > 1 ? words(kTile * Dp / N) : v_rows;
+        s = (float*)words(kTile * kTile);
+        a = N > 1 ? words(kTile * kTile / N) : (Word*)s;
+        o = (float*)words(kTile * Dp);
+        largest = (float*)words(kTile);
+        total = (float*)words(kTile);
+    }
+
+    // Queries i0 .. i0+63.
+    void begin(const Real* qkv /*(T,3C)*/, int first_query) {
+        i0 = first_query;
+        queries = std::min(kTile, T - i0);
+        load_tile_transposed(qt, qkv + (size_t)i0 * 3 * C, 3 * C, queries, D);
+        std::fill(o, o + kTile * Dp, 0.0f);
+        std::fill(largest, largest + kTile, -INFINITY);
+        std::fill(total, total + kTile, 0.0f);
+    }
+
+    // Keys j0 .. j0+63, j0 <= i0.
+    void add_keys(const Real* qkv /*(T,3C)*/, int j0) {
         bool diagonal = j0 == i0;
-        const float* kv = qkv + (size_t)j0 * 3 * C + C;
-        load_tile(k, kv, 3 * C, std::min(kTile, T - j0), D, 1.0f);
-        load_tile(v, kv + C, 3 * C, std::min(kTile, T - j0), D, 1.0f);
-        for (int r = 0; r < kTile;
-             r += kTileRows) {  // keys; on the diagonal, queries before them do not see them
+        const Real* kv = qkv + (size_t)j0 * 3 * C + C;
+        load_tile(k, kv, 3 * C, std::min(kTile, T - j0), D);
+        load_tile(v_rows, kv + C, 3 * C, std::min(kTile, T - j0), D);
+        if constexpr (N > 1) pair_rows(v, v_rows, D);
+        // On the diagonal, queries before a key do not see it.
+        for (int r = 0; r < kTile; r += kTileRows) {  // keys
             int first = diagonal ? r / kLanes * kLanes : 0;
-            tile_product<false, false>(s + r * kTile + first, kTile, k + r * Dp, Dp, qt + first, kTile,
-                                       kTile - first, Dp);
+            tile_product<false, false>(s + r * kTile + first, kTile, k + r * Dp / N, Dp / N, qt + first, kTile,
+                                       kTile - first, Dp / N);
         }
-        scores_to_weights<kPower>(s, largest, total, o, scale, row_sum, i0, j0, Dp);
+        scores_to_weights<kPower>(a, s, largest, total, o, scale, row_sum, i0, j0, D);
         for (int r = 0; r < kTile; r += kTileRows)  // queries
-            tile_product<true, true>(o + r * Dp, Dp, s + r, kTile, v, Dp, Dp,
-                                     diagonal ? r + kTileRows : kTile);
+            tile_product<true, true>(o + r * Dp, Dp, a + r, kTile, v, Dp, Dp,
+                                     (diagonal ? r + kTileRows : kTile) / N);
     }
 
-    for (int r = 0; r < queries; r++) {
-        float factor = scale.c[i0 + r];
-        if (kPower == 0) {
-            stats[i0 + r] = largest[r] + std::log(total[r]);
-            factor = 1.0f / total[r];
-        } else if (row_sum) {
-            stats[i0 + r] = total[r] + (float)kRowSumEps;
-            factor = 1.0f / stats[i0 + r];
+    void finish(Real* out /*(T,C)*/, float* stats /*(T)*/) {
+        for (int r = 0; r < queries; r++) {
+            float factor = scale.c[i0 + r];
+            if (kPower == 0) {
+                stats[i0 + r] = largest[r] + std::log(total[r]);
+                factor = 1.0f / total[r];
+            } else if (row_sum) {
+                stats[i0 + r] = total[r] * factor + (float)kRowSumEps;
+                factor /= stats[i0 + r];
+            }
+            Real* row = out + (size_t)(i0 + r) * C;
+            for_vectors(D, [&](int d, int n) { store(row + d, load(o + r * Dp + d, n) * factor, n); });
         }
-        for (int d = 0; d < D; d++) out[(size_t)(i0 + r) * C + d] = o[r * Dp + d] * factor;
     }
+};
+
+inline size_t forward_scratch(int D) {  // floats
+    return (size_t)kTile * (5 * padded(D) + 2 * kTile + 2);
 }
 
 // Calls f with the power as a compile-time constant: the inner loops then hold no branch on it.
@@ -195,9 +259,10 @@ inline void with_power(int power, F f) {
     fail("attention: power ", power, ", expected 0 (softmax) to 4");
 }
 
-inline void attention_forward(float* out,          // (B,T,C)
+template <class Real>
+inline void attention_forward(Real* out,           // (B,T,C)
                               float* stats,        // (B,H,T)
-                              const float* qkv,    // (B,T,3C)
+                              const Real* qkv,     // (B,T,3C)
                               const float* decay,  // (H), or null
                               const AttentionConfig& config, int B, int T, int H, int D) {
     int C = H * D, tiles = (T + kTile - 1) / kTile;
@@ -205,63 +270,83 @@ inline void attention_forward(float* out,          // (B,T,C)
     with_power(config.power, [&](auto power) {
 #pragma omp parallel
         {
-            Floats scratch((size_t)kTile * (4 * padded(D) + kTile + 2));
+            Floats scratch(forward_scratch(D));
             // Later tiles see more keys: longest first, so that the threads end together.
 #pragma omp for schedule(dynamic, 1)
             for (int task = 0; task < B * H * tiles; task++) {
                 int tile = tiles - 1 - task / (B * H), bh = task % (B * H), b = bh / H, h = bh % H;
-                attention_forward_tile<power>(out + (size_t)b * T * C + h * D,
-                                              stats ? stats + (size_t)bh * T : nullptr,
-                                              qkv + (size_t)b * T * 3 * C + h * D, scales[decay ? h : 0],
-                                              config.has_row_sum(), tile * kTile, T, C, D, scratch.get());
+                const Real* head = qkv + (size_t)b * T * 3 * C + h * D;
+                ForwardTile<power, Real> queries(scales[decay ? h : 0], config.has_row_sum(), T, C, D,
+                                                 scratch.get());
+                queries.begin(head, tile * kTile);
+                for (int j0 = 0; j0 <= tile * kTile; j0 += kTile) queries.add_keys(head, j0);
+                queries.finish(out + (size_t)b * T * C + h * D, stats ? stats + (size_t)bh * T : nullptr);
             }
         }
     });
 }
 
-// The weights and the gradient of the scores of one tile, in place: s (64 queries, 64 keys) becomes A without
-// c_i, da = c_i dO V^T becomes dX. On the diagonal only the columns that attention_backward_tiles computed.
-//   row_dot (64): dO_i . O_i, and for `sum` divided by the normaliser. Returns sum_ij (i-j) A_ij dA_ij for a
-//   polynomial, sum_ij (i-j) dX_ij for softmax, where `wants_decay`: the gradient of log gamma, but for c_i's
-//   part.
-template <int kPower>
-inline double weights_and_score_gradients(float* s, float* da, const float* stats, const float* row_dot,
+// The weights and the gradient of the scores of one tile. s becomes A without c_i, da = c_i dO V^T becomes the
+// gradient of q . k, but for softmax's 1/sqrt(D). On the diagonal only the columns that
+// attention_backward_tiles computed.
+//   Returns sum_ij (i-j) A_ij dA_ij for a polynomial, sum_ij (i-j) dX_ij for softmax, where `wants_decay`: the
+//   gradient of log gamma, but for c_i's part.
+template <int kPower, class Word>
+inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,64) in words of two; may be s
+                                          Word* dx_pairs,        // (64 queries,64) in words of two; may be da
+                                          Word* dx_rows,         // (64,64) in words; may be da
+                                          const float* s,        // (64 queries,64 keys)
+                                          const float* da,       // (64 queries,64 keys)
+                                          const float* stats,    // (64): softmax's log-sum-exp
+                                          const float* row_dot,  // (64): dO_i . O_i, for `sum` times c_i
                                           const HeadScale& scale, bool row_sum, bool wants_decay, int queries,
-                                          int i0, int j0) {
+                                          int i0, int j0, int D) {
     bool diagonal = i0 == j0;
+    float to_x = inverse_sqrt(D);
     vec ddecay = {};
-    for (int i = 0; i < kTile; i++) {
+    // A and dX of query i and 16 keys from j on.
+    auto compute = [&](int i, int j, vec& a, vec& dx) {
+        vec x = load(s + i * kTile + j), d = load(da + i * kTile + j);
+        int distance = i0 + i - j0 - j;
+        if constexpr (kPower == 0) {
+            x *= to_x;
+            if (scale.decays) x += scale.falling(distance);
+            a = exp(x - stats[i]);
+            dx = a * (d - row_dot[i]);
+        } else {
+            vec slope = (float)kPower * power<kPower - 1>(x);
+            vec fade = scale.decays ? scale.falling(distance) : broadcast(1.0f);
+            a = power<kPower>(x) * fade;
+            dx = d * fade;
+            if (row_sum) {  // of |x^p|, whose derivative has the sign of x^p
+                vec dot = broadcast(row_dot[i]);
+                if (kPower % 2 == 0) dx -= dot;
+                if (kPower % 2 == 1) dx -= x > 0.0f ? dot : x < 0.0f ? -dot : vec{};
+            }
+            dx *= slope;
+        }
+        if (diagonal) {
+            vint visible = lane_index() + j <= i;
+            a = visible ? a : vec{};
+            dx = visible ? dx : vec{};
+        }
+        if (wants_decay && i < queries)
+            ddecay += (kPower == 0 ? dx : a * d) * __builtin_convertvector(distance - lane_index(), vec);
+    };
+    for (int i = 0; i < kTile; i += 2) {
         int seen = diagonal ? i / kTileRows * kTileRows + kTileRows : kTile;
         for (int j = 0; j < seen; j += kLanes) {
-            float* sij = s + i * kTile + j;
-            float* daij = da + i * kTile + j;
-            vec x = load(sij), d = load(daij), a, dx;
-            int distance = i0 + i - j0 - j;
-            if constexpr (kPower == 0) {
-                if (scale.decays) x += scale.falling(distance);
-                a = exp(x - stats[i]);
-                dx = a * (d - row_dot[i]);
+            vec a[2], dx[2];
+            compute(i, j, a[0], dx[0]);
+            compute(i + 1, j, a[1], dx[1]);
+            if constexpr (std::is_same_v<Word, float>) {
+                for (int r = 0; r < 2; r++) store(a_pairs + (i + r) * kTile + j, a[r]);
+                for (int r = 0; r < 2; r++) store(dx_rows + (i + r) * kTile + j, dx[r]);
             } else {
-                vec slope = (float)kPower * power<kPower - 1>(x);
-                vec fade = scale.decays ? scale.falling(distance) : broadcast(1.0f);
-                a = power<kPower>(x) * fade;
-                dx = d * fade;
-                if (row_sum) {  // of |x^p|, whose derivative has the sign of x^p
-                    vec dot = broadcast(row_dot[i]);
-                    if (kPower % 2 == 0) dx -= dot;
-                    if (kPower % 2 == 1) dx -= x > 0.0f ? dot : x < 0.0f ? -dot : vec{};
-                }
-                dx *= slope;
+                store_pairs(a_pairs + i / 2 * kTile + j, a[0], a[1]);
+                store_pairs(dx_pairs + i / 2 * kTile + j, dx[0], dx[1]);
+                for (int r = 0; r < 2; r++) store((bf16*)dx_rows + (i + r) * kTile + j, dx[r]);
             }
-            if (diagonal) {
-                vint visible = lane_index() + j <= i;
-                a = visible ? a : vec{};
-                dx = visible ? dx : vec{};
-            }
-            if (wants_decay && i < queries)
-                ddecay += (kPower == 0 ? dx : a * d) * __builtin_convertvector(distance - lane_index(), vec);
-            store(sij, a);
-            store(daij, dx);
         }
     }
     double total = 0;
@@ -269,95 +354,148 @@ inline double weights_and_score_gradients(float* s, float* da, const float* stat
     return total;
 }
 
-// Key tiles first .. last-1 of one head against all queries from them on. dk and dv of these keys are whole;
-// dq is this range's share. Returns the gradient of log gamma as above.
-template <int kPower>
-inline double attention_backward_tiles(float* dq,
-                                       int dq_stride,            // rows (D), from query first*64 on: assigned
-                                       float* dqkv,              // (T,3C), from this head's channels on
-                                       const float* dout,        // (T,C), from this head's channels on
-                                       const float* stats,       // (T)
-                                       const float* row_dot,     // (T), or null where nothing needs it
-                                       const float* row_factor,  // (T): c_i
-                                       const float* qkv,         // (T,3C), from this head's channels on
-                                       const HeadScale& scale, bool row_sum, bool wants_decay, int first,
-                                       int last, int T, int C, int D, float* scratch) {
-    int Dp = padded(D), tiles = (T + kTile - 1) / kTile;
-    float inverse_sqrt = 1.0f / sqrtf((float)D);
-    float* kt = scratch;               // (Dp,64)
-    float* vt = kt + Dp * kTile;       // (Dp,64)
-    float* k = vt + Dp * kTile;        // (64,Dp)
-    float* q = k + kTile * Dp;         // (64,Dp): q / sqrt(D)
-    float* d_o = q + kTile * Dp;       // (64,Dp): c_i dO
-    float* dk = d_o + kTile * Dp;      // (64,Dp)
-    float* dv = dk + kTile * Dp;       // (64,Dp)
-    float* dq_tile = dv + kTile * Dp;  // (64,Dp)
-    float* s = dq_tile + kTile * Dp;   // (64 queries, 64 keys): scores, then weights
-    float* da = s + kTile * kTile;     // (64 queries, 64 keys): gradient of the weights, then of the scores
-    double ddecay = 0;
-    for (int tile = first; tile < last; tile++) {
-        int j0 = tile * kTile, keys = std::min(kTile, T - j0);
-        const float* kv = qkv + (size_t)j0 * 3 * C + C;
-        load_tile_transposed(kt, kv, 3 * C, keys, D, 1.0f);
-        load_tile_transposed(vt, kv + C, 3 * C, keys, D, 1.0f);
-        load_tile(k, kv, 3 * C, keys, D, inverse_sqrt);
-        std::fill(dk, dk + kTile * Dp, 0.0f);
-        std::fill(dv, dv + kTile * Dp, 0.0f);
-        for (int i0 = j0; i0 < tiles * kTile; i0 += kTile) {
-            bool diagonal = i0 == j0;
-            int queries = std::min(kTile, T - i0);
-            load_tile(q, qkv + (size_t)i0 * 3 * C, 3 * C, queries, D, inverse_sqrt);
-            load_tile(d_o, dout + (size_t)i0 * C, C, queries, D, 1.0f, row_factor + i0);
-            for (int r = 0; r < kTile; r += kTileRows) {  // queries; on the diagonal they see no later keys
-                int seen = diagonal ? padded(r + kTileRows) : kTile;
-                tile_product<false, false>(s + r * kTile, kTile, q + r * Dp, Dp, kt, kTile, seen, Dp);
-                tile_product<false, false>(da + r * kTile, kTile, d_o + r * Dp, Dp, vt, kTile, seen, Dp);
+// The backward pass of one head, or of the queries from tile `first` on and the keys from there to another:
+// load_queries() once, then for each tile of keys begin_keys(), add_queries() for the tiles that see them, and
+// write_keys(). Pointers to rows of qkv, dout and dqkv begin at this head's channels.
+template <int kPower, class Real>
+struct BackwardTiles {
+    using Word = TileWord<Real>;
+    static constexpr int N = kDepth<Word>;
+
+    const HeadScale& scale;
+    bool row_sum, wants_decay;
+    int first, tiles, T, C, D, Dp;
+    size_t size;               // of a tile with D channels, in words
+    const float* stats;        // (T): softmax's log-sum-exp
+    const float* row_dot;      // (T), or null where nothing needs it
+    int j0 = 0, keys = 0;      // of the tile of keys
+    double dlog_gamma = 0;     // but for c_i's part
+    Word *kt, *vt;             // (Dp/N,64)
+    Word *k_rows, *k;          // (64,Dp/N), (64/N,Dp)
+    float *dk, *dv;            // (64,Dp)
+    float *s, *da;             // (64 queries,64 keys)
+    Word *a, *dx, *dx_rows;    // (64/N queries,64 keys) twice, (64 queries,64/N keys)
+    Word *q_rows, *d_o_rows;   // (tiles-first,64,Dp/N): q and c_i dO
+    Word *q_pairs, *d_o_pairs;  // (tiles-first,64/N,Dp)
+
+    BackwardTiles(const HeadScale& scale, bool row_sum, bool wants_decay, int first, int T, int C, int D,
+                  const float* stats, const float* row_dot,
+                  float* scratch)  // (backward_scratch(tiles-first,D))
+        : scale(scale),
+          row_sum(row_sum),
+          wants_decay(wants_decay),
+          first(first),
+          tiles((T + kTile - 1) / kTile),
+          T(T),
+          C(C),
+          D(D),
+          Dp(padded(D)),
+          size((size_t)kTile * Dp / N),
+          stats(stats),
+          row_dot(row_dot) {
+        auto words = [&](size_t n) { return (Word*)std::exchange(scratch, scratch + n); };
+        kt = words(size);
+        vt = words(size);
+        k_rows = words(size);
+        k = N > 1 ? words(size) : k_rows;
+        dk = (float*)words(kTile * Dp);
+        dv = (float*)words(kTile * Dp);
+        s = (float*)words(kTile * kTile);
+        da = (float*)words(kTile * kTile);
+        a = N > 1 ? words(kTile * kTile / N) : (Word*)s;
+        dx = N > 1 ? words(kTile * kTile / N) : (Word*)da;
+        dx_rows = N > 1 ? words(kTile * kTile / N) : (Word*)da;
+        q_rows = words(size * (tiles - first));
+        d_o_rows = words(size * (tiles - first));
+        q_pairs = N > 1 ? words(size * (tiles - first)) : q_rows;
+        d_o_pairs = N > 1 ? words(size * (tiles - first)) : d_o_rows;
+    }
+
+    // row_factor (T): c_i / sqrt(D)^p.
+    void load_queries(const Real* qkv /*(T,3C)*/, const Real* dout /*(T,C)*/, const float* row_factor) {
+        for (int tile = first; tile < tiles; tile++) {
+            int i0 = tile * kTile, queries = std::min(kTile, T - i0);
+            size_t at = size * (tile - first);
+            load_tile(q_rows + at, qkv + (size_t)i0 * 3 * C, 3 * C, queries, D);
+            load_tile(d_o_rows + at, dout + (size_t)i0 * C, C, queries, D, kPower ? row_factor + i0 : nullptr);
+            if constexpr (N > 1) {
+                pair_rows(q_pairs + at, q_rows + at, D);
+                pair_rows(d_o_pairs + at, d_o_rows + at, D);
             }
-            // Padded queries have x = 0 and dO = 0; only softmax's exp(0 - lse) needs a value to subtract.
-            float lse[kTile] = {}, dot[kTile] = {};
-            if (kPower == 0) std::copy_n(stats + i0, queries, lse);
-            if (row_dot) std::copy_n(row_dot + i0, queries, dot);
-            ddecay += weights_and_score_gradients<kPower>(s, da, lse, dot, scale, row_sum, wants_decay,
-                                                          queries, i0, j0);
-            for (int r = 0; r < kTile; r += kTileRows) {  // keys
-                int from = diagonal ? r : 0;              // the first query that sees them
-                const float* a = s + from * kTile + r;
-                const float* dx = da + from * kTile + r;
-                tile_product<true, true>(dv + r * Dp, Dp, a, kTile, d_o + from * Dp, Dp, Dp, kTile - from);
-                tile_product<true, true>(dk + r * Dp, Dp, dx, kTile, q + from * Dp, Dp, Dp, kTile - from);
-            }
-            for (int r = 0; r < queries; r += kTileRows)
-                tile_product<false, false>(dq_tile + r * Dp, Dp, da + r * kTile, kTile, k, Dp, Dp,
-                                           diagonal ? r + kTileRows : kTile);
-            for (int r = 0; r < queries; r++) {
-                float* row = dq + (size_t)(i0 + r - first * kTile) * dq_stride;
-                const float* add = dq_tile + r * Dp;
-                if (tile == first) {
-                    for (int d = 0; d < D; d++) row[d] = add[d];
-                } else {
-                    for (int d = 0; d < D; d++) row[d] += add[d];
-                }
-            }
-        }
-        for (int r = 0; r < keys; r++) {
-            float* row = dqkv + (size_t)(j0 + r) * 3 * C;
-            for (int d = 0; d < D; d++) row[C + d] = dk[r * Dp + d];
-            for (int d = 0; d < D; d++) row[2 * C + d] = dv[r * Dp + d];
         }
     }
-    return ddecay;
+
+    void begin_keys(const Real* qkv /*(T,3C)*/, int first_key) {
+        j0 = first_key;
+        keys = std::min(kTile, T - j0);
+        const Real* kv = qkv + (size_t)j0 * 3 * C + C;
+        load_tile_transposed(kt, kv, 3 * C, keys, D);
+        load_tile_transposed(vt, kv + C, 3 * C, keys, D);
+        load_tile(k_rows, kv, 3 * C, keys, D);
+        if constexpr (N > 1) pair_rows(k, k_rows, D);
+        std::fill(dk, dk + kTile * Dp, 0.0f);
+        std::fill(dv, dv + kTile * Dp, 0.0f);
+    }
+
+    // Queries i0 .. i0+63, i0 >= j0.
+    void add_queries(float* dq /*(64,Dp) +=*/, int i0) {
+        bool diagonal = i0 == j0;
+        int queries = std::min(kTile, T - i0);
+        size_t at = size * (i0 / kTile - first);
+        for (int r = 0; r < kTile; r += kTileRows) {  // queries; on the diagonal they see no later keys
+            int seen = diagonal ? padded(r + kTileRows) : kTile;
+            tile_product<false, false>(s + r * kTile, kTile, q_rows + at + r * Dp / N, Dp / N, kt, kTile, seen,
+                                       Dp / N);
+            tile_product<false, false>(da + r * kTile, kTile, d_o_rows + at + r * Dp / N, Dp / N, vt, kTile, seen,
+                                       Dp / N);
+        }
+        // Padded queries have q = 0 and dO = 0; only softmax's exp(0 - lse) needs a value to subtract.
+        float lse[kTile] = {}, dot[kTile] = {};
+        if (kPower == 0) std::copy_n(stats + i0, queries, lse);
+        if (row_dot) std::copy_n(row_dot + i0, queries, dot);
+        dlog_gamma += weights_and_score_gradients<kPower>(a, dx, dx_rows, s, da, lse, dot, scale, row_sum,
+                                                          wants_decay, queries, i0, j0, D);
+        for (int r = 0; r < kTile; r += kTileRows) {  // keys
+            int from = (diagonal ? r : 0) / N;        // the first query that sees them, in words
+            tile_product<true, true>(dv + r * Dp, Dp, a + from * kTile + r, kTile, d_o_pairs + at + from * Dp, Dp,
+                                     Dp, kTile / N - from);
+            tile_product<true, true>(dk + r * Dp, Dp, dx + from * kTile + r, kTile, q_pairs + at + from * Dp, Dp,
+                                     Dp, kTile / N - from);
+        }
+        for (int r = 0; r < kTile; r += kTileRows)  // queries
+            tile_product<false, true>(dq + r * Dp, Dp, dx_rows + r * kTile / N, kTile / N, k, Dp, Dp,
+                                      (diagonal ? r + kTileRows : kTile) / N);
+    }
+
+    void write_keys(Real* dqkv /*(T,3C)*/) {
+        float factor = kPower == 0 ? inverse_sqrt(D) : 1.0f;
+        for (int r = 0; r < keys; r++) {
+            Real* row = dqkv + (size_t)(j0 + r) * 3 * C;
+            for_vectors(D, [&](int d, int n) {
+                store(row + C + d, load(dk + r * Dp + d, n) * factor, n);
+                store(row + 2 * C + d, load(dv + r * Dp + d, n), n);
+            });
+        }
+    }
+};
+
+inline size_t backward_scratch(int tiles, int D) {  // floats
+    return (size_t)kTile * ((6 + 2 * tiles) * padded(D) + 7 * kTile / 2);
 }
 
-// dot (B,H,T) = dout . out, a head: softmax's and sum's derivatives of the normaliser, and the learned
-// decay's.
-inline void head_dots(float* dot, const float* dout, const float* out, int B, int T, int H, int D) {
+// dot = dout . out, a head: softmax's and sum's derivatives of the normaliser, and the learned decay's.
+template <class Real>
+inline void head_dots(float* dot,        // (B,H,T)
+                      const Real* dout,  // (B,T,C)
+                      const Real* out,   // (B,T,C)
+                      int B, int T, int H, int D) {
 #pragma omp parallel for collapse(2) schedule(static)
     for (int bh = 0; bh < B * H; bh++)
         for (int t = 0; t < T; t++) {
             size_t at = ((size_t)(bh / H) * T + t) * H * D + (size_t)(bh % H) * D;
             float total = 0;
 #pragma omp simd reduction(+ : total)
-            for (int d = 0; d < D; d++) total += dout[at + d] * out[at + d];
+            for (int d = 0; d < D; d++) total += (float)dout[at + d] * (float)out[at + d];
             dot[(size_t)bh * T + t] = total;
         }
 }
@@ -376,15 +514,16 @@ inline std::vector<int> balanced_cuts(int tiles, int parts) {
 
 constexpr int kMaxParts = 8;  // of a head, each with a dq of its own
 
-inline void attention_backward(float* dqkv,         // (B,T,3C)
+template <class Real>
+inline void attention_backward(Real* dqkv,          // (B,T,3C)
                                float* ddecay,       // (H) +=, or null: not wanted
-                               const float* dout,   // (B,T,C)
-                               const float* out,    // (B,T,C)
+                               const Real* dout,    // (B,T,C)
+                               const Real* out,     // (B,T,C)
                                const float* stats,  // (B,H,T)
-                               const float* qkv,    // (B,T,3C)
+                               const Real* qkv,     // (B,T,3C)
                                const float* decay,  // (H), or null
                                const AttentionConfig& config, int B, int T, int H, int D) {
-    int C = H * D, tiles = (T + kTile - 1) / kTile;
+    int C = H * D, tiles = (T + kTile - 1) / kTile, Dp = padded(D);
     bool row_sum = config.has_row_sum();
     std::vector<HeadScale> scales = head_scales(config, decay, T, H, D);
     std::vector<float> row_dot, row_factor;
@@ -394,7 +533,8 @@ inline void attention_backward(float* dqkv,         // (B,T,3C)
     }
     if (row_sum) {
         row_factor.resize((size_t)B * H * T);
-        for (size_t i = 0; i < row_factor.size(); i++) row_factor[i] = 1.0f / stats[i];
+        float factor = score_factor(config.power, D);
+        for (size_t i = 0; i < row_factor.size(); i++) row_factor[i] = factor / stats[i];
         for (size_t i = 0; i < row_factor.size(); i++) row_dot[i] *= row_factor[i];
     }
     // A head is one task, or several ranges of key tiles where there are few heads for the threads; then each
@@ -403,26 +543,39 @@ inline void attention_backward(float* dqkv,         // (B,T,3C)
     std::vector<int> cuts =
         balanced_cuts(tiles, B * H >= omp_get_max_threads() ? 1 : std::min({tiles, wanted, kMaxParts}));
     int parts = (int)cuts.size() - 1;
-    Floats shares(parts > 1 ? (size_t)B * H * parts * T * D : 0);  // (B,H,parts,T,D)
+    size_t share = (size_t)tiles * kTile * Dp;
+    Floats shares(parts > 1 ? B * H * parts * share : 0);  // (B,H,parts,tiles*64,Dp)
+    float final_scale = config.softmax() ? inverse_sqrt(D) : 1.0f;
+    auto write_dq = [&](int bh, int t, const float* dq) {  // (Dp)
+        Real* row = dqkv + ((size_t)(bh / H) * T + t) * 3 * C + (size_t)(bh % H) * D;
+        for_vectors(D, [&](int d, int n) { store(row + d, load(dq + d, n) * final_scale, n); });
+    };
     std::vector<double> dlog_gamma((size_t)B * H * parts);
     with_power(config.power, [&](auto power) {
 #pragma omp parallel
         {
-            Floats scratch((size_t)kTile * (8 * padded(D) + 2 * kTile));
+            Floats scratch(backward_scratch(tiles, D)), dq_scratch(parts > 1 ? 0 : share);
 #pragma omp for schedule(dynamic, 1)
             for (int task = 0; task < B * H * parts; task++) {
                 int part = task / (B * H), bh = task % (B * H), b = bh / H, h = bh % H;
-                const HeadScale& scale = scales[decay ? h : 0];
-                float* head = dqkv + (size_t)b * T * 3 * C + h * D;
-                size_t from = (size_t)cuts[part] * kTile;
-                float* dq = parts > 1 ? shares.get() + (((size_t)bh * parts + part) * T + from) * D : head;
-                dlog_gamma[(size_t)bh * parts + part] = attention_backward_tiles<power>(
-                    dq, parts > 1 ? D : 3 * C, head, dout + (size_t)b * T * C + h * D,
-                    stats ? stats + (size_t)bh * T : nullptr,
-                    row_dot.empty() ? nullptr : row_dot.data() + (size_t)bh * T,
-                    row_sum ? row_factor.data() + (size_t)bh * T : scale.c.data(),
-                    qkv + (size_t)b * T * 3 * C + h * D, scale, row_sum, ddecay != nullptr, cuts[part],
-                    cuts[part + 1], T, C, D, scratch.get());
+                const Real* head = qkv + (size_t)b * T * 3 * C + h * D;
+                float* dq = parts > 1 ? shares.get() + ((size_t)bh * parts + part) * share : dq_scratch.get();
+                size_t skipped = (size_t)cuts[part] * kTile * Dp;
+                std::fill(dq + skipped, dq + share, 0.0f);
+                BackwardTiles<power, Real> work(scales[decay ? h : 0], row_sum, ddecay != nullptr, cuts[part], T,
+                                                C, D, stats ? stats + (size_t)bh * T : nullptr,
+                                                row_dot.empty() ? nullptr : row_dot.data() + (size_t)bh * T,
+                                                scratch.get());
+                work.load_queries(
+                    head, dout + (size_t)b * T * C + h * D,
+                    row_sum ? row_factor.data() + (size_t)bh * T : scales[decay ? h : 0].c.data());
+                for (int j0 = cuts[part] * kTile; j0 < cuts[part + 1] * kTile; j0 += kTile) {
+                    work.begin_keys(head, j0);
+                    for (int i0 = j0; i0 < T; i0 += kTile) work.add_queries(dq + (size_t)i0 * Dp, i0);
+                    work.write_keys(dqkv + (size_t)b * T * 3 * C + h * D);
+                }
+                dlog_gamma[(size_t)bh * parts + part] = work.dlog_gamma;
+                for (int t = 0; parts == 1 && t < T; t++) write_dq(bh, t, dq + (size_t)t * Dp);
             }
         }
     });
@@ -430,11 +583,10 @@ inline void attention_backward(float* dqkv,         // (B,T,3C)
 #pragma omp parallel for collapse(2) schedule(static)
         for (int bh = 0; bh < B * H; bh++)
             for (int t = 0; t < T; t++) {
-                float* dq = dqkv + ((size_t)(bh / H) * T + t) * 3 * C + (size_t)(bh % H) * D;
-                for (int part = 0; part < parts && cuts[part] * kTile <= t; part++) {
-                    const float* share = shares.get() + (((size_t)bh * parts + part) * T + t) * D;
-                    for (int d = 0; d < D; d++) dq[d] = part ? dq[d] + share[d] : share[d];
-                }
+                float* dq = shares.get() + (size_t)bh * parts * share + (size_t)t * Dp;  // of the first part
+                for (int part = 1; part < parts && cuts[part] * kTile <= t; part++)
+                    for (int d = 0; d < Dp; d++) dq[d] += dq[part * share + d];
+                write_dq(bh, t, dq);
             }
     }
     if (!ddecay) return;

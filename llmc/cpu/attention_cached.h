@@ -8,25 +8,27 @@
 
 #include "llmc/attention_scale.h"
 #include "llmc/config.h"
+#include "llmc/cpu/isa.h"
 
-namespace cpu {
+namespace cpu::inline LLMC_ISA {
 
+template <class Real>
 inline void attention_cached_forward(
-    float* out,          // (n,C)
-    const float* qkv,    // (n,3C): of tokens start .. start+n-1; only q is read
+    Real* out,           // (n,C)
+    const Real* qkv,     // (n,3C): of tokens start .. start+n-1; only q is read
     const float* cache,  // (start+n,2C): k and v of every token so far
     const float* decay,  // (H), or null
     const AttentionConfig& config, int start, int n, int H, int D) {
     int C = H * D;
 #pragma omp parallel
     {
-        std::vector<float> a(start + n);  // a row of A
+        std::vector<float> a(start + n), o(D);  // a row of A, and of the output
 #pragma omp for collapse(2) schedule(static)
         for (int t = 0; t < n; t++)
             for (int h = 0; h < H; h++) {
                 int i = start + t;
                 double log_g = decay ? log_gamma(decay[h]) : 0;
-                const float* q = qkv + (size_t)t * 3 * C + h * D;
+                const Real* q = qkv + (size_t)t * 3 * C + h * D;
                 float inverse_sqrt = 1.0f / sqrtf((float)D), largest = -INFINITY;
                 for (int j = 0; j <= i; j++) {
                     const float* k = cache + (size_t)j * 2 * C + h * D;
@@ -56,13 +58,12 @@ inline void attention_cached_forward(
                 float scale = (float)(config.softmax()       ? 1 / total
                                       : config.has_row_sum() ? 1 / (total + kRowSumEps)
                                                              : row_scale(config, i, log_g, D));
-                float* o = out + (size_t)t * C + h * D;
-                std::fill(o, o + D, 0.0f);
+                std::fill(o.begin(), o.end(), 0.0f);
                 for (int j = 0; j <= i; j++) {
                     const float* v = cache + (size_t)j * 2 * C + C + h * D;
                     for (int d = 0; d < D; d++) o[d] += a[j] * v[d];
                 }
-                for (int d = 0; d < D; d++) o[d] *= scale;
+                for (int d = 0; d < D; d++) out[(size_t)t * C + h * D + d] = o[d] * scale;
             }
     }
 }

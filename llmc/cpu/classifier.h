@@ -5,9 +5,10 @@
 #include <cstddef>
 
 #include "llmc/cpu/cross_entropy.h"
+#include "llmc/cpu/isa.h"
 #include "llmc/cpu/matmul.h"
 
-namespace cpu {
+namespace cpu::inline LLMC_ISA {
 
 // Rows of logits at a time: at most 64 MiB of them, but enough for the matrix product to be efficient.
 inline int classifier_rows(int N, int Vp) {
@@ -16,23 +17,25 @@ inline int classifier_rows(int N, int Vp) {
 
 // losses of every row. Where dloss != 0 also dinp and dwte, for the gradient of the sum of losses times
 // dloss.
+template <class Real>
 inline void classifier(float* losses,       // (N)
-                       float* dinp,         // (N,C), where dloss != 0
-                       float* dwte,         // (Vp,C) +=, where dloss != 0
+                       Real* dinp,          // (N,C), where dloss != 0
+                       float* dwte,         // (Vp,C) += or, where not `accumulate`, =; where dloss != 0
                        float* logits,       // (classifier_rows(N,Vp),Vp), scratch
-                       const float* inp,    // (N,C)
-                       const float* wte,    // (Vp,C)
+                       Real* dlogits,       // (classifier_rows(N,Vp),Vp), scratch; may be logits
+                       const Real* inp,     // (N,C)
+                       const Real* wte,     // (Vp,C)
                        const int* targets,  // (N)
-                       float dloss, int N, int C, int V, int Vp) {
+                       float dloss, bool accumulate, int N, int C, int V, int Vp) {
     int chunk = classifier_rows(N, Vp);
     for (int n0 = 0; n0 < N; n0 += chunk) {
         int n = std::min(chunk, N - n0);
-        const float* x = inp + (size_t)n0 * C;
+        const Real* x = inp + (size_t)n0 * C;
         matmul(logits, x, wte, n, Vp, C, false, true, false);
-        cross_entropy(losses + n0, logits, targets + n0, dloss, n, V, Vp);
+        cross_entropy(losses + n0, dlogits, logits, targets + n0, dloss, n, V, Vp);
         if (dloss == 0) continue;
-        matmul(dinp + (size_t)n0 * C, logits, wte, n, C, Vp, false, false, false);
-        matmul(dwte, logits, x, Vp, C, n, true, false, true);
+        matmul(dinp + (size_t)n0 * C, dlogits, wte, n, C, Vp, false, false, false);
+        matmul(dwte, dlogits, x, Vp, C, n, true, false, accumulate || n0 > 0);
     }
 }
 

@@ -3,14 +3,17 @@
 #include <cmath>
 #include <cstddef>
 
+#include "llmc/cpu/isa.h"
 #include "llmc/cpu/vector.h"
 
-namespace cpu {
+namespace cpu::inline LLMC_ISA {
 
-// losses = -log softmax(logits[:V])[target]. Where dloss != 0 the logits are replaced by their gradient times
-// dloss, which is zero in the padding V..Vp; otherwise they are left as they are.
+// losses = -log softmax(logits[:V])[target]. Where dloss != 0, dlogits is the gradient times dloss, zero in the
+// padding V..Vp, and the logits are lost.
+template <class Real>
 inline void cross_entropy(float* losses,       // (N)
-                          float* logits,       // (N,Vp), in place
+                          Real* dlogits,       // (N,Vp), where dloss != 0; may be logits
+                          float* logits,       // (N,Vp)
                           const int* targets,  // (N)
                           float dloss, int N, int V, int Vp) {
 #pragma omp parallel for schedule(static)
@@ -41,9 +44,14 @@ inline void cross_entropy(float* losses,       // (N)
         losses[n] = (float)(std::log(total) + (largest - target));
         if (dloss == 0) continue;
         float factor = (float)(dloss / total);
-        for (v = 0; v < V; v++) row[v] *= factor;
-        row[targets[n]] -= dloss;
-        for (v = V; v < Vp; v++) row[v] = 0;
+        Real* d = dlogits + (size_t)n * Vp;
+        float probability = row[targets[n]] * factor;
+        for (v = 0; v < V; v += kLanes) {
+            int lanes = V - v < kLanes ? V - v : kLanes;
+            store(d + v, load(row + v, lanes) * factor, lanes);
+        }
+        d[targets[n]] = probability - dloss;
+        for (v = V; v < Vp; v++) d[v] = 0;
     }
 }
 

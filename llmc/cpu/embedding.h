@@ -2,7 +2,9 @@
 #pragma once
 #include <cstddef>
 
-namespace cpu {
+#include "llmc/cpu/isa.h"
+
+namespace cpu::inline LLMC_ISA {
 
 inline void embedding_forward(float* out,         // (B,T,C)
                               const int* tokens,  // (B,T)

@@ -2,11 +2,14 @@
 // 0.044715 x^3). Computed as x sigmoid(2u), the same thing, which keeps its digits where 1 + tanh(u) would
 // cancel.
 #pragma once
+#include <algorithm>
 #include <cstddef>
+#include <vector>
 
+#include "llmc/cpu/isa.h"
 #include "llmc/cpu/vector.h"
 
-namespace cpu {
+namespace cpu::inline LLMC_ISA {
 
 constexpr float kGeluScale = 1.5957691216057308f;  // 2 sqrt(2/pi)
 constexpr float kGeluCubic = 0.044715f;
@@ -26,8 +29,9 @@ inline vec gelu_derivative(vec x) {
     return sigmoid + x * sigmoid * (1.0f - sigmoid) * du2;
 }
 
-inline void gelu_forward(float* out,        // (n)
-                         const float* inp,  // (n)
+template <class Real>
+inline void gelu_forward(Real* out,        // (n)
+                         const Real* inp,  // (n)
                          size_t n) {
 #pragma omp parallel for schedule(static)
     for (size_t i0 = 0; i0 < n; i0 += kGeluBlock) {
@@ -39,18 +43,33 @@ inline void gelu_forward(float* out,        // (n)
     }
 }
 
-inline void gelu_backward(float* dinp,        // (n), may be dout
-                          const float* dout,  // (n)
-                          const float* inp,   // (n)
-                          size_t n) {
+// With the gradient of the bias before it, which is there already: one pass over memory. Sums are over blocks
+// of rows, then over the blocks in order, so that they do not depend on the number of threads.
+template <class Real>
+inline void gelu_backward(Real* dinp,        // (N,C), may be dout
+                          float* dbias,      // (C) +=
+                          const Real* dout,  // (N,C)
+                          const Real* inp,   // (N,C)
+                          int N, int C) {
+    constexpr int kRows = 64;
+    int blocks = (N + kRows - 1) / kRows;
+    std::vector<float> partial((size_t)blocks * C, 0.0f);  // (blocks,C)
 #pragma omp parallel for schedule(static)
-    for (size_t i0 = 0; i0 < n; i0 += kGeluBlock) {
-        size_t end = i0 + kGeluBlock < n ? i0 + kGeluBlock : n;
-        for (size_t i = i0; i < end; i += kLanes) {
-            int lanes = end - i < (size_t)kLanes ? (int)(end - i) : kLanes;
-            store(dinp + i, load(dout + i, lanes) * gelu_derivative(load(inp + i, lanes)), lanes);
+    for (int block = 0; block < blocks; block++) {
+        float* sums = partial.data() + (size_t)block * C;
+        int end = std::min(N, (block + 1) * kRows);
+        for (int n = block * kRows; n < end; n++) {
+            size_t row = (size_t)n * C;
+            for (int c = 0; c < C; c += kLanes) {
+                int lanes = std::min(kLanes, C - c);
+                vec d = load(dout + row + c, lanes) * gelu_derivative(load(inp + row + c, lanes));
+                store(dinp + row + c, d, lanes);
+                store(sums + c, load(sums + c, lanes) + d, lanes);
+            }
         }
     }
+    for (int block = 0; block < blocks; block++)
+        for (int c = 0; c < C; c++) dbias[c] += partial[(size_t)block * C + c];
 }
 
 }  // namespace cpu

@@ -2,29 +2,55 @@
 #pragma once
 #include <cmath>
 #include <cstddef>
+#include <type_traits>
 #include <vector>
 
-namespace cpu {
+#include "llmc/cpu/isa.h"
+#include "llmc/cpu/vector.h"
+
+namespace cpu::inline LLMC_ISA {
 
 constexpr float kLayerNormEps = 1e-5f;
 
 // out = (row - mean) rstd weight + bias, for one row.
-inline void layernorm_row(float* out, float* mean, float* rstd, const float* row, const float* weight,
-                          const float* bias, int C) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int c = 0; c < C; c++) sum += row[c];
-    float m = sum / C;
-    float squares = 0;  // of the deviations: E[x^2] - E[x]^2 would lose all digits where the mean is large
-#pragma omp simd reduction(+ : squares)
-    for (int c = 0; c < C; c++) squares += (row[c] - m) * (row[c] - m);
-    float r = 1.0f / sqrtf(squares / C + kLayerNormEps);
-    for (int c = 0; c < C; c++) out[c] = (row[c] - m) * r * weight[c] + bias[c];
-    *mean = m;
-    *rstd = r;
+template <class Real>
+inline void normalize_row(Real* out,  // (C)
+                          float mean, float rstd,
+                          const float* row,     // (C)
+                          const float* weight,  // (C)
+                          const float* bias,    // (C)
+                          int C) {
+    for_vectors(C, [&](int c, int n) {
+        store(out + c, (load(row + c, n) - mean) * rstd * load(weight + c, n) + load(bias + c, n), n);
+    });
 }
 
-inline void layernorm_forward(float* out,           // (N,C)
+// The same with the row's own mean and rstd.
+template <class Real>
+inline void layernorm_row(Real* out,            // (C)
+                          float* mean,          // (1)
+                          float* rstd,          // (1)
+                          const float* row,     // (C)
+                          const float* weight,  // (C)
+                          const float* bias,    // (C)
+                          int C) {
+    vec total = {};
+    for_vectors(C, [&](int c, int n) { total += load(row + c, n); });
+    float m = sum(total) / C;
+    vec squares = {};  // of the deviations: E[x^2] - E[x]^2 would lose all digits where the mean is large
+    for_vectors(C, [&](int c, int n) {
+        vec x = load(row + c, n) - m;
+        if (n < kLanes) x = lane_index() < n ? x : vec{};
+        squares += x * x;
+    });
+    float r = 1.0f / sqrtf(sum(squares) / C + kLayerNormEps);
+    *mean = m;
+    *rstd = r;
+    normalize_row(out, m, r, row, weight, bias, C);
+}
+
+template <class Real>
+inline void layernorm_forward(Real* out,            // (N,C)
                               float* mean,          // (N)
                               float* rstd,          // (N)
                               const float* inp,     // (N,C)
@@ -36,30 +62,49 @@ inline void layernorm_forward(float* out,           // (N,C)
         layernorm_row(out + (size_t)n * C, mean + n, rstd + n, inp + (size_t)n * C, weight, bias, C);
 }
 
+// out once more, from the mean and rstd that the forward pass found.
+template <class Real>
+inline void layernorm_recompute(Real* out,            // (N,C)
+                                const float* mean,    // (N)
+                                const float* rstd,    // (N)
+                                const float* inp,     // (N,C)
+                                const float* weight,  // (C)
+                                const float* bias,    // (C)
+                                int N, int C) {
+#pragma omp parallel for schedule(static)
+    for (int n = 0; n < N; n++)
+        normalize_row(out + (size_t)n * C, mean[n], rstd[n], inp + (size_t)n * C, weight, bias, C);
+}
+
 // residual = inp + delta, out = LayerNorm(residual), in one pass over memory.
+template <class Real>
 inline void residual_layernorm_forward(float* residual,      // (N,C)
-                                       float* out,           // (N,C)
+                                       Real* out,            // (N,C)
                                        float* mean,          // (N)
                                        float* rstd,          // (N)
                                        const float* inp,     // (N,C)
-                                       const float* delta,   // (N,C)
+                                       const Real* delta,    // (N,C)
                                        const float* weight,  // (C)
                                        const float* bias,    // (C)
                                        int N, int C) {
 #pragma omp parallel for schedule(static)
     for (int n = 0; n < N; n++) {
         size_t row = (size_t)n * C;
-        for (int c = 0; c < C; c++) residual[row + c] = inp[row + c] + delta[row + c];
+        for_vectors(C, [&](int c, int lanes) {
+            store(residual + row + c, load(inp + row + c, lanes) + load(delta + row + c, lanes), lanes);
+        });
         layernorm_row(out + row, mean + n, rstd + n, residual + row, weight, bias, C);
     }
 }
 
 // dinp is added to, for it is the gradient of the residual stream. Weight gradients are summed over blocks of
 // rows, then over the blocks in order, so that they do not depend on the number of threads.
+template <class Real>
 inline void layernorm_backward(float* dinp,          // (N,C) +=
+                               Real* dinp_copy,      // (N,C): dinp in bf16, or null where Real is float
                                float* dweight,       // (C) +=
                                float* dbias,         // (C) +=
-                               const float* dout,    // (N,C)
+                               const Real* dout,     // (N,C)
                                const float* inp,     // (N,C)
                                const float* mean,    // (N)
                                const float* rstd,    // (N)
@@ -74,25 +119,26 @@ inline void layernorm_backward(float* dinp,          // (N,C) +=
         float* db = dw + C;
         int end = (block + 1) * kRows < N ? (block + 1) * kRows : N;
         for (int n = block * kRows; n < end; n++) {
-            const float* d = dout + (size_t)n * C;
+            const Real* d = dout + (size_t)n * C;
             const float* x = inp + (size_t)n * C;
             float* dx = dinp + (size_t)n * C;
+            Real* copy = dinp_copy + (size_t)n * C;
             float m = mean[n], r = rstd[n];
-            float sum = 0, sum_normed = 0;  // of dnorm and dnorm * norm, with dnorm = d * weight
-#pragma omp simd reduction(+ : sum, sum_normed)
-            for (int c = 0; c < C; c++) {
-                float dnorm = d[c] * weight[c];
-                sum += dnorm;
-                sum_normed += dnorm * ((x[c] - m) * r);
-            }
-            sum /= C;
-            sum_normed /= C;
-            for (int c = 0; c < C; c++) {
-                float norm = (x[c] - m) * r;
-                dw[c] += d[c] * norm;
-                db[c] += d[c];
-                dx[c] += (d[c] * weight[c] - sum - norm * sum_normed) * r;
-            }
+            vec total = {}, total_normed = {};  // of dnorm and dnorm * norm, with dnorm = d * weight
+            for_vectors(C, [&](int c, int n) {
+                vec dnorm = load(d + c, n) * load(weight + c, n);
+                total += dnorm;
+                total_normed += dnorm * ((load(x + c, n) - m) * r);
+            });
+            float mean_dnorm = sum(total) / C, mean_normed = sum(total_normed) / C;
+            for_vectors(C, [&](int c, int n) {
+                vec dc = load(d + c, n), norm = (load(x + c, n) - m) * r;
+                store(dw + c, load(dw + c, n) + dc * norm, n);
+                store(db + c, load(db + c, n) + dc, n);
+                vec sum = load(dx + c, n) + (dc * load(weight + c, n) - mean_dnorm - norm * mean_normed) * r;
+                store(dx + c, sum, n);
+                if constexpr (!std::is_same_v<Real, float>) store(copy + c, sum, n);
+            });
         }
     }
     for (int block = 0; block < blocks; block++) {

@@ -1,11 +1,13 @@
-// Matrix products of row-major float32 matrices, and the linear layer on top of them.
+// Matrix products of row-major matrices, and the linear layer on top of them. Factors are float or bf16, sums
+// are in float32, and the product is stored as either.
 //
 // matmul() goes through oneDNN where it was found at build time (-DLLMC_ONEDNN; versions 2 and 3), and
 // through matmul_loops(), the same in plain OpenMP loops, otherwise. Both are compiled, so that tests compare
-// them.
+// them. Where the instruction set has no product of bf16, the factors are converted first.
 #pragma once
 #include <cstddef>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #ifdef LLMC_ONEDNN
@@ -14,7 +16,10 @@
 #include <unordered_map>
 #endif
 
-namespace cpu {
+#include "llmc/cpu/bf16.h"
+#include "llmc/cpu/isa.h"
+
+namespace cpu::inline LLMC_ISA {
 
 // c (M,N) = a (M,K) b (K,N) + bias (N), or c += a b where `accumulate`. trans_a: `a` is stored as (K,M);
 // trans_b: `b` is stored as (N,K).
@@ -67,15 +72,22 @@ namespace onednn {
 
 // A oneDNN matmul primitive is made for one set of sizes; making one takes longer than running a small one,
 // so they are kept. Called from one thread only: oneDNN spreads the work over OpenMP's threads itself.
-using Key = std::tuple<int, int, int, bool, bool, bool, bool>;  // M, N, K, trans_a, trans_b, accumulate, bias
+using Key = std::tuple<int, int, int, int>;  // M, N, K, and the rest in bits
+
+// What a product is but for its sizes.
+struct Kind {
+    bool trans_a, trans_b, accumulate, bias;
+    bool factors_bf16, product_bf16;
+    int bits() const {
+        return trans_a + 2 * trans_b + 4 * accumulate + 8 * bias + 16 * factors_bf16 + 32 * product_bf16;
+    }
+};
 
 struct KeyHash {
     size_t operator()(const Key& key) const {
-        auto [M, N, K, trans_a, trans_b, accumulate, bias] = key;
+        auto [M, N, K, bits] = key;
         size_t hash = M;
-        for (size_t part :
-             {(size_t)N, (size_t)K, (size_t)(trans_a + 2 * trans_b + 4 * accumulate + 8 * bias)})
-            hash = hash * 0x9E3779B97F4A7C15u + part;
+        for (size_t part : {(size_t)N, (size_t)K, (size_t)bits}) hash = hash * 0x9E3779B97F4A7C15u + part;
         return hash;
     }
 };
@@ -91,16 +103,15 @@ inline dnnl::engine& engine() {
     return cpu;
 }
 
-inline Product make_product(const Key& key) {
-    auto [M, N, K, trans_a, trans_b, accumulate, has_bias] = key;
+inline Product make_product(int M, int N, int K, const Kind& kind) {
     using dnnl::memory;
-    constexpr auto f32 = memory::data_type::f32;
-    memory::desc a({M, K}, f32, trans_a ? memory::dims{1, M} : memory::dims{K, 1});
-    memory::desc b({K, N}, f32, trans_b ? memory::dims{1, K} : memory::dims{N, 1});
-    memory::desc c({M, N}, f32, memory::dims{N, 1});
-    memory::desc bias = has_bias ? memory::desc({1, N}, f32, memory::dims{N, 1}) : memory::desc();
+    auto type = [](bool is_bf16) { return is_bf16 ? memory::data_type::bf16 : memory::data_type::f32; };
+    memory::desc a({M, K}, type(kind.factors_bf16), kind.trans_a ? memory::dims{1, M} : memory::dims{K, 1});
+    memory::desc b({K, N}, type(kind.factors_bf16), kind.trans_b ? memory::dims{1, K} : memory::dims{N, 1});
+    memory::desc c({M, N}, type(kind.product_bf16), memory::dims{N, 1});
+    memory::desc bias = kind.bias ? memory::desc({1, N}, type(false), memory::dims{N, 1}) : memory::desc();
     dnnl::primitive_attr attributes;
-    if (accumulate) {
+    if (kind.accumulate) {
         dnnl::post_ops sum;
         sum.append_sum(1.0f);
         attributes.set_post_ops(sum);
@@ -116,20 +127,23 @@ inline Product make_product(const Key& key) {
     p.b = memory(b, engine(), nullptr);
     p.c = memory(c, engine(), nullptr);
     p.arguments = {{DNNL_ARG_SRC, p.a}, {DNNL_ARG_WEIGHTS, p.b}, {DNNL_ARG_DST, p.c}};
-    if (has_bias) p.arguments[DNNL_ARG_BIAS] = p.bias = memory(bias, engine(), nullptr);
+    if (kind.bias) p.arguments[DNNL_ARG_BIAS] = p.bias = memory(bias, engine(), nullptr);
     return p;
 }
 
-inline void matmul(float* c, const float* a, const float* b, int M, int N, int K, bool trans_a, bool trans_b,
-                   bool accumulate, const float* bias) {
+template <class Result, class Factor>
+inline void matmul(Result* c, const Factor* a, const Factor* b, int M, int N, int K, bool trans_a,
+                   bool trans_b, bool accumulate, const float* bias) {
     static dnnl::stream stream(engine());
     static std::unordered_map<Key, Product, KeyHash> products;
-    Key key(M, N, K, trans_a, trans_b, accumulate, bias != nullptr);
+    Kind kind{trans_a, trans_b, accumulate, bias != nullptr, std::is_same_v<Factor, bf16>,
+              std::is_same_v<Result, bf16>};
+    Key key(M, N, K, kind.bits());
     auto found = products.find(key);
-    if (found == products.end()) found = products.emplace(key, make_product(key)).first;
+    if (found == products.end()) found = products.emplace(key, make_product(M, N, K, kind)).first;
     Product& p = found->second;
-    p.a.set_data_handle(const_cast<float*>(a));
-    p.b.set_data_handle(const_cast<float*>(b));
+    p.a.set_data_handle(const_cast<Factor*>(a));
+    p.b.set_data_handle(const_cast<Factor*>(b));
     p.c.set_data_handle(c);
     if (bias) p.bias.set_data_handle(const_cast<float*>(bias));
     p.primitive.execute(stream, p.arguments);
@@ -139,22 +153,53 @@ inline void matmul(float* c, const float* a, const float* b, int M, int N, int K
 }  // namespace onednn
 #endif
 
-// c (M,N) = a b + bias, or c += a b where `accumulate` (then without bias). See matmul_loops for the shapes.
-inline void matmul(float* c,        // (M,N)
-                   const float* a,  // (M,K), or (K,M) where trans_a
-                   const float* b,  // (K,N), or (N,K) where trans_b
+#if defined(__AVX512BF16__) && defined(LLMC_ONEDNN)
+constexpr bool kMultipliesBf16 = true;
+#else
+constexpr bool kMultipliesBf16 = false;
+#endif
+
+// n numbers as floats, in memory that is used again by the next call for the same `place`.
+inline float* converted(const bf16* x, size_t n, int place) {
+    static std::vector<float> memory[3];
+    std::vector<float>& floats = memory[place];
+    if (floats.size() < n) floats.resize(n);
+    if (x) {
+#pragma omp parallel for simd schedule(static)
+        for (size_t i = 0; i < n; i++) floats[i] = x[i];
+    }
+    return floats.data();
+}
+
+// c (M,N) = a b + bias, or c += a b where `accumulate` (then without bias, and c is float). See matmul_loops for
+// the shapes.
+template <class Result, class Factor>
+inline void matmul(Result* c,        // (M,N)
+                   const Factor* a,  // (M,K), or (K,M) where trans_a
+                   const Factor* b,  // (K,N), or (N,K) where trans_b
                    int M, int N, int K, bool trans_a, bool trans_b, bool accumulate,
                    const float* bias = nullptr) {  // (N)
+    if constexpr (std::is_same_v<Factor, bf16> && !kMultipliesBf16) {
+        matmul(c, converted(a, (size_t)M * K, 0), converted(b, (size_t)K * N, 1), M, N, K, trans_a, trans_b,
+               accumulate, bias);
+    } else if constexpr (std::is_same_v<Factor, float> && std::is_same_v<Result, bf16>) {
+        float* product = converted(nullptr, (size_t)M * N, 2);
+        matmul(product, a, b, M, N, K, trans_a, trans_b, accumulate, bias);
+#pragma omp parallel for simd schedule(static)
+        for (size_t i = 0; i < (size_t)M * N; i++) c[i] = product[i];
+    } else {
 #ifdef LLMC_ONEDNN
-    onednn::matmul(c, a, b, M, N, K, trans_a, trans_b, accumulate, bias);
+        onednn::matmul(c, a, b, M, N, K, trans_a, trans_b, accumulate, bias);
 #else
-    matmul_loops(c, a, b, M, N, K, trans_a, trans_b, accumulate, bias);
+        matmul_loops(c, a, b, M, N, K, trans_a, trans_b, accumulate, bias);
 #endif
+    }
 }
 
 // out += the sum of the rows of inp.
-inline void add_column_sums(float* out,        // (C) +=
-                            const float* inp,  // (N,C)
+template <class Real>
+inline void add_column_sums(float* out,       // (C) +=
+                            const Real* inp,  // (N,C)
                             int N, int C) {
     constexpr int kColumns = 64;
 #pragma omp parallel for schedule(static)
@@ -162,7 +207,7 @@ inline void add_column_sums(float* out,        // (C) +=
         int columns = C - c0 < kColumns ? C - c0 : kColumns;
         float sum[kColumns] = {};
         for (int n = 0; n < N; n++) {
-            const float* row = inp + (size_t)n * C + c0;
+            const Real* row = inp + (size_t)n * C + c0;
             if (columns == kColumns) {  // a constant trip count keeps the sums in registers
                 for (int c = 0; c < kColumns; c++) sum[c] += row[c];
             } else {
@@ -174,23 +219,25 @@ inline void add_column_sums(float* out,        // (C) +=
 }
 
 // The linear layer: out = inp weight + bias.
-inline void matmul_forward(float* out,           // (N,OC)
-                           const float* inp,     // (N,IC)
-                           const float* weight,  // (IC,OC)
-                           const float* bias,    // (OC), or null
+template <class Real>
+inline void matmul_forward(Real* out,           // (N,OC)
+                           const Real* inp,     // (N,IC)
+                           const Real* weight,  // (IC,OC)
+                           const float* bias,   // (OC), or null
                            int N, int IC, int OC) {
     matmul(out, inp, weight, N, OC, IC, false, false, false, bias);
 }
 
-inline void matmul_backward(float* dinp,          // (N,IC), or null: not wanted
-                            float* dweight,       // (IC,OC) +=
-                            float* dbias,         // (OC) +=, or null
-                            const float* dout,    // (N,OC)
-                            const float* inp,     // (N,IC)
-                            const float* weight,  // (IC,OC)
-                            int N, int IC, int OC) {
+template <class Real>
+inline void matmul_backward(Real* dinp,          // (N,IC), or null: not wanted
+                            float* dweight,      // (IC,OC) += or, where not `accumulate`, =
+                            float* dbias,        // (OC) +=, or null
+                            const Real* dout,    // (N,OC)
+                            const Real* inp,     // (N,IC)
+                            const Real* weight,  // (IC,OC)
+                            bool accumulate, int N, int IC, int OC) {
     if (dinp) matmul(dinp, dout, weight, N, IC, OC, false, true, false);
-    matmul(dweight, inp, dout, IC, OC, N, true, false, true);
+    matmul(dweight, inp, dout, IC, OC, N, true, false, accumulate);
     if (dbias) add_column_sums(dbias, dout, N, OC);
 }
 

@@ -2,11 +2,15 @@
 // learned gain a head on q, then rotary positions (arXiv 2104.09864), pairing channel i with i + D/2. Each is
 // optional. A row of qkv is q (H,D), k (H,D), v (H,D); v passes through.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <vector>
 
-namespace cpu {
+#include "llmc/cpu/isa.h"
+#include "llmc/cpu/vector.h"
+
+namespace cpu::inline LLMC_ISA {
 
 constexpr float kQkNormEps = 1e-6f;
 
@@ -23,49 +27,51 @@ inline std::vector<float> rope_table(int T, int D) {
 }
 
 // out may not be inp. rstd is left alone where there is no norm.
-inline void qk_norm_rope_forward(float* out,           // (B,T,3C)
+template <class Real>
+inline void qk_norm_rope_forward(Real* out,            // (B,T,3C)
                                  float* rstd,          // (B,T,2H): of q, then of k
-                                 const float* inp,     // (B,T,3C)
+                                 const Real* inp,      // (B,T,3C)
                                  const float* q_gain,  // (H), or null: no norm
                                  const float* rope,    // (T,D) from rope_table, or null: no rotation
                                  int B, int T, int H, int D) {
     int C = H * D, half = D / 2;
 #pragma omp parallel for schedule(static)
     for (int bt = 0; bt < B * T; bt++) {
+        const float* cosine = rope ? rope + (size_t)(bt % T) * D : nullptr;
+        const float* sine = cosine + half;
         for (int h = 0; h < 2 * H; h++) {
-            const float* x = inp + (size_t)bt * 3 * C + h * D;
-            float* o = out + (size_t)bt * 3 * C + h * D;
+            const Real* x = inp + (size_t)bt * 3 * C + h * D;
+            Real* o = out + (size_t)bt * 3 * C + h * D;
             float scale = 1;
             if (q_gain) {
-                float squares = 0;
-#pragma omp simd reduction(+ : squares)
-                for (int i = 0; i < D; i++) squares += x[i] * x[i];
-                float r = 1.0f / sqrtf(squares / D + kQkNormEps);
+                vec squares = {};
+                for_vectors(D, [&](int i, int n) { squares += load(x + i, n) * load(x + i, n); });
+                float r = 1.0f / sqrtf(sum(squares) / D + kQkNormEps);
                 rstd[(size_t)bt * 2 * H + h] = r;
                 scale = h < H ? r * q_gain[h] : r;
             }
             if (rope) {
-                const float* cosine = rope + (size_t)(bt % T) * D;
-                const float* sine = cosine + half;
-                for (int i = 0; i < half; i++) {
-                    float a = x[i] * scale, b = x[i + half] * scale;
-                    o[i] = a * cosine[i] - b * sine[i];
-                    o[i + half] = b * cosine[i] + a * sine[i];
-                }
+                for_vectors(half, [&](int i, int n) {
+                    vec a = load(x + i, n) * scale, b = load(x + half + i, n) * scale;
+                    vec c = load(cosine + i, n), s = load(sine + i, n);
+                    store(o + i, a * c - b * s, n);
+                    store(o + half + i, b * c + a * s, n);
+                });
             } else {
-                for (int i = 0; i < D; i++) o[i] = x[i] * scale;
+                for_vectors(D, [&](int i, int n) { store(o + i, load(x + i, n) * scale, n); });
             }
         }
-        const float* v = inp + (size_t)bt * 3 * C + 2 * C;
-        float* o = out + (size_t)bt * 3 * C + 2 * C;
-        for (int c = 0; c < C; c++) o[c] = v[c];
+        const Real* v = inp + (size_t)bt * 3 * C + 2 * C;
+        Real* o = out + (size_t)bt * 3 * C + 2 * C;
+        std::copy_n(v, C, o);
     }
 }
 
-inline void qk_norm_rope_backward(float* dinp,          // (B,T,3C), may be dout
+template <class Real>
+inline void qk_norm_rope_backward(Real* dinp,           // (B,T,3C), may be dout
                                   float* dq_gain,       // (H) +=, or null where q_gain is
-                                  const float* dout,    // (B,T,3C)
-                                  const float* inp,     // (B,T,3C)
+                                  const Real* dout,     // (B,T,3C)
+                                  const Real* inp,      // (B,T,3C)
                                   const float* rstd,    // (B,T,2H)
                                   const float* q_gain,  // (H), or null
                                   const float* rope,    // (T,D), or null
@@ -83,31 +89,34 @@ inline void qk_norm_rope_backward(float* dinp,          // (B,T,3C), may be dout
                 if (rope) {  // the inverse rotation
                     const float* cosine = rope + (size_t)(bt % T) * D;
                     const float* sine = cosine + half;
-                    for (int i = 0; i < half; i++) {
-                        float a = dout[at + i], b = dout[at + i + half];
-                        d[i] = a * cosine[i] + b * sine[i];
-                        d[i + half] = b * cosine[i] - a * sine[i];
-                    }
+                    for_vectors(half, [&](int i, int n) {
+                        vec a = load(dout + at + i, n), b = load(dout + at + half + i, n);
+                        vec c = load(cosine + i, n), s = load(sine + i, n);
+                        store(d + i, a * c + b * s, n);
+                        store(d + half + i, b * c - a * s, n);
+                    });
                 } else {
-                    for (int i = 0; i < D; i++) d[i] = dout[at + i];
+                    for_vectors(D, [&](int i, int n) { store(d + i, load(dout + at + i, n), n); });
                 }
-                if (!q_gain) {
-                    for (int i = 0; i < D; i++) dinp[at + i] = d[i];
-                    continue;
+                float r = 1, gain = 1, mean = 0;
+                const Real* x = inp + at;
+                if (q_gain) {
+                    r = rstd[(size_t)bt * 2 * H + h];
+                    gain = h < H ? q_gain[h] : 1.0f;
+                    vec dots = {};  // of d with the normalised head
+                    for_vectors(D, [&](int i, int n) { dots += load(d + i, n) * (load(x + i, n) * r); });
+                    float dot = sum(dots);
+                    if (h < H) dgain[(size_t)bt * H + h] = dot;
+                    mean = dot / D;
                 }
-                const float* x = inp + at;
-                float r = rstd[(size_t)bt * 2 * H + h];
-                float gain = h < H ? q_gain[h] : 1.0f;
-                float dot = 0;  // of d with the normalised head
-#pragma omp simd reduction(+ : dot)
-                for (int i = 0; i < D; i++) dot += d[i] * (x[i] * r);
-                if (h < H) dgain[(size_t)bt * H + h] = dot;
-                float mean = dot / D;
-                for (int i = 0; i < D; i++) dinp[at + i] = gain * r * (d[i] - x[i] * r * mean);
+                for_vectors(D, [&](int i, int n) {
+                    vec dx = load(d + i, n);
+                    if (q_gain) dx = gain * r * (dx - load(x + i, n) * r * mean);
+                    store(dinp + at + i, dx, n);
+                });
             }
             size_t v = (size_t)bt * 3 * C + 2 * C;
-            if (dinp != dout)
-                for (int c = 0; c < C; c++) dinp[v + c] = dout[v + c];
+            if (dinp != dout) std::copy_n(dout + v, C, dinp + v);
         }
     }
     if (!q_gain) return;

@@ -2,50 +2,48 @@
 #pragma once
 #include <cstddef>
 
-namespace cpu {
+#include "llmc/cpu/isa.h"
+#include "llmc/cpu/vector.h"
 
-inline void short_conv_forward(float* out,           // (B,T,W)
-                               const float* inp,     // (B,T,W)
+namespace cpu::inline LLMC_ISA {
+
+template <class Real>
+inline void short_conv_forward(Real* out,            // (B,T,W)
+                               const Real* inp,      // (B,T,W)
                                const float* weight,  // (K,W)
                                int B, int T, int W, int K) {
 #pragma omp parallel for schedule(static)
-    for (int bt = 0; bt < B * T; bt++) {
-        const float* x = inp + (size_t)bt * W;
-        float* o = out + (size_t)bt * W;
-        for (int w = 0; w < W; w++) o[w] = weight[w] * x[w];
-        for (int s = 1; s < K && s <= bt % T; s++) {
-            const float* ws = weight + (size_t)s * W;
-            const float* xs = x - (size_t)s * W;
-            for (int w = 0; w < W; w++) o[w] += ws[w] * xs[w];
+    for (int bt = 0; bt < B * T; bt++)
+        for (int w0 = 0; w0 < W; w0 += kLanes) {
+            int lanes = W - w0 < kLanes ? W - w0 : kLanes;
+            vec sum = {};
+            for (int s = 0; s < K && s <= bt % T; s++)
+                sum += load(weight + (size_t)s * W + w0, lanes) * load(inp + (size_t)(bt - s) * W + w0, lanes);
+            store(out + (size_t)bt * W + w0, sum, lanes);
         }
-    }
 }
 
 // The threads share out the channels, as in embedding_backward.
-inline void short_conv_backward(float* dinp,          // (B,T,W)
+template <class Real>
+inline void short_conv_backward(Real* dinp,           // (B,T,W)
                                 float* dweight,       // (K,W) +=
-                                const float* dout,    // (B,T,W)
-                                const float* inp,     // (B,T,W)
+                                const Real* dout,     // (B,T,W)
+                                const Real* inp,      // (B,T,W)
                                 const float* weight,  // (K,W)
                                 int B, int T, int W, int K) {
-    constexpr int kColumns = 64;
 #pragma omp parallel for schedule(static)
-    for (int w0 = 0; w0 < W; w0 += kColumns) {
-        int w1 = w0 + kColumns < W ? w0 + kColumns : W;
+    for (int w0 = 0; w0 < W; w0 += kLanes) {
+        int lanes = W - w0 < kLanes ? W - w0 : kLanes;
         for (int bt = 0; bt < B * T; bt++) {
             int t = bt % T;
-            float* dx = dinp + (size_t)bt * W;
-            const float* x = inp + (size_t)bt * W;
-            for (int w = w0; w < w1; w++) dx[w] = 0;
+            vec x = load(inp + (size_t)bt * W + w0, lanes), dx = {};
             for (int s = 0; s < K && t + s < T; s++) {
-                const float* ds = dout + (size_t)(bt + s) * W;
-                const float* ws = weight + (size_t)s * W;
-                float* dws = dweight + (size_t)s * W;
-                for (int w = w0; w < w1; w++) {
-                    dx[w] += ws[w] * ds[w];
-                    dws[w] += x[w] * ds[w];
-                }
+                vec d = load(dout + (size_t)(bt + s) * W + w0, lanes);
+                size_t at = (size_t)s * W + w0;
+                dx += load(weight + at, lanes) * d;
+                store(dweight + at, load(dweight + at, lanes) + x * d, lanes);
             }
+            store(dinp + (size_t)bt * W + w0, dx, lanes);
         }
     }
 }

@@ -1,35 +1,55 @@
 // Small dense products of tiles that lie in cache, the inner loops of attention.
 //
 // Tiles are row-major, their sizes padded with zeros: rows to kTile, channels to a multiple of kLanes, so
-// that the loops have no tails. Tiles lie in Floats memory: a load that straddles
-// two cache lines would cost double.
+// that the loops have no tails. They lie in aligned memory: a load that straddles two cache lines would cost
+// double. A tile consists of words, a float or a pair of bf16 that are neighbours in the direction that the
+// product sums over: along the channels in load_tile and load_tile_transposed, along the rows in pair_rows.
 #pragma once
 #include <cstddef>
+#include <type_traits>
 
+#include "llmc/cpu/isa.h"
 #include "llmc/cpu/vector.h"
 
-namespace cpu {
+namespace cpu::inline LLMC_ISA {
 
-constexpr int kTile = 64;     // rows of a tile: queries or keys
-constexpr int kTileRows = 8;  // rows of a block of sums held in registers; divides kLanes and kTile
+constexpr int kTile = 64;  // rows of a tile: queries or keys
 
+// Rows and vectors of a block of sums held in registers. kTileRows divides kLanes and kTile, and is even.
 #ifdef __AVX512F__
-constexpr int kTileVectors = 2;  // 8 x 2 sums of 16 floats, of 32 registers
+constexpr int kTileRows = 8, kTileVectors = 2;  // 16 of 32 registers
 #else
-constexpr int kTileVectors = 1;
+constexpr int kTileRows = 4, kTileVectors = 1;  // 8 of 16 registers, for a vector is two of them
 #endif
+
+struct bf16_pair {
+    uint32_t bits;  // the first in the lower half
+};
+
+// What a tile of Real is made of: pairs where the instruction set multiplies them, floats otherwise.
+#ifdef __AVX512BF16__
+template <class Real>
+using TileWord = std::conditional_t<std::is_same_v<Real, bf16>, bf16_pair, float>;
+#else
+template <class Real>
+using TileWord = float;
+#endif
+
+template <class Word>
+constexpr int kDepth = std::is_same_v<Word, float> ? 1 : 2;  // numbers in a word
 
 inline int padded(int channels) {
     return (channels + kLanes - 1) / kLanes * kLanes;
 }
 
-// tile (kTile,padded(D)) = scale row_factors[r] src[r], zero outside of (rows,D).
+// tile (kTile,padded(D)) = row_factors[r] src[r], zero outside of (rows,D).
+template <class Real>
 inline void load_tile(float* tile,
-                      const float* src,  // `rows` rows of D floats, `stride` apart
-                      int stride, int rows, int D, float scale, const float* row_factors = nullptr) {
+                      const Real* src,  // `rows` rows of D numbers, `stride` apart
+                      int stride, int rows, int D, const float* row_factors = nullptr) {
     int Dp = padded(D);
     for (int r = 0; r < rows; r++) {
-        float factor = row_factors ? scale * row_factors[r] : scale;
+        float factor = row_factors ? row_factors[r] : 1.0f;
         for (int d = 0; d < Dp; d += kLanes) {
             int lanes = D - d < kLanes ? D - d : kLanes;
             store(tile + r * Dp + d, load(src + (size_t)r * stride + d, lanes) * factor);
@@ -39,18 +59,90 @@ inline void load_tile(float* tile,
 }
 
 // The transpose: tile (padded(D),kTile).
-inline void load_tile_transposed(float* tile, const float* src, int stride, int rows, int D, float scale) {
+template <class Real>
+inline void load_tile_transposed(float* tile, const Real* src, int stride, int rows, int D) {
     for (int d = 0; d < D; d++)
-        for (int r = 0; r < rows; r++) tile[d * kTile + r] = src[(size_t)r * stride + d] * scale;
+        for (int r = 0; r < rows; r++) tile[d * kTile + r] = src[(size_t)r * stride + d];
     for (int d = 0; d < D; d++)
         for (int r = rows; r < kTile; r++) tile[d * kTile + r] = 0;
     memset(tile + D * kTile, 0, sizeof(float) * (padded(D) - D) * kTile);
 }
 
+// The same in words: tile (kTile,padded(D)/2), pairs of channels.
+inline void load_tile(bf16_pair* tile, const bf16* src, int stride, int rows, int D,
+                      const float* row_factors = nullptr) {
+    int Dp = padded(D);
+    bf16* out = (bf16*)tile;
+    for (int r = 0; r < rows; r++)
+        for (int d = 0; d < Dp; d += kLanes) {
+            int lanes = D - d < kLanes ? D - d : kLanes;
+            const bf16* from = src + (size_t)r * stride + d;
+            if (!row_factors && lanes == kLanes) {
+                memcpy((void*)(out + r * Dp + d), from, sizeof(bf16) * kLanes);
+            } else {
+                store(out + r * Dp + d, load(from, lanes) * (row_factors ? row_factors[r] : 1.0f));
+            }
+        }
+    memset((void*)(out + rows * Dp), 0, sizeof(bf16) * (kTile - rows) * Dp);
+}
+
+// tile (padded(D)/2,kTile).
+inline void load_tile_transposed(bf16_pair* tile, const bf16* src, int stride, int rows, int D) {
+    memset(tile, 0, sizeof(bf16_pair) * padded(D) / 2 * kTile);
+    for (int r = 0; r < rows; r++) {
+        const bf16* row = src + (size_t)r * stride;
+        for (int d = 0; d + 1 < D; d += 2) memcpy(&tile[d / 2 * kTile + r], row + d, sizeof(bf16_pair));
+        if (D % 2) tile[D / 2 * kTile + r].bits = row[D - 1].bits;
+    }
+}
+
+// pairs (kTile/2,padded(D)), of neighbouring rows, from a tile of rows (kTile,padded(D)).
+inline void pair_rows(bf16_pair* pairs, const bf16_pair* rows, int D) {
+    int Dp = padded(D);
+    const bf16* from = (const bf16*)rows;
+    for (int r = 0; r < kTile; r += 2)
+        for (int d = 0; d < Dp; d += kLanes) {
+            vuint first = (vuint)load(from + r * Dp + d), second = (vuint)load(from + (r + 1) * Dp + d);
+            vuint words = first >> 16 | second;
+            memcpy(pairs + r / 2 * Dp + d, &words, sizeof(words));
+        }
+}
+
+// Two rows of floats as a row of pairs.
+inline void store_pairs(bf16_pair* out, vec first, vec second) {
+#ifdef __AVX512BF16__
+    vuint low = __builtin_convertvector((vhalf)_mm512_cvtneps_pbh((__m512)first), vuint);
+    vuint high = __builtin_convertvector((vhalf)_mm512_cvtneps_pbh((__m512)second), vuint);
+    vuint words = low | high << 16;
+#else
+    vuint words = round_to_bf16(first) >> 16 | (round_to_bf16(second) & 0xFFFF0000u);
+#endif
+    memcpy(out, &words, sizeof(words));
+}
+
+inline vec multiply_add(vec sum, float a, vec b) {
+    return sum + a * b;
+}
+
+// The same for pairs: both products are added. b holds the words of 16 pairs.
+inline vec multiply_add(vec sum, bf16_pair a, vec b) {
+#ifdef __AVX512BF16__
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a.bits), (__m512bh)(__m512)b);
+#else
+    vuint words = (vuint)b;
+    sum += std::bit_cast<float>(a.bits << 16) * (vec)(words << 16);
+    return sum + std::bit_cast<float>(a.bits & 0xFFFF0000u) * (vec)(words & 0xFFFF0000u);
+#endif
+}
+
 // R rows and V vectors of c, their sums in registers all along.
-template <int R, int V, bool kTransA, bool kAccumulate>
-inline void block_product(float* c, int c_stride, const float* a, int a_stride, const float* b, int b_stride,
-                          int K) {
+template <int R, int V, bool kTransA, bool kAccumulate, class Word>
+inline void block_product(float* c,  // (R, V vectors)
+                          int c_stride,
+                          const Word* a,  // (R,K), or (K,R) where kTransA
+                          int a_stride,
+                          const Word* b,  // (K, V vectors)
+                          int b_stride, int K) {
     vec sums[R][V];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
@@ -59,12 +151,12 @@ inline void block_product(float* c, int c_stride, const float* a, int a_stride, 
     for (int k = 0; k < K; k++) {
         vec bk[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) bk[v] = load(b + k * b_stride + v * kLanes);
+        for (int v = 0; v < V; v++) bk[v] = load((const float*)(b + k * b_stride + v * kLanes));
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
-            float ark = kTransA ? a[k * a_stride + r] : a[r * a_stride + k];
+            Word ark = kTransA ? a[k * a_stride + r] : a[r * a_stride + k];
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sums[r][v] += ark * bk[v];
+            for (int v = 0; v < V; v++) sums[r][v] = multiply_add(sums[r][v], ark, bk[v]);
         }
     }
 #pragma GCC unroll 16
@@ -74,9 +166,9 @@ inline void block_product(float* c, int c_stride, const float* a, int a_stride, 
 }
 
 // c (kTileRows,N) = or += a (kTileRows,K) b (K,N), a stored as (K,kTileRows) where kTransA; N a multiple of
-// kLanes.
-template <bool kTransA, bool kAccumulate>
-inline void tile_product(float* c, int c_stride, const float* a, int a_stride, const float* b, int b_stride,
+// kLanes, K in words.
+template <bool kTransA, bool kAccumulate, class Word>
+inline void tile_product(float* c, int c_stride, const Word* a, int a_stride, const Word* b, int b_stride,
                          int N, int K) {
     constexpr int kStep = kTileVectors * kLanes;
     int n = 0;

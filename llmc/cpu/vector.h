@@ -1,17 +1,24 @@
 // Sixteen floats at a time, by the vector extension that g++ and clang share: it compiles to AVX-512, to
-// pairs of AVX2 instructions, or to whatever the machine has, with no intrinsics. And the aligned memory to
-// load them from.
+// pairs of AVX2 instructions, or to whatever the machine has. Memory holds floats or bf16.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
-namespace cpu {
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "llmc/cpu/bf16.h"
+#include "llmc/cpu/isa.h"
+
+namespace cpu::inline LLMC_ISA {
 
 constexpr int kLanes = 16;
 
 typedef float vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t vint __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint32_t vuint __attribute__((vector_size(kLanes * sizeof(float))));  // may wrap around
+typedef uint16_t vhalf __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 
 inline vec load(const float* p) {
     vec v;
@@ -23,29 +30,70 @@ inline void store(float* p, vec v) {
     memcpy(p, &v, sizeof(v));
 }
 
-// The first n lanes, 0 < n <= kLanes; load fills the rest with zeros.
-inline vec load(const float* p, int n) {
-    if (n == kLanes) return load(p);
-    vec v = {};
-    memcpy(&v, p, sizeof(float) * n);
-    return v;
+inline vec load(const bf16* p) {
+    vhalf h;
+    memcpy(&h, p, sizeof(h));
+    return (vec)(__builtin_convertvector(h, vuint) << 16);
 }
 
-inline void store(float* p, vec v, int n) {
+// The upper halves of the lanes, rounded to nearest even; NaN stays NaN.
+inline vuint round_to_bf16(vec v) {
+    vuint u = (vuint)v;
+    return v != v ? u | 0x400000u : u + 0x7FFFu + (u >> 16 & 1u);
+}
+
+inline void store(bf16* p, vec v) {
+#ifdef __AVX512BF16__
+    auto h = _mm512_cvtneps_pbh((__m512)v);
+#else
+    vhalf h = __builtin_convertvector(round_to_bf16(v) >> 16, vhalf);
+#endif
+    memcpy((void*)p, &h, sizeof(h));
+}
+
+// The first n lanes, 0 < n <= kLanes; load fills the rest with zeros.
+template <class Real>
+inline vec load(const Real* p, int n) {
+    if (n == kLanes) return load(p);
+    Real lanes[kLanes] = {};
+    memcpy(lanes, p, sizeof(Real) * n);
+    return load(lanes);
+}
+
+template <class Real>
+inline void store(Real* p, vec v, int n) {
     if (n == kLanes) return store(p, v);
-    memcpy(p, &v, sizeof(float) * n);
+    Real lanes[kLanes];
+    store(lanes, v);
+    memcpy((void*)p, lanes, sizeof(Real) * n);
+}
+
+// f(c, lanes) for each vector of C numbers: lanes is kLanes but for the last.
+template <class F>
+inline void for_vectors(int C, F f) {
+    int c = 0;
+    for (; c + kLanes <= C; c += kLanes) f(c, kLanes);
+    if (c < C) f(c, C - c);
 }
 
 inline vec broadcast(float x) {
     return vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
 }
 
+inline vint lane_index() {
+    return vint{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+}
+
 inline float sum(vec v) {
-    float s[kLanes];
-    store(s, v);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) s[i] += s[i + half];
-    return s[0];
+    typedef float half __attribute__((vector_size(8 * sizeof(float))));
+    typedef float quarter __attribute__((vector_size(4 * sizeof(float))));
+    half h[2];
+    memcpy(h, &v, sizeof(v));
+    h[0] += h[1];
+    quarter q[2];
+    memcpy(q, h, sizeof(q));
+    q[0] += q[1];
+    return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
 inline vec max(vec a, vec b) {

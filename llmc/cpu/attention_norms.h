@@ -1,0 +1,286 @@
+// The numbers of llmc/norms.h for every head of a layer, in the tiles of attention_forward: one pass over the
+// scores, and no (T,T) matrix.
+//
+// A row's Jacobian, dA_j / dx_k, is not written out either: its square follows from a few sums over the row.
+// With u_k = p x_k^(p-1), g_k = gamma^(i-k), and for `sum` s = 1e-6 + sum_k |x_k^p| and a_k = |x_k^p| / s:
+//
+//   scale        dA_j / dx_k                    its square, summed over j and k
+//   poly's c_i   c g_k u_k 1[j=k]               sum_k (c g_k u_k)^2
+//   softmax      A_j (1[j=k] - A_k)             sum_j A_j^2 (1 - 2 A_j + sum_k A_k^2)
+//   `sum`        g_j u_k / s (1[j=k] -+ a_j)    sum_k (u_k / s)^2 (g_k^2 (1 - 2 a_k) + sum_j (g_j a_j)^2)
+//
+// (`sum` without -+ a_j, and so without the sum over j, where x_k = 0: |x^p| has the derivative 0 there or
+// none.) The last two are small differences of large numbers once one key m has nearly all of a row, as
+// happens in training. So the row's largest is left out of the sums. Over the others, the rest, a_k <= 1/2;
+// with 1 - a_m taken from the rest, too, nothing cancels:
+//
+//   softmax      A_m^2 (R_1^2 + R_2) + R_2 (1 + A_m^2 + R_2) - 2 R_3,    R_n = sum_rest A_k^n
+//   `sum`        (u_m / s)^2 (g_m^2 (1 - a_m)^2 + G) + sum_rest (g_k u_k / s)^2 (1 - 2 a_k)
+//                  + ((g_m a_m)^2 + G) sum_rest (u_k / s)^2,             G = sum_rest (g_k a_k)^2
+//
+// In one pass: the largest so far stands apart, and joins the rest when a larger one comes.
+//
+// Sums are float within a tile, double beyond, by rows and query tiles in a fixed order: the results are the
+// same bits for any number of threads. A NaN in qkv makes a head's sums NaN; its two maxima pass over it.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <type_traits>
+#include <vector>
+
+#include "llmc/config.h"
+#include "llmc/cpu/attention.h"
+#include "llmc/cpu/isa.h"
+#include "llmc/cpu/memory.h"
+#include "llmc/cpu/tile.h"
+#include "llmc/cpu/vector.h"
+#include "llmc/norms.h"
+
+namespace cpu::inline LLMC_ISA {
+
+// Running sums over the keys of 64 queries, each (64).
+struct RowSums {
+    double score[kTile], score_square[kTile];   // x, x^2
+    double moment[kTile];                       // x^(2p)
+    double absolute[kTile], negative[kTile];    // |A|, and where A < 0
+    double square[kTile];                       // A^2
+    double slope[kTile];                        // (c g u / p)^2
+    double entropy[kTile];                      // -A log A
+    double rest[kTile], rest_square[kTile];     // A, A^2 of softmax; a, (g a)^2 of `sum`
+    double rest_cube[kTile];                    // A^3
+    double rest_slope[kTile], rest_own[kTile];  // (u / (p s))^2, and that times g^2 (1 - 2a)
+    float max_score[kTile], max_weight[kTile];  // |x|, |A|
+    float largest[kTile], largest_fade[kTile];  // what is not in the rest: A of softmax; |x|, g of `sum`
+};
+
+// sum (16) += v.
+inline void add_to(double* sum, vec v) {
+    float lanes[kLanes];
+    store(lanes, v);
+    for (int lane = 0; lane < kLanes; lane++) sum[lane] += lanes[lane];
+}
+
+// Adds one tile s (64 keys, 64 queries) of q . k to the sums of its queries.
+//   row (64): the log-sum-exp for softmax, c_i for a polynomial.
+template <int kPower, bool kRowSum>
+inline void add_scores(RowSums& sums, const float* s, const float* row, const HeadScale& scale, int i0,
+                       int j0, int D) {
+    constexpr bool kSoftmax = kPower == 0;
+    constexpr int kSlopePower = kSoftmax ? 0 : kPower - 1;
+    bool diagonal = i0 == j0;
+    float to_x = inverse_sqrt(D);
+    for (int i = 0; i < kTile; i += kLanes) {
+        int seen = diagonal ? i + kLanes : kTile;  // keys that some of these 16 queries see
+        vec score = {}, score_square = {}, moment = {}, absolute = {}, negative = {}, square = {}, slope = {};
+        vec entropy = {}, rest = {}, rest_square = {}, rest_cube = {}, rest_slope = {}, rest_own = {};
+        vec max_score = load(sums.max_score + i), max_weight = load(sums.max_weight + i);
+        vec largest = load(sums.largest + i), largest_fade = load(sums.largest_fade + i);
+        const vec row_i = load(row + i);
+        for (int j = 0; j < seen; j++) {
+            vint visible = lane_index() + i >= j;
+            vec x = load(s + j * kTile + i) * to_x;
+            if (diagonal) x = visible ? x : vec{};
+            vec x2 = x * x, y = abs(x);
+            score += x;
+            score_square += x2;
+            max_score = max(y, max_score);
+            if constexpr (kSoftmax) {
+                vec log_a = x - row_i;
+                if (scale.decays) log_a += scale.rising(i0 + i - j0 - j);
+                vec a = exp(log_a);
+                if (diagonal) a = visible ? a : vec{};
+                entropy -= a * log_a;
+                vec r = a > largest ? largest : a;
+                largest = max(a, largest);
+                rest += r;
+                rest_square += r * r;
+                rest_cube += r * r * r;
+            } else {
+                vec fade = scale.decays ? scale.rising(i0 + i - j0 - j) : broadcast(1.0f);
+                if (diagonal) fade = visible ? fade : vec{};
+                vec da = power<kSlopePower>(x) * (fade * row_i), a = da * x;
+                moment += power<kPower>(x2);
+                absolute += abs(a);
+                negative += max(-a, vec{});
+                square += a * a;
+                max_weight = max(abs(a), max_weight);
+                slope += da * da;
+                if constexpr (kRowSum) {
+                    vint larger = y > largest;
+                    vec r = larger ? largest : y, r_fade = larger ? largest_fade : fade;
+                    largest = larger ? y : largest;
+                    largest_fade = larger ? fade : largest_fade;
+                    vec u = power<kSlopePower>(r) * row_i, share = u * r;
+                    vec faded_u = u * r_fade, faded_share = share * r_fade;
+                    rest += share;
+                    rest_square += faded_share * faded_share;
+                    rest_slope += r > 0.0f ? u * u : vec{};  // abs(x) has no slope at 0
+                    rest_own += faded_u * faded_u * (1.0f - 2.0f * share);
+                }
+            }
+        }
+        add_to(sums.score + i, score);
+        add_to(sums.score_square + i, score_square);
+        store(sums.max_score + i, max_score);
+        if constexpr (kSoftmax) {
+            add_to(sums.entropy + i, entropy);
+            add_to(sums.rest_cube + i, rest_cube);
+        } else {
+            add_to(sums.moment + i, moment);
+            add_to(sums.absolute + i, absolute);
+            add_to(sums.negative + i, negative);
+            add_to(sums.square + i, square);
+            add_to(sums.slope + i, slope);
+            store(sums.max_weight + i, max_weight);
+        }
+        if constexpr (kSoftmax || kRowSum) {
+            add_to(sums.rest + i, rest);
+            add_to(sums.rest_square + i, rest_square);
+            store(sums.largest + i, largest);
+        }
+        if constexpr (kRowSum) {
+            add_to(sums.rest_slope + i, rest_slope);
+            add_to(sums.rest_own + i, rest_own);
+            store(sums.largest_fade + i, largest_fade);
+        }
+    }
+}
+
+// Sums over rows, and their largest.
+struct NormSums {
+    double square = 0, jacobian = 0, absolute = 0, negative = 0, effective_keys = 0, entropy = 0;
+    double score = 0, score_square = 0, moment = 0;
+    double max_weight = 0, max_score = 0;
+
+    void add(const NormSums& other) {
+        square += other.square;
+        jacobian += other.jacobian;
+        absolute += other.absolute;
+        negative += other.negative;
+        effective_keys += other.effective_keys;
+        entropy += other.entropy;
+        score += other.score;
+        score_square += other.score_square;
+        moment += other.moment;
+        max_weight = std::max(max_weight, other.max_weight);
+        max_score = std::max(max_score, other.max_score);
+    }
+};
+
+// The finished row r of `sums`; c is c_i of a polynomial.
+template <int kPower, bool kRowSum>
+inline NormSums finish_row(const RowSums& sums, int r, double c) {
+    NormSums row;
+    row.score = sums.score[r];
+    row.score_square = sums.score_square[r];
+    row.max_score = sums.max_score[r];
+    double R1 = sums.rest[r], R2 = sums.rest_square[r];
+    if constexpr (kPower == 0) {
+        double a = sums.largest[r], a2 = a * a;
+        row.absolute = R1 + a;
+        row.square = R2 + a2;
+        row.jacobian = a2 * (R1 * R1 + R2) + R2 * (1 + a2 + R2) - 2 * sums.rest_cube[r];
+        row.max_weight = a;
+        row.entropy = sums.entropy[r];
+    } else {
+        row.absolute = sums.absolute[r];
+        row.negative = sums.negative[r];
+        row.square = sums.square[r];
+        row.jacobian = kPower * kPower * sums.slope[r];
+        row.max_weight = sums.max_weight[r];
+        row.moment = sums.moment[r];
+        if constexpr (kRowSum) {
+            double u = std::pow((double)sums.largest[r], kPower - 1) * c, fade = sums.largest_fade[r];
+            double a = u * sums.largest[r], without = R1 + kRowSumEps * c;  // 1 - a_m
+            row.jacobian = kPower * kPower *
+                           (u * u * (fade * fade * without * without + R2) + sums.rest_own[r] +
+                            (fade * fade * a * a + R2) * sums.rest_slope[r]);
+        }
+    }
+    if (row.square != 0) row.effective_keys = row.absolute * row.absolute / row.square;
+    return row;
+}
+
+// Queries i0 .. i0+63 of one head against all keys up to them.
+template <int kPower, bool kRowSum, class Real>
+inline NormSums attention_norms_tile(const Real* qkv,     // (T,3C), from this head's channels on
+                                     const float* stats,  // (T)
+                                     const HeadScale& scale, int i0, int T, int C, int D, float* scratch) {
+    int Dp = padded(D), queries = std::min(kTile, T - i0);
+    float* qt = scratch;             // (Dp,64)
+    float* k = qt + Dp * kTile;      // (64,Dp)
+    float* s = k + kTile * Dp;       // (64 keys, 64 queries)
+    float* row = s + kTile * kTile;  // (64)
+    std::fill(row, row + kTile, 0.0f);
+    for (int r = 0; r < queries; r++) {
+        row[r] = scale.c[i0 + r] / score_factor(kPower, D);  // for q . k there, for x here
+        if (kPower == 0) row[r] = stats[i0 + r];
+        if (kRowSum) row[r] = 1.0f / stats[i0 + r];
+    }
+    load_tile_transposed(qt, qkv + (size_t)i0 * 3 * C, 3 * C, queries, D);
+
+    RowSums sums = {};
+    for (int j0 = 0; j0 <= i0; j0 += kTile) {
+        load_tile(k, qkv + (size_t)j0 * 3 * C + C, 3 * C, std::min(kTile, T - j0), D);
+        for (int r = 0; r < kTile; r += kTileRows) {  // keys; queries before them do not see them
+            int first = j0 == i0 ? r / kLanes * kLanes : 0;
+            tile_product<false, false>(s + r * kTile + first, kTile, k + r * Dp, Dp, qt + first, kTile,
+                                       kTile - first, Dp);
+        }
+        add_scores<kPower, kRowSum>(sums, s, row, scale, i0, j0, D);
+    }
+    NormSums total;
+    for (int r = 0; r < queries; r++) total.add(finish_row<kPower, kRowSum>(sums, r, row[r]));
+    return total;
+}
+
+template <class Real>
+inline void attention_norms(
+    AttentionNorms* norms,  // (H)
+    const Real* qkv,        // (B,T,3C): what attention_forward read
+    const float* stats,     // (B,H,T): what attention_forward left; may be null where that is nothing
+    const float* decay,     // (H), or null
+    const AttentionConfig& config, int B, int T, int H, int D) {
+    int C = H * D, tiles = (T + kTile - 1) / kTile;
+    std::vector<HeadScale> scales = head_scales(config, decay, T, H, D);
+    std::vector<NormSums> parts((size_t)B * H * tiles);  // (H,B,tiles)
+    auto measure = [&](auto power, auto row_sum) {
+#pragma omp parallel
+        {
+            Floats scratch((size_t)kTile * (2 * padded(D) + kTile + 1));
+            // Later tiles see more keys: longest first, so that the threads end together.
+#pragma omp for schedule(dynamic, 1)
+            for (int task = 0; task < B * H * tiles; task++) {
+                int tile = tiles - 1 - task / (B * H), bh = task % (B * H), b = bh / H, h = bh % H;
+                parts[((size_t)h * B + b) * tiles + tile] = attention_norms_tile<power, row_sum>(
+                    qkv + (size_t)b * T * 3 * C + h * D, stats ? stats + (size_t)bh * T : nullptr,
+                    scales[decay ? h : 0], tile * kTile, T, C, D, scratch.get());
+            }
+        }
+    };
+    with_power(config.power, [&](auto power) {
+        if constexpr (power > 0)
+            if (config.has_row_sum()) return measure(power, std::true_type());
+        measure(power, std::false_type());
+    });
+
+    double rows = (double)B * T, pairs = rows * (T + 1) / 2;
+    for (int h = 0; h < H; h++) {
+        NormSums sums;
+        for (int part = 0; part < B * tiles; part++) sums.add(parts[(size_t)h * B * tiles + part]);
+        AttentionNorms& n = norms[h];
+        n.norm = std::sqrt(sums.square / rows);
+        n.jacobian_norm = std::sqrt(sums.jacobian / rows);
+        n.max_weight = sums.max_weight;
+        n.negative_mass = sums.absolute == 0 ? 0 : sums.negative / sums.absolute;
+        n.effective_keys = sums.effective_keys / rows;
+        n.entropy = sums.entropy / rows;
+        double mean = sums.score / pairs;
+        n.score_std = std::sqrt(std::max(sums.score_square / pairs - mean * mean, 0.0));
+        n.max_score = sums.max_score;
+        n.moment_excess = config.softmax() ? 0 : sums.moment / pairs / gaussian_moment(config.power, D) - 1;
+    }
+}
+
+}  // namespace cpu

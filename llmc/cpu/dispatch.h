@@ -1,0 +1,66 @@
+// Which of the copies of the CPU model (isa.h) the program runs: the best that this machine can, or the one
+// that the environment variable LLMC_ISA names.
+#pragma once
+#include <cstdlib>
+#include <string>
+
+#include "llmc/error.h"
+#include "llmc/model.h"
+
+namespace cpu {
+
+enum class Isa { native, avx2, avx512, avx512_bf16 };
+
+// One specialisation a copy, in train_gpt.cpp.
+template <Isa>
+Backend backend();
+
+#ifdef LLMC_DISPATCH  // the program has the three copies for x86-64
+template <>
+Backend backend<Isa::avx2>();
+template <>
+Backend backend<Isa::avx512>();
+template <>
+Backend backend<Isa::avx512_bf16>();
+
+inline bool can_run(Isa isa) {
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+    if (isa == Isa::avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+    return isa == Isa::avx512 ? avx512 : avx2;
+}
+
+inline Backend choose_backend() {
+    struct Copy {
+        const char* name;
+        Isa isa;
+        Backend (*backend)();
+    };
+    const Copy copies[] = {{"avx512_bf16", Isa::avx512_bf16, backend<Isa::avx512_bf16>},
+                           {"avx512", Isa::avx512, backend<Isa::avx512>},
+                           {"avx2", Isa::avx2, backend<Isa::avx2>}};
+    const char* wanted = std::getenv("LLMC_ISA");
+    for (const Copy& copy : copies) {
+        if (wanted && std::string(wanted) != copy.name) continue;
+        if (can_run(copy.isa)) {
+            Backend backend = copy.backend();
+            backend.name += str(", ", copy.name);
+            return backend;
+        }
+        if (wanted) usage_error("LLMC_ISA=", wanted, ": this processor does not have it");
+    }
+    if (wanted) usage_error("LLMC_ISA=", wanted, ": expected avx512_bf16, avx512 or avx2");
+    fail("this program needs a processor with AVX2 (x86-64-v3); build it on this machine with make DISPATCH=0");
+}
+#else
+template <>
+Backend backend<Isa::native>();
+
+inline Backend choose_backend() {
+    return backend<Isa::native>();
+}
+#endif
+
+}  // namespace cpu

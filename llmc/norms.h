@@ -1,0 +1,61 @@
+// What attention does while it trains, as numbers: the Frobenius norms of its matrix and of its Jacobian,
+// whose order of sqrt(T) arXiv 2410.18613 holds for the reason that softmax works, and what explains them.
+// Measured for a head on one micro-batch of B sequences by attention_norms of each backend, written to
+// metrics.jsonl.
+//
+// i is a query, j <= i a key that it sees, x_ij = q_i . k_j / sqrt(D) the score before any decay, A as in
+// llmc/cpu/attention.h, all sums over the B sequences as well. There are B T rows and B T (T+1) / 2 pairs.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "llmc/attention_scale.h"
+#include "llmc/config.h"
+
+struct AttentionNorms {
+    double norm;            // sqrt(sum_ij A_ij^2 / (B T)): ||A||_F / sqrt(T), root mean square over B
+    double jacobian_norm;   // sqrt(sum_i sum_jk (dA_ij / dx_ik)^2 / (B T)); dA_ij / dx_ik is 0 across rows
+    double max_weight;      // largest |A_ij|
+    double negative_mass;   // sum of |A_ij| where A_ij < 0, over the sum of all |A_ij|; 0 where A is 0
+    double effective_keys;  // (sum_j |A_ij|)^2 / sum_j A_ij^2, mean over rows, where a row of zeros counts 0
+    double entropy;         // softmax: -sum_j A_ij log A_ij in nats, mean over rows; otherwise 0
+    double score_std;       // standard deviation of x_ij about its mean, over pairs
+    double max_score;       // largest |x_ij|
+    double moment_excess;   // poly<p>: the mean of x_ij^(2p) over pairs, over m_p, minus 1; otherwise 0
+};
+
+// Appends what `norms` says of this kind of attention to a line of metrics.jsonl. NaN and Inf become null.
+inline void append_norms(nlohmann::ordered_json& line, const AttentionNorms& norms,
+                         const AttentionConfig& config) {
+    line["attention_norm"] = norms.norm;
+    line["jacobian_norm"] = norms.jacobian_norm;
+    line["max_weight"] = norms.max_weight;
+    line["negative_mass"] = norms.negative_mass;
+    line["effective_keys"] = norms.effective_keys;
+    if (config.softmax()) line["entropy"] = norms.entropy;
+    line["score_std"] = norms.score_std;
+    line["max_score"] = norms.max_score;
+    if (!config.softmax()) line["moment_excess"] = norms.moment_excess;
+}
+
+struct GaussianNorms {
+    double norm, jacobian_norm;
+};
+
+// What AttentionNorms has of both for q, k ~ N(0, I_D), in the mean square: E[x^(2p)] is m_p, so that row i
+// has the mean squares c_i^2 m_p n_i and c_i^2 p^2 m_(p-1) n_i, with n_i = sum_j gamma^(2(i-j)). None for
+// softmax and `sum`, whose normalisers depend on the scores. log_gamma 0: no decay.
+inline std::optional<GaussianNorms> gaussian_norms(const AttentionConfig& config, int D, int64_t T,
+                                                   double log_gamma) {
+    if (config.softmax() || config.has_row_sum()) return std::nullopt;
+    double c2_n = 0;  // the mean of c_i^2 n_i
+    for (int64_t i = 0; i < T; i++) {
+        double c = row_scale(config, i, log_gamma, D);
+        c2_n += c * c * effective_row_length(i, log_gamma) / T;
+    }
+    int p = config.power;
+    return GaussianNorms{std::sqrt(c2_n * gaussian_moment(p, D)),
+                         p * std::sqrt(c2_n * gaussian_moment(p - 1, D))};
+}
