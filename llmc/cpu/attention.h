@@ -354,7 +354,7 @@ inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,
     return total;
 }
 
-// The backward pass of one head, or of the queries from tile `first` on and the keys from there to another:
+// The backward pass of one head, or of its queries in the tiles first .. end-1 and keys among them:
 // load_queries() once, then for each tile of keys begin_keys(), add_queries() for the tiles that see them, and
 // write_keys(). Pointers to rows of qkv, dout and dqkv begin at this head's channels.
 template <int kPower, class Real>
@@ -364,7 +364,7 @@ struct BackwardTiles {
 
     const HeadScale& scale;
     bool row_sum, wants_decay;
-    int first, tiles, T, C, D, Dp;
+    int first, end, T, C, D, Dp;
     size_t size;               // of a tile with D channels, in words
     const float* stats;        // (T): softmax's log-sum-exp
     const float* row_dot;      // (T), or null where nothing needs it
@@ -375,17 +375,17 @@ struct BackwardTiles {
     float *dk, *dv;            // (64,Dp)
     float *s, *da;             // (64 queries,64 keys)
     Word *a, *dx, *dx_rows;    // (64/N queries,64 keys) twice, (64 queries,64/N keys)
-    Word *q_rows, *d_o_rows;   // (tiles-first,64,Dp/N): q and c_i dO
-    Word *q_pairs, *d_o_pairs;  // (tiles-first,64/N,Dp)
+    Word *q_rows, *d_o_rows;   // (end-first,64,Dp/N): q and c_i dO
+    Word *q_pairs, *d_o_pairs;  // (end-first,64/N,Dp)
 
-    BackwardTiles(const HeadScale& scale, bool row_sum, bool wants_decay, int first, int T, int C, int D,
+    BackwardTiles(const HeadScale& scale, bool row_sum, bool wants_decay, int first, int end, int T, int C, int D,
                   const float* stats, const float* row_dot,
-                  float* scratch)  // (backward_scratch(tiles-first,D))
+                  float* scratch)  // (backward_scratch(end-first,D))
         : scale(scale),
           row_sum(row_sum),
           wants_decay(wants_decay),
           first(first),
-          tiles((T + kTile - 1) / kTile),
+          end(end),
           T(T),
           C(C),
           D(D),
@@ -405,15 +405,15 @@ struct BackwardTiles {
         a = N > 1 ? words(kTile * kTile / N) : (Word*)s;
         dx = N > 1 ? words(kTile * kTile / N) : (Word*)da;
         dx_rows = N > 1 ? words(kTile * kTile / N) : (Word*)da;
-        q_rows = words(size * (tiles - first));
-        d_o_rows = words(size * (tiles - first));
-        q_pairs = N > 1 ? words(size * (tiles - first)) : q_rows;
-        d_o_pairs = N > 1 ? words(size * (tiles - first)) : d_o_rows;
+        q_rows = words(size * (end - first));
+        d_o_rows = words(size * (end - first));
+        q_pairs = N > 1 ? words(size * (end - first)) : q_rows;
+        d_o_pairs = N > 1 ? words(size * (end - first)) : d_o_rows;
     }
 
     // row_factor (T): c_i / sqrt(D)^p.
     void load_queries(const Real* qkv /*(T,3C)*/, const Real* dout /*(T,C)*/, const float* row_factor) {
-        for (int tile = first; tile < tiles; tile++) {
+        for (int tile = first; tile < end; tile++) {
             int i0 = tile * kTile, queries = std::min(kTile, T - i0);
             size_t at = size * (tile - first);
             load_tile(q_rows + at, qkv + (size_t)i0 * 3 * C, 3 * C, queries, D);
@@ -500,6 +500,51 @@ inline void head_dots(float* dot,        // (B,H,T)
         }
 }
 
+// What the backward pass needs of a row of A, beside the scores.
+struct RowTerms {
+    int T;
+    std::vector<float> dot;     // (B,H,T): dO_i . O_i, for `sum` times its factor; empty where nothing needs it
+    std::vector<float> factor;  // (B,H,T): c_i / sqrt(D)^p of `sum`; empty otherwise
+
+    template <class Real>
+    RowTerms(const Real* dout, const Real* out, const float* stats, const AttentionConfig& config,
+             bool wants_decay, int B, int T, int H, int D)
+        : T(T) {
+        size_t n = (size_t)B * H * T;
+        if (config.softmax() || config.has_row_sum() || wants_decay) {
+            dot.resize(n);
+            head_dots(dot.data(), dout, out, B, T, H, D);
+        }
+        if (!config.has_row_sum()) return;
+        factor.resize(n);
+        for (size_t i = 0; i < n; i++) factor[i] = score_factor(config.power, D) / stats[i];
+        for (size_t i = 0; i < n; i++) dot[i] *= factor[i];
+    }
+    // (T) of sequence and head bh.
+    const float* dot_of(int bh) const { return dot.empty() ? nullptr : dot.data() + (size_t)bh * T; }
+    const float* factor_of(int bh, const HeadScale& scale) const {
+        return factor.empty() ? scale.c.data() : factor.data() + (size_t)bh * T;
+    }
+};
+
+// ddecay from the gradient of log gamma, of which dlog_gamma (B,H,parts) holds all but c_i's part.
+inline void add_decay_gradient(float* ddecay,  // (H) +=
+                               const std::vector<double>& dlog_gamma, const RowTerms& rows,
+                               const float* decay,  // (H)
+                               const AttentionConfig& config, int B, int T, int H) {
+    size_t parts = dlog_gamma.size() / (B * H);
+    for (int h = 0; h < H; h++) {
+        double log_g = log_gamma(decay[h]), total = 0;
+        std::vector<double> e;
+        if (!config.softmax() && config.scale == ScaleKind::row) e = row_scale_log_derivatives(T, log_g);
+        for (int b = 0; b < B; b++) {
+            for (size_t part = 0; part < parts; part++) total += dlog_gamma[(b * H + h) * parts + part];
+            for (size_t i = 0; i < e.size(); i++) total -= e[i] * rows.dot_of(b * H + h)[i];
+        }
+        ddecay[h] += (float)(total * -std::expm1(log_g));  // d log sigmoid(delta) = 1 - sigmoid(delta)
+    }
+}
+
 // Where to cut the key tiles of a head into `parts` of about equal work: tile j is seen by tiles - j tiles of
 // queries.
 inline std::vector<int> balanced_cuts(int tiles, int parts) {
@@ -526,17 +571,7 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
     int C = H * D, tiles = (T + kTile - 1) / kTile, Dp = padded(D);
     bool row_sum = config.has_row_sum();
     std::vector<HeadScale> scales = head_scales(config, decay, T, H, D);
-    std::vector<float> row_dot, row_factor;
-    if (config.softmax() || row_sum || ddecay) {
-        row_dot.resize((size_t)B * H * T);
-        head_dots(row_dot.data(), dout, out, B, T, H, D);
-    }
-    if (row_sum) {
-        row_factor.resize((size_t)B * H * T);
-        float factor = score_factor(config.power, D);
-        for (size_t i = 0; i < row_factor.size(); i++) row_factor[i] = factor / stats[i];
-        for (size_t i = 0; i < row_factor.size(); i++) row_dot[i] *= row_factor[i];
-    }
+    RowTerms rows(dout, out, stats, config, ddecay != nullptr, B, T, H, D);
     // A head is one task, or several ranges of key tiles where there are few heads for the threads; then each
     // has its own share of dq, added up at the end.
     int wanted = (4 * omp_get_max_threads() + B * H - 1) / (B * H);
@@ -562,13 +597,11 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
                 float* dq = parts > 1 ? shares.get() + ((size_t)bh * parts + part) * share : dq_scratch.get();
                 size_t skipped = (size_t)cuts[part] * kTile * Dp;
                 std::fill(dq + skipped, dq + share, 0.0f);
-                BackwardTiles<power, Real> work(scales[decay ? h : 0], row_sum, ddecay != nullptr, cuts[part], T,
-                                                C, D, stats ? stats + (size_t)bh * T : nullptr,
-                                                row_dot.empty() ? nullptr : row_dot.data() + (size_t)bh * T,
-                                                scratch.get());
-                work.load_queries(
-                    head, dout + (size_t)b * T * C + h * D,
-                    row_sum ? row_factor.data() + (size_t)bh * T : scales[decay ? h : 0].c.data());
+                const HeadScale& scale = scales[decay ? h : 0];
+                BackwardTiles<power, Real> work(scale, row_sum, ddecay != nullptr, cuts[part],
+                                                tiles, T, C, D, stats ? stats + (size_t)bh * T : nullptr,
+                                                rows.dot_of(bh), scratch.get());
+                work.load_queries(head, dout + (size_t)b * T * C + h * D, rows.factor_of(bh, scale));
                 for (int j0 = cuts[part] * kTile; j0 < cuts[part + 1] * kTile; j0 += kTile) {
                     work.begin_keys(head, j0);
                     for (int i0 = j0; i0 < T; i0 += kTile) work.add_queries(dq + (size_t)i0 * Dp, i0);
@@ -589,19 +622,7 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
                 write_dq(bh, t, dq);
             }
     }
-    if (!ddecay) return;
-    for (int h = 0; h < H; h++) {
-        double log_g = log_gamma(decay[h]), total = 0;
-        for (int b = 0; b < B; b++)
-            for (int part = 0; part < parts; part++) total += dlog_gamma[((size_t)b * H + h) * parts + part];
-        if (!config.softmax() && config.scale == ScaleKind::row) {  // c_i depends on gamma too
-            std::vector<double> e = row_scale_log_derivatives(T, log_g);
-            for (int b = 0; b < B; b++)
-                for (int i = 0; i < T; i++) total -= e[i] * row_dot[((size_t)b * H + h) * T + i];
-        }
-        ddecay[h] +=
-            (float)(total * -std::expm1(log_g));  // d log sigmoid(delta) / d delta = 1 - sigmoid(delta)
-    }
+    if (ddecay) add_decay_gradient(ddecay, dlog_gamma, rows, decay, config, B, T, H);
 }
 
 }  // namespace cpu
