@@ -58,6 +58,14 @@ inline void load_tile(float* tile,
     memset(tile + rows * Dp, 0, sizeof(float) * (kTile - rows) * Dp);
 }
 
+// out (columns,rows) = the transpose of x (rows,columns), both multiples of kLanes.
+inline void transpose(float* out, const float* x, int rows, int columns) {
+    for (int r = 0; r < rows; r += kLanes)
+        for (int c = 0; c < columns; c += kLanes)
+            for (int i = 0; i < kLanes; i++)
+                for (int j = 0; j < kLanes; j++) out[(c + i) * rows + r + j] = x[(r + j) * columns + c + i];
+}
+
 // The transpose: tile (padded(D),kTile).
 template <class Real>
 inline void load_tile_transposed(float* tile, const Real* src, int stride, int rows, int D) {
