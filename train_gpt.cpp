@@ -20,10 +20,12 @@
 #include "llmc/cpu/adamw.h"
 #include "llmc/cpu/attention.h"
 #include "llmc/cpu/attention_cached.h"
+#include "llmc/cpu/attention_linear.h"
 #include "llmc/cpu/attention_norms.h"
+#include "llmc/cpu/attention_state.h"
 #include "llmc/cpu/classifier.h"
-#include "llmc/cpu/embedding.h"
 #include "llmc/cpu/dispatch.h"
+#include "llmc/cpu/embedding.h"
 #include "llmc/cpu/gelu.h"
 #include "llmc/cpu/layernorm.h"
 #include "llmc/cpu/matmul.h"
@@ -80,12 +82,13 @@ struct ActivationGradients {
     Real* fc;             // (B,T,4C)
 };
 
-// Keys and values of the tokens so far, for generation.
+// What generation keeps of the tokens so far: their keys and values, or a state of fixed size.
 struct Cache {
-    int length = 0;                      // tokens
-    std::vector<std::vector<float>> kv;  // (L): (length,2C)
-    std::vector<std::vector<float>>
-        before;  // (L): (K-1,3C), the last rows that went into the short convolution
+    int length = 0;                          // tokens
+    bool has_state = false;                  // rather than keys and values
+    std::vector<std::vector<float>> kv;      // (L): (length,2C)
+    std::vector<std::vector<float>> state;   // (L): (H,state_size)
+    std::vector<std::vector<float>> before;  // (L): (K-1,3C), the last rows into the short convolution
 };
 
 template <class Real>
@@ -98,7 +101,7 @@ struct GPT : Model {
     Activations<Real> acts;
     ActivationGradients<Real> grads;
     std::vector<float> fixed_decay;  // (H), with decay fixed
-    std::vector<float> rope;         // (context,D), with RoPE
+    std::vector<float> rope;         // (T,D), with RoPE: of the positions of the tokens now in the model
     Cache cache;
 
     GPT(const GPTConfig& config, const ModelOptions& options)
@@ -112,6 +115,16 @@ struct GPT : Model {
           Vp(padded_vocabulary(config)),
           options(options),
           training(options.purpose == Purpose::training) {
+        auto require_linear_form = [&](bool wanted, const char* flag) {
+            if (wanted && !has_linear_form(attention, D))
+                usage_error(
+                    flag, ": ", kAttentionNames[attention.power], ", scale ", config.attention_scale,
+                    ", heads of ", D,
+                    ": expected poly1, poly2, or poly3 with heads of at most 32, and no scale sum with odd "
+                    "powers");
+        };
+        require_linear_form(options.kernel == AttentionKernel::linear, "--attention-kernel linear");
+        require_linear_form(options.cache == CacheKind::state, "--cache state");
         for (int h = 0; h < H && config.decay == DecayKind::fixed; h++)
             fixed_decay.push_back(initial_decay(h, H));
         state_plan.add(array(Store::weights), table.size, "weights");
@@ -140,14 +153,19 @@ struct GPT : Model {
     // it.
     void forward_blocks(const int* tokens, int B, int T, Cache* cache, AttentionNorms* norms = nullptr) {
         int start = cache ? cache->length : 0, N = B * T;
-        if (config.rope()) extend_rope(start + T);
+        if (config.rope() && (cache || rope_end != T)) {
+            rope = rope_table(T, D, start);
+            rope_end = cache ? -1 : T;
+        }
         embedding_forward(acts.embedded, tokens, weights.wte,
                           weights.wpe ? weights.wpe + (size_t)start * C : nullptr, B, T, C);
         float* residual = acts.embedded;
         for (int l = 0; l < L; l++) {
             LayerActivations<Real>& a = acts.h[l];
             LayerTensors& w = weights.h[l];
-            if (l == 0) layernorm_forward(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N, C);
+            if (l == 0)
+                layernorm_forward(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N,
+                                  C);
             forward_to_gelu(l, residual, B, T, cache);
             if (norms) attention_norms(norms + l * H, a.heads, a.attn_stats, decay(l), attention, B, T, H, D);
             matmul_forward(acts.delta, a.gelu, real(w.fc_proj_weight), w.fc_proj_bias, N, 4 * C, C);
@@ -163,8 +181,8 @@ struct GPT : Model {
         if (cache) cache->length += T;
     }
 
-    // One block from its first LayerNorm's output to the input of its last matrix product. residual (B,T,C) is
-    // what goes into the block.
+    // One block from its first LayerNorm's output to the input of its last matrix product. residual (B,T,C)
+    // is what goes into the block.
     void forward_to_gelu(int l, const float* residual, int B, int T, Cache* cache) {
         LayerActivations<Real>& a = acts.h[l];
         LayerTensors& w = weights.h[l];
@@ -172,14 +190,18 @@ struct GPT : Model {
         matmul_forward(a.qkv, a.ln_1, real(w.attn_weight), w.attn_bias, N, C, 3 * C);
         if (config.short_conv) short_conv(a, w, B, T, cache ? &cache->before[l] : nullptr);
         if (config.qk_norm || config.rope())
-            qk_norm_rope_forward(a.heads, a.qk_rstd, a.conv, w.q_gain, angles(start), B, T, H, D);
-        if (cache) {
+            qk_norm_rope_forward(a.heads, a.qk_rstd, a.conv, w.q_gain, angles(), B, T, H, D);
+        if (cache && cache->has_state) {
+            attention_state_forward(a.attn, cache->state[l].data(), a.heads, decay(l), attention, start, T, H,
+                                    D);
+        } else if (cache) {
             std::vector<float>& kv = cache->kv[l];
             for (int t = 0; t < T; t++)
                 kv.insert(kv.end(), a.heads + (size_t)t * 3 * C + C, a.heads + (size_t)(t + 1) * 3 * C);
             attention_cached_forward(a.attn, a.heads, kv.data(), decay(l), attention, start, T, H, D);
         } else {
-            attention_forward(a.attn, a.attn_stats, a.heads, decay(l), attention, B, T, H, D);
+            auto run = linear(T) ? attention_linear_forward<Real> : attention_forward<Real>;
+            run(a.attn, a.attn_stats, a.heads, decay(l), attention, B, T, H, D);
         }
         matmul_forward(acts.delta, a.attn, real(w.attn_proj_weight), w.attn_proj_bias, N, C, C);
         residual_layernorm_forward(a.residual_attn, a.ln_2, a.ln_2_mean, a.ln_2_rstd, residual, acts.delta,
@@ -205,17 +227,18 @@ struct GPT : Model {
             matmul_backward(grads.fc, d.fc_proj_weight, d.fc_proj_bias, grads.residual_real, a.gelu,
                             real(w.fc_proj_weight), accumulates, N, 4 * C, C);
             gelu_backward(grads.fc, d.fc_bias, grads.fc, a.fc, N, 4 * C);
-            matmul_backward(grads.norm, d.fc_weight, nullptr, grads.fc, a.ln_2, real(w.fc_weight), accumulates, N,
-                            C, 4 * C);
+            matmul_backward(grads.norm, d.fc_weight, nullptr, grads.fc, a.ln_2, real(w.fc_weight),
+                            accumulates, N, C, 4 * C);
             layernorm_backward(grads.residual, grads.residual_real, d.ln_2_weight, d.ln_2_bias, grads.norm,
                                a.residual_attn, a.ln_2_mean, a.ln_2_rstd, w.ln_2_weight, N, C);
             matmul_backward(grads.norm, d.attn_proj_weight, d.attn_proj_bias, grads.residual_real, a.attn,
                             real(w.attn_proj_weight), accumulates, N, C, C);
-            attention_backward(grads.qkv, d.decay, grads.norm, a.attn, a.attn_stats, a.heads, decay(l),
-                               attention, B, T, H, D);
+            auto run = linear(T) ? attention_linear_backward<Real> : attention_backward<Real>;
+            run(grads.qkv, d.decay, grads.norm, a.attn, a.attn_stats, a.heads, decay(l), attention, B, T, H,
+                D);
             if (config.qk_norm || config.rope())
-                qk_norm_rope_backward(grads.qkv, d.q_gain, grads.qkv, a.conv, a.qk_rstd, w.q_gain, angles(0), B,
-                                      T, H, D);
+                qk_norm_rope_backward(grads.qkv, d.q_gain, grads.qkv, a.conv, a.qk_rstd, w.q_gain, angles(),
+                                      B, T, H, D);
             Real* dqkv = grads.qkv;
             if (config.short_conv) {
                 short_conv_backward(grads.conv, d.conv_weight, grads.qkv, a.qkv, w.conv_weight, B, T, 3 * C,
@@ -243,9 +266,10 @@ struct GPT : Model {
         } else if (options.recompute != Recompute::none && shared) {
             gelu_forward(a.gelu, a.fc, (size_t)N * 4 * C);
             if (options.recompute == Recompute::layernorm) {
-                layernorm_recompute(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N, C);
-                layernorm_recompute(a.ln_2, a.ln_2_mean, a.ln_2_rstd, a.residual_attn, w.ln_2_weight, w.ln_2_bias,
-                                    N, C);
+                layernorm_recompute(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N,
+                                    C);
+                layernorm_recompute(a.ln_2, a.ln_2_mean, a.ln_2_rstd, a.residual_attn, w.ln_2_weight,
+                                    w.ln_2_bias, N, C);
             }
         }
     }
@@ -277,11 +301,15 @@ struct GPT : Model {
     const float* decode(const int* tokens, int n) override {
         for (int done = 0; done < n;) {
             int count = std::min(n - done, decode_rows);
+            bool pays = has_linear_form(attention, D) && cache.length >= state_pays_from(attention.power, D);
+            if (!cache.has_state &&
+                (options.cache == CacheKind::state || (options.cache == CacheKind::automatic && pays)))
+                hand_over();
             forward_blocks(tokens + done, 1, count, &cache);
             done += count;
             if (done == n)
-                matmul(acts.logits, acts.ln_f + (size_t)(count - 1) * C, real(weights.wte), 1, Vp, C, false, true,
-                       false);
+                matmul(acts.logits, acts.ln_f + (size_t)(count - 1) * C, real(weights.wte), 1, Vp, C, false,
+                       true, false);
         }
         return acts.logits;
     }
@@ -289,6 +317,7 @@ struct GPT : Model {
     void clear_cache() override {
         cache = Cache();
         cache.kv.resize(L);
+        cache.state.resize(L);
         cache.before.assign(L, std::vector<float>((size_t)std::max(0, config.short_conv - 1) * 3 * C, 0.0f));
     }
 
@@ -348,6 +377,7 @@ struct GPT : Model {
   private:
     ModelOptions options;
     bool training;
+    int rope_end = -1;         // rope is that of positions 0 .. rope_end-1; -1: of others
     int decode_rows;           // tokens of a prompt that go through decode() at a time
     bool accumulates = false;  // the gradients of matrices hold those of earlier micro-batches
     float* arrays[4] = {};     // (table.size) each, by Store
@@ -368,7 +398,8 @@ struct GPT : Model {
         }
     }
 
-    // Activations are kept for each layer where a backward pass reads them, and shared by all layers otherwise.
+    // Activations are kept for each layer where a backward pass reads them, and shared by all layers
+    // otherwise.
     void plan_activations() {
         size_t B = options.batch, T = options.seq, N = B * T;
         acts.h.resize(L);
@@ -435,23 +466,42 @@ struct GPT : Model {
         activation_plan.add(grads.fc, N * 4 * C);
     }
 
+    // Whether attention takes its linear form.
+    bool linear(int T) const {
+        if (options.kernel == AttentionKernel::automatic) return linear_pays<Real>(attention, T, D);
+        return options.kernel == AttentionKernel::linear;
+    }
+
     // delta (H) of layer l, or null without decay.
     const float* decay(int l) const {
         return config.decay == DecayKind::fixed ? fixed_decay.data() : weights.h[l].decay;
     }
 
-    // RoPE's (T,D) from position `start` on, or null without.
-    const float* angles(int start) const {
-        return config.rope() ? rope.data() + (size_t)start * D : nullptr;
-    }
+    // RoPE's (T,D), or null without.
+    const float* angles() const { return config.rope() ? rope.data() : nullptr; }
 
-    void extend_rope(int T) {
-        if (rope.size() < (size_t)T * D) rope = rope_table(std::max(T, 2 * (int)(rope.size() / D)), D);
+    // Goes over from keys and values to the state.
+    void hand_over() {
+        constexpr int kRows = 64;
+        std::vector<float> rows((size_t)kRows * 3 * C, 0.0f);  // (64,3C), q is 0
+        cache.has_state = true;
+        for (int l = 0; l < L; l++) {
+            cache.state[l].assign(H * state_size(attention.power, D), 0.0f);
+            for (int t0 = 0; t0 < cache.length; t0 += kRows) {
+                int n = std::min(kRows, cache.length - t0);
+                for (int t = 0; t < n; t++)
+                    std::copy_n(&cache.kv[l][(size_t)(t0 + t) * 2 * C], 2 * C, &rows[(size_t)t * 3 * C + C]);
+                attention_state_forward<float>(nullptr, cache.state[l].data(), rows.data(), decay(l),
+                                               attention, t0, n, H, D);
+            }
+            std::vector<float>().swap(cache.kv[l]);
+        }
     }
 
     // a.conv from a.qkv. While generating, the rows before these come from `before`, and the last ones go
     // there.
-    void short_conv(LayerActivations<Real>& a, const LayerTensors& w, int B, int T, std::vector<float>* before) {
+    void short_conv(LayerActivations<Real>& a, const LayerTensors& w, int B, int T,
+                    std::vector<float>* before) {
         int K = config.short_conv, W = 3 * C;
         if (!before) return short_conv_forward(a.conv, a.qkv, w.conv_weight, B, T, W, K);
         std::vector<float> rows = *before, out((size_t)(K - 1 + T) * W);  // (K-1+T,3C)

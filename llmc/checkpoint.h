@@ -68,7 +68,7 @@ struct Written {
 
 // Tensors of the table from `store`, their names after `prefix`.
 inline Written write_tensors(const std::string& folder, const std::string& name, const Model& model,
-                      const std::vector<std::pair<std::string, Store>>& stores) {
+                             const std::vector<std::pair<std::string, Store>>& stores) {
     std::vector<TensorSpec> infos;
     for (const auto& [prefix, store] : stores)
         for (const ParameterTensor& t : model.table.tensors)
@@ -105,7 +105,7 @@ inline Written write_file(const std::string& folder, const std::string& name, co
 // Writes OUT/step_<step>. `tokenizer` is the text of tokenizer.json, empty where there is none. After a
 // failure the folder is as before.
 inline std::string write_checkpoint(const std::string& out, const Model& model, const TrainerState& state,
-                             const std::string& tokenizer) {
+                                    const std::string& tokenizer) {
     namespace fs = std::filesystem;
     using namespace checkpoint_detail;
     std::string folder = join_path(out, checkpoint_name(state.step)), temporary = folder + ".tmp";

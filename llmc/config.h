@@ -202,10 +202,10 @@ struct Preset {
 
 // GPT-2's four sizes, and one that learns Shakespeare on two cores in a few minutes.
 inline constexpr Preset kPresets[] = {{"nano", 4, 4, 128, 256},
-                                             {"gpt2", 12, 12, 768, 1024},
-                                             {"gpt2-medium", 24, 16, 1024, 1024},
-                                             {"gpt2-large", 36, 20, 1280, 1024},
-                                             {"gpt2-xl", 48, 25, 1600, 1024}};
+                                      {"gpt2", 12, 12, 768, 1024},
+                                      {"gpt2-medium", 24, 16, 1024, 1024},
+                                      {"gpt2-large", 36, 20, 1280, 1024},
+                                      {"gpt2-xl", 48, 25, 1600, 1024}};
 
 // The sizes of a preset of kPresets put over `config`.
 inline GPTConfig with_preset(GPTConfig config, const std::string& name) {

@@ -45,7 +45,7 @@ void generate_tokens(Model& model, std::vector<int> prompt, int n, const Sampler
         int token = sample_token(logits, model.config.vocab_size, options, i);
         if (token == end) break;
         emit(token);
-        prompt.push_back(token);
+        if (bounded) prompt.push_back(token);
         fresh = {token};
     }
     model.clear_cache();

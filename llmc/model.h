@@ -1,6 +1,6 @@
-// What the training loop and the commands ask of a model. Each backend has a `GPT` that is one (train_gpt.cpp,
-// train_gpt.cu), and says through a Backend how to make it. Pointers are to host memory; sizes and layouts of
-// tensors are those of llmc/parameters.h.
+// What the training loop and the commands ask of a model. Each backend has a `GPT` that is one
+// (train_gpt.cpp, train_gpt.cu), and says through a Backend how to make it. Pointers are to host memory;
+// sizes and layouts of tensors are those of llmc/parameters.h.
 #pragma once
 #include <cstddef>
 #include <memory>
@@ -68,8 +68,8 @@ class Model {
     virtual std::vector<MemoryGroup> memory() const = 0;
     virtual void allocate() = 0;
 
-    // Mean loss of inputs and targets (B,T). dloss != 0: backward() follows, for the gradient of dloss * loss.
-    // norms (L,H), or null: measures of the attention on the way.
+    // Mean loss of inputs and targets (B,T). dloss != 0: backward() follows, for the gradient of dloss *
+    // loss. norms (L,H), or null: measures of the attention on the way.
     virtual double forward(const int* inputs, const int* targets, int B, int T, float dloss,
                            AttentionNorms* norms = nullptr) = 0;
     // Adds the gradients of the last forward().

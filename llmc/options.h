@@ -375,8 +375,9 @@ inline void add_generate(CLI::App& app, GenerateOptions& o) {
     app.add_option("--seed", o.sampler.seed, "of the choices")
         ->capture_default_str()
         ->check(in_range<uint64_t>(0, UINT64_MAX));
-    app.add_option("--cache", o.cache,
-                   "of the tokens so far: keys and values, or a state of fixed size (as --attention-kernel linear)")
+    app.add_option(
+           "--cache", o.cache,
+           "of the tokens so far: keys and values, or a state of fixed size (as --attention-kernel linear)")
         ->capture_default_str()
         ->check(one_of(kCacheNames));
     add_threads(app, o.threads);

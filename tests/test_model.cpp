@@ -9,6 +9,7 @@
 
 #include "llmc/checkpoint.h"
 #include "llmc/safetensors.h"
+#include "tests/helpers.h"
 
 namespace {
 
@@ -133,7 +134,8 @@ TEST_CASE("bf16: loss and gradients are those of float32 but for rounding") {
             difference += squares(gradient.data(), t.size);
             norm += squares(wanted.data(), t.size);
         }
-        CHECK(std::sqrt(difference / norm) < 6e-2);  // most are under 1e-2; high powers raise what was rounded
+        CHECK(std::sqrt(difference / norm) <
+              6e-2);  // most are under 1e-2; high powers raise what was rounded
     }
 }
 
@@ -178,18 +180,26 @@ TEST_CASE("generation with the cache gives the logits of the training forward pa
     std::vector<int> inputs = ints(params, "input_ids");
     for (const GoldenCase& golden : golden_cases()) {
         CAPTURE(golden.name);
-        auto model = golden_model(golden.config, params, {Purpose::training, 1, kSeq});
-        int V = model->V;
-        std::vector<float> expected((size_t)kSeq * V, NAN);
-        model->all_logits(expected.data(), inputs.data(), 1, kSeq);
-        for (std::vector<int> pieces : {std::vector<int>(kSeq, 1), {5, 1, 7}, {kSeq}}) {
-            model->clear_cache();
-            int position = 0;
-            for (int n : pieces) {
-                const float* logits = model->decode(inputs.data() + position, n);
-                position += n;
-                CAPTURE(position);
-                CHECK(relative_error(logits, expected.data() + (size_t)(position - 1) * V, V) < 1e-5);
+        for (CacheKind cache : {CacheKind::kv, CacheKind::state}) {
+            if (cache == CacheKind::state &&
+                !cpu::has_linear_form(golden.config.attention(), golden.config.head_size()))
+                continue;
+            CAPTURE(kCacheNames[(int)cache]);
+            ModelOptions options{Purpose::training, 1, kSeq};
+            options.cache = cache;
+            auto model = golden_model(golden.config, params, options);
+            int V = model->V;
+            std::vector<float> expected((size_t)kSeq * V, NAN);
+            model->all_logits(expected.data(), inputs.data(), 1, kSeq);
+            for (std::vector<int> pieces : {std::vector<int>(kSeq, 1), {5, 1, 7}, {kSeq}}) {
+                model->clear_cache();
+                int position = 0;
+                for (int n : pieces) {
+                    const float* logits = model->decode(inputs.data() + position, n);
+                    position += n;
+                    CAPTURE(position);
+                    CHECK(relative_error(logits, expected.data() + (size_t)(position - 1) * V, V) < 1e-5);
+                }
             }
         }
     }
@@ -220,11 +230,108 @@ TEST_CASE("a prompt longer than the buffers goes through the cache in pieces") {
     CHECK(relative_error(small->decode(tokens.data(), 33), expected.data() + 32 * 50, 50) < 1e-5);
 }
 
+// A model with weights as for training, of kinds that have the linear form, on sequences of several chunks.
+struct LongCase {
+    GPTConfig config;
+    std::vector<int> tokens;
+
+    LongCase(int power, bool learned_decay, int length) : tokens(length) {
+        config.layers = 2, config.heads = 2, config.channels = 16, config.context = 200,
+        config.vocab_size = 50;
+        config.power = power, config.positions = PositionKind::rope, config.qk_norm = true,
+        config.short_conv = 3;
+        config.decay = learned_decay ? DecayKind::learned : DecayKind::none;
+        for (size_t i = 0; i < tokens.size(); i++) tokens[i] = (int)((i * i + i / 7) % 50);
+    }
+    std::unique_ptr<cpu::GPT<float>> make(const ModelOptions& options) const {
+        auto model = std::make_unique<cpu::GPT<float>>(config, options);
+        model->allocate();
+        std::vector<float> values;
+        for (const ParameterTensor& t : model->table.tensors) {
+            values.resize(t.size);
+            initialize_tensor(values.data(), t, 3);
+            model->write(Store::weights, t, values.data());
+        }
+        model->clear_cache();
+        return model;
+    }
+};
+
+TEST_CASE("the linear kernel gives the tiled one's loss and gradients") {
+    for (int power = 1; power <= 3; power++)
+        for (bool decay : {false, true}) {
+            CAPTURE(power);
+            CAPTURE(decay);
+            const int T = 150;
+            LongCase c(power, decay, T + 1);
+            std::vector<std::vector<float>> gradients;
+            std::vector<double> losses;
+            for (AttentionKernel kernel : {AttentionKernel::tiled, AttentionKernel::linear}) {
+                ModelOptions options{Purpose::training, 1, T};
+                options.kernel = kernel;
+                auto model = c.make(options);
+                model->zero_gradients();
+                losses.push_back(model->forward(c.tokens.data(), c.tokens.data() + 1, 1, T, 1.0f));
+                model->backward(c.tokens.data(), 1, T);
+                std::vector<float>& all = gradients.emplace_back();
+                for (const ParameterTensor& t : model->table.tensors) {
+                    all.resize(all.size() + t.size);
+                    model->read(Store::gradients, t, &all[all.size() - t.size]);
+                }
+            }
+            CHECK(losses[1] == doctest::Approx(losses[0]).epsilon(1e-6));
+            CHECK(relative_error(gradients[1].data(), gradients[0].data(), gradients[0].size()) < 1e-5);
+            CHECK(gradients[1] != gradients[0]);  // or it was the same kernel twice
+        }
+}
+
+TEST_CASE("generation goes over to the state without a change in the logits") {
+    for (int power = 1; power <= 3; power++)
+        for (bool decay : {false, true}) {
+            CAPTURE(power);
+            CAPTURE(decay);
+            LongCase c(power, decay, 200);
+            ModelOptions options{Purpose::inference, 1, 1};
+            options.cache = CacheKind::kv;
+            auto kv = c.make(options);
+            options.cache = CacheKind::automatic;
+            auto automatic = c.make(options);
+            for (int t = 0; t < 200; t++) {
+                CAPTURE(t);
+                const float* expected = kv->decode(&c.tokens[t], 1);
+                CHECK(relative_error(automatic->decode(&c.tokens[t], 1), expected, 50) < 1e-5);
+            }
+            CHECK(automatic->cache.has_state);
+            CHECK(automatic->cache.kv[0].empty());
+            CHECK(!kv->cache.has_state);
+        }
+}
+
+TEST_CASE("a kind of attention without a linear form is refused where that is asked for") {
+    GPTConfig config;
+    config.layers = 1, config.heads = 2, config.channels = 128, config.context = 8, config.vocab_size = 10;
+    auto make = [&](int power, const char* scale, AttentionKernel kernel, CacheKind cache) {
+        config.power = power, config.attention_scale = scale;
+        ModelOptions options{Purpose::inference, 1, 8};
+        options.kernel = kernel, options.cache = cache;
+        return error_of([&] { cpu::GPT<float> model(config, options); });
+    };
+    for (int power : {0, 3, 4}) {
+        CHECK(make(power, "row", AttentionKernel::linear, CacheKind::kv).find("--attention-kernel linear") ==
+              0);
+        CHECK(make(power, "row", AttentionKernel::tiled, CacheKind::state).find("--cache state") == 0);
+        CHECK(make(power, "row", AttentionKernel::automatic, CacheKind::automatic) == "");
+    }
+    CHECK(make(1, "sum", AttentionKernel::linear, CacheKind::kv) != "");
+    CHECK(make(2, "sum", AttentionKernel::linear, CacheKind::state) == "");
+}
+
 TEST_CASE("micro-batches add up to the gradient of the whole batch") {
     SafetensorsFile params(kGolden + "params.safetensors");
     std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
     GPTConfig config = golden_cases()[1].config;
-    auto whole = golden_model(config, params, {Purpose::training, 2, kSeq}), halves = golden_model(config, params, {Purpose::training, 2, kSeq});
+    auto whole = golden_model(config, params, {Purpose::training, 2, kSeq}),
+         halves = golden_model(config, params, {Purpose::training, 2, kSeq});
     whole->zero_gradients();
     double loss = whole->forward(inputs.data(), targets.data(), 2, kSeq, 1.0f);
     whole->backward(inputs.data(), 2, kSeq);

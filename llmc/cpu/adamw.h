@@ -35,9 +35,8 @@ inline void adamw_update(float* param,       // (n)
             param[i] = param[i] * keep - step_size * m[i] / (std::sqrt(v[i]) * v_scale + eps);
         }
         if constexpr (!std::is_same_v<Real, float>)
-            for_vectors((int)(end - i0), [&](int i, int lanes) {
-                store(copy + i0 + i, load(param + i0 + i, lanes), lanes);
-            });
+            for_vectors((int)(end - i0),
+                        [&](int i, int lanes) { store(copy + i0 + i, load(param + i0 + i, lanes), lanes); });
     }
 }
 

@@ -3,14 +3,15 @@
 //
 //   x_ij = q_i . k_j / sqrt(D),  O = A V,  j <= i
 //   softmax: A_ij = exp(x_ij + (i-j) log gamma) / sum_j        (arXiv 1706.03762; tiling: arXiv 2307.08691)
-//   poly<p>: A_ij = c_i gamma^(i-j) x_ij^p                     (arXiv 2410.18613; c_i: llmc/attention_scale.h)
+//   poly<p>: A_ij = c_i gamma^(i-j) x_ij^p                     (arXiv 2410.18613; c_i:
+//   llmc/attention_scale.h)
 //
 // qkv rows are q (H,D), k (H,D), v (H,D). decay holds delta (H) with gamma_h = sigmoid(delta_h), or is null:
 // gamma is 1. stats keeps what backward needs of a row: the log-sum-exp for softmax, 1e-6 + sum |x^p| for the
 // scale `sum`, nothing otherwise. Results are the same bits for the same number of threads.
 //
-// Tiles hold q . k; a polynomial's 1/sqrt(D)^p goes with c_i. Sums are float32, and so are the scores; with bf16
-// the factors of every product are bf16 (tile.h).
+// Tiles hold q . k; a polynomial's 1/sqrt(D)^p goes with c_i. Sums are float32, and so are the scores; with
+// bf16 the factors of every product are bf16 (tile.h).
 #pragma once
 #include <omp.h>
 
@@ -107,7 +108,7 @@ inline void scores_to_weights(Word* weights,   // (64 keys,64) in words; may be 
     int Dp = padded(D);
     float to_x = inverse_sqrt(D);
     for (int i = 0; i < kTile; i += kLanes) {
-        int seen = diagonal ? i + kLanes : kTile;  // keys that some of these 16 queries see
+        int seen = diagonal ? i + kLanes : kTile;       // keys that some of these 16 queries see
         auto put = [&](int j, vec first, vec second) {  // the weights of keys j and j+1
             if constexpr (std::is_same_v<Word, float>) {
                 store(weights + j * kTile + i, first);
@@ -156,8 +157,8 @@ inline void scores_to_weights(Word* weights,   // (64 keys,64) in words; may be 
     }
 }
 
-// 64 queries of one head: begin(), add_keys() for the tiles of keys that they see, finish(). Pointers to rows of
-// qkv and of out begin at this head's channels.
+// 64 queries of one head: begin(), add_keys() for the tiles of keys that they see, finish(). Pointers to rows
+// of qkv and of out begin at this head's channels.
 template <int kPower, class Real>
 struct ForwardTile {
     using Word = TileWord<Real>;
@@ -212,8 +213,8 @@ struct ForwardTile {
         // On the diagonal, queries before a key do not see it.
         for (int r = 0; r < kTile; r += kTileRows) {  // keys
             int first = diagonal ? r / kLanes * kLanes : 0;
-            tile_product<false, false>(s + r * kTile + first, kTile, k + r * Dp / N, Dp / N, qt + first, kTile,
-                                       kTile - first, Dp / N);
+            tile_product<false, false>(s + r * kTile + first, kTile, k + r * Dp / N, Dp / N, qt + first,
+                                       kTile, kTile - first, Dp / N);
         }
         scores_to_weights<kPower>(a, s, largest, total, o, scale, row_sum, i0, j0, D);
         for (int r = 0; r < kTile; r += kTileRows)  // queries
@@ -286,11 +287,11 @@ inline void attention_forward(Real* out,           // (B,T,C)
     });
 }
 
-// The weights and the gradient of the scores of one tile. s becomes A without c_i, da = c_i dO V^T becomes the
-// gradient of q . k, but for softmax's 1/sqrt(D). On the diagonal only the columns that
+// The weights and the gradient of the scores of one tile. s becomes A without c_i, da = c_i dO V^T becomes
+// the gradient of q . k, but for softmax's 1/sqrt(D). On the diagonal only the columns that
 // attention_backward_tiles computed.
-//   Returns sum_ij (i-j) A_ij dA_ij for a polynomial, sum_ij (i-j) dX_ij for softmax, where `wants_decay`: the
-//   gradient of log gamma, but for c_i's part.
+//   Returns sum_ij (i-j) A_ij dA_ij for a polynomial, sum_ij (i-j) dX_ij for softmax, where `wants_decay`:
+//   the gradient of log gamma, but for c_i's part.
 template <int kPower, class Word>
 inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,64) in words of two; may be s
                                           Word* dx_pairs,        // (64 queries,64) in words of two; may be da
@@ -355,8 +356,8 @@ inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,
 }
 
 // The backward pass of one head, or of its queries in the tiles first .. end-1 and keys among them:
-// load_queries() once, then for each tile of keys begin_keys(), add_queries() for the tiles that see them, and
-// write_keys(). Pointers to rows of qkv, dout and dqkv begin at this head's channels.
+// load_queries() once, then for each tile of keys begin_keys(), add_queries() for the tiles that see them,
+// and write_keys(). Pointers to rows of qkv, dout and dqkv begin at this head's channels.
 template <int kPower, class Real>
 struct BackwardTiles {
     using Word = TileWord<Real>;
@@ -365,21 +366,21 @@ struct BackwardTiles {
     const HeadScale& scale;
     bool row_sum, wants_decay;
     int first, end, T, C, D, Dp;
-    size_t size;               // of a tile with D channels, in words
-    const float* stats;        // (T): softmax's log-sum-exp
-    const float* row_dot;      // (T), or null where nothing needs it
-    int j0 = 0, keys = 0;      // of the tile of keys
-    double dlog_gamma = 0;     // but for c_i's part
-    Word *kt, *vt;             // (Dp/N,64)
-    Word *k_rows, *k;          // (64,Dp/N), (64/N,Dp)
-    float *dk, *dv;            // (64,Dp)
-    float *s, *da;             // (64 queries,64 keys)
-    Word *a, *dx, *dx_rows;    // (64/N queries,64 keys) twice, (64 queries,64/N keys)
-    Word *q_rows, *d_o_rows;   // (end-first,64,Dp/N): q and c_i dO
+    size_t size;                // of a tile with D channels, in words
+    const float* stats;         // (T): softmax's log-sum-exp
+    const float* row_dot;       // (T), or null where nothing needs it
+    int j0 = 0, keys = 0;       // of the tile of keys
+    double dlog_gamma = 0;      // but for c_i's part
+    Word *kt, *vt;              // (Dp/N,64)
+    Word *k_rows, *k;           // (64,Dp/N), (64/N,Dp)
+    float *dk, *dv;             // (64,Dp)
+    float *s, *da;              // (64 queries,64 keys)
+    Word *a, *dx, *dx_rows;     // (64/N queries,64 keys) twice, (64 queries,64/N keys)
+    Word *q_rows, *d_o_rows;    // (end-first,64,Dp/N): q and c_i dO
     Word *q_pairs, *d_o_pairs;  // (end-first,64/N,Dp)
 
-    BackwardTiles(const HeadScale& scale, bool row_sum, bool wants_decay, int first, int end, int T, int C, int D,
-                  const float* stats, const float* row_dot,
+    BackwardTiles(const HeadScale& scale, bool row_sum, bool wants_decay, int first, int end, int T, int C,
+                  int D, const float* stats, const float* row_dot,
                   float* scratch)  // (backward_scratch(end-first,D))
         : scale(scale),
           row_sum(row_sum),
@@ -417,7 +418,8 @@ struct BackwardTiles {
             int i0 = tile * kTile, queries = std::min(kTile, T - i0);
             size_t at = size * (tile - first);
             load_tile(q_rows + at, qkv + (size_t)i0 * 3 * C, 3 * C, queries, D);
-            load_tile(d_o_rows + at, dout + (size_t)i0 * C, C, queries, D, kPower ? row_factor + i0 : nullptr);
+            load_tile(d_o_rows + at, dout + (size_t)i0 * C, C, queries, D,
+                      kPower ? row_factor + i0 : nullptr);
             if constexpr (N > 1) {
                 pair_rows(q_pairs + at, q_rows + at, D);
                 pair_rows(d_o_pairs + at, d_o_rows + at, D);
@@ -444,10 +446,10 @@ struct BackwardTiles {
         size_t at = size * (i0 / kTile - first);
         for (int r = 0; r < kTile; r += kTileRows) {  // queries; on the diagonal they see no later keys
             int seen = diagonal ? padded(r + kTileRows) : kTile;
-            tile_product<false, false>(s + r * kTile, kTile, q_rows + at + r * Dp / N, Dp / N, kt, kTile, seen,
-                                       Dp / N);
-            tile_product<false, false>(da + r * kTile, kTile, d_o_rows + at + r * Dp / N, Dp / N, vt, kTile, seen,
-                                       Dp / N);
+            tile_product<false, false>(s + r * kTile, kTile, q_rows + at + r * Dp / N, Dp / N, kt, kTile,
+                                       seen, Dp / N);
+            tile_product<false, false>(da + r * kTile, kTile, d_o_rows + at + r * Dp / N, Dp / N, vt, kTile,
+                                       seen, Dp / N);
         }
         // Padded queries have q = 0 and dO = 0; only softmax's exp(0 - lse) needs a value to subtract.
         float lse[kTile] = {}, dot[kTile] = {};
@@ -457,10 +459,10 @@ struct BackwardTiles {
                                                           wants_decay, queries, i0, j0, D);
         for (int r = 0; r < kTile; r += kTileRows) {  // keys
             int from = (diagonal ? r : 0) / N;        // the first query that sees them, in words
-            tile_product<true, true>(dv + r * Dp, Dp, a + from * kTile + r, kTile, d_o_pairs + at + from * Dp, Dp,
-                                     Dp, kTile / N - from);
-            tile_product<true, true>(dk + r * Dp, Dp, dx + from * kTile + r, kTile, q_pairs + at + from * Dp, Dp,
-                                     Dp, kTile / N - from);
+            tile_product<true, true>(dv + r * Dp, Dp, a + from * kTile + r, kTile, d_o_pairs + at + from * Dp,
+                                     Dp, Dp, kTile / N - from);
+            tile_product<true, true>(dk + r * Dp, Dp, dx + from * kTile + r, kTile, q_pairs + at + from * Dp,
+                                     Dp, Dp, kTile / N - from);
         }
         for (int r = 0; r < kTile; r += kTileRows)  // queries
             tile_product<false, true>(dq + r * Dp, Dp, dx_rows + r * kTile / N, kTile / N, k, Dp, Dp,
@@ -503,7 +505,7 @@ inline void head_dots(float* dot,        // (B,H,T)
 // What the backward pass needs of a row of A, beside the scores.
 struct RowTerms {
     int T;
-    std::vector<float> dot;     // (B,H,T): dO_i . O_i, for `sum` times its factor; empty where nothing needs it
+    std::vector<float> dot;  // (B,H,T): dO_i . O_i, for `sum` times its factor; empty where nothing needs it
     std::vector<float> factor;  // (B,H,T): c_i / sqrt(D)^p of `sum`; empty otherwise
 
     template <class Real>
@@ -598,9 +600,9 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
                 size_t skipped = (size_t)cuts[part] * kTile * Dp;
                 std::fill(dq + skipped, dq + share, 0.0f);
                 const HeadScale& scale = scales[decay ? h : 0];
-                BackwardTiles<power, Real> work(scale, row_sum, ddecay != nullptr, cuts[part],
-                                                tiles, T, C, D, stats ? stats + (size_t)bh * T : nullptr,
-                                                rows.dot_of(bh), scratch.get());
+                BackwardTiles<power, Real> work(scale, row_sum, ddecay != nullptr, cuts[part], tiles, T, C, D,
+                                                stats ? stats + (size_t)bh * T : nullptr, rows.dot_of(bh),
+                                                scratch.get());
                 work.load_queries(head, dout + (size_t)b * T * C + h * D, rows.factor_of(bh, scale));
                 for (int j0 = cuts[part] * kTile; j0 < cuts[part + 1] * kTile; j0 += kTile) {
                     work.begin_keys(head, j0);

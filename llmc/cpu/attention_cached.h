@@ -13,12 +13,11 @@
 namespace cpu::inline LLMC_ISA {
 
 template <class Real>
-inline void attention_cached_forward(
-    Real* out,           // (n,C)
-    const Real* qkv,     // (n,3C): of tokens start .. start+n-1; only q is read
-    const float* cache,  // (start+n,2C): k and v of every token so far
-    const float* decay,  // (H), or null
-    const AttentionConfig& config, int start, int n, int H, int D) {
+inline void attention_cached_forward(Real* out,        // (n,C)
+                                     const Real* qkv,  // (n,3C): of tokens start .. start+n-1; only q is read
+                                     const float* cache,  // (start+n,2C): k and v of every token so far
+                                     const float* decay,  // (H), or null
+                                     const AttentionConfig& config, int start, int n, int H, int D) {
     int C = H * D;
 #pragma omp parallel
     {

@@ -1,16 +1,17 @@
-// Polynomial attention at a cost that is linear in the length: the same numbers as attention.h but for rounding.
+// Polynomial attention at a cost that is linear in the length: the same numbers as attention.h but for
+// rounding.
 //
-//   (q.k)^p = phi(q) . phi(k), where phi holds the products of p channels (arXiv 2507.04239, "symmetric power"),
-//   so sum_j (q_i.k_j)^p v_j = phi(q_i) . S with the state S = sum_j phi(k_j) v_j^T, (features,D).
+//   (q.k)^p = phi(q) . phi(k), where phi holds the products of p channels (arXiv 2507.04239, "symmetric
+//   power"), so sum_j (q_i.k_j)^p v_j = phi(q_i) . S with the state S = sum_j phi(k_j) v_j^T, (features,D).
 //
-// Tokens come in chunks of 64: pairs within a chunk go through the tiles of attention.h, those with an earlier
-// chunk through the state. c_i is a factor of the row and commutes with all this; a decay fades the state from
-// chunk to chunk. Nothing but `sum` with odd p is in the way, whose absolute values have no such form: with even
-// p its normaliser is phi(q_i) . z, z = sum_j phi(k_j) without decay.
+// Tokens come in chunks of 64: pairs within a chunk go through the tiles of attention.h, those with an
+// earlier chunk through the state. c_i is a factor of the row and commutes with all this; a decay fades the
+// state from chunk to chunk. Nothing but `sum` with odd p is in the way, whose absolute values have no such
+// form: with even p its normaliser is phi(q_i) . z, z = sum_j phi(k_j) without decay.
 //
-// Features are tiles of 64 products, so that phi is made of whole vectors and all else is tile_product: blocks of
-// 64 channels for p = 1, all 8 x 8 of two blocks of 8 channels for p = 2, 4 x 4 x 4 of three blocks of 4 for p = 3.
-// Blocks come in order (A <= B <= C) and count as often as they could be arranged.
+// Features are tiles of 64 products, so that phi is made of whole vectors and all else is tile_product:
+// blocks of 64 channels for p = 1, all 8 x 8 of two blocks of 8 channels for p = 2, 4 x 4 x 4 of three blocks
+// of 4 for p = 3. Blocks come in order (A <= B <= C) and count as often as they could be arranged.
 //
 // The backward pass goes through the chunks twice: from the left with S, for dq, and from the right with
 // dS = sum_i phi(q_i) dO_i^T, for dk and dv. With p the cost is that of 7 products of (features,D) a token.
@@ -69,7 +70,8 @@ inline void build_features(float* phi,       // (features,64 tokens)
                            const float* weights,  // (64 tokens), or null
                            float factor) {
     static_assert(kPower >= 1 && kPower <= 3);
-    const float *a = xt + tile.block[0] * kTile, *b = xt + tile.block[1] * kTile, *c = xt + tile.block[2] * kTile;
+    const float *a = xt + tile.block[0] * kTile, *b = xt + tile.block[1] * kTile,
+                *c = xt + tile.block[2] * kTile;
     for (int t = 0; t < kTile; t += kLanes) {
         vec weight = weights ? load(weights + t) * factor : broadcast(factor);
         float* out = phi + t;
@@ -136,9 +138,9 @@ inline void feature_gradients(float* dxt,         // (Dp,64 tokens) +=
 struct LinearState {
     size_t features, Dp;
     Floats memory;
-    float* s;       // (features,Dp): sum phi(k_j) gamma^n v_j^T, n the distance of j to the first token after
-    float* ds;      // (features,Dp): its derivative by log gamma, sum n phi(k_j) gamma^n v_j^T; null: not wanted
-    float* z;       // (features): sum phi(k_j), for `sum`
+    float* s;   // (features,Dp): sum phi(k_j) gamma^n v_j^T, n the distance of j to the first token after
+    float* ds;  // (features,Dp): its derivative by log gamma, sum n phi(k_j) gamma^n v_j^T; null: not wanted
+    float* z;   // (features): sum phi(k_j), for `sum`
     bool zero = true;
 
     LinearState(int features, int D, bool wants_decay)
@@ -200,7 +202,8 @@ class LinearHead {
     }
 
     static size_t scratch_size(int D) {  // floats
-        return (size_t)kTile * (7 * padded(D) + 2 * kTile + 4) + std::max(forward_scratch(D), backward_scratch(1, D));
+        return (size_t)kTile * (7 * padded(D) + 2 * kTile + 4) +
+               std::max(forward_scratch(D), backward_scratch(1, D));
     }
 
     // state: of the keys before the chunk; with its keys afterwards.
@@ -225,7 +228,8 @@ class LinearHead {
                 const float* s = state.s + tile.row * Dp_;
                 build_features<kPower>(phi_, qt_, tile, fading(from_start_), tile.multiplicity);
                 for (int r = 0; r < kTile; r += kTileRows)
-                    tile_product<true, true>(queries.o + r * Dp_, Dp_, phi_ + r, kTile, s, Dp_, Dp_, tile.features);
+                    tile_product<true, true>(queries.o + r * Dp_, Dp_, phi_ + r, kTile, s, Dp_, Dp_,
+                                             tile.features);
                 if (row_sum_) {
                     if (scale_.decays) build_features<kPower>(phi_, qt_, tile, nullptr, tile.multiplicity);
                     for (int t = 0; t < kTile; t += kLanes) {
@@ -242,8 +246,8 @@ class LinearHead {
         queries.finish(out, stats);
     }
 
-    // From the left: dq (64,Dp) of a chunk, of what its queries take from the state, is assigned; then its keys
-    // go into the state, unless it is the last. Returns the gradient of log gamma through the state.
+    // From the left: dq (64,Dp) of a chunk, of what its queries take from the state, is assigned; then its
+    // keys go into the state, unless it is the last. Returns the gradient of log gamma through the state.
     double backward_queries(float* dq, LinearState& state, const Real* dout /*(T,C)*/,
                             const float* row_factor /*(T)*/, const float* row_dot /*(T), or null*/,
                             const Real* qkv /*(T,3C)*/, int chunk) {
@@ -252,7 +256,8 @@ class LinearHead {
         load_queries(qkv, dout, row_factor, row_dot, chunk);
         if (!last) load_keys(qkv, chunk);
         std::fill_n(dxt_, Dp_ * kTile, 0.0f);
-        vec slopes = {};  // by lanes, of the queries' distances to the chunk's start and the state's derivative
+        vec slopes =
+            {};  // by lanes, of the queries' distances to the chunk's start and the state's derivative
         for (const FeatureTile& tile : tiles_) {
             if (!state.zero) {
                 if (wants_decay_) {
@@ -297,13 +302,13 @@ class LinearHead {
     }
 
     // From the right: dk and dv of a chunk are written, what its queries take from within it is added to dq
-    // (64,Dp); then its queries go into dstate, unless it is the first. Returns the gradient of log gamma within
-    // the chunk.
+    // (64,Dp); then its queries go into dstate, unless it is the first. Returns the gradient of log gamma
+    // within the chunk.
     double backward_keys(Real* dqkv /*(T,3C)*/, float* dq, LinearState& dstate, const Real* dout,
                          const float* row_factor, const float* row_dot, const Real* qkv, int chunk) {
         int j0 = chunk * kTile;
-        BackwardTiles<kPower, Real> keys(scale_, row_sum_, wants_decay_, chunk, chunk + 1, T_, C_, D_, nullptr,
-                                         row_dot, scratch_);
+        BackwardTiles<kPower, Real> keys(scale_, row_sum_, wants_decay_, chunk, chunk + 1, T_, C_, D_,
+                                         nullptr, row_dot, scratch_);
         keys.load_queries(qkv, dout, row_factor);
         keys.begin_keys(qkv, j0);
         keys.add_queries(dq, j0);
@@ -316,7 +321,8 @@ class LinearHead {
                 const float* ds = dstate.s + tile.row * Dp_;
                 build_features<kPower>(phi_, kt_, tile, fading(to_end_), 1);
                 for (int r = 0; r < kTile; r += kTileRows)
-                    tile_product<true, true>(keys.dv + r * Dp_, Dp_, phi_ + r, kTile, ds, Dp_, Dp_, tile.features);
+                    tile_product<true, true>(keys.dv + r * Dp_, Dp_, phi_ + r, kTile, ds, Dp_, Dp_,
+                                             tile.features);
                 multiply(dphi_, dstate.s, vt_, tile);
                 if (scale_.decays || row_sum_)
                     for (int f = 0; f < tile.features; f++)
@@ -342,15 +348,15 @@ class LinearHead {
     const HeadScale& scale_;
     bool row_sum_, wants_decay_;
     int T_, C_, D_, Dp_;
-    float* scratch_;                      // of the tiles within a chunk
-    float *qt_, *kt_, *vt_, *dot_;        // (Dp,64)
-    float* dxt_;                          // (Dp,64): gradient of q or of k
-    float *v_, *d_o_;                     // (64,Dp): v, c_i dO
-    float *phi_, *dphi_;                  // (64 features,64 tokens)
-    float *from_start_, *to_end_;         // (64): gamma^t, gamma^(64-t)
-    float* to_end_slope_;                 // (64): (64-t) gamma^(64-t)
-    float* row_dot_;                      // (64)
-    float fade_;                          // gamma^64
+    float* scratch_;                // of the tiles within a chunk
+    float *qt_, *kt_, *vt_, *dot_;  // (Dp,64)
+    float* dxt_;                    // (Dp,64): gradient of q or of k
+    float *v_, *d_o_;               // (64,Dp): v, c_i dO
+    float *phi_, *dphi_;            // (64 features,64 tokens)
+    float *from_start_, *to_end_;   // (64): gamma^t, gamma^(64-t)
+    float* to_end_slope_;           // (64): (64-t) gamma^(64-t)
+    float* row_dot_;                // (64)
+    float fade_;                    // gamma^64
 
     const float* fading(const float* weights) const { return scale_.decays ? weights : nullptr; }
 
@@ -364,26 +370,27 @@ class LinearHead {
         load_tile(v_, qkv + (size_t)j0 * 3 * C_ + 2 * C_, 3 * C_, std::min(kTile, T_ - j0), D_);
     }
 
-    void load_queries(const Real* qkv, const Real* dout, const float* row_factor, const float* row_dot, int chunk) {
+    void load_queries(const Real* qkv, const Real* dout, const float* row_factor, const float* row_dot,
+                      int chunk) {
         int i0 = chunk * kTile, n = std::min(kTile, T_ - i0);
         load_transposed(qt_, qkv, 3 * C_, i0);
         load_tile(d_o_, dout + (size_t)i0 * C_, C_, n, D_, row_factor + i0);
-        transpose(dot_, d_o_, kTile, Dp_);
+        transpose(dot_, kTile, Dp_, [&](int r, int d) { return load(d_o_ + r * Dp_ + d); });
         std::fill_n(row_dot_, kTile, 0.0f);
         if (row_dot) std::copy_n(row_dot + i0, n, row_dot_);
     }
 
-    // x (64,Dp) += the transpose of xt (Dp,64).
+    // x (64,Dp) += the transpose of xt (Dp,64). Leaves nothing in vt_.
     void add_transposed(float* x, const float* xt) {
-        transpose(phi_, xt, Dp_, kTile);
-        for (int i = 0; i < kTile * Dp_; i += kLanes) store(x + i, load(x + i) + load(phi_ + i));
+        transpose(vt_, Dp_, kTile, [&](int d, int t) { return load(xt + d * kTile + t); });
+        for (int i = 0; i < kTile * Dp_; i += kLanes) store(x + i, load(x + i) + load(vt_ + i));
     }
 
     // out (features,64 tokens) = the tile's rows of s (features,Dp) xt (Dp,64 tokens).
     void multiply(float* out, const float* s, const float* xt, const FeatureTile& tile) {
         for (int r = 0; r < tile.features; r += kTileRows)
-            tile_product<false, false>(out + r * kTile, kTile, s + (size_t)(tile.row + r) * Dp_, Dp_, xt, kTile,
-                                       kTile, Dp_);
+            tile_product<false, false>(out + r * kTile, kTile, s + (size_t)(tile.row + r) * Dp_, Dp_, xt,
+                                       kTile, kTile, Dp_);
     }
 
     // s = fade s + phi_ x (64,Dp), the tile's rows.
@@ -434,6 +441,18 @@ inline bool has_linear_form(const AttentionConfig& config, int D) {
     return small && !(config.has_row_sum() && config.power % 2 == 1);
 }
 
+// Whether the linear form is the faster one at T tokens. A query sees (T+64)/2 keys of 64-wide tiles on
+// average, at as many operations each as a feature has with a state, and half a chunk; the tiles have the
+// higher rate in bf16, and the linear form has more to load and to transpose for each chunk (`make bench`
+// measures the crossovers).
+template <class Real>
+inline bool linear_pays(const AttentionConfig& config, int T, int D) {
+    constexpr bool kPairs = !std::is_same_v<TileWord<Real>, float>;
+    if (!has_linear_form(config, D)) return false;
+    double ratio = kPairs ? 1.7 : 1.0, overhead = kPairs ? 350 : 200;
+    return T > ratio * 2 * feature_count(config.power, D) + overhead;
+}
+
 template <class F>
 inline void with_linear_power(int power, F f) {
     if (power == 1) return f(std::integral_constant<int, 1>());
@@ -449,11 +468,13 @@ inline int linear_parts(int heads, int chunks) {
     return heads >= threads ? 1 : std::min(chunks, (threads + heads - 1) / heads);
 }
 
-// The states at the ends of ranges of chunks: add(state, bh, chunk) takes chunk by chunk, from the left or, where
-// `backward`, from the right. The result is (B*H,parts): what comes before each range; empty for a single part.
+// The states at the ends of ranges of chunks: add(state, bh, chunk) takes chunk by chunk, from the left or,
+// where `backward`, from the right. The result is (B*H,parts): what comes before each range; empty for a
+// single part.
 template <class Add>
-inline std::vector<LinearState> range_states(int heads, int parts, int chunks, bool backward, int features, int D,
-                                             bool wants_decay, const std::vector<double>& log_gammas, Add add) {
+inline std::vector<LinearState> range_states(int heads, int parts, int chunks, bool backward, int features,
+                                             int D, bool wants_decay, const std::vector<double>& log_gammas,
+                                             Add add) {
     std::vector<LinearState> states;
     if (parts == 1) return states;
     for (int i = 0; i < heads * parts; i++) states.emplace_back(features, D, wants_decay);
@@ -472,8 +493,8 @@ inline std::vector<LinearState> range_states(int heads, int parts, int chunks, b
         for (int r = 1; r + 1 < parts; r++) {
             int part = range(r);  // what range r added lies in slot r+1, on top of what slot r has
             states[(size_t)bh * parts + range(r + 1)].follow(states[(size_t)bh * parts + part],
-                                                            log_gammas[bh % log_gammas.size()],
-                                                            (double)kTile * (cut(part + 1) - cut(part)));
+                                                             log_gammas[bh % log_gammas.size()],
+                                                             (double)kTile * (cut(part + 1) - cut(part)));
         }
     return states;
 }
@@ -494,7 +515,8 @@ inline void attention_linear_forward(Real* out,           // (B,T,C)
         int features = feature_count(power, D);
         auto head = [&](int bh, float* scratch) {
             int h = bh % H;
-            return Head(tiles, scales[decay ? h : 0], log_gammas[h], config.has_row_sum(), false, T, C, D, scratch);
+            return Head(tiles, scales[decay ? h : 0], log_gammas[h], config.has_row_sum(), false, T, C, D,
+                        scratch);
         };
         auto rows = [&](int bh) { return qkv + (size_t)(bh / H) * T * 3 * C + bh % H * D; };
         auto states = range_states(B * H, parts, chunks, false, features, D, false, log_gammas,
@@ -542,7 +564,8 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
         int features = feature_count(power, D);
         auto head = [&](int bh, float* scratch) {
             int h = bh % H;
-            return Head(tiles, scales[decay ? h : 0], log_gammas[h], config.has_row_sum(), ddecay, T, C, D, scratch);
+            return Head(tiles, scales[decay ? h : 0], log_gammas[h], config.has_row_sum(), ddecay, T, C, D,
+                        scratch);
         };
         auto at = [&](int bh, int stride) { return (size_t)(bh / H) * T * stride + bh % H * D; };
         auto factor = [&](int bh) { return terms.factor_of(bh, scales[decay ? bh % H : 0]); };
@@ -567,19 +590,21 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
 #pragma omp for schedule(dynamic, 1)
             for (int task = 0; task < B * H * parts; task++) {
                 int bh = task / parts, part = task % parts;
-                int first = (int)((int64_t)chunks * part / parts), end = (int)((int64_t)chunks * (part + 1) / parts);
+                int first = (int)((int64_t)chunks * part / parts),
+                    end = (int)((int64_t)chunks * (part + 1) / parts);
                 LinearState& state = parts > 1 ? states[task] : own;
                 LinearState& dstate = parts > 1 ? dstates[task] : down;
                 if (parts == 1) state.clear(), dstate.clear();
                 Head work = head(bh, scratch.get());
                 auto dq_of = [&](int chunk) { return dq.get() + (size_t)(chunk - first) * kTile * Dp; };
                 for (int chunk = first; chunk < end; chunk++)
-                    dlog_gamma[task] += work.backward_queries(dq_of(chunk), state, dout + at(bh, C), factor(bh),
-                                                              dot(bh), qkv + at(bh, 3 * C), chunk);
+                    dlog_gamma[task] +=
+                        work.backward_queries(dq_of(chunk), state, dout + at(bh, C), factor(bh), dot(bh),
+                                              qkv + at(bh, 3 * C), chunk);
                 for (int chunk = end - 1; chunk >= first; chunk--)
-                    dlog_gamma[task] += work.backward_keys(dqkv + at(bh, 3 * C), dq_of(chunk), dstate,
-                                                           dout + at(bh, C), factor(bh), dot(bh),
-                                                           qkv + at(bh, 3 * C), chunk);
+                    dlog_gamma[task] +=
+                        work.backward_keys(dqkv + at(bh, 3 * C), dq_of(chunk), dstate, dout + at(bh, C),
+                                           factor(bh), dot(bh), qkv + at(bh, 3 * C), chunk);
                 for (int t = first * kTile; t < std::min(T, end * kTile); t++) {
                     Real* row = dqkv + at(bh, 3 * C) + (size_t)t * 3 * C;
                     const float* from = dq_of(first) + (size_t)(t - first * kTile) * Dp;

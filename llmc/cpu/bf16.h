@@ -1,5 +1,5 @@
-// bfloat16: the upper half of a float, rounded to nearest even. Arithmetic is in float; conversion is implicit,
-// so that a loop over any storage type reads the same.
+// bfloat16: the upper half of a float, rounded to nearest even. Arithmetic is in float; conversion is
+// implicit, so that a loop over any storage type reads the same.
 #pragma once
 #include <bit>
 #include <cstdint>

@@ -8,8 +8,8 @@
 
 namespace cpu::inline LLMC_ISA {
 
-// losses = -log softmax(logits[:V])[target]. Where dloss != 0, dlogits is the gradient times dloss, zero in the
-// padding V..Vp, and the logits are lost.
+// losses = -log softmax(logits[:V])[target]. Where dloss != 0, dlogits is the gradient times dloss, zero in
+// the padding V..Vp, and the logits are lost.
 template <class Real>
 inline void cross_entropy(float* losses,       // (N)
                           Real* dlogits,       // (N,Vp), where dloss != 0; may be logits

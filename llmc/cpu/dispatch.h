@@ -24,7 +24,8 @@ template <>
 Backend backend<Isa::avx512_bf16>();
 
 inline bool can_run(Isa isa) {
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
@@ -52,7 +53,9 @@ inline Backend choose_backend() {
         if (wanted) usage_error("LLMC_ISA=", wanted, ": this processor does not have it");
     }
     if (wanted) usage_error("LLMC_ISA=", wanted, ": expected avx512_bf16, avx512 or avx2");
-    fail("this program needs a processor with AVX2 (x86-64-v3); build it on this machine with make DISPATCH=0");
+    fail(
+        "this program needs a processor with AVX2 (x86-64-v3); build it on this machine with make "
+        "DISPATCH=0");
 }
 #else
 template <>

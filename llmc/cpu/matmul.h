@@ -136,7 +136,11 @@ inline void matmul(Result* c, const Factor* a, const Factor* b, int M, int N, in
                    bool trans_b, bool accumulate, const float* bias) {
     static dnnl::stream stream(engine());
     static std::unordered_map<Key, Product, KeyHash> products;
-    Kind kind{trans_a, trans_b, accumulate, bias != nullptr, std::is_same_v<Factor, bf16>,
+    Kind kind{trans_a,
+              trans_b,
+              accumulate,
+              bias != nullptr,
+              std::is_same_v<Factor, bf16>,
               std::is_same_v<Result, bf16>};
     Key key(M, N, K, kind.bits());
     auto found = products.find(key);
@@ -171,8 +175,8 @@ inline float* converted(const bf16* x, size_t n, int place) {
     return floats.data();
 }
 
-// c (M,N) = a b + bias, or c += a b where `accumulate` (then without bias, and c is float). See matmul_loops for
-// the shapes.
+// c (M,N) = a b + bias, or c += a b where `accumulate` (then without bias, and c is float). See matmul_loops
+// for the shapes.
 template <class Result, class Factor>
 inline void matmul(Result* c,        // (M,N)
                    const Factor* a,  // (M,K), or (K,M) where trans_a

@@ -50,8 +50,7 @@ class MemoryPlan {
         size_t offset = bytes_;
         bytes_ += (size * sizeof(Real) + kAlignment - 1) / kAlignment * kAlignment;
         settings_.push_back([&slot, offset](char* memory) { slot = (Real*)(memory + offset); });
-        if (!name.empty())
-            kept_.push_back({name, [&slot, size] { return all_finite(slot, size); }});
+        if (!name.empty()) kept_.push_back({name, [&slot, size] { return all_finite(slot, size); }});
     }
     // `slot` will be where `other` is, which was added before.
     template <class Real>

@@ -18,7 +18,8 @@ inline void short_conv_forward(Real* out,            // (B,T,W)
             int lanes = W - w0 < kLanes ? W - w0 : kLanes;
             vec sum = {};
             for (int s = 0; s < K && s <= bt % T; s++)
-                sum += load(weight + (size_t)s * W + w0, lanes) * load(inp + (size_t)(bt - s) * W + w0, lanes);
+                sum +=
+                    load(weight + (size_t)s * W + w0, lanes) * load(inp + (size_t)(bt - s) * W + w0, lanes);
             store(out + (size_t)bt * W + w0, sum, lanes);
         }
 }

@@ -7,6 +7,7 @@
 #pragma once
 #include <cstddef>
 #include <type_traits>
+#include <utility>
 
 #include "llmc/cpu/isa.h"
 #include "llmc/cpu/vector.h"
@@ -58,22 +59,46 @@ inline void load_tile(float* tile,
     memset(tile + rows * Dp, 0, sizeof(float) * (kTile - rows) * Dp);
 }
 
-// out (columns,rows) = the transpose of x (rows,columns), both multiples of kLanes.
-inline void transpose(float* out, const float* x, int rows, int columns) {
+// One of four steps of the transpose of 16 x 16: swaps the blocks of kStep x kStep off the diagonal.
+template <int kStep, int... kLane>
+inline void swap_blocks(vec* rows, std::integer_sequence<int, kLane...>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i++) {
+        if (i & kStep) continue;
+        vec a = rows[i], b = rows[i + kStep];
+        rows[i] = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane)...);
+        rows[i + kStep] = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane + kStep)...);
+    }
+}
+
+inline void transpose_block(vec* rows) {
+    constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+    swap_blocks<8>(rows, lanes);
+    swap_blocks<4>(rows, lanes);
+    swap_blocks<2>(rows, lanes);
+    swap_blocks<1>(rows, lanes);
+}
+
+// out (columns,rows) = the transpose of rows x columns words, both multiples of kLanes; row(r, c) are 16
+// words from column c on.
+template <class Row>
+inline void transpose(float* out, int rows, int columns, Row row) {
     for (int r = 0; r < rows; r += kLanes)
-        for (int c = 0; c < columns; c += kLanes)
-            for (int i = 0; i < kLanes; i++)
-                for (int j = 0; j < kLanes; j++) out[(c + i) * rows + r + j] = x[(r + j) * columns + c + i];
+        for (int c = 0; c < columns; c += kLanes) {
+            vec block[kLanes];
+            for (int i = 0; i < kLanes; i++) block[i] = row(r + i, c);
+            transpose_block(block);
+            for (int i = 0; i < kLanes; i++) store(out + (c + i) * rows + r, block[i]);
+        }
 }
 
 // The transpose: tile (padded(D),kTile).
 template <class Real>
 inline void load_tile_transposed(float* tile, const Real* src, int stride, int rows, int D) {
-    for (int d = 0; d < D; d++)
-        for (int r = 0; r < rows; r++) tile[d * kTile + r] = src[(size_t)r * stride + d];
-    for (int d = 0; d < D; d++)
-        for (int r = rows; r < kTile; r++) tile[d * kTile + r] = 0;
-    memset(tile + D * kTile, 0, sizeof(float) * (padded(D) - D) * kTile);
+    transpose(tile, kTile, padded(D), [&](int r, int d) {
+        if (r >= rows) return vec{};
+        return load(src + (size_t)r * stride + d, D - d < kLanes ? D - d : kLanes);
+    });
 }
 
 // The same in words: tile (kTile,padded(D)/2), pairs of channels.
@@ -96,12 +121,20 @@ inline void load_tile(bf16_pair* tile, const bf16* src, int stride, int rows, in
 
 // tile (padded(D)/2,kTile).
 inline void load_tile_transposed(bf16_pair* tile, const bf16* src, int stride, int rows, int D) {
-    memset(tile, 0, sizeof(bf16_pair) * padded(D) / 2 * kTile);
-    for (int r = 0; r < rows; r++) {
-        const bf16* row = src + (size_t)r * stride;
-        for (int d = 0; d + 1 < D; d += 2) memcpy(&tile[d / 2 * kTile + r], row + d, sizeof(bf16_pair));
-        if (D % 2) tile[D / 2 * kTile + r].bits = row[D - 1].bits;
-    }
+    for (int r = 0; r < kTile; r += kLanes)
+        for (int d = 0; d < D; d += 2 * kLanes) {
+            vec block[kLanes];
+            int channels = D - d < 2 * kLanes ? D - d : 2 * kLanes;
+            for (int i = 0; i < kLanes; i++) {
+                bf16 words[2 * kLanes] = {};
+                if (r + i < rows)
+                    memcpy((void*)words, src + (size_t)(r + i) * stride + d, sizeof(bf16) * channels);
+                memcpy(&block[i], words, sizeof(vec));
+            }
+            transpose_block(block);
+            for (int i = 0; i < (padded(D) - d) / 2 && i < kLanes; i++)
+                memcpy(tile + (d / 2 + i) * kTile + r, &block[i], sizeof(vec));
+        }
 }
 
 // pairs (kTile/2,padded(D)), of neighbouring rows, from a tile of rows (kTile,padded(D)).

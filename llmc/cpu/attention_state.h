@@ -1,0 +1,99 @@
+// Attention of a new token to all before it through a state of fixed size: generation with polynomial
+// attention, in time and memory that do not grow with the text. The formulas are those of attention_linear.h
+// with the plain feature map: the products x_a x_b x_c with a <= b <= c, (D+p-1 choose p) of them, q's times
+// the number of their arrangements. It is float32 whatever the model computes in, for its sums grow with the
+// text.
+//
+// The state of a head: sum_j gamma^(i-j) phi(k_j) v_j^T (features,D), then, for `sum`, sum_j phi(k_j)
+// (features).
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <vector>
+
+#include "llmc/attention_scale.h"
+#include "llmc/config.h"
+#include "llmc/cpu/isa.h"
+#include "llmc/cpu/vector.h"
+
+namespace cpu::inline LLMC_ISA {
+
+// Features of a head: (D+p-1 choose p).
+inline int64_t state_features(int power, int D) {
+    int64_t n = 1;
+    for (int i = 0; i < power; i++) n = n * (D + i) / (i + 1);
+    return n;
+}
+
+inline size_t state_size(int power, int D) {  // floats a head
+    return (size_t)state_features(power, D) * (D + 1);
+}
+
+// The tokens at which a state is smaller than keys and values, and its update cheaper than a pass over them.
+inline int64_t state_pays_from(int power, int D) {
+    return state_features(power, D);
+}
+
+// f(q's feature, k's feature) for every feature in order.
+template <class F>
+inline void for_features(int power, const float* q /*(D)*/, const float* k /*(D)*/, int D, F f) {
+    for (int a = 0; a < D; a++) {
+        if (power == 1) {
+            f(q[a], k[a]);
+            continue;
+        }
+        for (int b = a; b < D; b++) {
+            float qq = q[a] * q[b], kk = k[a] * k[b];
+            if (power == 2) {
+                f(a == b ? qq : 2 * qq, kk);
+                continue;
+            }
+            for (int c = b; c < D; c++)
+                f(qq * q[c] * (a == c ? 1.0f : a == b || b == c ? 3.0f : 6.0f), kk * k[c]);
+        }
+    }
+}
+
+// Tokens start .. start+n-1, which go into the state and see each other through it. Kinds of attention:
+// has_linear_form().
+template <class Real>
+inline void attention_state_forward(Real* out,           // (n,C), or null: the state only
+                                    float* state,        // (H,state_size)
+                                    const Real* qkv,     // (n,3C)
+                                    const float* decay,  // (H), or null
+                                    const AttentionConfig& config, int start, int n, int H, int D) {
+    int C = H * D;
+    size_t size = state_size(config.power, D);
+    float inverse_sqrt_d = 1.0f / sqrtf((float)D);
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int h = 0; h < H; h++) {
+        double log_g = decay ? log_gamma(decay[h]) : 0;
+        float gamma = (float)std::exp(log_g);
+        std::vector<float> q(D), k(D), v(D), o(D);
+        for (int t = 0; t < n; t++) {
+            const Real* row = qkv + (size_t)t * 3 * C + h * D;
+            for (int d = 0; d < D; d++)
+                q[d] = row[d] * inverse_sqrt_d, k[d] = row[C + d], v[d] = row[2 * C + d];
+            std::fill(o.begin(), o.end(), 0.0f);
+            float total = 0;
+            float *s = state + h * size, *z = s + state_features(config.power, D) * D;
+            for_features(config.power, q.data(), k.data(), D, [&](float phi_q, float phi_k) {
+                for_vectors(D, [&](int d, int lanes) {
+                    vec sum = gamma * load(s + d, lanes) + phi_k * load(&v[d], lanes);
+                    store(s + d, sum, lanes);
+                    store(&o[d], load(&o[d], lanes) + phi_q * sum, lanes);
+                });
+                s += D;
+                *z += phi_k;
+                total += phi_q * *z++;
+            });
+            if (!out) continue;
+            double scale =
+                config.has_row_sum() ? 1 / (total + kRowSumEps) : row_scale(config, start + t, log_g, D);
+            for (int d = 0; d < D; d++) out[(size_t)t * C + h * D + d] = (float)(o[d] * scale);
+        }
+    }
+}
+
+}  // namespace cpu
