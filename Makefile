@@ -45,7 +45,7 @@ $(BUILD)/train_gpt.o: train_gpt.cpp $(BUILD)/flags
 	$(CXX) $(flags) $(main) -c $< -o $@
 
 # What runs before main() would run on processors without this instruction set.
-$(BUILD)/avx%.o: train_gpt.cpp $(BUILD)/flags
+$(BUILD)/avx512.o $(BUILD)/avx512_bf16.o: train_gpt.cpp $(BUILD)/flags
 	$(CXX) $(flags) $(isa) -c $< -o $@
 	@if nm $@ | grep _GLOBAL__sub_I; then echo '$@: has static initialisers' >&2; rm $@; false; fi
 
