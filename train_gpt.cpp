@@ -48,7 +48,7 @@ struct LayerActivations {
     Real* heads;           // (B,T,3C): after qk-norm and RoPE
     float* qk_rstd;        // (B,T,2H)
     Real* attn;            // (B,T,C)
-    float* attn_stats;     // (B,H,T)
+    float* attn_stats;     // (stats_size)
     float* residual_attn;  // (B,T,C): residual stream after attention
     Real* ln_2;            // (B,T,C)
     float* ln_2_mean;      // (B,T)
@@ -434,8 +434,8 @@ struct GPT : Model {
             } else {
                 activation_plan.alias(a.heads, a.conv);
             }
-            if (attention.softmax() || attention.has_row_sum())
-                add(a.attn_stats, first.attn_stats, N * H, "attn.stats", block);
+            if (size_t size = stats_size<Real>(attention, B, T, H, D))
+                add(a.attn_stats, first.attn_stats, size, "attn.stats", block);
             add(a.attn, first.attn, N * C, "attn.out", block);
             add(a.residual_attn, first.residual_attn, N * C, "attn.residual", block);
             add(a.ln_2, first.ln_2, N * C, "ln_2", Recompute::layernorm);

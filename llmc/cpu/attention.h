@@ -7,8 +7,10 @@
 //   llmc/attention_scale.h)
 //
 // qkv rows are q (H,D), k (H,D), v (H,D). decay holds delta (H) with gamma_h = sigmoid(delta_h), or is null:
-// gamma is 1. stats keeps what backward needs of a row: the log-sum-exp for softmax, 1e-6 + sum |x^p| for the
-// scale `sum`, nothing otherwise. Results are the same bits for the same number of threads.
+// gamma is 1. stats keeps what backward needs of a row (B,H,T): the log-sum-exp for softmax, 1e-6 + sum |x^p|
+// for the scale `sum`, nothing otherwise; and for `sum` in bf16, where dO . O is a small difference that a
+// rounded O would spoil, O itself in float (B,T,C) behind that (stats_size). Results are the same bits for
+// the same number of threads.
 //
 // Tiles hold q . k; a polynomial's 1/sqrt(D)^p goes with c_i. Sums are float32, and so are the scores; with
 // bf16 the factors of every product are bf16 (tile.h).
@@ -38,6 +40,18 @@ inline float inverse_sqrt(int D) {
 // What a polynomial of q . k is multiplied by to be one of x.
 inline float score_factor(int power, int D) {
     return (float)std::pow((double)D, -0.5 * power);
+}
+
+template <class Real>
+inline bool keeps_exact_output(const AttentionConfig& config) {
+    return config.has_row_sum() && !std::is_same_v<Real, float>;
+}
+
+// Floats in stats.
+template <class Real>
+inline size_t stats_size(const AttentionConfig& config, size_t B, size_t T, int H, int D) {
+    if (!config.softmax() && !config.has_row_sum()) return 0;
+    return B * T * H * (keeps_exact_output<Real>(config) ? 1 + D : 1);
 }
 
 // What the rows and distances of one head are multiplied by.
@@ -222,7 +236,8 @@ struct ForwardTile {
                                      (diagonal ? r + kTileRows : kTile) / N);
     }
 
-    void finish(Real* out /*(T,C)*/, float* stats /*(T)*/) {
+    // exact (T,C): out once more, in float; may be null.
+    void finish(Real* out /*(T,C)*/, float* stats /*(T)*/, float* exact) {
         for (int r = 0; r < queries; r++) {
             float factor = scale.c[i0 + r];
             if (kPower == 0) {
@@ -233,7 +248,12 @@ struct ForwardTile {
                 factor /= stats[i0 + r];
             }
             Real* row = out + (size_t)(i0 + r) * C;
-            for_vectors(D, [&](int d, int n) { store(row + d, load(o + r * Dp + d, n) * factor, n); });
+            float* copy = exact + (size_t)(i0 + r) * C;
+            for_vectors(D, [&](int d, int n) {
+                vec value = load(o + r * Dp + d, n) * factor;
+                store(row + d, value, n);
+                if (exact) store(copy + d, value, n);
+            });
         }
     }
 };
@@ -262,12 +282,13 @@ inline void with_power(int power, F f) {
 
 template <class Real>
 inline void attention_forward(Real* out,           // (B,T,C)
-                              float* stats,        // (B,H,T)
+                              float* stats,        // (stats_size)
                               const Real* qkv,     // (B,T,3C)
                               const float* decay,  // (H), or null
                               const AttentionConfig& config, int B, int T, int H, int D) {
     int C = H * D, tiles = (T + kTile - 1) / kTile;
     std::vector<HeadScale> scales = head_scales(config, decay, T, H, D);
+    float* exact = keeps_exact_output<Real>(config) ? stats + (size_t)B * H * T : nullptr;
     with_power(config.power, [&](auto power) {
 #pragma omp parallel
         {
@@ -281,7 +302,8 @@ inline void attention_forward(Real* out,           // (B,T,C)
                                                  scratch.get());
                 queries.begin(head, tile * kTile);
                 for (int j0 = 0; j0 <= tile * kTile; j0 += kTile) queries.add_keys(head, j0);
-                queries.finish(out + (size_t)b * T * C + h * D, stats ? stats + (size_t)bh * T : nullptr);
+                queries.finish(out + (size_t)b * T * C + h * D, stats ? stats + (size_t)bh * T : nullptr,
+                               exact ? exact + (size_t)b * T * C + h * D : nullptr);
             }
         }
     });
@@ -486,10 +508,10 @@ inline size_t backward_scratch(int tiles, int D) {  // floats
 }
 
 // dot = dout . out, a head: softmax's and sum's derivatives of the normaliser, and the learned decay's.
-template <class Real>
+template <class Real, class Out>
 inline void head_dots(float* dot,        // (B,H,T)
                       const Real* dout,  // (B,T,C)
-                      const Real* out,   // (B,T,C)
+                      const Out* out,    // (B,T,C)
                       int B, int T, int H, int D) {
 #pragma omp parallel for collapse(2) schedule(static)
     for (int bh = 0; bh < B * H; bh++)
@@ -515,7 +537,11 @@ struct RowTerms {
         size_t n = (size_t)B * H * T;
         if (config.softmax() || config.has_row_sum() || wants_decay) {
             dot.resize(n);
-            head_dots(dot.data(), dout, out, B, T, H, D);
+            if (keeps_exact_output<Real>(config)) {
+                head_dots(dot.data(), dout, stats + n, B, T, H, D);
+            } else {
+                head_dots(dot.data(), dout, out, B, T, H, D);
+            }
         }
         if (!config.has_row_sum()) return;
         factor.resize(n);
@@ -566,7 +592,7 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
                                float* ddecay,       // (H) +=, or null: not wanted
                                const Real* dout,    // (B,T,C)
                                const Real* out,     // (B,T,C)
-                               const float* stats,  // (B,H,T)
+                               const float* stats,  // (stats_size)
                                const Real* qkv,     // (B,T,3C)
                                const float* decay,  // (H), or null
                                const AttentionConfig& config, int B, int T, int H, int D) {

@@ -214,8 +214,8 @@ class LinearHead {
     }
 
     // The outputs of a chunk; and its keys into the state, unless it is the last.
-    void forward(Real* out /*(T,C)*/, float* stats /*(T)*/, LinearState& state, const Real* qkv /*(T,3C)*/,
-                 int chunk) {
+    void forward(Real* out /*(T,C)*/, float* stats /*(T)*/, float* exact /*(T,C)*/, LinearState& state,
+                 const Real* qkv /*(T,3C)*/, int chunk) {
         int i0 = chunk * kTile;
         bool last = i0 + kTile >= T_;
         ForwardTile<kPower, Real> queries(scale_, row_sum_, T_, C_, D_, scratch_);
@@ -243,7 +243,7 @@ class LinearHead {
             if (!last) add_keys(state, tile);
         }
         state.zero = false;
-        queries.finish(out, stats);
+        queries.finish(out, stats, exact);
     }
 
     // From the left: dq (64,Dp) of a chunk, of what its queries take from the state, is assigned; then its
@@ -501,7 +501,7 @@ inline std::vector<LinearState> range_states(int heads, int parts, int chunks, b
 
 template <class Real>
 inline void attention_linear_forward(Real* out,           // (B,T,C)
-                                     float* stats,        // (B,H,T), for `sum`
+                                     float* stats,        // (stats_size)
                                      const Real* qkv,     // (B,T,3C)
                                      const float* decay,  // (H), or null
                                      const AttentionConfig& config, int B, int T, int H, int D) {
@@ -509,6 +509,7 @@ inline void attention_linear_forward(Real* out,           // (B,T,C)
     std::vector<HeadScale> scales = head_scales(config, decay, T, H, D);
     std::vector<double> log_gammas;
     for (int h = 0; h < H; h++) log_gammas.push_back(decay ? log_gamma(decay[h]) : 0);
+    float* exact = keeps_exact_output<Real>(config) ? stats + (size_t)B * H * T : nullptr;
     with_linear_power(config.power, [&](auto power) {
         using Head = LinearHead<power, Real>;
         std::vector<FeatureTile> tiles = feature_tiles(power, D);
@@ -537,7 +538,9 @@ inline void attention_linear_forward(Real* out,           // (B,T,C)
                 for (int chunk = (int)((int64_t)chunks * part / parts);
                      chunk < (int)((int64_t)chunks * (part + 1) / parts); chunk++)
                     work.forward(out + (size_t)(bh / H) * T * C + bh % H * D,
-                                 stats ? stats + (size_t)bh * T : nullptr, state, rows(bh), chunk);
+                                 stats ? stats + (size_t)bh * T : nullptr,
+                                 exact ? exact + (size_t)(bh / H) * T * C + bh % H * D : nullptr, state,
+                                 rows(bh), chunk);
             }
         }
     });
@@ -548,7 +551,7 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
                                       float* ddecay,       // (H) +=, or null: not wanted
                                       const Real* dout,    // (B,T,C)
                                       const Real* out,     // (B,T,C)
-                                      const float* stats,  // (B,H,T)
+                                      const float* stats,  // (stats_size)
                                       const Real* qkv,     // (B,T,3C)
                                       const float* decay,  // (H), or null
                                       const AttentionConfig& config, int B, int T, int H, int D) {

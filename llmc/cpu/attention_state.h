@@ -76,7 +76,7 @@ inline void attention_state_forward(Real* out,           // (n,C), or null: the 
             for (int d = 0; d < D; d++)
                 q[d] = row[d] * inverse_sqrt_d, k[d] = row[C + d], v[d] = row[2 * C + d];
             std::fill(o.begin(), o.end(), 0.0f);
-            float total = 0;
+            double total = 0;  // of thousands of terms, whose largest come first
             float *s = state + h * size, *z = s + state_features(config.power, D) * D;
             for_features(config.power, q.data(), k.data(), D, [&](float phi_q, float phi_k) {
                 for_vectors(D, [&](int d, int lanes) {

@@ -1,0 +1,188 @@
+// Attention at linear cost, and its state for generation, against the double precision oracle.
+#include "llmc/cpu/attention_linear.h"
+#include "llmc/cpu/attention_state.h"
+#include "tests/reference.h"
+
+using namespace reference;
+
+namespace {
+
+struct Kind {
+    AttentionConfig config;
+    bool decay;
+};
+
+std::vector<Kind> kinds(int D) {
+    std::vector<Kind> all;
+    for (int power = 1; power <= 3; power++)
+        for (ScaleKind scale :
+             {ScaleKind::row, ScaleKind::context, ScaleKind::mean, ScaleKind::sum, ScaleKind::constant})
+            for (bool decay : {false, true}) {
+                AttentionConfig config;
+                config.power = power, config.scale = scale, config.constant = -0.35, config.context = 300;
+                if (cpu::has_linear_form(config, D)) all.push_back({config, decay});
+            }
+    return all;
+}
+
+template <class Real>
+std::vector<Real> rounded(const Floats& x) {
+    return std::vector<Real>(x.begin(), x.end());
+}
+
+template <class Real>
+Vector doubles(const std::vector<Real>& x) {
+    return Vector(x.begin(), x.end());
+}
+
+// Both passes with `threads` threads, of which more than heads cut a head into ranges.
+template <class Real>
+void check(const Kind& kind, int B, int T, int H, int D, int threads, double tolerance,
+           double decay_tolerance) {
+    INFO(kAttentionNames[kind.config.power], " scale ", (int)kind.config.scale, " decay ", kind.decay);
+    CAPTURE(B);
+    CAPTURE(T);
+    CAPTURE(H);
+    CAPTURE(D);
+    CAPTURE(threads);
+    Threads scope(threads);
+    const int C = H * D;
+    Floats delta(kind.decay ? H : 0);
+    for (int h = 0; h < (int)delta.size(); h++) delta[h] = 1.0f + 2 * h;
+    const float* decay = kind.decay ? delta.data() : nullptr;
+    auto qkv = rounded<Real>(normal((size_t)B * T * 3 * C, 1)),
+         dout = rounded<Real>(normal((size_t)B * T * C, 2));
+    Attention y = attention_forward(doubles(qkv), to_double(delta), kind.config, B, T, H, D);
+    AttentionGradients d =
+        attention_backward(doubles(dout), doubles(qkv), to_double(delta), kind.config, B, T, H, D);
+    auto run = [&] {
+        std::vector<Real> out((size_t)B * T * C, Real(NAN)), dqkv(qkv.size(), Real(NAN));
+        Floats stats(cpu::stats_size<Real>(kind.config, B, T, H, D), NAN), ddecay(kind.decay ? H : 0, 0.5f);
+        cpu::attention_linear_forward(out.data(), stats.data(), qkv.data(), decay, kind.config, B, T, H, D);
+        CHECK(relative_error(doubles(out), y.out) < tolerance);
+        Floats sums(stats.begin(), stats.begin() + (stats.empty() ? 0 : B * H * T));
+        if (kind.config.has_row_sum()) CHECK(relative_error(to_double(sums), y.stats) < 1e-5);
+        cpu::attention_linear_backward(dqkv.data(), kind.decay ? ddecay.data() : nullptr, dout.data(),
+                                       out.data(), stats.data(), qkv.data(), decay, kind.config, B, T, H, D);
+        for (int part = 0; part < 3 && T > 1; part++) {  // q, k, v
+            CAPTURE(part);
+            Vector got, expected;
+            for (size_t i = 0; i < dqkv.size(); i++)
+                if ((int)(i / C % 3) == part) got.push_back(dqkv[i]), expected.push_back(d.dqkv[i]);
+            CHECK(relative_error(got, expected, 0.1 * norm(d.dqkv)) < tolerance);
+        }
+        for (float& x : ddecay) x -= 0.5f;
+        if (kind.decay && T > 1) CHECK(relative_error(to_double(ddecay), d.ddecay) < decay_tolerance);
+        return std::make_pair(out, dqkv);
+    };
+    auto first = run(), again = run();
+    CHECK(memcmp(first.first.data(), again.first.data(), first.first.size() * sizeof(Real)) == 0);
+    CHECK(memcmp(first.second.data(), again.second.data(), first.second.size() * sizeof(Real)) == 0);
+}
+
+struct Size {
+    int B, T, H, D;
+};
+const std::vector<Size> kSizes = {{2, 1, 1, 8},    {2, 7, 3, 8},   {1, 64, 2, 32},
+                                  {1, 65, 1, 32},  {2, 130, 3, 8}, {1, 130, 2, 64},
+                                  {1, 257, 1, 80}, {1, 200, 3, 7}, {1, 129, 1, 33}};
+
+}  // namespace
+
+TEST_CASE("linear attention: every kind and size against the oracle, float32") {
+    for (const Size& s : kSizes)
+        for (const Kind& kind : kinds(s.D))
+            for (int threads : {2, 5}) check<float>(kind, s.B, s.T, s.H, s.D, threads, 1e-5, 1e-4);
+}
+
+TEST_CASE("linear attention: every kind and size against the oracle, bf16") {
+    for (const Size& s : kSizes)
+        for (const Kind& kind : kinds(s.D)) {
+            // The gradient of `sum` is a difference, of which rounded factors leave less.
+            double tolerance = kind.config.has_row_sum() ? 3e-2 : 1e-2;
+            check<cpu::bf16>(kind, s.B, s.T, s.H, s.D, 2, tolerance, 3e-2);
+        }
+}
+
+TEST_CASE("linear attention: the future does not leak, bit for bit") {
+    const int T = 200, H = 1, D = 16;
+    for (const Kind& kind : kinds(D))
+        for (int j : {1, 63, 64, 65, 128, 199}) {
+            Floats qkv = normal((size_t)T * 3 * D, 1), out((size_t)T * D), other(out), stats(T),
+                   delta = {2.0f};
+            auto run = [&](Floats& o) {
+                cpu::attention_linear_forward(o.data(), stats.data(), qkv.data(),
+                                              kind.decay ? delta.data() : nullptr, kind.config, 1, T, H, D);
+            };
+            run(out);
+            for (int c = 0; c < 2 * D; c++) qkv[(size_t)j * 3 * D + D + c] *= -50;
+            run(other);
+            CHECK(std::equal(out.begin(), out.begin() + j * D, other.begin()));
+            CHECK(!std::equal(out.begin() + j * D, out.end(), other.begin() + j * D));
+        }
+}
+
+TEST_CASE("linear attention: a fast decay does not overflow or divide by zero") {
+    const int T = 200, H = 2, D = 16;
+    Floats qkv = normal((size_t)T * 3 * H * D, 1), out((size_t)T * H * D), stats((size_t)H * T);
+    Floats dqkv(qkv.size()), dout = normal(out.size(), 2), delta = {-30.0f, -3.0f}, ddecay(H);
+    for (const Kind& kind : kinds(D)) {
+        cpu::attention_linear_forward(out.data(), stats.data(), qkv.data(), delta.data(), kind.config, 1, T,
+                                      H, D);
+        cpu::attention_linear_backward(dqkv.data(), ddecay.data(), dout.data(), out.data(), stats.data(),
+                                       qkv.data(), delta.data(), kind.config, 1, T, H, D);
+        for (const Floats* x : {&out, &dqkv, &ddecay})
+            CHECK(std::all_of(x->begin(), x->end(), [](float v) { return std::isfinite(v); }));
+    }
+}
+
+TEST_CASE("linear attention: the gradient of a learned decay over 2048 tokens") {
+    const int T = 2048, H = 2, D = 8;
+    for (const Kind& kind : kinds(D))
+        if (kind.decay) check<float>(kind, 1, T, H, D, 2, 1e-5, 2e-5);
+}
+
+TEST_CASE("attention by a state gives the outputs of attention, in any pieces") {
+    for (const Size& s : kSizes)
+        for (const Kind& kind : kinds(s.D)) {
+            if (s.B > 1) continue;
+            INFO(kAttentionNames[kind.config.power], " scale ", (int)kind.config.scale, " decay ",
+                 kind.decay);
+            CAPTURE(s.T);
+            CAPTURE(s.D);
+            const int C = s.H * s.D;
+            Floats qkv = normal((size_t)s.T * 3 * C, 1), out((size_t)s.T * C, NAN), delta;
+            for (int h = 0; h < (kind.decay ? s.H : 0); h++) delta.push_back(1.0f + h);
+            Floats state(s.H * cpu::state_size(kind.config.power, s.D));
+            for (int start = 0, n = 1; start < s.T; start += n, n = n % 5 + 1) {
+                n = std::min(n, s.T - start);
+                cpu::attention_state_forward(&out[(size_t)start * C], state.data(),
+                                             &qkv[(size_t)start * 3 * C], kind.decay ? delta.data() : nullptr,
+                                             kind.config, start, n, s.H, s.D);
+            }
+            Attention y = attention_forward(to_double(qkv), to_double(delta), kind.config, 1, s.T, s.H, s.D);
+            // The first rows of `sum` are divided by x^2, which may be tiny beside the features that it is a
+            // sum of.
+            CHECK(relative_error(to_double(out), y.out) < (kind.config.has_row_sum() ? 1e-4 : 1e-5));
+        }
+}
+
+TEST_CASE(
+    "the linear form is there for poly1, poly2 and small heads of poly3, but not for sum with odd powers") {
+    auto has = [](int power, ScaleKind scale, int D) {
+        AttentionConfig config;
+        config.power = power, config.scale = scale;
+        return cpu::has_linear_form(config, D);
+    };
+    CHECK(!has(0, ScaleKind::row, 8));
+    CHECK(has(1, ScaleKind::row, 128));
+    CHECK(!has(1, ScaleKind::sum, 128));
+    CHECK(has(2, ScaleKind::sum, 128));
+    CHECK(has(3, ScaleKind::mean, 32));
+    CHECK(!has(3, ScaleKind::mean, 33));
+    CHECK(!has(3, ScaleKind::sum, 32));
+    CHECK(!has(4, ScaleKind::row, 8));
+    CHECK(cpu::state_features(1, 64) == 64);
+    CHECK(cpu::state_features(2, 64) == 2080);
+    CHECK(cpu::state_features(3, 32) == 5984);
+}
