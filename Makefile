@@ -32,6 +32,9 @@ $(BUILD)/avx512.o: isa := -march=x86-64-v4 -DLLMC_ISA=avx512
 $(BUILD)/avx512_bf16.o: isa := -march=x86-64-v4 -mavx512bf16 -DLLMC_ISA=avx512_bf16
 
 tests    := $(patsubst tests/%.cpp,$(BUILD)/%.o,$(wildcard tests/*.cpp))
+# Those of llmc/cpu, and the lesser instruction sets that they are built for as well where this processor has them.
+layers   := $(addprefix $(BUILD)/,main.o $(foreach t,attention attention_linear layers norms tile vector,test_$(t).o))
+lesser   := $(if $(filter 1,$(DISPATCH)),avx2 $(if $(filter avx512vl,$(shell cat /proc/cpuinfo)),avx512))
 
 .PHONY: all quickstart test bench format clean help
 all: train_gpt
@@ -55,6 +58,18 @@ $(BUILD)/%.o: tests/%.cpp $(BUILD)/flags
 $(BUILD)/tests: $(tests)
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
+# The layers' tests once more for each lesser instruction set: build/avx2/tests, build/avx512/tests.
+$(BUILD)/avx2/%.o: tests/%.cpp $(BUILD)/flags
+	@mkdir -p $(@D)
+	$(CXX) $(flags) -march=x86-64-v3 -c $< -o $@
+
+$(BUILD)/avx512/%.o: tests/%.cpp $(BUILD)/flags
+	@mkdir -p $(@D)
+	$(CXX) $(flags) -march=x86-64-v4 -c $< -o $@
+
+$(BUILD)/%/tests: $(addprefix $(BUILD)/%/,$(notdir $(layers)))
+	$(CXX) $(flags) $^ -o $@ $(libs)
+
 # Changes, and so has everything built again, when the compiler or its flags do.
 $(BUILD)/flags: FORCE
 	@mkdir -p $(BUILD)
@@ -70,8 +85,9 @@ quickstart: ## set up, tokenise Shakespeare, train a small GPT with polynomial a
 
 test: ## set up, build and run all tests
 	@dev/setup.sh
-	@$(MAKE) --no-print-directory -j$$(nproc) train_gpt $(BUILD)/tests $(BUILD)/fault_preload.so
-	@tests/run.sh
+	@$(MAKE) --no-print-directory -j$$(nproc) train_gpt $(BUILD)/tests $(lesser:%=$(BUILD)/%/tests) \
+	    $(BUILD)/fault_preload.so
+	@tests/run.sh $(BUILD)/tests $(lesser:%=$(BUILD)/%/tests)
 
 bench: ## this trainer against PyTorch on this machine (installs torch into .venv)
 	@dev/setup.sh torch
@@ -88,4 +104,4 @@ help: ## this list
 	@echo 'make               build train_gpt (SANITIZE=1: with ASan and UBSan; ONEDNN=0: without oneDNN)'
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F'\t' '{ printf "make %-13s %s\n", $$1, $$2 }'
 
--include $(wildcard $(BUILD)/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)

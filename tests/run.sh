@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the C++ and the Python tests and ends with one line: N passed, N failed. Called by `make test`, which builds
-# what it needs first. LLMC_TEST_DATA: a folder with tinyshakespeare.txt, wikitext2/ and gpt2/, for tests on real text;
+# Runs the C++ tests, the programs given as arguments, and the Python tests, and ends with one line: N passed, N failed.
+# Called by `make test`, which builds what it needs first. LLMC_TEST_DATA: a folder with tinyshakespeare.txt, wikitext2/ and gpt2/, for tests on real text;
 # they are skipped, with a notice, where it is not set.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -10,12 +10,17 @@ export LLMC_TRAIN_GPT=./train_gpt LLMC_FAULT_PRELOAD=build/fault_preload.so
 log=$(mktemp -d)
 trap 'rm -rf "$log"' EXIT
 
-build/tests 2>&1 | tee "$log/cpp"
-cpp_status=${PIPESTATUS[0]}
-# "[doctest] test cases: 50 | 49 passed | 1 failed | 0 skipped"; a crash prints no such line, and is one failure.
-cpp=$(sed -n 's/^\[doctest\] test cases: *[0-9]* *| *\([0-9]*\) passed *| *\([0-9]*\) failed.*/\1 \2/p' "$log/cpp")
-read -r passed failed <<<"${cpp:-0 1}"
-[ "$cpp_status" -eq 0 ] || [ "$failed" -gt 0 ] || failed=1  # a sanitizer's report after the summary
+passed=0 failed=0
+for tests in "$@"; do
+    echo "== $tests"
+    "$tests" 2>&1 | tee "$log/cpp"
+    status=${PIPESTATUS[0]}
+    # "[doctest] test cases: 50 | 49 passed | 1 failed | 0 skipped"; a crash prints no such line, and is one failure.
+    counts=$(sed -n 's/^\[doctest\] test cases: *[0-9]* *| *\([0-9]*\) passed *| *\([0-9]*\) failed.*/\1 \2/p' "$log/cpp")
+    read -r good bad <<<"${counts:-0 1}"
+    [ "$status" -eq 0 ] || [ "$bad" -gt 0 ] || bad=1  # a sanitizer's report after the summary
+    passed=$((passed + good)) failed=$((failed + bad))
+done
 
 .venv/bin/python -m unittest discover -s tests 2>&1 | tee "$log/python"
 python_status=${PIPESTATUS[0]}

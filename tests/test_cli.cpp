@@ -55,11 +55,13 @@ const std::map<std::string, Strings> kFlags = {
      words_of("--data --out --preset --layers --heads --channels --context --attention --attention-scale "
               "--positions --qk-norm --decay --short-conv --init-from --batch --seq --total-batch --steps "
               "--lr --schedule --warmup --final-lr-fraction --weight-decay --beta1 --beta2 --eps "
-              "--grad-clip --seed --dtype --threads --val-every --val-batches --sample-every "
-              "--sample-tokens --checkpoint-every --keep-checkpoints --resume")},
-    {"generate", words_of("--model --prompt --tokens --temperature --top-k --top-p --seed --threads")},
-    {"eval", words_of("--model --data --split --batches --batch --seq --threads")},
-    {"dump", words_of("--model --data --batch --seq --file --threads")}};
+              "--grad-clip --seed --dtype --attention-kernel --recompute --threads --val-every "
+              "--val-batches --sample-every --sample-tokens --norms-every --checkpoint-every "
+              "--keep-checkpoints --resume")},
+    {"generate",
+     words_of("--model --prompt --tokens --temperature --top-k --top-p --seed --cache --threads")},
+    {"eval", words_of("--model --data --split --batches --batch --seq --dtype --attention-kernel --threads")},
+    {"dump", words_of("--model --data --batch --seq --file --dtype --attention-kernel --threads")}};
 
 }  // namespace
 
