@@ -36,7 +36,7 @@ tests    := $(patsubst tests/%.cpp,$(BUILD)/%.o,$(wildcard tests/*.cpp))
 layers   := $(addprefix $(BUILD)/,main.o $(foreach t,attention attention_linear layers norms tile vector,test_$(t).o))
 lesser   := $(if $(filter 1,$(DISPATCH)),avx2 $(if $(filter avx512vl,$(shell cat /proc/cpuinfo)),avx512))
 
-.PHONY: all quickstart test bench format clean help
+.PHONY: all quickstart test bench bench-quick format clean help
 all: train_gpt
 
 # In this order: of an inline function that several objects have, the linker takes the first, which must run on all
@@ -57,6 +57,9 @@ $(BUILD)/%.o: tests/%.cpp $(BUILD)/flags
 
 $(BUILD)/tests: $(tests)
 	$(CXX) $(flags) $^ -o $@ $(libs)
+
+$(BUILD)/attention: dev/bench/attention.cpp $(BUILD)/flags
+	$(CXX) $(flags) $(native) $< -o $@ $(libs)
 
 # The layers' tests once more for each lesser instruction set: build/avx2/tests, build/avx512/tests.
 $(BUILD)/avx2/%.o: tests/%.cpp $(BUILD)/flags
@@ -89,13 +92,18 @@ test: ## set up, build and run all tests
 	    $(BUILD)/fault_preload.so
 	@tests/run.sh $(BUILD)/tests $(lesser:%=$(BUILD)/%/tests)
 
-bench: ## this trainer against PyTorch on this machine (installs torch into .venv)
+bench: ## this trainer against PyTorch on this machine, about 20 minutes (installs torch into .venv)
 	@dev/setup.sh torch
-	@$(MAKE) --no-print-directory train_gpt
-	$(PYTHON) dev/bench/bench.py --train-gpt ./train_gpt
+	@$(MAKE) --no-print-directory -j$$(nproc) train_gpt $(BUILD)/attention
+	$(PYTHON) dev/bench/bench.py --train-gpt ./train_gpt --attention $(BUILD)/attention $(if $(LLMC),--llmc $(LLMC))
+
+bench-quick: ## the same on a small model, under 2 minutes
+	@dev/setup.sh torch
+	@$(MAKE) --no-print-directory -j$$(nproc) train_gpt $(BUILD)/attention
+	$(PYTHON) dev/bench/bench.py --train-gpt ./train_gpt --attention $(BUILD)/attention --quick
 
 format: ## clang-format all C++
-	clang-format -i *.cpp llmc/*.h llmc/cpu/*.h tests/*.cpp tests/*.h
+	clang-format -i *.cpp llmc/*.h llmc/cpu/*.h tests/*.cpp tests/*.h dev/bench/*.cpp
 
 clean: ## remove what was built (not .venv, data or out)
 	rm -rf $(BUILD) train_gpt

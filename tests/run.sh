@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the C++ tests, the programs given as arguments, and the Python tests, and ends with one line: N passed, N failed.
-# Called by `make test`, which builds what it needs first. LLMC_TEST_DATA: a folder with tinyshakespeare.txt, wikitext2/ and gpt2/, for tests on real text;
-# they are skipped, with a notice, where it is not set.
+# Called by `make test`, which builds what it needs first. LLMC_TEST_DATA: a folder with tinyshakespeare.txt, wikitext2/
+# and gpt2/, for tests on real text; they are skipped, with a notice, where it is not set.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 # Threads that wait spinning would take minutes more where other programs run beside the tests.

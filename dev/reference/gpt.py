@@ -11,6 +11,7 @@ it against the file that `train_gpt dump` writes for the same arguments.
 Shapes: B batch, T sequence length, C channels, H heads, D = C/H head size, V vocabulary.
 """
 import argparse
+import functools
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -82,11 +83,10 @@ class ShortConv(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig, fused: bool):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         C, H = config.n_embd, config.n_head
-        self.fused = fused and config.attention == "softmax" and config.decay == "none"
         self.c_attn = Linear(C, 3 * C)
         self.c_proj = Linear(C, C)
         self.conv = ShortConv(config.short_conv, 3 * C) if config.short_conv else None
@@ -94,24 +94,84 @@ class Attention(nn.Module):
         self.decay = nn.Parameter(torch.linspace(1.0, 5.5, H)) if config.decay == "learned" else None
 
     def forward(self, x: Tensor) -> Tensor:  # (B,T,C)
-        config, (B, T, C), H = self.config, x.shape, self.config.n_head
+        (B, T, C), H = x.shape, self.config.n_head
         qkv = self.c_attn(x)
         if self.conv is not None:
             qkv = self.conv(qkv)
         q, k, v = (y.view(B, T, H, C // H).transpose(1, 2) for y in qkv.split(C, dim=-1))  # (B,H,T,D) each
+        y = self.attend(q, k, v)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B,H,T,D) all
+        config = self.config
         if self.q_gain is not None:
             q, k = rms_norm(q) * self.q_gain[:, None, None], rms_norm(k)
         if config.positions == "rope":
             q, k = rotate(q), rotate(k)
-        if self.fused:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            delta = self.decay
-            if config.decay == "fixed":
-                delta = torch.linspace(1.0, 5.5, H, dtype=x.dtype, device=x.device)
-            A = attention_matrix(q, k, delta, config.attention, config.attention_scale, config.n_positions)
-            y = A @ v
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        delta = self.decay
+        if config.decay == "fixed":
+            delta = torch.linspace(1.0, 5.5, config.n_head, dtype=q.dtype, device=q.device)
+        A = attention_matrix(q, k, delta, config.attention, config.attention_scale, config.n_positions)
+        return A @ v
+
+
+@functools.cache
+def causal_mask(T: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(T,T): 1 where query i sees key j."""
+    return torch.ones(T, T, dtype=dtype, device=device).tril()
+
+
+class FusedAttention(Attention):
+    """The same as one writes it for speed, for the benchmark: softmax in PyTorch's own kernel, poly1 as
+    linear attention in chunks, tables made once, and everything in the dtype that autocast gives q. What is
+    not covered (decay, scales other than `row`) is as above."""
+    CHUNK = 256
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        T, D = config.n_positions, config.n_embd // config.n_head
+        self.power = 0 if config.attention == "softmax" else int(config.attention.removeprefix("poly"))
+        self.covered = config.decay == "none" and (self.power == 0 or config.attention_scale == "row")
+        tables = {}
+        if config.positions == "rope":
+            unit = torch.cat([torch.ones(T, D // 2), torch.zeros(T, D // 2)], dim=-1).double()
+            tables["cos"], tables["sin"] = rotate(unit).float().chunk(2, dim=-1)  # (T,D/2) each
+        if self.covered and self.power:
+            moment = math.prod((2 * s + 1) * (1 + 2 * s / D) for s in range(self.power))
+            tables["row_scale"] = (moment * torch.arange(1, T + 1)).rsqrt()[:, None]
+        for name, table in tables.items():
+            self.register_buffer(name, table, persistent=False)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not self.covered:
+            return super().attend(q, k, v)
+        T, D = q.shape[-2:]
+        if self.q_gain is not None:
+            q, k = F.rms_norm(q, (D,), eps=1e-6), F.rms_norm(k, (D,), eps=1e-6)
+            q = q * self.q_gain[:, None, None].to(q.dtype)
+        if self.config.positions == "rope":
+            q, k = self.rotate(q), self.rotate(k)
+        if self.power == 0:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        q = q / math.sqrt(D)
+        y = self.linear(q, k, v) if self.power == 1 and T % self.CHUNK == 0 else self.quadratic(q, k, v)
+        return y * self.row_scale[:T]
+
+    def rotate(self, x: Tensor) -> Tensor:
+        cos, sin = self.cos[:x.shape[-2]].to(x.dtype), self.sin[:x.shape[-2]].to(x.dtype)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+    def quadratic(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        x = q @ k.mT
+        power = x if self.power == 1 else x ** self.power
+        return (power * causal_mask(x.shape[-1], x.dtype, x.device)) @ v
+
+    def linear(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(-2, (-1, self.CHUNK)) for x in (q, k, v))  # (B,H,chunks,CHUNK,D)
+        kv = (k.mT @ v).float()
+        before = kv.cumsum(2) - kv  # of the chunks before: (B,H,chunks,D,D)
+        return (self.quadratic(q, k, v) + q @ before.to(v.dtype)).flatten(2, 3)
 
 
 class MLP(nn.Module):
@@ -128,7 +188,7 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, fused: bool):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
-        self.attn = Attention(config, fused)
+        self.attn = FusedAttention(config) if fused else Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
 
@@ -138,7 +198,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """`fused` lets softmax without decay run in PyTorch's own kernel, for the benchmark."""
+    """`fused`: with FusedAttention."""
 
     def __init__(self, config: GPTConfig, fused: bool = False):
         super().__init__()

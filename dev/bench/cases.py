@@ -1,0 +1,80 @@
+"""The rows of the benchmark's table: a model, its batch, its dtype and its attention."""
+from dataclasses import dataclass
+
+GPT2_VOCABULARY = 50257  # the trainer's, where a dataset has no meta.json
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    layers: int
+    heads: int
+    channels: int
+    vocab_size: int
+    context: int
+
+    def flags(self) -> list[str]:
+        """Of `train_gpt train`."""
+        return ["--layers", str(self.layers), "--heads", str(self.heads), "--channels", str(self.channels),
+                "--context", str(self.context)]
+
+
+@dataclass(frozen=True)
+class Case:
+    model: Model
+    batch: int
+    seq: int
+    dtype: str
+    attention: str
+    rounds: int
+    steps: int  # measured, in each run
+    warmup: int  # steps before these
+    compiled: bool = True  # PyTorch, too; each model takes it half a minute
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name} {self.dtype} {self.attention}"
+
+    @property
+    def shape(self) -> str:
+        m = self.model
+        sizes = f"L={m.layers} H={m.heads} C={m.channels} V={m.vocab_size}"
+        return f"{m.name}: {sizes}, {self.batch} x {self.seq}"
+
+    @property
+    def loss_rtol(self) -> float:
+        """Rounding differs, and the differences grow from step to step."""
+        return {"fp32": 1e-3, "bf16": 2e-2}[self.dtype]
+
+    def flags(self) -> list[str]:
+        return [*self.model.flags(), "--attention", self.attention]
+
+    def operations(self) -> float:
+        """Of a step's matrix products, forward and backward, in the form of attention that needs fewest: a
+        triangle of T by T scores or, for poly1 and poly2, a state of (features, D) that is carried along."""
+        m, tokens = self.model, self.batch * self.seq
+        D = m.channels // m.heads
+        features = {"poly1": D, "poly2": D * (D + 1) // 2}.get(self.attention, self.seq)
+        attention = 6 * m.layers * m.channels * min(self.seq, 2 * features)
+        return tokens * (6 * (12 * m.layers * m.channels ** 2 + m.vocab_size * m.channels) + attention)
+
+
+GPT2 = Model("GPT-2 124M", 12, 12, 768, GPT2_VOCABULARY, 1024)
+CHARACTERS = Model("characters 10.7M", 6, 6, 384, 65, 256)
+TINY = Model("characters 0.8M", 4, 4, 128, 65, 64)
+LONG = Model("long context 3.6M", 2, 6, 384, 65, 4096)
+
+CASES = [
+    *(Case(GPT2, 4, 64, dtype, "softmax", rounds=3, steps=6, warmup=2) for dtype in ("fp32", "bf16")),
+    *(Case(CHARACTERS, 8, 256, dtype, attention, rounds=3, steps=8, warmup=3)
+      for dtype in ("fp32", "bf16") for attention in ("softmax", "poly3")),
+    *(Case(TINY, 12, 64, dtype, attention, rounds=3, steps=150, warmup=20)
+      for dtype in ("fp32", "bf16") for attention in ("softmax", "poly3")),
+    *(Case(LONG, 1, 4096, "bf16", attention, rounds=3, steps=6, warmup=2)
+      for attention in ("softmax", "poly1", "poly2")),
+]
+QUICK = [
+    Case(TINY, 12, 64, "fp32", "softmax", rounds=2, steps=50, warmup=10),
+    Case(TINY, 12, 64, "bf16", "softmax", rounds=2, steps=50, warmup=10, compiled=False),
+    Case(TINY, 12, 64, "bf16", "poly3", rounds=2, steps=50, warmup=10, compiled=False),
+]
