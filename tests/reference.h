@@ -3,7 +3,7 @@
 // gradients themselves, added to nothing. The backward passes are checked against finite differences of the
 // forward passes where the layers are tested.
 //
-// Below the oracle stands check_layer(), which holds one call of a float layer against it.
+// Below the oracle stands check_layer(), which holds one call of a layer of floats or bf16 against it.
 #pragma once
 #include <doctest/doctest.h>
 #include <omp.h>
@@ -17,9 +17,11 @@
 #include <map>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "llmc/config.h"
+#include "llmc/cpu/bf16.h"
 
 namespace reference {
 
@@ -459,11 +461,27 @@ inline std::vector<int> random_ints(size_t n, int below, uint64_t seed) {
     return x;
 }
 
-inline Vector to_double(const Floats& x) {
-    return Vector(x.begin(), x.end());
+// The numbers as Real, rounded where that is bf16.
+template <class Real, class T>
+std::vector<Real> convert(const std::vector<T>& x) {
+    return std::vector<Real>(x.begin(), x.end());
+}
+template <class T>
+Vector to_double(const std::vector<T>& x) {
+    return convert<double>(x);
 }
 inline Floats to_float(const Vector& x) {
-    return Floats(x.begin(), x.end());
+    return convert<float>(x);
+}
+
+template <class Real>
+constexpr bool kIsBf16 = std::is_same_v<Real, cpu::bf16>;
+
+// The relative error of an output that is computed in float and stored as Real: rounding to bf16 alone is off
+// by up to 2^-8.
+template <class Real>
+double stored(double tolerance = 1e-5) {
+    return kIsBf16<Real> ? 0x1p-8 + tolerance : tolerance;
 }
 
 inline double dot(const Vector& a, const Vector& b) {
@@ -485,6 +503,10 @@ inline double relative_error(Vector a, const Vector& b, double floor = 0) {
 // From the bits, because -ffast-math, against which it stands guard, would take std::isnan away.
 inline bool is_nan(float x) {
     return (std::bit_cast<uint32_t>(x) & 0x7fffffff) > 0x7f800000;
+}
+
+inline bool is_nan(cpu::bf16 x) {
+    return (x.bits & 0x7fff) > 0x7f80;
 }
 
 template <class T>
@@ -521,7 +543,26 @@ struct Output {
     Kind kind;
     Vector expected;          // added_to: what must have been added
     double tolerance = 1e-5;  // of the relative norm error
-    Floats initial = {};      // in_place: what stands there before the call
+    Floats initial = {};      // what stands there before the call; added_to: random numbers where empty
+    bool is_bf16 = false;
+};
+
+// One that the layer writes as Real.
+template <class Real>
+Output output(const std::string& name, Output::Kind kind, const Vector& expected, double tolerance = 1e-5,
+              const std::vector<Real>& initial = {}) {
+    return {name, kind, expected, tolerance, convert<float>(initial), kIsBf16<Real>};
+}
+
+// Where an output is written to; null where the call does not list it.
+struct OutputPointer {
+    void* data = nullptr;
+    bool is_bf16 = false;
+    template <class Real>
+    operator Real*() const {
+        REQUIRE((!data || is_bf16 == kIsBf16<std::remove_const_t<Real>>));
+        return (Real*)data;
+    }
 };
 
 // An input of the call, which it must leave alone.
@@ -535,37 +576,44 @@ struct Input {
 
 // Calls a layer with fresh outputs: call(out) finds the one of Output::name at out[name]. Overwritten outputs
 // hold NaN before, the ones added to random numbers. Each lies between guards, at an address that is aligned
-// to no more than a float. It is called twice with two threads, which must give the same bits, and once with
-// one, which must agree to 1e-6. Returns the outputs of the first call.
+// to no more than its type. It is called twice with two threads, which must give the same bits, and once with
+// one, which must agree to 1e-6, or where a bf16 may round the other way to 1e-3. Returns the outputs of the
+// first call.
 template <class Call>
 std::vector<Floats> check_layer(const std::vector<Input>& inputs, const std::vector<Output>& outputs,
                                 Call call) {
     constexpr size_t kGuard = 17;
     const float kNan = std::numeric_limits<float>::quiet_NaN();
-    const Floats guard = normal(kGuard, 1234);
+    const Floats guard = convert<float>(convert<cpu::bf16>(normal(kGuard, 1234)));
 
     std::vector<Floats> initial;
     for (size_t o = 0; o < outputs.size(); o++) {
         size_t n = outputs[o].expected.size();
         double rms = norm(outputs[o].expected) / std::sqrt((double)std::max<size_t>(n, 1));
-        if (outputs[o].kind == Output::overwritten) initial.push_back(Floats(n, kNan));
-        if (outputs[o].kind == Output::added_to) initial.push_back(normal(n, 77 + o, rms > 0 ? rms : 1));
-        if (outputs[o].kind == Output::in_place) initial.push_back(outputs[o].initial);
-        REQUIRE(initial.back().size() == n);
+        initial.push_back(outputs[o].initial);
+        if (outputs[o].kind == Output::overwritten) initial[o].assign(n, kNan);
+        if (outputs[o].kind == Output::added_to && initial[o].empty())
+            initial[o] = normal(n, 77 + o, rms > 0 ? rms : 1);
+        REQUIRE(initial[o].size() == n);
     }
     auto run = [&](int threads) {
         Threads scope(threads);
         std::vector<Floats> buffers;
-        std::map<std::string, float*> out;
+        std::vector<std::vector<cpu::bf16>> halves(outputs.size());  // what the layer sees of a bf16 output
+        std::map<std::string, OutputPointer> out;
         for (size_t o = 0; o < outputs.size(); o++) {
+            bool is_bf16 = outputs[o].is_bf16;
             buffers.push_back(guard);
             buffers[o].insert(buffers[o].end(), initial[o].begin(), initial[o].end());
             buffers[o].insert(buffers[o].end(), guard.begin(), guard.end());
-            out[outputs[o].name] = buffers[o].data() + kGuard;
+            if (is_bf16) halves[o] = convert<cpu::bf16>(buffers[o]);
+            out[outputs[o].name] = {is_bf16 ? (void*)(halves[o].data() + kGuard) : buffers[o].data() + kGuard,
+                                    is_bf16};
         }
         call(out);
         for (size_t o = 0; o < outputs.size(); o++) {
             Floats& x = buffers[o];
+            if (outputs[o].is_bf16) x = convert<float>(halves[o]);
             INFO("written outside of ", outputs[o].name);
             CHECK(same_bits(Floats(x.begin(), x.begin() + kGuard), guard));
             CHECK(same_bits(Floats(x.end() - kGuard, x.end()), guard));
@@ -584,7 +632,8 @@ std::vector<Floats> check_layer(const std::vector<Input>& inputs, const std::vec
             got[i] -= initial[o][i];
         CHECK(relative_error(got, outputs[o].expected) < outputs[o].tolerance);
         CHECK(same_bits(first[o], again[o]));
-        CHECK(relative_error(to_double(one_thread[o]), to_double(first[o])) < 1e-6);
+        CHECK(relative_error(to_double(one_thread[o]), to_double(first[o])) <
+              (outputs[o].is_bf16 ? 1e-3 : 1e-6));
     }
     for (size_t i = 0; i < inputs.size(); i++) {
         INFO("input ", i, " was written to");

@@ -1,6 +1,8 @@
-// Every layer of llmc/cpu but attention (test_attention.cpp) against the double precision oracle, and the
-// oracle's backward passes against finite differences of its forward passes.
+// Every layer of llmc/cpu but attention (test_attention.cpp) against the double precision oracle, in float
+// and in bf16. The oracle gets the inputs as the layer does, rounded, so that only the layer's own rounding
+// shows.
 #include "llmc/cpu/adamw.h"
+#include "llmc/cpu/classifier.h"
 #include "llmc/cpu/cross_entropy.h"
 #include "llmc/cpu/embedding.h"
 #include "llmc/cpu/gelu.h"
@@ -11,21 +13,11 @@
 #include "tests/reference.h"
 
 using namespace reference;
+using cpu::bf16;
 
 namespace {
 
 const float kNan = std::numeric_limits<float>::quiet_NaN();
-
-// The oracle's gradient of dot(dout, output) in x against central differences.
-template <class Loss>
-void check_gradient(const std::string& name, Vector& x, const Vector& gradient, Loss loss) {
-    INFO("gradient of ", name);
-    CHECK(relative_error(gradient, finite_differences(x, loss)) < 1e-6);
-}
-
-Vector random_vector(size_t n, uint64_t seed) {
-    return to_double(normal(n, seed));
-}
 
 Vector scaled(Vector x, double factor) {
     for (double& value : x) value *= factor;
@@ -37,107 +29,29 @@ Vector sum(Vector a, const Vector& b) {
     return a;
 }
 
-bool all_nan(const float* x, size_t n) {
-    return std::all_of(x, x + n, is_nan);
+template <class Real>
+bool all_nan(const Real* x, size_t n) {
+    return std::all_of(x, x + n, [](Real value) { return is_nan(value); });
 }
-bool none_nan(const float* x, size_t n) {
-    return std::none_of(x, x + n, is_nan);
+template <class Real>
+bool none_nan(const Real* x, size_t n) {
+    return std::none_of(x, x + n, [](Real value) { return is_nan(value); });
+}
+
+// normal() as Real.
+template <class Real>
+std::vector<Real> normal_as(size_t n, uint64_t seed, double scale = 1, double mean = 0) {
+    return convert<Real>(normal(n, seed, scale, mean));
 }
 
 }  // namespace
-
-// --------------------------------------------------------------------------------------------------------
-// oracle
-
-TEST_CASE("oracle: backward passes agree with finite differences") {
-    SUBCASE("matmul") {
-        int N = 3, IC = 4, OC = 5;
-        Vector inp = random_vector(N * IC, 1), weight = random_vector(IC * OC, 2),
-               bias = random_vector(OC, 3);
-        Vector dout = random_vector(N * OC, 4);
-        auto loss = [&] { return dot(dout, add_bias(matmul(inp, weight, N, OC, IC), bias)); };
-        MatmulGradients d = matmul_backward(dout, inp, weight, N, IC, OC);
-        check_gradient("inp", inp, d.dinp, loss);
-        check_gradient("weight", weight, d.dweight, loss);
-        check_gradient("bias", bias, d.dbias, loss);
-    }
-    SUBCASE("embedding") {
-        int B = 2, T = 4, C = 3, V = 5;
-        std::vector<int> tokens = {0, 3, 3, 1, 4, 0, 3, 1};
-        Vector wte = random_vector(V * C, 1), wpe = random_vector((T + 1) * C, 2);
-        Vector dout = random_vector(B * T * C, 3);
-        auto loss = [&] { return dot(dout, embedding_forward(tokens, wte, wpe, B, T, C)); };
-        EmbeddingGradients d = embedding_backward(dout, tokens, B, T, C, V, T + 1);
-        check_gradient("wte", wte, d.dwte, loss);
-        check_gradient("wpe", wpe, d.dwpe, loss);
-    }
-    SUBCASE("layernorm") {
-        int N = 3, C = 7;
-        Vector inp = random_vector(N * C, 1), weight = random_vector(C, 2), bias = random_vector(C, 3);
-        Vector dout = random_vector(N * C, 4);
-        auto loss = [&] { return dot(dout, layernorm_forward(inp, weight, bias, N, C).out); };
-        LayerNormGradients d = layernorm_backward(dout, inp, weight, N, C);
-        check_gradient("inp", inp, d.dinp, loss);
-        check_gradient("weight", weight, d.dweight, loss);
-        check_gradient("bias", bias, d.dbias, loss);
-    }
-    SUBCASE("gelu") {
-        Vector x, gradient;
-        for (double value = -6; value <= 6; value += 0.37) {
-            x.push_back(value);
-            gradient.push_back(gelu_derivative(value).value());
-        }
-        auto loss = [&] {
-            double total = 0;
-            for (double value : x) total += gelu(value);
-            return total;
-        };
-        check_gradient("x", x, gradient, loss);
-        for (double value : {-2.5, -1.0, -0.3, 0.0, 0.7, 1.9}) {  // the formula as GPT-2 has it
-            double u = std::sqrt(2 / M_PI) * (value + 0.044715 * std::pow(value, 3));
-            CHECK(gelu(value) == doctest::Approx(0.5 * value * (1 + std::tanh(u))).epsilon(1e-12));
-        }
-    }
-    SUBCASE("short_conv") {
-        for (int K : {1, 3, 6}) {
-            CAPTURE(K);
-            int B = 2, T = 4, W = 3;
-            Vector inp = random_vector(B * T * W, 1), weight = random_vector(K * W, 2);
-            Vector dout = random_vector(B * T * W, 3);
-            auto loss = [&] { return dot(dout, short_conv_forward(inp, weight, B, T, W, K)); };
-            ShortConvGradients d = short_conv_backward(dout, inp, weight, B, T, W, K);
-            check_gradient("inp", inp, d.dinp, loss);
-            check_gradient("weight", weight, d.dweight, loss);
-        }
-    }
-    SUBCASE("qk_norm_rope") {
-        for (bool norm : {false, true})
-            for (bool rope : {false, true}) {
-                CAPTURE(norm);
-                CAPTURE(rope);
-                int B = 2, T = 3, H = 2, D = 4;
-                Vector inp = random_vector(B * T * 3 * H * D, 1), gain = random_vector(norm ? H : 0, 2);
-                Vector dout = random_vector(inp.size(), 3);
-                auto loss = [&] { return dot(dout, qk_norm_rope_forward(inp, gain, rope, B, T, H, D).out); };
-                QkNormRopeGradients d = qk_norm_rope_backward(dout, inp, gain, rope, B, T, H, D);
-                check_gradient("inp", inp, d.dinp, loss);
-                check_gradient("q_gain", gain, d.dq_gain, loss);
-            }
-    }
-    SUBCASE("cross_entropy") {
-        int N = 3, V = 5, Vp = 8;
-        std::vector<int> targets = {4, 0, 2};
-        Vector logits = random_vector(N * Vp, 1);
-        auto loss = [&] { return dot(cross_entropy(logits, targets, N, V, Vp).losses, Vector(N, 1.0)); };
-        check_gradient("logits", logits, cross_entropy(logits, targets, N, V, Vp).dlogits, loss);
-    }
-}
 
 // --------------------------------------------------------------------------------------------------------
 // matmul
 
 namespace {
 
+template <class Result, class Factor>
 void check_matmul(int M, int N, int K, bool trans_a, bool trans_b, bool accumulate, bool has_bias) {
     CAPTURE(M);
     CAPTURE(N);
@@ -146,43 +60,53 @@ void check_matmul(int M, int N, int K, bool trans_a, bool trans_b, bool accumula
     CAPTURE(trans_b);
     CAPTURE(accumulate);
     CAPTURE(has_bias);
-    Floats a = normal((size_t)M * K, 1), b = normal((size_t)K * N, 2), bias = normal(has_bias ? N : 0, 3);
+    auto a = normal_as<Factor>((size_t)M * K, 1), b = normal_as<Factor>((size_t)K * N, 2);
+    Floats bias = normal(has_bias ? N : 0, 3);
     Vector c = add_bias(matmul(to_double(a), to_double(b), M, N, K, trans_a, trans_b), to_double(bias));
     const float* bias_or_null = has_bias ? bias.data() : nullptr;
-    Output output{"c", accumulate ? Output::added_to : Output::overwritten, c};
-    {
+    Output::Kind kind = accumulate ? Output::added_to : Output::overwritten;
+    if constexpr (!kIsBf16<Result> && !kIsBf16<Factor>) {
         INFO("matmul_loops");
-        check_layer({a, b, bias}, {output}, [&](auto& o) {
+        check_layer({a, b, bias}, {{"c", kind, c}}, [&](auto& o) {
             cpu::matmul_loops(o["c"], a.data(), b.data(), M, N, K, trans_a, trans_b, accumulate,
                               bias_or_null);
         });
     }
     INFO("matmul");
-    check_layer({a, b, bias}, {output}, [&](auto& o) {
-        cpu::matmul(o["c"], a.data(), b.data(), M, N, K, trans_a, trans_b, accumulate, bias_or_null);
+    check_layer({a, b, bias}, {output<Result>("c", kind, c, stored<Result>())}, [&](auto& o) {
+        cpu::matmul<Result, Factor>(o["c"], a.data(), b.data(), M, N, K, trans_a, trans_b, accumulate,
+                                    bias_or_null);
     });
 }
 
+template <class Real>
 void check_linear(int N, int IC, int OC, bool has_bias, bool wants_dinp) {
     CAPTURE(N);
     CAPTURE(IC);
     CAPTURE(OC);
     CAPTURE(has_bias);
     CAPTURE(wants_dinp);
-    Floats inp = normal((size_t)N * IC, 1), weight = normal((size_t)IC * OC, 2);
-    Floats bias = normal(has_bias ? OC : 0, 3), dout = normal((size_t)N * OC, 4);
+    auto inp = normal_as<Real>((size_t)N * IC, 1), weight = normal_as<Real>((size_t)IC * OC, 2);
+    Floats bias = normal(has_bias ? OC : 0, 3);
+    auto dout = normal_as<Real>((size_t)N * OC, 4);
     Vector out = add_bias(matmul(to_double(inp), to_double(weight), N, OC, IC), to_double(bias));
-    check_layer({inp, weight, bias}, {{"out", Output::overwritten, out}}, [&](auto& o) {
-        cpu::matmul_forward(o["out"], inp.data(), weight.data(), has_bias ? bias.data() : nullptr, N, IC, OC);
-    });
+    check_layer({inp, weight, bias}, {output<Real>("out", Output::overwritten, out, stored<Real>())},
+                [&](auto& o) {
+                    cpu::matmul_forward<Real>(o["out"], inp.data(), weight.data(),
+                                              has_bias ? bias.data() : nullptr, N, IC, OC);
+                });
     MatmulGradients d = matmul_backward(to_double(dout), to_double(inp), to_double(weight), N, IC, OC);
-    std::vector<Output> outputs = {{"dweight", Output::added_to, d.dweight}};
-    if (wants_dinp) outputs.push_back({"dinp", Output::overwritten, d.dinp});
-    if (has_bias) outputs.push_back({"dbias", Output::added_to, d.dbias});
-    check_layer({dout, inp, weight}, outputs, [&](auto& o) {  // an output that is not listed is null
-        cpu::matmul_backward(o["dinp"], o["dweight"], o["dbias"], dout.data(), inp.data(), weight.data(), N,
-                             IC, OC);
-    });
+    for (bool accumulate : {false, true}) {
+        CAPTURE(accumulate);
+        std::vector<Output> outputs = {
+            {"dweight", accumulate ? Output::added_to : Output::overwritten, d.dweight}};
+        if (wants_dinp) outputs.push_back(output<Real>("dinp", Output::overwritten, d.dinp, stored<Real>()));
+        if (has_bias) outputs.push_back({"dbias", Output::added_to, d.dbias});
+        check_layer({dout, inp, weight}, outputs, [&](auto& o) {  // an output that is not listed is null
+            cpu::matmul_backward<Real>(o["dinp"], o["dweight"], o["dbias"], dout.data(), inp.data(),
+                                       weight.data(), accumulate, N, IC, OC);
+        });
+    }
 }
 
 }  // namespace
@@ -193,17 +117,21 @@ TEST_CASE("matmul: all transposes, overwriting, accumulating, with bias") {
     for (auto [M, N, K] : sizes)
         for (bool trans_a : {false, true})
             for (bool trans_b : {false, true}) {
-                check_matmul(M, N, K, trans_a, trans_b, false, false);
-                check_matmul(M, N, K, trans_a, trans_b, true, false);
-                check_matmul(M, N, K, trans_a, trans_b, false, true);
+                for (auto [accumulate, has_bias] : {std::pair(false, false), {true, false}, {false, true}}) {
+                    check_matmul<float, float>(M, N, K, trans_a, trans_b, accumulate, has_bias);
+                    check_matmul<float, bf16>(M, N, K, trans_a, trans_b, accumulate, has_bias);
+                    if (accumulate) continue;  // only floats are
+                    check_matmul<bf16, bf16>(M, N, K, trans_a, trans_b, accumulate, has_bias);
+                    check_matmul<bf16, float>(M, N, K, trans_a, trans_b, accumulate, has_bias);
+                }
             }
 }
 
-TEST_CASE("matmul: the linear layer") {
+TEST_CASE_TEMPLATE("matmul: the linear layer", Real, float, bf16) {
     const int sizes[][3] = {{1, 1, 1}, {7, 5, 3}, {130, 64, 192}, {14, 80, 33}};
-    for (auto [N, IC, OC] : sizes)
+    for (const auto& [N, IC, OC] : sizes)
         for (bool has_bias : {false, true})
-            for (bool wants_dinp : {false, true}) check_linear(N, IC, OC, has_bias, wants_dinp);
+            for (bool wants_dinp : {false, true}) check_linear<Real>(N, IC, OC, has_bias, wants_dinp);
 }
 
 // -----------------------------------------------------------------------------------------------------
@@ -247,31 +175,43 @@ TEST_CASE("embedding") {
 
 namespace {
 
+template <class Real>
 void check_layernorm(int N, int C, const Floats& inp, double tolerance) {
     CAPTURE(N);
     CAPTURE(C);
-    Floats delta = normal((size_t)N * C, 2), weight = normal(C, 3, 0.3, 1), bias = normal(C, 4);
-    Floats dout = normal((size_t)N * C, 5);
+    auto delta = normal_as<Real>((size_t)N * C, 2), dout = normal_as<Real>((size_t)N * C, 5);
+    Floats weight = normal(C, 3, 0.3, 1), bias = normal(C, 4);
     {
         LayerNorm y = layernorm_forward(to_double(inp), to_double(weight), to_double(bias), N, C);
-        check_layer({inp, weight, bias},
-                    {{"out", Output::overwritten, y.out, tolerance},
-                     {"mean", Output::overwritten, y.mean, tolerance},
-                     {"rstd", Output::overwritten, y.rstd, tolerance}},
-                    [&](auto& o) {
-                        cpu::layernorm_forward(o["out"], o["mean"], o["rstd"], inp.data(), weight.data(),
-                                               bias.data(), N, C);
-                    });
+        Output out = output<Real>("out", Output::overwritten, y.out, stored<Real>(tolerance));
+        std::vector<Floats> first =
+            check_layer({inp, weight, bias},
+                        {out,
+                         {"mean", Output::overwritten, y.mean, tolerance},
+                         {"rstd", Output::overwritten, y.rstd, tolerance}},
+                        [&](auto& o) {
+                            cpu::layernorm_forward<Real>(o["out"], o["mean"], o["rstd"], inp.data(),
+                                                         weight.data(), bias.data(), N, C);
+                        });
+        std::vector<Floats> again = check_layer({inp, first[1], first[2], weight, bias}, {out}, [&](auto& o) {
+            cpu::layernorm_recompute<Real>(o["out"], first[1].data(), first[2].data(), inp.data(),
+                                           weight.data(), bias.data(), N, C);
+        });
+        CHECK(same_bits(again[0], first[0]));
+
         LayerNormGradients d = layernorm_backward(to_double(dout), to_double(inp), to_double(weight), N, C);
-        Floats mean = to_float(y.mean), rstd = to_float(y.rstd);
-        check_layer({dout, inp, mean, rstd, weight},
-                    {{"dinp", Output::added_to, d.dinp, tolerance},
-                     {"dweight", Output::added_to, d.dweight, tolerance},
-                     {"dbias", Output::added_to, d.dbias, tolerance}},
-                    [&](auto& o) {
-                        cpu::layernorm_backward(o["dinp"], o["dweight"], o["dbias"], dout.data(), inp.data(),
-                                                mean.data(), rstd.data(), weight.data(), N, C);
-                    });
+        Floats mean = to_float(y.mean), rstd = to_float(y.rstd), residual = normal((size_t)N * C, 6);
+        std::vector<Output> outputs = {{"dinp", Output::added_to, d.dinp, tolerance, residual},
+                                       {"dweight", Output::added_to, d.dweight, tolerance},
+                                       {"dbias", Output::added_to, d.dbias, tolerance}};
+        if (kIsBf16<Real>)
+            outputs.push_back(output<Real>("dinp_copy", Output::overwritten, sum(to_double(residual), d.dinp),
+                                           stored<Real>(tolerance)));
+        std::vector<Floats> got = check_layer({dout, inp, mean, rstd, weight}, outputs, [&](auto& o) {
+            cpu::layernorm_backward<Real>(o["dinp"], o["dinp_copy"], o["dweight"], o["dbias"], dout.data(),
+                                          inp.data(), mean.data(), rstd.data(), weight.data(), N, C);
+        });
+        if (kIsBf16<Real>) CHECK(same_bits(got[3], convert<float>(convert<Real>(got[0]))));
     }
     INFO("residual_layernorm");
     Floats residual = inp;
@@ -279,26 +219,29 @@ void check_layernorm(int N, int C, const Floats& inp, double tolerance) {
     LayerNorm y = layernorm_forward(to_double(residual), to_double(weight), to_double(bias), N, C);
     check_layer({inp, delta, weight, bias},
                 {{"residual", Output::overwritten, sum(to_double(inp), to_double(delta)), 1e-7},
-                 {"out", Output::overwritten, y.out, tolerance},
+                 output<Real>("out", Output::overwritten, y.out, stored<Real>(tolerance)),
                  {"mean", Output::overwritten, y.mean, tolerance},
                  {"rstd", Output::overwritten, y.rstd, tolerance}},
                 [&](auto& o) {
-                    cpu::residual_layernorm_forward(o["residual"], o["out"], o["mean"], o["rstd"], inp.data(),
-                                                    delta.data(), weight.data(), bias.data(), N, C);
+                    cpu::residual_layernorm_forward<Real>(o["residual"], o["out"], o["mean"], o["rstd"],
+                                                          inp.data(), delta.data(), weight.data(),
+                                                          bias.data(), N, C);
                 });
 }
 
 }  // namespace
 
-TEST_CASE("layernorm") {
+TEST_CASE_TEMPLATE("layernorm", Real, float, bf16) {
     for (int N : {1, 2, 14, 130})
-        for (int C : {3, 8, 33, 64, 80, 240}) check_layernorm(N, C, normal((size_t)N * C, 1, 1.5, 0.5), 1e-5);
+        for (int C : {3, 8, 33, 64, 80, 240})
+            check_layernorm<Real>(N, C, normal((size_t)N * C, 1, 1.5, 0.5), 1e-5);
 }
 
-TEST_CASE("layernorm: rows of mean 1000 and deviation 1 need the variance in two passes") {
+TEST_CASE_TEMPLATE("layernorm: rows of mean 1000 and deviation 1 need the variance in two passes", Real,
+                   float, bf16) {
     // 768 such floats summed one by one are off by up to 0.5, their mean by 6e-4. E[x^2] - mean^2 in float is
     // off by 0.06.
-    for (int C : {33, 64, 768}) check_layernorm(3, C, normal((size_t)3 * C, 1, 1, 1000), 1e-3);
+    for (int C : {33, 64, 768}) check_layernorm<Real>(3, C, normal((size_t)3 * C, 1, 1, 1000), 1e-3);
 }
 
 TEST_CASE("layernorm: constant rows and rows of zeros") {
@@ -311,36 +254,39 @@ TEST_CASE("layernorm: constant rows and rows of zeros") {
     for (float r : rstd) CHECK(r == doctest::Approx(1 / std::sqrt(1e-5)).epsilon(1e-4));
 }
 
-TEST_CASE("layernorm: a NaN comes out as NaN") {
+TEST_CASE_TEMPLATE("layernorm: a NaN comes out as NaN", Real, float, bf16) {
     int N = 3, C = 37;
     Floats weight = normal(C, 2), bias = normal(C, 3);
     for (int c = 0; c < C; c++) {
         CAPTURE(c);
-        Floats inp = normal(N * C, 1), delta = normal(N * C, 4), mean(N), rstd(N), out(N * C),
-               residual(N * C);
-        Floats dout = normal(N * C, 5), dinp(N * C), dweight(C), dbias(C);
+        Floats inp = normal(N * C, 1), mean(N), rstd(N), residual(N * C), dinp(N * C), dweight(C), dbias(C);
+        auto delta = normal_as<Real>(N * C, 4), dout = normal_as<Real>(N * C, 5);
+        std::vector<Real> out(N * C), copy(N * C);
         cpu::layernorm_forward(out.data(), mean.data(), rstd.data(), inp.data(), weight.data(), bias.data(),
                                N, C);
-        Floats nan_dout = dout;
-        nan_dout[C + c] = kNan;
-        cpu::layernorm_backward(dinp.data(), dweight.data(), dbias.data(), nan_dout.data(), inp.data(),
-                                mean.data(), rstd.data(), weight.data(), N, C);
+        dout[C + c] = kNan;
+        cpu::layernorm_backward(dinp.data(), kIsBf16<Real> ? copy.data() : nullptr, dweight.data(),
+                                dbias.data(), dout.data(), inp.data(), mean.data(), rstd.data(),
+                                weight.data(), N, C);
         CHECK(none_nan(&dinp[0], C));
         CHECK(all_nan(&dinp[C], C));
         CHECK(none_nan(&dinp[2 * C], C));
+        if (kIsBf16<Real>) CHECK(all_nan(&copy[C], C));
         CHECK(is_nan(dweight[c]));
         CHECK(is_nan(dbias[c]));
 
-        inp[C + c] = kNan;
-        cpu::layernorm_forward(out.data(), mean.data(), rstd.data(), inp.data(), weight.data(), bias.data(),
-                               N, C);
+        Floats nan_inp = inp;
+        nan_inp[C + c] = kNan;
+        cpu::layernorm_forward(out.data(), mean.data(), rstd.data(), nan_inp.data(), weight.data(),
+                               bias.data(), N, C);
         CHECK(none_nan(&out[0], C));
         CHECK(all_nan(&out[C], C));
         CHECK(none_nan(&out[2 * C], C));
         CHECK(is_nan(mean[1]));
         CHECK(is_nan(rstd[1]));
-        cpu::residual_layernorm_forward(residual.data(), out.data(), mean.data(), rstd.data(), delta.data(),
-                                        inp.data(), weight.data(), bias.data(), N, C);
+        delta[C + c] = kNan;
+        cpu::residual_layernorm_forward(residual.data(), out.data(), mean.data(), rstd.data(), inp.data(),
+                                        delta.data(), weight.data(), bias.data(), N, C);
         CHECK(all_nan(&out[C], C));
         CHECK(none_nan(&out[2 * C], C));
     }
@@ -360,7 +306,9 @@ TEST_CASE("gelu: every value over [-30, 30]") {
     x.push_back(-1e-4f);
     Floats dout = normal(x.size(), 1), out(x.size(), kNan), dinp(x.size(), kNan);
     cpu::gelu_forward(out.data(), x.data(), x.size());
-    cpu::gelu_backward(dinp.data(), dout.data(), x.data(), x.size());
+    Floats dbias(x.size());
+    cpu::gelu_backward(dinp.data(), dbias.data(), dout.data(), x.data(), 1, (int)x.size());
+    CHECK(dbias == dinp);
     for (size_t i = 0; i < x.size(); i++) {
         double y = gelu(x[i]), dx = dout[i] * gelu_derivative(x[i]).value();
         double y_error = kTolerance * std::abs(y) + kSmallest;
@@ -373,33 +321,47 @@ TEST_CASE("gelu: every value over [-30, 30]") {
     }
 }
 
-TEST_CASE("gelu: sizes, and backward in place") {
-    for (size_t n : {1, 7, 16, 33, 1000, 70001}) {
-        CAPTURE(n);
-        Floats x = normal(n, 1, 2), dout = normal(n, 2);
-        Vector y(n), dx(n);
+TEST_CASE_TEMPLATE("gelu: sizes, and backward in place", Real, float, bf16) {
+    const int sizes[][2] = {{1, 1}, {1, 7}, {16, 1}, {3, 16}, {64, 33}, {65, 80}, {1, 70001}, {300, 239}};
+    for (const auto& size : sizes) {
+        const int N = size[0], C = size[1];
+        CAPTURE(N);
+        CAPTURE(C);
+        size_t n = (size_t)N * C;
+        auto x = normal_as<Real>(n, 1, 2), dout = normal_as<Real>(n, 2);
+        Vector y(n), dx(n), dbias(C);
         for (size_t i = 0; i < n; i++) {
             y[i] = gelu(x[i]);
             dx[i] = dout[i] * gelu_derivative(x[i]).value();
+            dbias[i % C] += dx[i];  // of the gradients before they are rounded
         }
-        check_layer({x}, {{"out", Output::overwritten, y}},
-                    [&](auto& o) { cpu::gelu_forward(o["out"], x.data(), n); });
-        check_layer({x, dout}, {{"dinp", Output::overwritten, dx}},
-                    [&](auto& o) { cpu::gelu_backward(o["dinp"], dout.data(), x.data(), n); });
-        check_layer({x}, {{"dinp", Output::in_place, dx, 1e-5, dout}},
-                    [&](auto& o) { cpu::gelu_backward(o["dinp"], o["dinp"], x.data(), n); });
+        double tolerance = stored<Real>();
+        check_layer({x}, {output<Real>("out", Output::overwritten, y, tolerance)},
+                    [&](auto& o) { cpu::gelu_forward<Real>(o["out"], x.data(), n); });
+        Output bias{"dbias", Output::added_to, dbias};
+        check_layer(
+            {x, dout}, {output<Real>("dinp", Output::overwritten, dx, tolerance), bias},
+            [&](auto& o) { cpu::gelu_backward<Real>(o["dinp"], o["dbias"], dout.data(), x.data(), N, C); });
+        check_layer({x}, {output("dinp", Output::in_place, dx, tolerance, dout), bias}, [&](auto& o) {
+            cpu::gelu_backward<Real>(o["dinp"], o["dbias"], o["dinp"], x.data(), N, C);
+        });
     }
 }
 
-TEST_CASE("gelu: NaN and infinity") {
-    for (size_t at = 0; at < 37; at++) {
-        Floats x = normal(37, 1), out(37), dinp(37), dout(37, 1.0f);
+TEST_CASE_TEMPLATE("gelu: NaN and infinity", Real, float, bf16) {
+    for (int at = 0; at < 37; at++) {
+        auto x = normal_as<Real>(37, 1);
+        std::vector<Real> out(37), dinp(37), dout(37, 1.0f);
+        Floats dbias(37);
         x[at] = kNan;
+        x[(at + 5) % 37] = INFINITY;
+        x[(at + 9) % 37] = -INFINITY;
         cpu::gelu_forward(out.data(), x.data(), x.size());
-        cpu::gelu_backward(dinp.data(), dout.data(), x.data(), x.size());
-        for (size_t i = 0; i < x.size(); i++) {
-            CHECK(is_nan(out[i]) == (i == at));
+        cpu::gelu_backward(dinp.data(), dbias.data(), dout.data(), x.data(), 1, 37);
+        for (int i = 0; i < 37; i++) {
+            if (is_nan(x[i]) || x[i] != -INFINITY) CHECK(is_nan(out[i]) == (i == at));
             CHECK(is_nan(dinp[i]) == (i == at));
+            CHECK(is_nan(dbias[i]) == (i == at));
         }
     }
 }
@@ -409,40 +371,45 @@ TEST_CASE("gelu: NaN and infinity") {
 
 namespace {
 
+template <class Real>
 void check_short_conv(int T, int W, int K) {
     CAPTURE(T);
     CAPTURE(W);
     CAPTURE(K);
     const int B = 2;
-    Floats inp = normal((size_t)B * T * W, 1), weight = normal((size_t)K * W, 2);
-    Floats dout = normal((size_t)B * T * W, 3);
+    auto inp = normal_as<Real>((size_t)B * T * W, 1), dout = normal_as<Real>((size_t)B * T * W, 3);
+    Floats weight = normal((size_t)K * W, 2);
     Vector out = short_conv_forward(to_double(inp), to_double(weight), B, T, W, K);
-    check_layer({inp, weight}, {{"out", Output::overwritten, out}},
-                [&](auto& o) { cpu::short_conv_forward(o["out"], inp.data(), weight.data(), B, T, W, K); });
+    check_layer({inp, weight}, {output<Real>("out", Output::overwritten, out, stored<Real>())}, [&](auto& o) {
+        cpu::short_conv_forward<Real>(o["out"], inp.data(), weight.data(), B, T, W, K);
+    });
     ShortConvGradients d =
         short_conv_backward(to_double(dout), to_double(inp), to_double(weight), B, T, W, K);
     check_layer({dout, inp, weight},
-                {{"dinp", Output::overwritten, d.dinp}, {"dweight", Output::added_to, d.dweight}},
+                {output<Real>("dinp", Output::overwritten, d.dinp, stored<Real>()),
+                 {"dweight", Output::added_to, d.dweight}},
                 [&](auto& o) {
-                    cpu::short_conv_backward(o["dinp"], o["dweight"], dout.data(), inp.data(), weight.data(),
-                                             B, T, W, K);
+                    cpu::short_conv_backward<Real>(o["dinp"], o["dweight"], dout.data(), inp.data(),
+                                                   weight.data(), B, T, W, K);
                 });
 }
 
 }  // namespace
 
-TEST_CASE("short_conv") {
+TEST_CASE_TEMPLATE("short_conv", Real, float, bf16) {
     for (int T : {1, 7, 64, 65, 130})
         for (int W : {3, 24, 99, 240})
-            for (int K : {1, 2, 4, T + 3}) check_short_conv(T, W, K);
+            for (int K : {1, 2, 4, T + 3}) check_short_conv<Real>(T, W, K);
 }
 
-TEST_CASE("short_conv: the identity kernel changes no bit") {
+TEST_CASE_TEMPLATE("short_conv: the identity kernel changes no bit", Real, float, bf16) {
     int B = 2, T = 9, W = 21, K = 4;
-    Floats inp = normal(B * T * W, 1), weight(K * W), out(B * T * W, kNan);
+    auto inp = normal_as<Real>(B * T * W, 1);
+    Floats weight(K * W);
+    std::vector<Real> out(B * T * W, kNan);
     std::fill(weight.begin(), weight.begin() + W, 1.0f);
     cpu::short_conv_forward(out.data(), inp.data(), weight.data(), B, T, W, K);
-    CHECK(out == inp);
+    CHECK(same_bits(out, inp));
 }
 
 // --------------------------------------------------------------------------------------------------
@@ -467,6 +434,7 @@ TEST_CASE("rope_table: good to the last bits of a float, at late positions too")
 
 namespace {
 
+template <class Real>
 void check_qk_norm_rope(int T, int H, int D, bool norm, bool rope) {
     CAPTURE(T);
     CAPTURE(H);
@@ -475,16 +443,19 @@ void check_qk_norm_rope(int T, int H, int D, bool norm, bool rope) {
     CAPTURE(rope);
     const int B = 2;
     const size_t n = (size_t)B * T * 3 * H * D;
-    Floats inp = normal(n, 1, 2), gain = normal(norm ? H : 0, 2, 0.5, 1), dout = normal(n, 3);
+    auto inp = normal_as<Real>(n, 1, 2), dout = normal_as<Real>(n, 3);
+    Floats gain = normal(norm ? H : 0, 2, 0.5, 1);
     Floats table = rope ? cpu::rope_table(T, D) : Floats();
     const float* gain_or_null = norm ? gain.data() : nullptr;
     const float* table_or_null = rope ? table.data() : nullptr;
 
     QkNormRope y = qk_norm_rope_forward(to_double(inp), to_double(gain), rope, B, T, H, D);
-    std::vector<Output> outputs = {{"out", Output::overwritten, y.out}};
+    const double tolerance = stored<Real>();
+    std::vector<Output> outputs = {output<Real>("out", Output::overwritten, y.out, tolerance)};
     if (norm) outputs.push_back({"rstd", Output::overwritten, y.rstd});  // without norm it may be null
     std::vector<Floats> result = check_layer({inp, gain, table}, outputs, [&](auto& o) {
-        cpu::qk_norm_rope_forward(o["out"], o["rstd"], inp.data(), gain_or_null, table_or_null, B, T, H, D);
+        cpu::qk_norm_rope_forward<Real>(o["out"], o["rstd"], inp.data(), gain_or_null, table_or_null, B, T, H,
+                                        D);
     });
     bool v_is_copied = true;
     for (size_t i = 0; i < n; i++) v_is_copied &= i / (H * D) % 3 != 2 || result[0][i] == inp[i];
@@ -495,39 +466,42 @@ void check_qk_norm_rope(int T, int H, int D, bool norm, bool rope) {
     Floats rstd = norm ? to_float(y.rstd) : Floats(y.rstd.size(), kNan);
     for (bool in_place : {false, true}) {
         CAPTURE(in_place);
-        outputs = {{"dinp", Output::overwritten, d.dinp}};
-        if (in_place) outputs = {{"dinp", Output::in_place, d.dinp, 1e-5, dout}};
+        outputs = {in_place ? output("dinp", Output::in_place, d.dinp, tolerance, dout)
+                            : output<Real>("dinp", Output::overwritten, d.dinp, tolerance)};
         if (norm) outputs.push_back({"dq_gain", Output::added_to, d.dq_gain});
         check_layer({dout, inp, rstd, gain, table}, outputs, [&](auto& o) {
-            cpu::qk_norm_rope_backward(o["dinp"], o["dq_gain"], in_place ? o["dinp"] : dout.data(),
-                                       inp.data(), rstd.data(), gain_or_null, table_or_null, B, T, H, D);
+            cpu::qk_norm_rope_backward<Real>(o["dinp"], o["dq_gain"],
+                                             in_place ? (Real*)o["dinp"] : dout.data(), inp.data(),
+                                             rstd.data(), gain_or_null, table_or_null, B, T, H, D);
         });
     }
 }
 
 }  // namespace
 
-TEST_CASE("qk_norm_rope") {
+TEST_CASE_TEMPLATE("qk_norm_rope", Real, float, bf16) {
     for (int T : {1, 7, 64, 65, 130})
         for (int D : {2, 8, 32, 64, 80})
             for (int H : {1, 3})
                 for (bool norm : {false, true})
-                    for (bool rope : {false, true}) check_qk_norm_rope(T, H, D, norm, rope);
+                    for (bool rope : {false, true}) check_qk_norm_rope<Real>(T, H, D, norm, rope);
 }
 
-TEST_CASE("qk_norm_rope: odd heads without rotation, rows of zeros, NaN") {
+TEST_CASE_TEMPLATE("qk_norm_rope: odd heads without rotation, rows of zeros, NaN", Real, float, bf16) {
     int B = 2, T = 3, H = 3, D = 5, C = H * D;
-    Floats inp = normal(B * T * 3 * C, 1), gain = normal(H, 2), out(inp.size(), kNan),
-           rstd(B * T * 2 * H, kNan);
-    std::fill(inp.begin(), inp.begin() + D, 0.0f);  // q of the first token and head
-    inp[3 * C + C + 2 * D + 4] = kNan;              // k of the second token and last head
+    auto inp = normal_as<Real>(B * T * 3 * C, 1);
+    std::vector<Real> out(inp.size(), kNan);
+    Floats gain = normal(H, 2), rstd(B * T * 2 * H, kNan);
+    std::fill(inp.begin(), inp.begin() + D, Real(0.0f));  // q of the first token and head
+    inp[3 * C + C + 2 * D + 4] = kNan;                    // k of the second token and last head
     cpu::qk_norm_rope_forward(out.data(), rstd.data(), inp.data(), gain.data(), nullptr, B, T, H, D);
     Vector expected = qk_norm_rope_forward(to_double(inp), to_double(gain), false, B, T, H, D).out;
     for (size_t i = 0; i < out.size(); i++) {
         CAPTURE(i);
         bool in_nan_head = i >= size_t(4 * C + 2 * D) && i < size_t(4 * C + 3 * D);
         CHECK(is_nan(out[i]) == in_nan_head);
-        if (!in_nan_head) CHECK(std::abs(out[i] - expected[i]) <= 1e-6 * (1 + std::abs(expected[i])));
+        if (!in_nan_head)
+            CHECK(std::abs(out[i] - expected[i]) <= stored<Real>(1e-6) * (1 + std::abs(expected[i])));
     }
     CHECK(rstd[0] == doctest::Approx(1000.0));
 }
@@ -537,6 +511,7 @@ TEST_CASE("qk_norm_rope: odd heads without rotation, rows of zeros, NaN") {
 
 namespace {
 
+// dlogits apart from the logits, of either type, and, as floats, in their place.
 void check_cross_entropy(int N, int V, int Vp, Floats logits /*(N,Vp)*/) {
     CAPTURE(N);
     CAPTURE(V);
@@ -545,18 +520,29 @@ void check_cross_entropy(int N, int V, int Vp, Floats logits /*(N,Vp)*/) {
     std::vector<int> targets = random_ints(N, V, 2);
     targets[0] = V - 1;
     CrossEntropy y = cross_entropy(to_double(logits), targets, N, V, Vp);
+    Output losses{"losses", Output::overwritten, y.losses};
     for (float dloss : {1.0f, 0.125f / N, -3.0f}) {
         CAPTURE(dloss);
-        check_layer(
-            {targets},
-            {{"losses", Output::overwritten, y.losses},
-             {"logits", Output::in_place, scaled(y.dlogits, dloss), 1e-5, logits}},
-            [&](auto& o) { cpu::cross_entropy(o["losses"], o["logits"], targets.data(), dloss, N, V, Vp); });
+        Vector dlogits = scaled(y.dlogits, dloss);
+        check_layer({targets}, {losses, {"logits", Output::in_place, dlogits, 1e-5, logits}}, [&](auto& o) {
+            cpu::cross_entropy<float>(o["losses"], o["logits"], o["logits"], targets.data(), dloss, N, V, Vp);
+        });
+        auto apart = [&]<class Real>(Real) {
+            check_layer({targets},
+                        {losses, output<Real>("dlogits", Output::overwritten, dlogits, stored<Real>())},
+                        [&](auto& o) {
+                            Floats lost = logits;
+                            cpu::cross_entropy<Real>(o["losses"], o["dlogits"], lost.data(), targets.data(),
+                                                     dloss, N, V, Vp);
+                        });
+        };
+        apart(float());
+        apart(bf16());
     }
     INFO("dloss 0");
     Floats untouched = logits;
-    check_layer({targets}, {{"losses", Output::overwritten, y.losses}}, [&](auto& o) {
-        cpu::cross_entropy(o["losses"], untouched.data(), targets.data(), 0.0f, N, V, Vp);
+    check_layer({targets}, {losses}, [&](auto& o) {
+        cpu::cross_entropy<bf16>(o["losses"], nullptr, untouched.data(), targets.data(), 0.0f, N, V, Vp);
     });
     CHECK(same_bits(untouched, logits));
 }
@@ -581,29 +567,87 @@ TEST_CASE("cross_entropy: large logits do not overflow") {
     check_cross_entropy(N, V, Vp, logits);
 }
 
-TEST_CASE("cross_entropy: a NaN comes out as NaN") {
+TEST_CASE_TEMPLATE("cross_entropy: a NaN comes out as NaN", Real, float, bf16) {
     int N = 3, V = 37, Vp = 48;
     for (int v = 0; v < V; v++) {
         CAPTURE(v);
         Floats logits = normal(N * Vp, 1), losses(N);
         logits[Vp + v] = kNan;
         std::vector<int> targets = {0, 5, 36};
-        cpu::cross_entropy(losses.data(), logits.data(), targets.data(), 0.0f, N, V, Vp);
+        std::vector<Real> dlogits(N * Vp);
+        cpu::cross_entropy<Real>(losses.data(), nullptr, logits.data(), targets.data(), 0.0f, N, V, Vp);
         CHECK(is_nan(losses[1]));
-        cpu::cross_entropy(losses.data(), logits.data(), targets.data(), 1.0f, N, V, Vp);
+        cpu::cross_entropy(losses.data(), dlogits.data(), logits.data(), targets.data(), 1.0f, N, V, Vp);
         CHECK(none_nan(&losses[0], 1));
         CHECK(is_nan(losses[1]));
         CHECK(none_nan(&losses[2], 1));
-        CHECK(none_nan(&logits[0], Vp));
-        CHECK(all_nan(&logits[Vp], V));
-        CHECK(none_nan(&logits[2 * Vp], Vp));
+        CHECK(none_nan(&dlogits[0], Vp));
+        CHECK(all_nan(&dlogits[Vp], V));
+        CHECK(none_nan(&dlogits[2 * Vp], Vp));
     }
+}
+
+// -----------------------------------------------------------------------------------------------------
+// classifier
+
+namespace {
+
+// The loss and its gradients through the output projection, row by row.
+template <class Real>
+void check_classifier(int N, int C, int V, int Vp, float dloss, bool accumulate) {
+    CAPTURE(N);
+    CAPTURE(C);
+    CAPTURE(V);
+    CAPTURE(dloss);
+    CAPTURE(accumulate);
+    auto inp = normal_as<Real>((size_t)N * C, 1), wte = normal_as<Real>((size_t)Vp * C, 2);
+    std::vector<int> targets = random_ints(N, V, 3);
+    Vector losses, dinp, dwte((size_t)Vp * C), x = to_double(inp), w = to_double(wte);
+    for (int n = 0; n < N; n++) {
+        Vector row(x.begin() + (size_t)n * C, x.begin() + (size_t)(n + 1) * C);
+        CrossEntropy y = cross_entropy(matmul(row, w, 1, Vp, C, false, true), {targets[n]}, 1, V, Vp);
+        losses.push_back(y.losses[0]);
+        Vector dlogits = scaled(y.dlogits, dloss), dx = matmul(dlogits, w, 1, C, Vp);
+        dinp.insert(dinp.end(), dx.begin(), dx.end());
+        dwte = sum(dwte, matmul(dlogits, row, Vp, C, 1));
+    }
+    std::vector<Output> outputs = {{"losses", Output::overwritten, losses}};
+    if (dloss != 0) {  // both are products of gradients that bf16 has rounded once already
+        double of_sums = Vp > 1000 ? 1e-4 : 1e-5;  // matmul_loops() adds Vp floats one by one
+        outputs.push_back(output<Real>("dinp", Output::overwritten, dinp, 2 * stored<Real>(of_sums)));
+        outputs.push_back(
+            {"dwte", accumulate ? Output::added_to : Output::overwritten, dwte, stored<Real>()});
+    }
+    size_t rows = cpu::classifier_rows(N, Vp);
+    Floats logits(rows * Vp);
+    std::vector<Real> dlogits(rows * Vp);
+    check_layer({inp, wte, targets}, outputs, [&](auto& o) {
+        Real* scratch = dlogits.data();
+        if constexpr (!kIsBf16<Real>) scratch = logits.data();
+        cpu::classifier<Real>(o["losses"], o["dinp"], o["dwte"], logits.data(), scratch, inp.data(),
+                              wte.data(), targets.data(), dloss, accumulate, N, C, V, Vp);
+    });
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("classifier", Real, float, bf16) {
+    for (int N : {1, 7, 65})
+        for (int C : {3, 33, 80})
+            for (float dloss : {0.0f, 0.25f})
+                for (bool accumulate : {false, true}) check_classifier<Real>(N, C, 50, 64, dloss, accumulate);
+}
+
+TEST_CASE_TEMPLATE("classifier: more rows than the scratch holds", Real, float, bf16) {
+    const int N = 131, V = 131071, Vp = 131072;
+    REQUIRE(cpu::classifier_rows(N, Vp) == 128);
+    for (bool accumulate : {false, true}) check_classifier<Real>(N, 2, V, Vp, 0.25f, accumulate);
 }
 
 // ---------------------------------------------------------------------------------------------------------
 // adamw
 
-TEST_CASE("adamw: several steps") {
+TEST_CASE_TEMPLATE("adamw: several steps", Real, float, bf16) {
     struct Case {
         float learning_rate, beta1, beta2, eps, weight_decay, grad_scale;
         int first_step;
@@ -627,15 +671,18 @@ TEST_CASE("adamw: several steps") {
                 grad[n / 2] = 0;
                 expected.update(to_double(grad), c.learning_rate, c.beta1, c.beta2, c.eps, c.weight_decay,
                                 c.grad_scale, step);
-                std::vector<Floats> after = check_layer(
-                    {grad},
-                    {{"param", Output::in_place, expected.param, 1e-5, param},
-                     {"m", Output::in_place, expected.m, 1e-5, m},
-                     {"v", Output::in_place, expected.v, 1e-5, v}},
-                    [&](auto& o) {
-                        cpu::adamw_update(o["param"], grad.data(), o["m"], o["v"], n, c.learning_rate,
-                                          c.beta1, c.beta2, c.eps, c.weight_decay, c.grad_scale, step);
-                    });
+                std::vector<Output> outputs = {{"param", Output::in_place, expected.param, 1e-5, param},
+                                               {"m", Output::in_place, expected.m, 1e-5, m},
+                                               {"v", Output::in_place, expected.v, 1e-5, v}};
+                if (kIsBf16<Real>)
+                    outputs.push_back(
+                        output<Real>("copy", Output::overwritten, expected.param, stored<Real>()));
+                std::vector<Floats> after = check_layer({grad}, outputs, [&](auto& o) {
+                    cpu::adamw_update<Real>(o["param"], o["copy"], grad.data(), o["m"], o["v"], n,
+                                            c.learning_rate, c.beta1, c.beta2, c.eps, c.weight_decay,
+                                            c.grad_scale, step);
+                });
+                if (kIsBf16<Real>) CHECK(same_bits(after[3], convert<float>(convert<Real>(after[0]))));
                 param = after[0], m = after[1], v = after[2];
             }
         }
@@ -643,10 +690,12 @@ TEST_CASE("adamw: several steps") {
 
 TEST_CASE("adamw: a weight without a gradient only decays, and a NaN stays where it is") {
     Floats param = {1.0f, 2.0f, 3.0f}, grad = {0.0f, kNan, 1.0f}, m(3), v(3);
-    cpu::adamw_update(param.data(), grad.data(), m.data(), v.data(), 3, 0.1f, 0.9f, 0.95f, 1e-8f, 0.5f, 1.0f,
-                      1);
+    std::vector<bf16> copy(3);
+    cpu::adamw_update(param.data(), copy.data(), grad.data(), m.data(), v.data(), 3, 0.1f, 0.9f, 0.95f, 1e-8f,
+                      0.5f, 1.0f, 1);
     CHECK(param[0] == doctest::Approx(0.95));
     CHECK(is_nan(param[1]));
+    CHECK(is_nan(copy[1]));
     CHECK(param[2] == doctest::Approx(3 * 0.95 - 0.1));
 }
 

@@ -1,11 +1,15 @@
-// The vector functions over the whole range of floats: they stand under softmax, GELU and the loss.
+// bf16, and the vector functions over the whole range of floats: they stand under softmax, GELU and the loss.
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <vector>
 
+#include "llmc/cpu/bf16.h"
 #include "llmc/cpu/gelu.h"
 #include "llmc/cpu/vector.h"
 
@@ -32,7 +36,139 @@ void for_floats(uint32_t stride, float low, float high, F f) {
     }
 }
 
+uint32_t bits_of(float x) {
+    return std::bit_cast<uint32_t>(x);
+}
+float float_of(uint32_t bits) {
+    return std::bit_cast<float>(bits);
+}
+
+// The number that the bits of a bf16, not NaN, stand for: by its definition, and with 2^128 for infinity, as
+// rounding takes it.
+double bf16_value(uint16_t bits) {
+    int exponent = bits >> 7 & 0xFF, mantissa = bits & 0x7F;
+    double magnitude =
+        exponent == 0 ? std::ldexp(mantissa, -133) : std::ldexp(128 + mantissa, exponent - 134);
+    return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+// The nearest bf16, by distance; between two, the one whose last bit is 0.
+uint16_t nearest_bf16(float x) {
+    uint16_t down = (uint16_t)(bits_of(x) >> 16);  // towards zero
+    if (std::isinf(x)) return down;
+    uint16_t up = (uint16_t)(down + 1);
+    double to_down = std::fabs(x - bf16_value(down)), to_up = std::fabs(bf16_value(up) - x);
+    if (to_down == to_up) return down % 2 == 0 ? down : up;
+    return to_down < to_up ? down : up;
+}
+
+// Floats of every kind: each upper half, with lower halves on, around and between what decides the rounding.
+std::vector<float> floats_of_every_kind() {
+    std::vector<float> x;
+    for (uint32_t upper = 0; upper < 65536; upper++)
+        for (uint32_t lower : {0u, 1u, 0x1234u, 0x7FFFu, 0x8000u, 0x8001u, 0xCAFEu, 0xFFFFu})
+            x.push_back(float_of(upper << 16 | lower));
+    return x;
+}
+
+// A vector store may flush what is too small for a normal float to zero, as AVX512_BF16 does.
+bool same_or_flushed(float from, uint16_t stored, uint16_t expected) {
+    bool tiny = std::fabs(from) < std::numeric_limits<float>::min();
+    return stored == expected || (tiny && stored == (expected & 0x8000));
+}
+
 }  // namespace
+
+TEST_CASE("bf16 rounds to nearest even, and a NaN stays one") {
+    long wrong = 0;
+    float wrong_at = 0;
+    for (float x : floats_of_every_kind()) {
+        cpu::bf16 y = x;
+        bool fine = std::isnan(x) ? std::isnan((float)y) && (y.bits ^ bits_of(x) >> 16) < 0x8000
+                                  : y.bits == nearest_bf16(x);
+        if (!fine) wrong++, wrong_at = x;
+    }
+    CAPTURE(wrong_at);
+    CHECK(wrong == 0);
+    // A few by hand: halfway to even, both ways, and past the largest.
+    CHECK(cpu::bf16(1.0f).bits == 0x3F80);
+    CHECK(cpu::bf16(-2.5f).bits == 0xC020);
+    CHECK(cpu::bf16(1.00390625f).bits == 0x3F80);
+    CHECK(cpu::bf16(1.01171875f).bits == 0x3F82);
+    CHECK(cpu::bf16(3.4e38f).bits == 0x7F80);
+    CHECK(cpu::bf16(-3.38e38f).bits == 0xFF7E);
+    CHECK(cpu::bf16(std::numeric_limits<float>::infinity()).bits == 0x7F80);
+}
+
+TEST_CASE("bf16: each of the 65536 comes back from a float, and from a vector") {
+    long wrong = 0;
+    for (int first = 0; first < 65536; first += cpu::kLanes) {
+        cpu::bf16 x[cpu::kLanes], stored[cpu::kLanes];
+        for (int i = 0; i < cpu::kLanes; i++) x[i].bits = (uint16_t)(first + i);
+        cpu::vec v = cpu::load(x);
+        cpu::store(stored, v);
+        for (int i = 0; i < cpu::kLanes; i++) {
+            float value = x[i];
+            bool nan = (x[i].bits & 0x7FFF) > 0x7F80;
+            uint16_t expected = nan ? x[i].bits | 0x40 : x[i].bits;  // NaN: a quiet one
+            wrong +=
+                std::isnan(value) != nan || (!nan && !std::isinf(value) && value != bf16_value(x[i].bits));
+            wrong += cpu::bf16(value).bits != expected;
+            wrong += bits_of(v[i]) != bits_of(value);
+            wrong += !same_or_flushed(value, stored[i].bits, expected);
+        }
+    }
+    CHECK(wrong == 0);
+}
+
+TEST_CASE("bf16: a vector is stored as its lanes are converted, a denormal so or as zero") {
+    const std::vector<float> all = floats_of_every_kind();
+    long wrong = 0, wrong_round = 0;
+    float wrong_at = 0;
+    for (size_t first = 0; first < all.size(); first += cpu::kLanes) {
+        cpu::vec v = cpu::load(&all[first]);
+        cpu::bf16 stored[cpu::kLanes];
+        cpu::store(stored, v);
+        cpu::vuint rounded = cpu::round_to_bf16(v);
+        for (int i = 0; i < cpu::kLanes; i++) {
+            float x = all[first + i];
+            wrong_round += rounded[i] >> 16 != cpu::bf16(x).bits;
+            if (!same_or_flushed(x, stored[i].bits, cpu::bf16(x).bits)) wrong++, wrong_at = x;
+        }
+    }
+    CAPTURE(wrong_at);
+    CHECK(wrong == 0);
+    CHECK(wrong_round == 0);
+}
+
+TEST_CASE_TEMPLATE("load and store of the first lanes: zeros beyond, and nothing touched", Real, float,
+                   cpu::bf16) {
+    for (int n = 1; n <= cpu::kLanes; n++) {
+        CAPTURE(n);
+        std::vector<Real> x(n);  // ends where the lanes end
+        for (int i = 0; i < n; i++) x[i] = i + 1.5f;
+        cpu::vec v = cpu::load(x.data(), n);
+        for (int i = 0; i < cpu::kLanes; i++) CHECK((float)v[i] == (i < n ? i + 1.5f : 0.0f));
+
+        std::vector<Real> exact(n);
+        cpu::store(exact.data(), v + 1.0f, n);
+        std::vector<Real> guarded(cpu::kLanes + 3, 77.0f);
+        cpu::store(guarded.data() + 1, v + 1.0f, n);
+        for (int i = 0; i < n; i++) CHECK((float)exact[i] == i + 2.5f);
+        for (int i = 0; i < cpu::kLanes + 3; i++)
+            CHECK((float)guarded[i] == (i >= 1 && i <= n ? i + 1.5f : 77.0f));
+    }
+    for (int C : {1, 15, 16, 17, 33, 64}) {
+        CAPTURE(C);
+        int next = 0;
+        cpu::for_vectors(C, [&](int c, int lanes) {
+            CHECK(c == next);
+            CHECK(lanes == std::min(cpu::kLanes, C - c));
+            next += lanes;
+        });
+        CHECK(next == C);
+    }
+}
 
 TEST_CASE("exp, GELU and its derivative over all floats, those where exp overflows or vanishes one by one") {
     double worst = 0;
