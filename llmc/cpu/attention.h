@@ -248,7 +248,7 @@ struct ForwardTile {
                 factor /= stats[i0 + r];
             }
             Real* row = out + (size_t)(i0 + r) * C;
-            float* copy = exact + (size_t)(i0 + r) * C;
+            float* copy = exact ? exact + (size_t)(i0 + r) * C : nullptr;
             for_vectors(D, [&](int d, int n) {
                 vec value = load(o + r * Dp + d, n) * factor;
                 store(row + d, value, n);
@@ -507,19 +507,23 @@ inline size_t backward_scratch(int tiles, int D) {  // floats
     return (size_t)kTile * ((6 + 2 * tiles) * padded(D) + 7 * kTile / 2);
 }
 
-// dot = dout . out, a head: softmax's and sum's derivatives of the normaliser, and the learned decay's.
+// dot = dout . out, a head: softmax's and sum's derivatives of the normaliser, and the learned decay's. With
+// factors, of factor dout as the tiles have it: for `sum` the two must not differ even by a rounding.
 template <class Real, class Out>
-inline void head_dots(float* dot,        // (B,H,T)
-                      const Real* dout,  // (B,T,C)
-                      const Out* out,    // (B,T,C)
+inline void head_dots(float* dot,           // (B,H,T)
+                      const Real* dout,     // (B,T,C)
+                      const Out* out,       // (B,T,C)
+                      const float* factor,  // (B,H,T), or null: 1
                       int B, int T, int H, int D) {
+    using Factor = std::conditional_t<std::is_same_v<TileWord<Real>, float>, float, bf16>;
 #pragma omp parallel for collapse(2) schedule(static)
     for (int bh = 0; bh < B * H; bh++)
         for (int t = 0; t < T; t++) {
             size_t at = ((size_t)(bh / H) * T + t) * H * D + (size_t)(bh % H) * D;
-            float total = 0;
+            float total = 0, scale = factor ? factor[(size_t)bh * T + t] : 1.0f;
 #pragma omp simd reduction(+ : total)
-            for (int d = 0; d < D; d++) total += (float)dout[at + d] * (float)out[at + d];
+            for (int d = 0; d < D; d++)
+                total += (float)Factor((float)dout[at + d] * scale) * (float)out[at + d];
             dot[(size_t)bh * T + t] = total;
         }
 }
@@ -535,18 +539,18 @@ struct RowTerms {
              bool wants_decay, int B, int T, int H, int D)
         : T(T) {
         size_t n = (size_t)B * H * T;
-        if (config.softmax() || config.has_row_sum() || wants_decay) {
-            dot.resize(n);
-            if (keeps_exact_output<Real>(config)) {
-                head_dots(dot.data(), dout, stats + n, B, T, H, D);
-            } else {
-                head_dots(dot.data(), dout, out, B, T, H, D);
-            }
+        if (config.has_row_sum()) {
+            factor.resize(n);
+            for (size_t i = 0; i < n; i++) factor[i] = score_factor(config.power, D) / stats[i];
         }
-        if (!config.has_row_sum()) return;
-        factor.resize(n);
-        for (size_t i = 0; i < n; i++) factor[i] = score_factor(config.power, D) / stats[i];
-        for (size_t i = 0; i < n; i++) dot[i] *= factor[i];
+        if (!config.softmax() && !config.has_row_sum() && !wants_decay) return;
+        dot.resize(n);
+        const float* factors = factor.empty() ? nullptr : factor.data();
+        if (keeps_exact_output<Real>(config)) {
+            head_dots(dot.data(), dout, stats + n, factors, B, T, H, D);
+        } else {
+            head_dots(dot.data(), dout, out, factors, B, T, H, D);
+        }
     }
     // (T) of sequence and head bh.
     const float* dot_of(int bh) const { return dot.empty() ? nullptr : dot.data() + (size_t)bh * T; }

@@ -375,6 +375,8 @@ class LinearHead {
         int i0 = chunk * kTile, n = std::min(kTile, T_ - i0);
         load_transposed(qt_, qkv, 3 * C_, i0);
         load_tile(d_o_, dout + (size_t)i0 * C_, C_, n, D_, row_factor + i0);
+        if constexpr (!std::is_same_v<TileWord<Real>, float>)  // as the tiles within a chunk have it
+            for (int i = 0; i < kTile * Dp_; i++) d_o_[i] = bf16(d_o_[i]);
         transpose(dot_, kTile, Dp_, [&](int r, int d) { return load(d_o_ + r * Dp_ + d); });
         std::fill_n(row_dot_, kTile, 0.0f);
         if (row_dot) std::copy_n(row_dot + i0, n, row_dot_);

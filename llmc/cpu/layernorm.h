@@ -122,7 +122,7 @@ inline void layernorm_backward(float* dinp,          // (N,C) +=
             const Real* d = dout + (size_t)n * C;
             const float* x = inp + (size_t)n * C;
             float* dx = dinp + (size_t)n * C;
-            Real* copy = dinp_copy + (size_t)n * C;
+            Real* copy = dinp_copy ? dinp_copy + (size_t)n * C : nullptr;
             float m = mean[n], r = rstd[n];
             vec total = {}, total_normed = {};  // of dnorm and dnorm * norm, with dnorm = d * weight
             for_vectors(C, [&](int c, int n) {

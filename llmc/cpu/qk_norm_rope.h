@@ -39,7 +39,7 @@ inline void qk_norm_rope_forward(Real* out,            // (B,T,3C)
 #pragma omp parallel for schedule(static)
     for (int bt = 0; bt < B * T; bt++) {
         const float* cosine = rope ? rope + (size_t)(bt % T) * D : nullptr;
-        const float* sine = cosine + half;
+        const float* sine = rope ? cosine + half : nullptr;
         for (int h = 0; h < 2 * H; h++) {
             const Real* x = inp + (size_t)bt * 3 * C + h * D;
             Real* o = out + (size_t)bt * 3 * C + h * D;
