@@ -4,11 +4,14 @@
 //   attention --attention softmax|poly1..poly4 --kernel tiled|linear --dtype fp32|bf16 --heads H --head-size
 //   D
 //             --seq T[,T...]
+//   attention --matmul N --dtype fp32|bf16     the rate of a matrix product of N^3 instead, the best of
+//   `repeat`
 #include <omp.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <iterator>
 #include <nlohmann/json.hpp>
@@ -20,13 +23,14 @@
 #include "llmc/cpu/attention.h"
 #include "llmc/cpu/attention_linear.h"
 #include "llmc/cpu/bf16.h"
+#include "llmc/cpu/matmul.h"
 #include "llmc/error.h"
 
 namespace {
 
 struct Settings {
     std::string attention = "softmax", kernel = "tiled", dtype = "fp32";
-    int batch = 1, heads = 6, head_size = 64, repeat = 10, threads = 0;
+    int batch = 1, heads = 6, head_size = 64, repeat = 10, threads = 0, matmul = 0;
     std::vector<int> seq = {1024};
 };
 
@@ -90,6 +94,17 @@ void measure(const Settings& settings, const AttentionConfig& config, int T) {
     fflush(stdout);
 }
 
+template <class Real>
+void measure_matmul(int n, int repeat) {
+    std::vector<Real> a((size_t)n * n, Real(1.0f)), b(a), c(a);
+    double best = INFINITY;
+    for (int i = 0; i <= repeat; i++)
+        best = std::min(best, milliseconds([&] {
+                            cpu::matmul(c.data(), a.data(), b.data(), n, n, n, false, false, false);
+                        }));
+    printf("%s\n", nlohmann::json{{"gflops", 2.0 * n * n * n / best / 1e6}}.dump().c_str());
+}
+
 void run(int argc, char** argv) {
     Settings settings;
     CLI::App app("Times one attention kernel, forward and backward.");
@@ -103,6 +118,7 @@ void run(int argc, char** argv) {
     app.add_option("--heads", settings.heads)->check(CLI::Range(1, 1024));
     app.add_option("--head-size", settings.head_size)->check(CLI::Range(1, 1024));
     app.add_option("--seq", settings.seq, "T[,T...]")->delimiter(',')->check(CLI::Range(1, 1 << 20));
+    app.add_option("--matmul", settings.matmul)->check(CLI::Range(1, 1 << 14));
     app.add_option("--repeat", settings.repeat)->check(CLI::Range(1, 1000000));
     app.add_option("--threads", settings.threads, "0: all")->check(CLI::Range(0, 4096));
     try {
@@ -119,6 +135,9 @@ void run(int argc, char** argv) {
     if (settings.kernel == "linear" && config.softmax())
         usage_error("--kernel linear: softmax has no such form");
     if (settings.threads > 0) omp_set_num_threads(settings.threads);
+    if (settings.matmul > 0)
+        return settings.dtype == "bf16" ? measure_matmul<cpu::bf16>(settings.matmul, settings.repeat)
+                                        : measure_matmul<float>(settings.matmul, settings.repeat);
     for (int T : settings.seq)
         if (settings.dtype == "bf16")
             measure<cpu::bf16>(settings, config, T);

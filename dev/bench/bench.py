@@ -66,8 +66,8 @@ def positive(text: str) -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measures the trainer against its PyTorch twin.")
     parser.add_argument("--train-gpt", type=program, required=True, metavar="FILE", help="the trainer")
-    parser.add_argument("--attention", type=program, metavar="FILE",
-                        help="dev/bench/attention.cpp, built (without: no times of attention alone)")
+    parser.add_argument("--attention", type=program, required=True, metavar="FILE",
+                        help="dev/bench/attention.cpp, built")
     parser.add_argument("--llmc", metavar="DIR", help="also llm.c, whose CPU trainer is DIR/train_gpt2")
     parser.add_argument("--quick", action="store_true", help="a small model, T to 2048: under 2 minutes")
     parser.add_argument("--only", metavar="TEXT", help="rows whose name has TEXT in it")
@@ -92,7 +92,7 @@ class Results:
     """Written after every row, so that a run that is stopped leaves what it has."""
 
     def __init__(self, args: argparse.Namespace):
-        self.folder = args.out
+        self.folder, self.kernels = args.out, args.attention
         self.threads = args.threads
         self.machine = describe_machine(args.train_gpt, args.threads)
         self.gflops: dict[str, float] = {}  # of a large matrix product, by dtype
@@ -102,7 +102,9 @@ class Results:
 
     def measure_rate(self, dtype: str) -> None:
         """Before every row; the best counts, as other programs on the machine only lower it."""
-        line = pytorch("matmul", "--dtype", dtype, "--repeat", "20", "--threads", str(self.threads))
+        command = [str(self.kernels), "--matmul", "2048", "--dtype", dtype, "--repeat", "20", "--threads",
+                   str(self.threads)]
+        line = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         self.gflops[dtype] = max(line["gflops"], self.gflops.get(dtype, 0))
 
     def write(self) -> None:
@@ -126,13 +128,16 @@ def main() -> int:
     args = parse_arguments()
     cases, only = QUICK if args.quick else CASES, (args.only or "").lower()
     chosen = [case for case in cases if only in case.name.lower()]
-    with_curve = args.attention and only in CURVE.lower()
+    with_curve = only in CURVE.lower()
     if not chosen and not with_curve:
         names = ", ".join([*(case.name for case in cases), CURVE])
         print(f"bench.py: --only {args.only}: in none of: {names}", file=sys.stderr)
         return 2
 
     results = Results(args)
+    if (load := results.machine["load before"]) > 0.5:
+        print(f"bench.py: other programs run here (load {load}): threads that wait for each other make every "
+              "time several times longer, and the ratios mean little", file=sys.stderr)
     for case in chosen:
         try:
             results.measure_rate(case.dtype)

@@ -1,11 +1,10 @@
 """What the benchmark measures of PyTorch alone, a JSON line each.
 
     python dev/bench/pytorch.py versions
-    python dev/bench/pytorch.py matmul --dtype fp32|bf16     # rate of a matrix product of 2048^3
     python dev/bench/pytorch.py attention --dtype fp32|bf16 --heads H --head-size D --seq T[,T...] --repeat N
 
 `attention` is scaled_dot_product_attention, causal, forward and backward, from and to the layout of a
-transformer's qkv projection, (B,T,3C). Times are of a call, the median; matmul's rate is the best one.
+transformer's qkv projection, (B,T,3C). Times are of a call, the median.
 """
 import argparse
 import json
@@ -28,11 +27,6 @@ def times_ms(call: Callable[[], None], repeat: int) -> list[float]:
         call()
         times.append(1e3 * (time.perf_counter() - start))
     return times[1:]
-
-
-def matmul(dtype: torch.dtype, repeat: int, n: int = 2048) -> dict:
-    a, b, c = (torch.randn(n, n).to(dtype) for _ in range(3))
-    return {"gflops": 2 * n ** 3 / min(times_ms(lambda: torch.mm(a, b, out=c), repeat)) / 1e6}
 
 
 def attention(dtype: torch.dtype, B: int, H: int, D: int, T: int, repeat: int) -> dict:
@@ -58,7 +52,7 @@ def versions() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the benchmark measures of PyTorch alone.")
-    parser.add_argument("what", choices=["versions", "matmul", "attention"])
+    parser.add_argument("what", choices=["versions", "attention"])
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=6)
@@ -71,9 +65,6 @@ def main() -> None:
     dtype = DTYPES[args.dtype]
     if args.what == "versions":
         print(json.dumps(versions()))
-        return
-    if args.what == "matmul":
-        print(json.dumps(matmul(dtype, args.repeat)))
         return
     for T in map(int, args.seq.split(",")):
         line = attention(dtype, args.batch, args.heads, args.head_size, T, args.repeat)

@@ -62,7 +62,7 @@ def mean_ratio(rows: list[dict]) -> float | None:
 def markdown(machine: dict, gflops: dict[str, float], rows: list[dict],
              attention: dict[str, dict[int, float]], failures: list[str]) -> str:
     lines = ["# Benchmark", "", *(f"- {key}: {value}" for key, value in machine.items()),
-             *(f"- a matrix product of 2048^3 in PyTorch, {dtype}: {rate:.0f} GFLOP/s"
+             *(f"- a matrix product of 2048^3 by oneDNN, {dtype}: {rate:.0f} GFLOP/s"
                for dtype, rate in gflops.items()), ""]
     if rows:
         worst = {dtype: max((row["summary"]["loss_difference"] for row in rows

@@ -451,7 +451,7 @@ template <class Real>
 inline bool linear_pays(const AttentionConfig& config, int T, int D) {
     constexpr bool kPairs = !std::is_same_v<TileWord<Real>, float>;
     if (!has_linear_form(config, D)) return false;
-    double ratio = kPairs ? 1.7 : 1.0, overhead = kPairs ? 350 : 200;
+    double ratio = kPairs ? 1.75 : 1.0, overhead = kPairs ? 150 : 200;
     return T > ratio * 2 * feature_count(config.power, D) + overhead;
 }
 
