@@ -27,14 +27,15 @@ struct bf16_pair {
     uint32_t bits;  // the first in the lower half
 };
 
-// What a tile of Real is made of: pairs where the instruction set multiplies them, floats otherwise.
 #ifdef __AVX512BF16__
-template <class Real>
-using TileWord = std::conditional_t<std::is_same_v<Real, bf16>, bf16_pair, float>;
+constexpr bool kMultipliesPairs = true;
 #else
-template <class Real>
-using TileWord = float;
+constexpr bool kMultipliesPairs = false;
 #endif
+
+// What a tile of Real is made of: pairs where the instruction set multiplies them, floats otherwise.
+template <class Real>
+using TileWord = std::conditional_t<kMultipliesPairs && std::is_same_v<Real, bf16>, bf16_pair, float>;
 
 template <class Word>
 constexpr int kDepth = std::is_same_v<Word, float> ? 1 : 2;  // numbers in a word
