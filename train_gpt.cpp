@@ -290,6 +290,7 @@ struct GPT : Model {
     }
 
     void update(const AdamW& o, double learning_rate, double grad_scale, int step) override {
+#pragma omp parallel
         for (const ParameterTensor& t : table.tensors)
             adamw_update(array(Store::weights) + t.offset, weights_real + t.offset,
                          array(Store::gradients) + t.offset, array(Store::m) + t.offset,

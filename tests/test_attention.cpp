@@ -82,7 +82,8 @@ void check_attention(const Option& option, int B, int T, int H, int D,
     if (kIsBf16<Real>) {  // the weights and their gradients are rounded, and c_i dO
         out_tolerance = 1e-2;
         dqkv_tolerance = 1e-2;
-        ddecay_tolerance = config.power == 4 ? 0.15 : 3e-2;
+        // its terms cancel; those of x^4 / sum x^4 most
+        ddecay_tolerance = config.power == 4 && config.has_row_sum() ? 0.15 : 3e-2;
     }
     std::vector<Real> dout = convert<Real>(normal((size_t)B * T * C, 5));
 

@@ -11,7 +11,8 @@
 namespace cpu::inline LLMC_ISA {
 
 // One step in one pass over memory: m and v are the moving averages of the gradient times grad_scale (the
-// clip factor) and of its square, bias-corrected by `step`, which counts from 1; weight decay is decoupled.
+// clip factor) and of its square, bias-corrected by `step`, which counts from 1; weight decay is decoupled. Called
+// by all threads of a parallel region it shares the work among them and does not wait for them.
 template <class Real>
 inline void adamw_update(float* param,       // (n)
                          Real* copy,         // (n): the new param in bf16, or null where Real is float
@@ -24,7 +25,7 @@ inline void adamw_update(float* param,       // (n)
     float v_scale = (float)(1 / std::sqrt(1 - std::pow((double)beta2, step)));
     float keep = 1 - learning_rate * weight_decay;
     constexpr size_t kBlock = 4096;
-#pragma omp parallel for schedule(static)
+#pragma omp for schedule(static) nowait
     for (size_t i0 = 0; i0 < n; i0 += kBlock) {
         size_t end = i0 + kBlock < n ? i0 + kBlock : n;
 #pragma omp simd

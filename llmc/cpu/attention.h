@@ -59,6 +59,9 @@ class HeadScale {
   public:
     bool decays;
     std::vector<float> c;  // (T): c_i / sqrt(D)^p of a polynomial; without c_i for `sum`; 1 for softmax
+    // (T) for `row` with decay, empty otherwise: e_i, the distance at which a term of row i has no part in the
+    // gradient of log gamma, for what gamma takes from it there c_i gives back.
+    std::vector<float> neutral_distance;
 
     HeadScale(const AttentionConfig& config, const float* decay, int h, int T, int D)
         : decays(decay != nullptr), c(T, 1.0f) {
@@ -67,6 +70,8 @@ class HeadScale {
             for (int i = 0; i < T; i++)
                 c[i] = (float)(row_scale(config, i, log_g, D) * std::pow((double)D, -0.5 * config.power));
         if (!decays) return;
+        if (!config.softmax() && config.scale == ScaleKind::row)
+            for (double e : row_scale_log_derivatives(T, log_g)) neutral_distance.push_back((float)e);
         size_ = T + 2 * kTile;
         rising_ = Floats(size_);
         falling_ = Floats(size_);
@@ -312,8 +317,8 @@ inline void attention_forward(Real* out,           // (B,T,C)
 // The weights and the gradient of the scores of one tile. s becomes A without c_i, da = c_i dO V^T becomes
 // the gradient of q . k, but for softmax's 1/sqrt(D). On the diagonal only the columns that
 // attention_backward_tiles computed.
-//   Returns sum_ij (i-j) A_ij dA_ij for a polynomial, sum_ij (i-j) dX_ij for softmax, where `wants_decay`:
-//   the gradient of log gamma, but for c_i's part.
+//   Returns the gradient of log gamma where `wants_decay`: sum_ij (i-j-e_i) A_ij dA_ij for a polynomial, with
+//   the distance e_i that is neutral (HeadScale), sum_ij (i-j) dX_ij for softmax.
 template <int kPower, class Word>
 inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,64) in words of two; may be s
                                           Word* dx_pairs,        // (64 queries,64) in words of two; may be da
@@ -353,8 +358,11 @@ inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,
             a = visible ? a : vec{};
             dx = visible ? dx : vec{};
         }
-        if (wants_decay && i < queries)
-            ddecay += (kPower == 0 ? dx : a * d) * __builtin_convertvector(distance - lane_index(), vec);
+        if (wants_decay && i < queries) {
+            float neutral = scale.neutral_distance.empty() ? 0.0f : scale.neutral_distance[i0 + i];
+            ddecay += (kPower == 0 ? dx : a * d) *
+                      (__builtin_convertvector(distance - lane_index(), vec) - neutral);
+        }
     };
     for (int i = 0; i < kTile; i += 2) {
         int seen = diagonal ? i / kTileRows * kTileRows + kTileRows : kTile;
@@ -392,7 +400,7 @@ struct BackwardTiles {
     const float* stats;         // (T): softmax's log-sum-exp
     const float* row_dot;       // (T), or null where nothing needs it
     int j0 = 0, keys = 0;       // of the tile of keys
-    double dlog_gamma = 0;      // but for c_i's part
+    double dlog_gamma = 0;      // gradient of log gamma
     Word *kt, *vt;              // (Dp/N,64)
     Word *k_rows, *k;           // (64,Dp/N), (64/N,Dp)
     float *dk, *dv;             // (64,Dp)
@@ -507,8 +515,7 @@ inline size_t backward_scratch(int tiles, int D) {  // floats
     return (size_t)kTile * ((6 + 2 * tiles) * padded(D) + 7 * kTile / 2);
 }
 
-// dot = dout . out, a head: softmax's and sum's derivatives of the normaliser, and the learned decay's. With
-// factors, of factor dout as the tiles have it: for `sum` the two must not differ even by a rounding.
+// dot = dout . out, a head: softmax's and sum's derivatives of the normaliser. With factors, of factor dout as the tiles have it: for `sum` the two must not differ even by a rounding.
 template <class Real, class Out>
 inline void head_dots(float* dot,           // (B,H,T)
                       const Real* dout,     // (B,T,C)
@@ -535,15 +542,15 @@ struct RowTerms {
     std::vector<float> factor;  // (B,H,T): c_i / sqrt(D)^p of `sum`; empty otherwise
 
     template <class Real>
-    RowTerms(const Real* dout, const Real* out, const float* stats, const AttentionConfig& config,
-             bool wants_decay, int B, int T, int H, int D)
+    RowTerms(const Real* dout, const Real* out, const float* stats, const AttentionConfig& config, int B,
+             int T, int H, int D)
         : T(T) {
         size_t n = (size_t)B * H * T;
         if (config.has_row_sum()) {
             factor.resize(n);
             for (size_t i = 0; i < n; i++) factor[i] = score_factor(config.power, D) / stats[i];
         }
-        if (!config.softmax() && !config.has_row_sum() && !wants_decay) return;
+        if (!config.softmax() && !config.has_row_sum()) return;
         dot.resize(n);
         const float* factors = factor.empty() ? nullptr : factor.data();
         if (keeps_exact_output<Real>(config)) {
@@ -559,21 +566,18 @@ struct RowTerms {
     }
 };
 
-// ddecay from the gradient of log gamma, of which dlog_gamma (B,H,parts) holds all but c_i's part.
+// ddecay from the gradients of log gamma (B,H,parts).
 inline void add_decay_gradient(float* ddecay,  // (H) +=
-                               const std::vector<double>& dlog_gamma, const RowTerms& rows,
+                               const std::vector<double>& dlog_gamma,
                                const float* decay,  // (H)
-                               const AttentionConfig& config, int B, int T, int H) {
+                               int B, int H) {
     size_t parts = dlog_gamma.size() / (B * H);
     for (int h = 0; h < H; h++) {
-        double log_g = log_gamma(decay[h]), total = 0;
-        std::vector<double> e;
-        if (!config.softmax() && config.scale == ScaleKind::row) e = row_scale_log_derivatives(T, log_g);
-        for (int b = 0; b < B; b++) {
+        double total = 0;
+        for (int b = 0; b < B; b++)
             for (size_t part = 0; part < parts; part++) total += dlog_gamma[(b * H + h) * parts + part];
-            for (size_t i = 0; i < e.size(); i++) total -= e[i] * rows.dot_of(b * H + h)[i];
-        }
-        ddecay[h] += (float)(total * -std::expm1(log_g));  // d log sigmoid(delta) = 1 - sigmoid(delta)
+        // d log sigmoid(delta) = 1 - sigmoid(delta)
+        ddecay[h] += (float)(total * -std::expm1(log_gamma(decay[h])));
     }
 }
 
@@ -603,7 +607,7 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
     int C = H * D, tiles = (T + kTile - 1) / kTile, Dp = padded(D);
     bool row_sum = config.has_row_sum();
     std::vector<HeadScale> scales = head_scales(config, decay, T, H, D);
-    RowTerms rows(dout, out, stats, config, ddecay != nullptr, B, T, H, D);
+    RowTerms rows(dout, out, stats, config, B, T, H, D);
     // A head is one task, or several ranges of key tiles where there are few heads for the threads; then each
     // has its own share of dq, added up at the end.
     int wanted = (4 * omp_get_max_threads() + B * H - 1) / (B * H);
@@ -654,7 +658,7 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
                 write_dq(bh, t, dq);
             }
     }
-    if (ddecay) add_decay_gradient(ddecay, dlog_gamma, rows, decay, config, B, T, H);
+    if (ddecay) add_decay_gradient(ddecay, dlog_gamma, decay, B, H);
 }
 
 }  // namespace cpu

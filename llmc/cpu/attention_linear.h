@@ -192,7 +192,7 @@ class LinearHead {
         for (float** transposed : {&qt_, &kt_, &vt_, &dot_, &dxt_}) *transposed = floats(Dp_ * kTile);
         for (float** rows : {&v_, &d_o_}) *rows = floats(kTile * Dp_);
         for (float** features : {&phi_, &dphi_}) *features = floats(kTile * kTile);
-        for (float** lanes : {&from_start_, &to_end_, &to_end_slope_, &row_dot_}) *lanes = floats(kTile);
+        for (float** lanes : {&from_start_, &to_end_, &to_end_slope_, &row_dot_, &distance_}) *lanes = floats(kTile);
         for (int t = 0; t < kTile; t++) {
             from_start_[t] = (float)std::exp(t * log_gamma);
             to_end_[t] = (float)std::exp((kTile - t) * log_gamma);
@@ -202,7 +202,7 @@ class LinearHead {
     }
 
     static size_t scratch_size(int D) {  // floats
-        return (size_t)kTile * (7 * padded(D) + 2 * kTile + 4) +
+        return (size_t)kTile * (7 * padded(D) + 2 * kTile + 5) +
                std::max(forward_scratch(D), backward_scratch(1, D));
     }
 
@@ -256,8 +256,7 @@ class LinearHead {
         load_queries(qkv, dout, row_factor, row_dot, chunk);
         if (!last) load_keys(qkv, chunk);
         std::fill_n(dxt_, Dp_ * kTile, 0.0f);
-        vec slopes =
-            {};  // by lanes, of the queries' distances to the chunk's start and the state's derivative
+        vec slopes = {};  // by lanes: of the queries' distances and of the state's derivative
         for (const FeatureTile& tile : tiles_) {
             if (!state.zero) {
                 if (wants_decay_) {
@@ -274,8 +273,7 @@ class LinearHead {
                         float* d = dphi_ + f * kTile + t;
                         vec g = load(d);
                         if (wants_decay_)
-                            slopes += load(phi_ + f * kTile + t) * g *
-                                      __builtin_convertvector(lane_index() + t, vec);
+                            slopes += load(phi_ + f * kTile + t) * g * load(distance_ + t);
                         if (scale_.decays) g *= load(from_start_ + t);
                         if (row_sum_) g -= load(row_dot_ + t) * z;
                         store(d, g * tile.multiplicity);
@@ -356,6 +354,7 @@ class LinearHead {
     float *from_start_, *to_end_;   // (64): gamma^t, gamma^(64-t)
     float* to_end_slope_;           // (64): (64-t) gamma^(64-t)
     float* row_dot_;                // (64)
+    float* distance_;               // (64): of a query to the chunk's start, less the neutral one
     float fade_;                    // gamma^64
 
     const float* fading(const float* weights) const { return scale_.decays ? weights : nullptr; }
@@ -380,6 +379,9 @@ class LinearHead {
         transpose(dot_, kTile, Dp_, [&](int r, int d) { return load(d_o_ + r * Dp_ + d); });
         std::fill_n(row_dot_, kTile, 0.0f);
         if (row_dot) std::copy_n(row_dot + i0, n, row_dot_);
+        for (int t = 0; t < kTile; t++)
+            distance_[t] =
+                (float)t - (t < n && !scale_.neutral_distance.empty() ? scale_.neutral_distance[i0 + t] : 0);
     }
 
     // x (64,Dp) += the transpose of xt (Dp,64). Leaves nothing in vt_.
@@ -561,7 +563,7 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
     std::vector<HeadScale> scales = head_scales(config, decay, T, H, D);
     std::vector<double> log_gammas;
     for (int h = 0; h < H; h++) log_gammas.push_back(decay ? log_gamma(decay[h]) : 0);
-    RowTerms terms(dout, out, stats, config, ddecay != nullptr, B, T, H, D);
+    RowTerms terms(dout, out, stats, config, B, T, H, D);
     std::vector<double> dlog_gamma((size_t)B * H * parts);
     with_linear_power(config.power, [&](auto power) {
         using Head = LinearHead<power, Real>;
@@ -574,8 +576,7 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
         };
         auto at = [&](int bh, int stride) { return (size_t)(bh / H) * T * stride + bh % H * D; };
         auto factor = [&](int bh) { return terms.factor_of(bh, scales[decay ? bh % H : 0]); };
-        // row_dot is the normaliser's derivative; a learned decay alone has no use for it here.
-        auto dot = [&](int bh) { return config.has_row_sum() ? terms.dot_of(bh) : nullptr; };
+        auto dot = [&](int bh) { return terms.dot_of(bh); };
         auto states = range_states(B * H, parts, chunks, false, features, D, ddecay, log_gammas,
                                    [&](LinearState& state, int bh, int chunk) {
                                        Floats scratch(Head::scratch_size(D));
@@ -618,7 +619,7 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
             }
         }
     });
-    if (ddecay) add_decay_gradient(ddecay, dlog_gamma, terms, decay, config, B, T, H);
+    if (ddecay) add_decay_gradient(ddecay, dlog_gamma, decay, B, H);
 }
 
 }  // namespace cpu
