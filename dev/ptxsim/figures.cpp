@@ -1,0 +1,112 @@
+// Figures by kernel: what ran, what it moved, and the least time that an H100 would take for it.
+#include <algorithm>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+#include "dev/ptxsim/program.h"
+
+namespace ptxsim {
+
+std::vector<const Kernel*> launched_kernels();  // module.cpp
+
+namespace {
+
+// H100 SXM (NVIDIA H100 Tensor Core GPU architecture, table 3): bytes/s of HBM3, dense bf16 operations/s of the
+// tensor cores, lane instructions/s (132 SMs, 128 lanes, 1.83 GHz).
+constexpr double kBandwidth = 3.35e12, kTensorRate = 989e12, kLaneRate = 132 * 128 * 1.83e9;
+
+struct Summary {
+    uint64_t warps = 0, lanes = 0, instructions = 0, executed = 0;
+    double bound_us = 0;
+    const char* limit = "";
+    std::map<std::string, uint64_t> kinds;  // warp instructions by the first word of their mnemonic
+    std::vector<std::string> missed;        // source lines without an instruction that ran
+};
+
+Summary summarize(const Kernel& k) {
+    const Figures& f = k.figures;
+    Summary s;
+    std::map<std::pair<std::string, int>, bool> lines;
+    for (size_t i = 0; i < k.code.size(); i++) {
+        s.warps += f.warps[i];
+        s.lanes += f.lanes[i];
+        s.instructions++;
+        s.executed += f.lanes[i] > 0;
+        const std::string& mnemonic = k.mnemonics[k.code[i].mnemonic];
+        s.kinds[mnemonic.substr(0, mnemonic.find('.'))] += f.warps[i];
+        if (k.code[i].source.line) lines[source_of(k, k.code[i])] |= f.lanes[i] > 0;
+    }
+    for (auto& [line, ran] : lines)
+        if (!ran) s.missed.push_back(line.first + ":" + std::to_string(line.second));
+    double memory = 32.0 * (double)(f.load_sectors + f.store_sectors) / kBandwidth;
+    double tensor = (double)f.tensor_flops / kTensorRate, issue = (double)s.lanes / kLaneRate;
+    double bound = std::max({memory, tensor, issue});
+    s.bound_us = bound * 1e6;
+    s.limit = bound == memory ? "bytes" : bound == tensor ? "tensor cores" : "instructions";
+    return s;
+}
+
+}  // namespace
+
+std::string figures_json() {
+    nlohmann::ordered_json all;
+    all["kernels"] = nlohmann::ordered_json::array();
+    for (const Kernel* k : launched_kernels()) {
+        const Figures& f = k->figures;
+        Summary s = summarize(*k);
+        nlohmann::ordered_json j;
+        j["name"] = k->title;
+        j["launches"] = f.launches;
+        j["warp_instructions"] = s.warps;
+        j["lane_instructions"] = s.lanes;
+        j["mma"] = f.mma;
+        j["tensor_flops"] = f.tensor_flops;
+        j["global_load_bytes"] = f.load_bytes;
+        j["global_store_bytes"] = f.store_bytes;
+        j["global_load_sectors"] = f.load_sectors;
+        j["global_store_sectors"] = f.store_sectors;
+        j["shared_accesses"] = f.shared_accesses;
+        j["shared_bank_conflicts"] = f.bank_conflicts;
+        j["branches"] = f.branches;
+        j["divergent_branches"] = f.divergent_branches;
+        j["instructions"] = s.instructions;
+        j["executed"] = s.executed;
+        j["bound_us"] = s.bound_us;
+        j["bound_by"] = s.limit;
+        j["by_kind"] = s.kinds;
+        j["lines_not_executed"] = s.missed;
+        all["kernels"].push_back(std::move(j));
+    }
+    return all.dump(2);
+}
+
+std::string figures_table() {
+    std::string text = "kernel                                   launches  warp instr  lanes  mma      MB read  MB written"
+                       "  sectors/ideal  conflicts  divergent  coverage  bound us (at least; by)\n";
+    for (const Kernel* k : launched_kernels()) {
+        const Figures& f = k->figures;
+        Summary s = summarize(*k);
+        uint64_t sectors = f.load_sectors + f.store_sectors;
+        double ideal = (double)(f.load_bytes + f.store_bytes) / 32;
+        char line[512];
+        snprintf(line, sizeof(line),
+                 "%-40.40s %8llu %11llu %6.1f %8llu %8.3f %11.3f %14.2f %10llu %10llu %8.1f%%  %.2f (%s)\n",
+                 k->title.c_str(), (unsigned long long)f.launches, (unsigned long long)s.warps,
+                 s.warps ? (double)s.lanes / (double)s.warps : 0, (unsigned long long)f.mma, (double)f.load_bytes / 1e6,
+                 (double)f.store_bytes / 1e6, ideal > 0 ? (double)sectors / ideal : 0,
+                 (unsigned long long)f.bank_conflicts, (unsigned long long)f.divergent_branches,
+                 s.instructions ? 100.0 * (double)s.executed / (double)s.instructions : 0, s.bound_us, s.limit);
+        text += line;
+    }
+    return text + "A bound is what bytes, tensor cores and issue slots of an H100 allow; real kernels take longer.\n";
+}
+
+void clear_figures() {
+    for (const Kernel* k : launched_kernels()) {
+        k->figures = Figures();
+        k->figures.warps.assign(k->code.size(), 0);
+        k->figures.lanes.assign(k->code.size(), 0);
+    }
+}
+
+}  // namespace ptxsim
