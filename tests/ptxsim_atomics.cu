@@ -8,8 +8,8 @@ using namespace ptxsim_test;
 
 namespace {
 
-// The operations of a type; each works on a place of its own. The order of threads does not change the last values
-// that are checked. kOps places.
+// The operations of a type; each works on a place of its own. The order of threads does not change the last
+// values that are checked. kOps places.
 constexpr int kOps = 10;
 
 template <class T>
@@ -95,8 +95,8 @@ void check_atomics(bool shared) {
             REQUIRE(old[4 * i + 3] < 18);
             up[old[4 * i + 2]]++, down[old[4 * i + 3]]++;
         }
-        CHECK(got[8] == (T)n % 18);               // 0, 1, ..., 17, 0, ...
-        CHECK(got[9] == (18 - (T)n % 18) % 18);   // 0, 17, ..., 1, 0, ...
+        CHECK(got[8] == (T)n % 18);              // 0, 1, ..., 17, 0, ...
+        CHECK(got[9] == (18 - (T)n % 18) % 18);  // 0, 17, ..., 1, 0, ...
         for (int v = 0; v < 18; v++) CHECK(up[v] == (T)(n / 18 + (v < n % 18)));
         for (int v = 0; v < 18; v++) CHECK(down[v] == (T)(n / 18 + ((18 - v) % 18 < n % 18)));
     }
@@ -110,7 +110,6 @@ TEST_CASE("ptxsim: atomics of 32 and 64 bits") {
         check_atomics<long long>(shared);
     }
 }
-
 
 // Forms of atom and red as PTX has them, with the order and scope words, and by generic address.
 __global__ void forms(uint32_t* words, uint64_t* wide, int* out) {
@@ -126,12 +125,16 @@ __global__ void forms(uint32_t* words, uint64_t* wide, int* out) {
     uint32_t old;
     uint64_t old64;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(w + 5), "r"(2) : "memory");
-    asm volatile("atom.cas.b64 %0, [%1], %2, %3;" : "=l"(old64) : "l"(wide + 2), "l"((uint64_t)0),
-                 "l"((uint64_t)t + 1) : "memory");
+    asm volatile("atom.cas.b64 %0, [%1], %2, %3;"
+                 : "=l"(old64)
+                 : "l"(wide + 2), "l"((uint64_t)0), "l"((uint64_t)t + 1)
+                 : "memory");
     asm volatile("fence.acq_rel.gpu;\n\tfence.sc.sys;\n\tmembar.cta;" ::: "memory");
     unsigned short before, one = 1;
-    asm volatile("atom.global.cas.b16 %0, [%1], %2, %3;" : "=h"(before) : "l"((unsigned short*)(w + 6) + 1),
-                 "h"((unsigned short)0), "h"(one) : "memory");
+    asm volatile("atom.global.cas.b16 %0, [%1], %2, %3;"
+                 : "=h"(before)
+                 : "l"((unsigned short*)(w + 6) + 1), "h"((unsigned short)0), "h"(one)
+                 : "memory");
     out[t] = old % 2 == 0 && old < 128 && (before == 0 || before == 1) && (old64 == 0 || old64 <= 64);
 }
 
@@ -158,8 +161,8 @@ TEST_CASE("ptxsim: forms of atom and red") {
 }
 
 // Sums of small whole numbers are exact in every type and order.
-__global__ void float_atomics(float* f, double* d, __half2* hh, __nv_bfloat162* bb, __half* h, __nv_bfloat16* b,
-                              float* olds) {
+__global__ void float_atomics(float* f, double* d, __half2* hh, __nv_bfloat162* bb, __half* h,
+                              __nv_bfloat16* b, float* olds) {
     __shared__ float shared_f;
     __shared__ double shared_d;
     __shared__ __nv_bfloat162 shared_bb;

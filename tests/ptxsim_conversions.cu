@@ -1,5 +1,5 @@
-// ptxsim: cvt between all types in every rounding mode, and arithmetic of f16, bf16 and their pairs, against exact
-// values rounded on the host.
+// ptxsim: cvt between all types in every rounding mode, and arithmetic of f16, bf16 and their pairs, against
+// exact values rounded on the host.
 #include "tests/ptxsim_helpers.h"
 
 using namespace ptxsim_test;
@@ -9,20 +9,20 @@ namespace {
 // ------------------------------------------------------------------------------------ floats and integers
 
 #define CVT(name, R, rc, A, ac, text) ASM1(name, R, "=" rc, A, ac, "cvt." text " %0, %1;")
-#define TO_INTEGERS(N, A, ac, t)                              \
-    CVT(S16##N, int16_t, "h", A, ac, "rzi.s16." t)            \
-    CVT(U16##N, uint16_t, "h", A, ac, "rni.u16." t)           \
-    CVT(S32Rn##N, int32_t, "r", A, ac, "rni.s32." t)          \
-    CVT(S32Rz##N, int32_t, "r", A, ac, "rzi.s32." t)          \
-    CVT(S32Rm##N, int32_t, "r", A, ac, "rmi.s32." t)          \
-    CVT(S32Rp##N, int32_t, "r", A, ac, "rpi.s32." t)          \
-    CVT(U32Rn##N, uint32_t, "r", A, ac, "rni.u32." t)         \
-    CVT(U32Rz##N, uint32_t, "r", A, ac, "rzi.u32." t)         \
-    CVT(U32Rm##N, uint32_t, "r", A, ac, "rmi.u32." t)         \
-    CVT(U32Rp##N, uint32_t, "r", A, ac, "rpi.u32." t)         \
-    CVT(S64Rn##N, int64_t, "l", A, ac, "rni.s64." t)          \
-    CVT(S64Rz##N, int64_t, "l", A, ac, "rzi.s64." t)          \
-    CVT(U64Rz##N, uint64_t, "l", A, ac, "rzi.u64." t)         \
+#define TO_INTEGERS(N, A, ac, t)                      \
+    CVT(S16##N, int16_t, "h", A, ac, "rzi.s16." t)    \
+    CVT(U16##N, uint16_t, "h", A, ac, "rni.u16." t)   \
+    CVT(S32Rn##N, int32_t, "r", A, ac, "rni.s32." t)  \
+    CVT(S32Rz##N, int32_t, "r", A, ac, "rzi.s32." t)  \
+    CVT(S32Rm##N, int32_t, "r", A, ac, "rmi.s32." t)  \
+    CVT(S32Rp##N, int32_t, "r", A, ac, "rpi.s32." t)  \
+    CVT(U32Rn##N, uint32_t, "r", A, ac, "rni.u32." t) \
+    CVT(U32Rz##N, uint32_t, "r", A, ac, "rzi.u32." t) \
+    CVT(U32Rm##N, uint32_t, "r", A, ac, "rmi.u32." t) \
+    CVT(U32Rp##N, uint32_t, "r", A, ac, "rpi.u32." t) \
+    CVT(S64Rn##N, int64_t, "l", A, ac, "rni.s64." t)  \
+    CVT(S64Rz##N, int64_t, "l", A, ac, "rzi.s64." t)  \
+    CVT(U64Rz##N, uint64_t, "l", A, ac, "rzi.u64." t) \
     CVT(U64Rp##N, uint64_t, "l", A, ac, "rpi.u64." t)
 TO_INTEGERS(F, float, "f", "f32")
 TO_INTEGERS(D, double, "d", "f64")
@@ -44,23 +44,37 @@ std::vector<T> without_nan(std::vector<T> all) {
     return all;
 }
 
-#define CHECK_TO_INTEGERS(N, A)                                                                              \
-    do {                                                                                                     \
-        const auto a = without_nan(inputs<A>());                                                             \
-        check_op<S16##N>("rzi.s16", [](A x) { return to_integer<int16_t>(x, Round::zero); }, a);             \
-        check_op<U16##N>("rni.u16", [](A x) { return to_integer<uint16_t>(x, Round::nearest); }, a);         \
-        check_op<S32Rn##N>("rni.s32", [](A x) { return to_integer<int32_t>(x, Round::nearest); }, a);        \
-        check_op<S32Rz##N>("rzi.s32", [](A x) { return to_integer<int32_t>(x, Round::zero); }, a);           \
-        check_op<S32Rm##N>("rmi.s32", [](A x) { return to_integer<int32_t>(x, Round::down); }, a);           \
-        check_op<S32Rp##N>("rpi.s32", [](A x) { return to_integer<int32_t>(x, Round::up); }, a);             \
-        check_op<U32Rn##N>("rni.u32", [](A x) { return to_integer<uint32_t>(x, Round::nearest); }, a);       \
-        check_op<U32Rz##N>("rzi.u32", [](A x) { return to_integer<uint32_t>(x, Round::zero); }, a);          \
-        check_op<U32Rm##N>("rmi.u32", [](A x) { return to_integer<uint32_t>(x, Round::down); }, a);          \
-        check_op<U32Rp##N>("rpi.u32", [](A x) { return to_integer<uint32_t>(x, Round::up); }, a);            \
-        check_op<S64Rn##N>("rni.s64", [](A x) { return to_integer<int64_t>(x, Round::nearest); }, a);        \
-        check_op<S64Rz##N>("rzi.s64", [](A x) { return to_integer<int64_t>(x, Round::zero); }, a);           \
-        check_op<U64Rz##N>("rzi.u64", [](A x) { return to_integer<uint64_t>(x, Round::zero); }, a);          \
-        check_op<U64Rp##N>("rpi.u64", [](A x) { return to_integer<uint64_t>(x, Round::up); }, a);            \
+#define CHECK_TO_INTEGERS(N, A)                                                         \
+    do {                                                                                \
+        const auto a = without_nan(inputs<A>());                                        \
+        check_op<S16##N>(                                                               \
+            "rzi.s16", [](A x) { return to_integer<int16_t>(x, Round::zero); }, a);     \
+        check_op<U16##N>(                                                               \
+            "rni.u16", [](A x) { return to_integer<uint16_t>(x, Round::nearest); }, a); \
+        check_op<S32Rn##N>(                                                             \
+            "rni.s32", [](A x) { return to_integer<int32_t>(x, Round::nearest); }, a);  \
+        check_op<S32Rz##N>(                                                             \
+            "rzi.s32", [](A x) { return to_integer<int32_t>(x, Round::zero); }, a);     \
+        check_op<S32Rm##N>(                                                             \
+            "rmi.s32", [](A x) { return to_integer<int32_t>(x, Round::down); }, a);     \
+        check_op<S32Rp##N>(                                                             \
+            "rpi.s32", [](A x) { return to_integer<int32_t>(x, Round::up); }, a);       \
+        check_op<U32Rn##N>(                                                             \
+            "rni.u32", [](A x) { return to_integer<uint32_t>(x, Round::nearest); }, a); \
+        check_op<U32Rz##N>(                                                             \
+            "rzi.u32", [](A x) { return to_integer<uint32_t>(x, Round::zero); }, a);    \
+        check_op<U32Rm##N>(                                                             \
+            "rmi.u32", [](A x) { return to_integer<uint32_t>(x, Round::down); }, a);    \
+        check_op<U32Rp##N>(                                                             \
+            "rpi.u32", [](A x) { return to_integer<uint32_t>(x, Round::up); }, a);      \
+        check_op<S64Rn##N>(                                                             \
+            "rni.s64", [](A x) { return to_integer<int64_t>(x, Round::nearest); }, a);  \
+        check_op<S64Rz##N>(                                                             \
+            "rzi.s64", [](A x) { return to_integer<int64_t>(x, Round::zero); }, a);     \
+        check_op<U64Rz##N>(                                                             \
+            "rzi.u64", [](A x) { return to_integer<uint64_t>(x, Round::zero); }, a);    \
+        check_op<U64Rp##N>(                                                             \
+            "rpi.u64", [](A x) { return to_integer<uint64_t>(x, Round::up); }, a);      \
     } while (0)
 
 TEST_CASE("ptxsim: cvt from floats to integers") {
@@ -68,15 +82,15 @@ TEST_CASE("ptxsim: cvt from floats to integers") {
     CHECK_TO_INTEGERS(D, double);
 }
 
-#define FROM_INTEGERS(M, m)                                 \
-    CVT(FS32##M, float, "f", int32_t, "r", m ".f32.s32")    \
-    CVT(FU32##M, float, "f", uint32_t, "r", m ".f32.u32")   \
-    CVT(FS64##M, float, "f", int64_t, "l", m ".f32.s64")    \
-    CVT(FU64##M, float, "f", uint64_t, "l", m ".f32.u64")   \
-    CVT(FS16##M, float, "f", int16_t, "h", m ".f32.s16")    \
-    CVT(DS32##M, double, "d", int32_t, "r", m ".f64.s32")   \
-    CVT(DU64##M, double, "d", uint64_t, "l", m ".f64.u64")  \
-    CVT(DS64##M, double, "d", int64_t, "l", m ".f64.s64")   \
+#define FROM_INTEGERS(M, m)                                \
+    CVT(FS32##M, float, "f", int32_t, "r", m ".f32.s32")   \
+    CVT(FU32##M, float, "f", uint32_t, "r", m ".f32.u32")  \
+    CVT(FS64##M, float, "f", int64_t, "l", m ".f32.s64")   \
+    CVT(FU64##M, float, "f", uint64_t, "l", m ".f32.u64")  \
+    CVT(FS16##M, float, "f", int16_t, "h", m ".f32.s16")   \
+    CVT(DS32##M, double, "d", int32_t, "r", m ".f64.s32")  \
+    CVT(DU64##M, double, "d", uint64_t, "l", m ".f64.u64") \
+    CVT(DS64##M, double, "d", int64_t, "l", m ".f64.s64")  \
     CVT(FD##M, float, "f", double, "d", m ".f32.f64")
 FROM_INTEGERS(Rn, "rn")
 FROM_INTEGERS(Rz, "rz")
@@ -90,7 +104,8 @@ auto host_conversion(Round mode) {
         std::fesetround(fenv_of(mode));
         volatile A a = x;
         volatile R r;
-        if constexpr (std::is_same_v<A, uint64_t>) {  // x86 has none for large ones: two exact halves, one sum
+        if constexpr (std::is_same_v<A,
+                                     uint64_t>) {  // x86 has none for large ones: two exact halves, one sum
             const R high = (R)(uint32_t)(a >> 32) * (R)4294967296.0;
             if constexpr (sizeof(R) == 8) {
                 r = high + (R)(uint32_t)a;
@@ -106,19 +121,19 @@ auto host_conversion(Round mode) {
     };
 }
 
-#define CHECK_FROM_INTEGERS(M, mode)                                                                      \
-    do {                                                                                                  \
-        check_op<FS32##M>(#M " f32.s32", host_conversion<float, int32_t>(mode), inputs<int32_t>());       \
-        check_op<FU32##M>(#M " f32.u32", [](uint32_t x) { return (float)round_to(x, kF32, mode); },       \
-                          inputs<uint32_t>());                                                            \
-        check_op<FS64##M>(#M " f32.s64", host_conversion<float, int64_t>(mode), inputs<int64_t>());       \
-        check_op<FU64##M>(#M " f32.u64", host_conversion<float, uint64_t>(mode), inputs<uint64_t>());     \
-        check_op<FS16##M>(#M " f32.s16", host_conversion<float, int16_t>(mode), inputs<int16_t>());       \
-        check_op<DS32##M>(#M " f64.s32", host_conversion<double, int32_t>(mode), inputs<int32_t>());      \
-        check_op<DU64##M>(#M " f64.u64", host_conversion<double, uint64_t>(mode), inputs<uint64_t>());    \
-        check_op<DS64##M>(#M " f64.s64", host_conversion<double, int64_t>(mode), inputs<int64_t>());      \
-        check_op<FD##M>(#M " f32.f64", [](double x) { return (float)round_to(x, kF32, mode); },           \
-                        inputs<double>());                                                                \
+#define CHECK_FROM_INTEGERS(M, mode)                                                                       \
+    do {                                                                                                   \
+        check_op<FS32##M>(#M " f32.s32", host_conversion<float, int32_t>(mode), inputs<int32_t>());        \
+        check_op<FU32##M>(                                                                                 \
+            #M " f32.u32", [](uint32_t x) { return (float)round_to(x, kF32, mode); }, inputs<uint32_t>()); \
+        check_op<FS64##M>(#M " f32.s64", host_conversion<float, int64_t>(mode), inputs<int64_t>());        \
+        check_op<FU64##M>(#M " f32.u64", host_conversion<float, uint64_t>(mode), inputs<uint64_t>());      \
+        check_op<FS16##M>(#M " f32.s16", host_conversion<float, int16_t>(mode), inputs<int16_t>());        \
+        check_op<DS32##M>(#M " f64.s32", host_conversion<double, int32_t>(mode), inputs<int32_t>());       \
+        check_op<DU64##M>(#M " f64.u64", host_conversion<double, uint64_t>(mode), inputs<uint64_t>());     \
+        check_op<DS64##M>(#M " f64.s64", host_conversion<double, int64_t>(mode), inputs<int64_t>());       \
+        check_op<FD##M>(                                                                                   \
+            #M " f32.f64", [](double x) { return (float)round_to(x, kF32, mode); }, inputs<double>());     \
     } while (0)
 
 TEST_CASE("ptxsim: cvt from integers and f64 to floats") {
@@ -149,7 +164,9 @@ CVT(SatS16, int16_t, "h", int32_t, "r", "sat.s16.s32")
 CVT(SatU32, uint32_t, "r", int64_t, "l", "sat.u32.s64")
 
 TEST_CASE("ptxsim: cvt within floats and within integers") {
-    auto integral = [](Round mode) { return [mode](auto x) { return (decltype(x))round_integral(x, mode); }; };
+    auto integral = [](Round mode) {
+        return [mode](auto x) { return (decltype(x))round_integral(x, mode); };
+    };
     const auto f = inputs<float>();
     check_op<RniF>("rni.f32", integral(Round::nearest), f);
     check_op<RziF>("rzi.f32", integral(Round::zero), f);
@@ -157,26 +174,44 @@ TEST_CASE("ptxsim: cvt within floats and within integers") {
     check_op<RpiF>("rpi.f32", integral(Round::up), f);
     check_op<RniD>("rni.f64", integral(Round::nearest), inputs<double>());
     check_op<RmiD>("rmi.f64", integral(Round::down), inputs<double>());
-    check_op<DF>("f64.f32", [](float x) { return (double)x; }, f);
-    check_op_by<SatF>("sat.f32", [](float a, float b) { return a == b; }, [](float x) {
-        return !(x > 0) ? 0.0f : x > 1 ? 1.0f : x;
-    }, f);
-    check_op_by<Tf32>("rna.tf32", [](uint32_t got, uint32_t expected) {
-        const float a = std::bit_cast<float>(got & ~0x1FFFu), b = std::bit_cast<float>(expected);
-        return same(a, b) || (std::isnan(std::bit_cast<float>(got)) && std::isnan(b));
-    }, [](float x) { return std::bit_cast<uint32_t>((float)round_to(x, kTf32, Round::away)); }, f);
+    check_op<DF>(
+        "f64.f32", [](float x) { return (double)x; }, f);
+    check_op_by<SatF>(
+        "sat.f32", [](float a, float b) { return a == b; },
+        [](float x) { return !(x > 0) ? 0.0f
+                             : x > 1  ? 1.0f
+                                      : x; }, f);
+    check_op_by<Tf32>(
+        "rna.tf32",
+        [](uint32_t got, uint32_t expected) {
+            const float a = std::bit_cast<float>(got & ~0x1FFFu), b = std::bit_cast<float>(expected);
+            return same(a, b) || (std::isnan(std::bit_cast<float>(got)) && std::isnan(b));
+        },
+        [](float x) { return std::bit_cast<uint32_t>((float)round_to(x, kTf32, Round::away)); }, f);
     const auto s = inputs<int32_t>();
-    check_op<S64S32>("s64.s32", [](int32_t x) { return (int64_t)x; }, s);
-    check_op<U64U32>("u64.u32", [](uint32_t x) { return (uint64_t)x; }, inputs<uint32_t>());
-    check_op<S32S16>("s32.s16", [](int16_t x) { return (int32_t)x; }, inputs<int16_t>());
-    check_op<S32S8>("s32.s8", [](int32_t x) { return (int32_t)(int8_t)x; }, s);
-    check_op<U32U8>("u32.u8", [](uint32_t x) { return x & 255; }, inputs<uint32_t>());
-    check_op<U16U32>("u16.u32", [](uint32_t x) { return (uint16_t)x; }, inputs<uint32_t>());
-    auto clamp = [](int64_t low, int64_t high) { return [=](auto x) { return std::clamp<int64_t>(x, low, high); }; };
-    check_op<SatS8>("sat.s8.s32", [=](int32_t x) { return (int32_t)clamp(-128, 127)(x); }, s);
-    check_op<SatU8>("sat.u8.s32", [=](int32_t x) { return (int32_t)clamp(0, 255)(x); }, s);
-    check_op<SatS16>("sat.s16.s32", [=](int32_t x) { return (int16_t)clamp(-32768, 32767)(x); }, s);
-    check_op<SatU32>("sat.u32.s64", [=](int64_t x) { return (uint32_t)clamp(0, 0xFFFFFFFF)(x); }, inputs<int64_t>());
+    check_op<S64S32>(
+        "s64.s32", [](int32_t x) { return (int64_t)x; }, s);
+    check_op<U64U32>(
+        "u64.u32", [](uint32_t x) { return (uint64_t)x; }, inputs<uint32_t>());
+    check_op<S32S16>(
+        "s32.s16", [](int16_t x) { return (int32_t)x; }, inputs<int16_t>());
+    check_op<S32S8>(
+        "s32.s8", [](int32_t x) { return (int32_t)(int8_t)x; }, s);
+    check_op<U32U8>(
+        "u32.u8", [](uint32_t x) { return x & 255; }, inputs<uint32_t>());
+    check_op<U16U32>(
+        "u16.u32", [](uint32_t x) { return (uint16_t)x; }, inputs<uint32_t>());
+    auto clamp = [](int64_t low, int64_t high) {
+        return [=](auto x) { return std::clamp<int64_t>(x, low, high); };
+    };
+    check_op<SatS8>(
+        "sat.s8.s32", [=](int32_t x) { return (int32_t)clamp(-128, 127)(x); }, s);
+    check_op<SatU8>(
+        "sat.u8.s32", [=](int32_t x) { return (int32_t)clamp(0, 255)(x); }, s);
+    check_op<SatS16>(
+        "sat.s16.s32", [=](int32_t x) { return (int16_t)clamp(-32768, 32767)(x); }, s);
+    check_op<SatU32>(
+        "sat.u32.s64", [=](int64_t x) { return (uint32_t)clamp(0, 0xFFFFFFFF)(x); }, inputs<int64_t>());
 }
 
 // ------------------------------------------------------------------------------------------- 16-bit formats
@@ -224,7 +259,8 @@ auto same_but_zeros(const Format& format) {
 auto encoded(const Format& format, Round mode, bool relu = false) {
     return [=](double x) { return encode16(relu && x <= 0 ? 0.0 : round_to(x, format, mode), format); };
 }
-auto encoded_pair(const Format& format, Round mode, bool relu = false) {  // the first operand is the upper half
+auto encoded_pair(const Format& format, Round mode,
+                  bool relu = false) {  // the first operand is the upper half
     return [=](float x, float y) {
         const auto one = encoded(format, mode, relu);
         return (w)one(x) << 16 | one(y);
@@ -235,7 +271,8 @@ TEST_CASE("ptxsim: cvt to and from f16 and bf16") {
     auto f = inputs<float>(0, 1, 30000), g = inputs<float>(1, 2, 30000);
     std::mt19937_64 random(4);
     for (size_t i = 5000; i < 15000; i++)  // ties and their neighbours
-        f[i] = (float)std::ldexp((double)(random() % 8192) + (random() % 3 - 1.0) / 1024, (int)(random() % 40) - 34);
+        f[i] = (float)std::ldexp((double)(random() % 8192) + (random() % 3 - 1.0) / 1024,
+                                 (int)(random() % 40) - 34);
     check_op_by<HRn>("rn.f16", same_in<16>(kF16), encoded(kF16, Round::nearest), f);
     check_op_by<HRz>("rz.f16", same_in<16>(kF16), encoded(kF16, Round::zero), f);
     check_op_by<HRm>("rm.f16", same_in<16>(kF16), encoded(kF16, Round::down), f);
@@ -246,34 +283,38 @@ TEST_CASE("ptxsim: cvt to and from f16 and bf16") {
     check_op_by<BRelu>("rn.relu.bf16", same_but_zeros<16>(kBf16), encoded(kBf16, Round::nearest, true), f);
     check_op_by<BB>("rn.bf16x2", same_in<32>(kBf16), encoded_pair(kBf16, Round::nearest), f, g);
     check_op_by<BBz>("rz.bf16x2", same_in<32>(kBf16), encoded_pair(kBf16, Round::zero), f, g);
-    check_op_by<BBRelu>("rn.relu.bf16x2", same_but_zeros<32>(kBf16), encoded_pair(kBf16, Round::nearest, true), f, g);
+    check_op_by<BBRelu>("rn.relu.bf16x2", same_but_zeros<32>(kBf16),
+                        encoded_pair(kBf16, Round::nearest, true), f, g);
     check_op_by<HH>("rn.f16x2", same_in<32>(kF16), encoded_pair(kF16, Round::nearest), f, g);
-    check_op<FH>("f32.f16", [](h x) { return (float)decode16(x, kF16); }, inputs16(kF16));
-    check_op<FB>("bf16 to f32", [](h x) { return (float)decode16(x, kBf16); }, inputs16(kBf16));
+    check_op<FH>(
+        "f32.f16", [](h x) { return (float)decode16(x, kF16); }, inputs16(kF16));
+    check_op<FB>(
+        "bf16 to f32", [](h x) { return (float)decode16(x, kBf16); }, inputs16(kBf16));
     check_op_by<HS32>("rn.f16.s32", same_in<16>(kF16), encoded(kF16, Round::nearest), inputs<int32_t>());
     auto halves = inputs16(kF16);
     for (h& x : halves) x = is_nan16(x, kF16) ? 0 : x;
-    check_op<S32H>("rzi.s32.f16", [](h x) { return to_integer<int32_t>(decode16(x, kF16), Round::zero); }, halves);
+    check_op<S32H>(
+        "rzi.s32.f16", [](h x) { return to_integer<int32_t>(decode16(x, kF16), Round::zero); }, halves);
 }
 
 // Each operation of one 16-bit number and of a pair.
-#define HALF2(name, text, t)                                              \
-    ASM2(name##H, h, "=h", h, "h", h, "h", text "." t " %0, %1, %2;")     \
+#define HALF2(name, text, t)                                          \
+    ASM2(name##H, h, "=h", h, "h", h, "h", text "." t " %0, %1, %2;") \
     ASM2(name##W, w, "=r", w, "r", w, "r", text "." t "x2 %0, %1, %2;")
-#define HALF3(name, text, t)                                                        \
-    ASM3(name##H, h, "=h", h, "h", h, "h", h, "h", text "." t " %0, %1, %2, %3;")   \
+#define HALF3(name, text, t)                                                      \
+    ASM3(name##H, h, "=h", h, "h", h, "h", h, "h", text "." t " %0, %1, %2, %3;") \
     ASM3(name##W, w, "=r", w, "r", w, "r", w, "r", text "." t "x2 %0, %1, %2, %3;")
-#define HALF1(name, text, t)                                     \
-    ASM1(name##H, h, "=h", h, "h", text "." t " %0, %1;")        \
+#define HALF1(name, text, t)                              \
+    ASM1(name##H, h, "=h", h, "h", text "." t " %0, %1;") \
     ASM1(name##W, w, "=r", w, "r", text "." t "x2 %0, %1;")
-#define BOTH_FORMATS(N, t)                      \
-    HALF3(Fma##N, "fma.rn", t)                  \
-    HALF3(FmaRelu##N, "fma.rn.relu", t)         \
-    HALF2(Min##N, "min", t)                     \
-    HALF2(Max##N, "max", t)                     \
-    HALF2(MinNan##N, "min.NaN", t)              \
-    HALF2(MaxNan##N, "max.NaN", t)              \
-    HALF1(Neg##N, "neg", t)                     \
+#define BOTH_FORMATS(N, t)              \
+    HALF3(Fma##N, "fma.rn", t)          \
+    HALF3(FmaRelu##N, "fma.rn.relu", t) \
+    HALF2(Min##N, "min", t)             \
+    HALF2(Max##N, "max", t)             \
+    HALF2(MinNan##N, "min.NaN", t)      \
+    HALF2(MaxNan##N, "max.NaN", t)      \
+    HALF1(Neg##N, "neg", t)             \
     HALF1(Abs##N, "abs", t)
 BOTH_FORMATS(F16, "f16")
 BOTH_FORMATS(Bf16, "bf16")
@@ -300,16 +341,19 @@ template <class One, class Two, class F>
 void check_half1(const char* name, const Format& format, F f) {
     auto one = [=](h a) { return encode16(f(decode16(a, format)), format); };
     check_op_by<One>(name, same_in<16>(format), one, inputs16(format));
-    check_op_by<Two>(name, same_in<32>(format), [=](w a) { return of_pair(one, a); }, inputs16x2(format, 0, 2));
+    check_op_by<Two>(
+        name, same_in<32>(format), [=](w a) { return of_pair(one, a); }, inputs16x2(format, 0, 2));
 }
 template <class One, class Two, class F>
 void check_half2(const char* name, const Format& format, F f) {
     auto one = [=](h a, h b) {
-        return encode16(round_to(f(decode16(a, format), decode16(b, format)), format, Round::nearest), format);
+        return encode16(round_to(f(decode16(a, format), decode16(b, format)), format, Round::nearest),
+                        format);
     };
     check_op_by<One>(name, same_in<16>(format), one, inputs16(format, 0, 2), inputs16(format, 1, 2));
-    check_op_by<Two>(name, same_in<32>(format), [=](w a, w b) { return of_pair(one, a, b); },
-                     inputs16x2(format, 0, 2), inputs16x2(format, 1, 2));
+    check_op_by<Two>(
+        name, same_in<32>(format), [=](w a, w b) { return of_pair(one, a, b); }, inputs16x2(format, 0, 2),
+        inputs16x2(format, 1, 2));
 }
 template <class One, class Two, class F>
 void check_half3(const char* name, const Format& format, F f, bool relu = false) {
@@ -317,11 +361,17 @@ void check_half3(const char* name, const Format& format, F f, bool relu = false)
         const double x = f(decode16(a, format), decode16(b, format), decode16(c, format));
         return encode16(round_to(x, format, Round::nearest), format);
     };
-    auto equal1 = [=](w a, w b) { return relu ? same_but_zeros<16>(format)(a, b) : same_of<16>(a, b, format); };
-    auto equal2 = [=](w a, w b) { return relu ? same_but_zeros<32>(format)(a, b) : same_of<32>(a, b, format); };
-    check_op_by<One>(name, equal1, one, inputs16(format, 0, 3), inputs16(format, 1, 3), inputs16(format, 2, 3));
-    check_op_by<Two>(name, equal2, [=](w a, w b, w c) { return of_pair(one, a, b, c); }, inputs16x2(format, 0, 3),
-                     inputs16x2(format, 1, 3), inputs16x2(format, 2, 3));
+    auto equal1 = [=](w a, w b) {
+        return relu ? same_but_zeros<16>(format)(a, b) : same_of<16>(a, b, format);
+    };
+    auto equal2 = [=](w a, w b) {
+        return relu ? same_but_zeros<32>(format)(a, b) : same_of<32>(a, b, format);
+    };
+    check_op_by<One>(name, equal1, one, inputs16(format, 0, 3), inputs16(format, 1, 3),
+                     inputs16(format, 2, 3));
+    check_op_by<Two>(
+        name, equal2, [=](w a, w b, w c) { return of_pair(one, a, b, c); }, inputs16x2(format, 0, 3),
+        inputs16x2(format, 1, 3), inputs16x2(format, 2, 3));
 }
 
 // The sign of a zero sum comes from rounding to nearest, which fma_odd does not do.
@@ -333,17 +383,19 @@ double relu(double x) {
     return x <= 0 ? 0.0 : x;
 }
 
-#define CHECK_BOTH(N, format)                                                                              \
-    check_half3<Fma##N##H, Fma##N##W>("fma " #N, format, fused);                                           \
-    check_half3<FmaRelu##N##H, FmaRelu##N##W>("fma.relu " #N, format,                                      \
-                                              [](double a, double b, double c) { return relu(fused(a, b, c)); }, true); \
-    check_half2<Min##N##H, Min##N##W>("min " #N, format, [](double a, double b) { return pick(a, b, true); });    \
-    check_half2<Max##N##H, Max##N##W>("max " #N, format, [](double a, double b) { return pick(a, b, false); });   \
-    check_half2<MinNan##N##H, MinNan##N##W>("min.NaN " #N, format,                                         \
-                                            [](double a, double b) { return pick_nan(a, b, true); });      \
-    check_half2<MaxNan##N##H, MaxNan##N##W>("max.NaN " #N, format,                                         \
-                                            [](double a, double b) { return pick_nan(a, b, false); });     \
-    check_half1<Neg##N##H, Neg##N##W>("neg " #N, format, [](double a) { return -a; });                     \
+#define CHECK_BOTH(N, format)                                                                             \
+    check_half3<Fma##N##H, Fma##N##W>("fma " #N, format, fused);                                          \
+    check_half3<FmaRelu##N##H, FmaRelu##N##W>(                                                            \
+        "fma.relu " #N, format, [](double a, double b, double c) { return relu(fused(a, b, c)); }, true); \
+    check_half2<Min##N##H, Min##N##W>("min " #N, format,                                                  \
+                                      [](double a, double b) { return pick(a, b, true); });               \
+    check_half2<Max##N##H, Max##N##W>("max " #N, format,                                                  \
+                                      [](double a, double b) { return pick(a, b, false); });              \
+    check_half2<MinNan##N##H, MinNan##N##W>("min.NaN " #N, format,                                        \
+                                            [](double a, double b) { return pick_nan(a, b, true); });     \
+    check_half2<MaxNan##N##H, MaxNan##N##W>("max.NaN " #N, format,                                        \
+                                            [](double a, double b) { return pick_nan(a, b, false); });    \
+    check_half1<Neg##N##H, Neg##N##W>("neg " #N, format, [](double a) { return -a; });                    \
     check_half1<Abs##N##H, Abs##N##W>("abs " #N, format, [](double a) { return std::abs(a); });
 
 TEST_CASE("ptxsim: arithmetic of f16 and bf16, single and paired") {
@@ -359,27 +411,28 @@ TEST_CASE("ptxsim: arithmetic of f16 and bf16, single and paired") {
                  : "=r"(one)                                                                               \
                  : "h"(a), "h"(b));                                                                        \
     r |= one;
-#define COMPARISONS(name, t)                        \
-    struct name {                                   \
-        __device__ static uint32_t at(h a, h b) {   \
-            uint32_t r = 0, one;                    \
-            COMPARE(1, "eq", t)                     \
-            COMPARE(2, "lt", t)                     \
-            COMPARE(4, "ge", t)                     \
-            COMPARE(8, "neu", t)                    \
-            COMPARE(16, "gtu", t)                   \
-            COMPARE(32, "num", t)                   \
-            return r;                               \
-        }                                           \
+#define COMPARISONS(name, t)                      \
+    struct name {                                 \
+        __device__ static uint32_t at(h a, h b) { \
+            uint32_t r = 0, one;                  \
+            COMPARE(1, "eq", t)                   \
+            COMPARE(2, "lt", t)                   \
+            COMPARE(4, "ge", t)                   \
+            COMPARE(8, "neu", t)                  \
+            COMPARE(16, "gtu", t)                 \
+            COMPARE(32, "num", t)                 \
+            return r;                             \
+        }                                         \
     };
 COMPARISONS(CompareF16, "f16")  // those of bf16 need sm_90
-struct ComparePair {  // a predicate for each half
+struct ComparePair {            // a predicate for each half
     __device__ static uint32_t at(w a, w b) {
         w r;
-        asm volatile("{\n\t.reg .pred p, q;\n\t.reg .u32 x;\n\tsetp.lt.f16x2 p|q, %1, %2;\n\t"
-                     "selp.u32 %0, 1, 0, p;\n\tselp.u32 x, 2, 0, q;\n\tadd.u32 %0, %0, x;\n\t}"
-                     : "=&r"(r)
-                     : "r"(a), "r"(b));
+        asm volatile(
+            "{\n\t.reg .pred p, q;\n\t.reg .u32 x;\n\tsetp.lt.f16x2 p|q, %1, %2;\n\t"
+            "selp.u32 %0, 1, 0, p;\n\tselp.u32 x, 2, 0, q;\n\tadd.u32 %0, %0, x;\n\t}"
+            : "=&r"(r)
+            : "r"(a), "r"(b));
         return r;
     }
 };
@@ -394,10 +447,13 @@ auto compared(const Format& format) {
 
 TEST_CASE("ptxsim: comparisons of f16") {
     check_op<CompareF16>("setp.f16", compared(kF16), inputs16(kF16, 0, 2), inputs16(kF16, 1, 2));
-    check_op<ComparePair>("setp.f16x2", [](w a, w b) {
-        auto less = [&](int i) { return decode16((h)(a >> i), kF16) < decode16((h)(b >> i), kF16); };
-        return (w)(less(0) | less(16) << 1);
-    }, inputs16x2(kF16, 0, 2), inputs16x2(kF16, 1, 2));
+    check_op<ComparePair>(
+        "setp.f16x2",
+        [](w a, w b) {
+            auto less = [&](int i) { return decode16((h)(a >> i), kF16) < decode16((h)(b >> i), kF16); };
+            return (w)(less(0) | less(16) << 1);
+        },
+        inputs16x2(kF16, 0, 2), inputs16x2(kF16, 1, 2));
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// ptxsim: planted faults. Every kernel has its repaired twin in it: `fixed` chooses. The line that a report should
-// name ends in a comment "fault: ..." that the test looks for in this file; where two lines are good, or a race has
-// two, both have it.
+// ptxsim: planted faults. Every kernel has its repaired twin in it: `fixed` chooses. The line that a report
+// should name ends in a comment "fault: ..." that the test looks for in this file; where two lines are good,
+// or a race has two, both have it.
 #include <assert.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -113,7 +113,7 @@ __global__ void blocks_write(int* out, bool fixed) {
 
 __global__ void block_reads_another(int* data, int* out, bool fixed) {
     const int t = threadIdx.x, b = blockIdx.x, other = fixed ? b : (b + 1) % gridDim.x;
-    data[b * 64 + t] = t;              // fault: block_reads_another
+    data[b * 64 + t] = t;                    // fault: block_reads_another
     out[b * 64 + t] = data[other * 64 + t];  // fault: block_reads_another
 }
 
@@ -143,7 +143,8 @@ __global__ void last_block(const int* in, int* partial, unsigned* count, int* ou
     *out = sum;
 }
 
-// --------------------------------------------------------------------------------- addresses and fresh memory
+// --------------------------------------------------------------------------------- addresses and fresh
+// memory
 
 __global__ void shared_by_one(int* out, bool fixed) {
     __shared__ int tile[64];
@@ -164,7 +165,7 @@ __global__ void dynamic_shared_by_one(int* out, bool fixed) {
 __global__ void tail_read(const float* in, float* out, int n, bool fixed) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (fixed && i >= n) return;
-    const float x = in[i];  // fault: tail_read
+    const float x = *(const volatile float*)(in + i);  // fault: tail_read
     if (i < n) out[i] = x;
 }
 
@@ -311,9 +312,9 @@ void expect_fault(const std::vector<Report>& reports, const std::string& kernel,
         if (fault == Fault::race) CHECK_MESSAGE(marked(report.other_line), all_of(reports));
     }
     if (fault == Fault::race && lines.size() == 2)  // one of the reports has both lines
-        CHECK_MESSAGE(std::any_of(reports.begin(), reports.end(), [](const Report& report) {
-                          return report.line != report.other_line;
-                      }), all_of(reports));
+        CHECK_MESSAGE(std::any_of(reports.begin(), reports.end(),
+                                  [](const Report& report) { return report.line != report.other_line; }),
+                      all_of(reports));
 }
 
 struct Buffers {
@@ -335,7 +336,7 @@ float* floats(const Device<int>& device) {
 const std::vector<Case>& cases() {
     static const std::vector<Case> all = {
         {"sync_before", Fault::race,
-         [](Buffers& b, bool fixed) { sync_before<<<2, 64>>>(b.in.get(), b.out.get(), fixed); }},
+         [](Buffers& b, bool fixed) { sync_before<<<1, 64>>>(b.in.get(), b.out.get(), fixed); }},
         {"sync_after", Fault::race,
          [](Buffers& b, bool fixed) { sync_after<<<1, 64>>>(b.in.get(), b.out.get(), fixed); }},
         {"sync_warp", Fault::race,
@@ -350,14 +351,16 @@ const std::vector<Case>& cases() {
          [](Buffers& b, bool fixed) { barrier_for_some<<<1, 64>>>(b.out.get(), fixed); }},
         {"named_barriers", Fault::barrier,
          [](Buffers& b, bool fixed) { named_barriers<<<1, 64>>>(b.out.get(), fixed); }},
-        {"blocks_write", Fault::race, [](Buffers& b, bool fixed) { blocks_write<<<8, 32>>>(b.out.get(), fixed); }},
+        {"blocks_write", Fault::race,
+         [](Buffers& b, bool fixed) { blocks_write<<<8, 32>>>(b.out.get(), fixed); }},
         {"block_reads_another", Fault::race,
          [](Buffers& b, bool fixed) { block_reads_another<<<8, 64>>>(b.in.get(), b.out.get(), fixed); }},
         {"missing_atomic", Fault::race,
          [](Buffers& b, bool fixed) { missing_atomic<<<8, 64>>>(b.out.get(), fixed); }},
         {"last_block", Fault::race,
          [](Buffers& b, bool fixed) {
-             last_block<<<8, 32>>>(b.in.get(), b.more.get(), (unsigned*)b.more.get() + 100, b.out.get(), fixed);
+             last_block<<<8, 32>>>(b.in.get(), b.more.get(), (unsigned*)b.more.get() + 100, b.out.get(),
+                                   fixed);
          }},
         {"shared_by_one", Fault::out_of_bounds,
          [](Buffers& b, bool fixed) { shared_by_one<<<1, 64>>>(b.out.get(), fixed); }},
@@ -374,7 +377,9 @@ const std::vector<Case>& cases() {
              null_pointer<<<1, 64>>>(fixed ? floats(b.in) : nullptr, floats(b.out));
          }},
         {"misaligned", Fault::misaligned,
-         [](Buffers& b, bool fixed) { misaligned<<<1, 64>>>(floats(b.in), (float4*)b.out.get(), fixed ? 4 : 1); }},
+         [](Buffers& b, bool fixed) {
+             misaligned<<<1, 64>>>(floats(b.in), (float4*)b.out.get(), fixed ? 4 : 1);
+         }},
         {"fresh_shared", Fault::uninitialized,
          [](Buffers& b, bool fixed) { fresh_shared<<<1, 64>>>(b.out.get(), fixed ? 64 : 50); }},
         {"fresh_global", Fault::uninitialized,
@@ -387,7 +392,9 @@ const std::vector<Case>& cases() {
         {"fresh_local", Fault::uninitialized,
          [](Buffers& b, bool fixed) { fresh_local<<<1, 32>>>(b.out.get(), fixed ? 32 : 20, 25); }},
         {"missing_wait", Fault::missing_wait,
-         [](Buffers& b, bool fixed) { missing_wait<<<1, 64>>>((int4*)b.in.get(), (int4*)b.out.get(), fixed); }},
+         [](Buffers& b, bool fixed) {
+             missing_wait<<<1, 64>>>((int4*)b.in.get(), (int4*)b.out.get(), fixed);
+         }},
         {"host_pointer", Fault::host_access,
          [](Buffers& b, bool fixed) {
              std::vector<int> pageable(64);
@@ -408,7 +415,8 @@ const std::vector<Case>& cases() {
              cudaDeviceSynchronize();
              if (fixed) CUDA_OK(cudaFree(data));
          }},
-        {"exited_lane", Fault::warp_mask, [](Buffers& b, bool fixed) { exited_lane<<<1, 32>>>(b.out.get(), fixed); }},
+        {"exited_lane", Fault::warp_mask,
+         [](Buffers& b, bool fixed) { exited_lane<<<1, 32>>>(b.out.get(), fixed); }},
         {"caller_not_in_mask", Fault::warp_mask,
          [](Buffers& b, bool fixed) { caller_not_in_mask<<<1, 32>>>(b.out.get(), fixed); }},
         {"different_masks", Fault::warp_mask,

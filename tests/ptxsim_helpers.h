@@ -20,9 +20,9 @@
 #include "dev/ptxsim/options.h"
 #include "dev/ptxsim/report.h"
 
-#define CUDA_OK(call)                                            \
-    do {                                                         \
-        const cudaError_t status_ = (call);                      \
+#define CUDA_OK(call)                                                                          \
+    do {                                                                                       \
+        const cudaError_t status_ = (call);                                                    \
         REQUIRE_MESSAGE(status_ == cudaSuccess, #call << ": " << cudaGetErrorString(status_)); \
     } while (0)
 
@@ -129,33 +129,34 @@ void check_op_by(const char* name, Equal equal, Host host, const std::vector<A>&
 }
 template <class Op, class Host, class... A>
 void check_op(const char* name, Host host, const std::vector<A>&... in) {
-    check_op_by<Op>(name, [](auto a, auto b) { return same(a, b); }, host, in...);
+    check_op_by<Op>(
+        name, [](auto a, auto b) { return same(a, b); }, host, in...);
 }
 
 // Operations that are one piece of PTX: the result's type and constraint, then those of the operands.
-#define ASM1(name, R, rc, A, ac, text)                  \
-    struct name {                                       \
-        __device__ static R at(A a) {                   \
-            R r;                                        \
-            asm volatile(text : rc(r) : ac(a));         \
-            return r;                                   \
-        }                                               \
+#define ASM1(name, R, rc, A, ac, text)          \
+    struct name {                               \
+        __device__ static R at(A a) {           \
+            R r;                                \
+            asm volatile(text : rc(r) : ac(a)); \
+            return r;                           \
+        }                                       \
     };
-#define ASM2(name, R, rc, A, ac, B, bc, text)             \
-    struct name {                                         \
-        __device__ static R at(A a, B b) {                \
-            R r;                                          \
-            asm volatile(text : rc(r) : ac(a), bc(b));    \
-            return r;                                     \
-        }                                                 \
+#define ASM2(name, R, rc, A, ac, B, bc, text)          \
+    struct name {                                      \
+        __device__ static R at(A a, B b) {             \
+            R r;                                       \
+            asm volatile(text : rc(r) : ac(a), bc(b)); \
+            return r;                                  \
+        }                                              \
     };
-#define ASM3(name, R, rc, A, ac, B, bc, C, cc, text)               \
-    struct name {                                                  \
-        __device__ static R at(A a, B b, C c) {                    \
-            R r;                                                   \
-            asm volatile(text : rc(r) : ac(a), bc(b), cc(c));      \
-            return r;                                              \
-        }                                                          \
+#define ASM3(name, R, rc, A, ac, B, bc, C, cc, text)          \
+    struct name {                                             \
+        __device__ static R at(A a, B b, C c) {               \
+            R r;                                              \
+            asm volatile(text : rc(r) : ac(a), bc(b), cc(c)); \
+            return r;                                         \
+        }                                                     \
     };
 
 // ------------------------------------------------------------------------------------------- host rounding
@@ -172,11 +173,16 @@ constexpr Format kF16{11, -14, 65504.0}, kBf16{8, -126, 0x1.fep127}, kTf32{11, -
 
 inline double round_integral(double x, Round mode) {
     switch (mode) {
-        case Round::nearest: return std::nearbyint(x);
-        case Round::zero: return std::trunc(x);
-        case Round::down: return std::floor(x);
-        case Round::up: return std::ceil(x);
-        default: return std::round(x);
+        case Round::nearest:
+            return std::nearbyint(x);
+        case Round::zero:
+            return std::trunc(x);
+        case Round::down:
+            return std::floor(x);
+        case Round::up:
+            return std::ceil(x);
+        default:
+            return std::round(x);
     }
 }
 
@@ -247,16 +253,63 @@ inline double fma_odd(double x, double y, double z) {
 template <class T>
 std::vector<T> integer_specials() {
     using L = std::numeric_limits<T>;
-    return {0, 1, 2, 3, 7, 8, 31, 32, 33, 63, 64, 100, (T)-1, (T)-2, (T)-7, L::max(), L::min(),
-            (T)(L::max() - 1), (T)(L::min() + 1), (T)(L::max() / 2), (T)(L::max() / 2 + 1)};
+    return {0,
+            1,
+            2,
+            3,
+            7,
+            8,
+            31,
+            32,
+            33,
+            63,
+            64,
+            100,
+            (T)-1,
+            (T)-2,
+            (T)-7,
+            L::max(),
+            L::min(),
+            (T)(L::max() - 1),
+            (T)(L::min() + 1),
+            (T)(L::max() / 2),
+            (T)(L::max() / 2 + 1)};
 }
 inline std::vector<float> float_specials() {
     using L = std::numeric_limits<float>;
     std::vector<float> all;
-    for (float x : {0.0f, L::denorm_min(), 0x1.8p-130f, L::min(), 0x1.fffffcp-127f, 1e-20f, 0.25f, 0.5f, 0.75f,
-                    1.0f, 1.5f, 2.5f, 0x1.fffffep0f, 3.0f, 127.5f, 128.0f, 255.5f, 256.0f, 32767.5f, 65503.0f,
-                    65519.9f, 65520.0f, 0x1p24f, 0x1.fffffep30f, 0x1p31f, 0x1p32f, 0x1p63f, 0x1p64f, 1e20f,
-                    L::max(), L::infinity(), L::quiet_NaN()})
+    for (float x : {0.0f,
+                    L::denorm_min(),
+                    0x1.8p-130f,
+                    L::min(),
+                    0x1.fffffcp-127f,
+                    1e-20f,
+                    0.25f,
+                    0.5f,
+                    0.75f,
+                    1.0f,
+                    1.5f,
+                    2.5f,
+                    0x1.fffffep0f,
+                    3.0f,
+                    127.5f,
+                    128.0f,
+                    255.5f,
+                    256.0f,
+                    32767.5f,
+                    65503.0f,
+                    65519.9f,
+                    65520.0f,
+                    0x1p24f,
+                    0x1.fffffep30f,
+                    0x1p31f,
+                    0x1p32f,
+                    0x1p63f,
+                    0x1p64f,
+                    1e20f,
+                    L::max(),
+                    L::infinity(),
+                    L::quiet_NaN()})
         all.insert(all.end(), {x, -x});
     return all;
 }
@@ -271,9 +324,10 @@ std::vector<T> specials() {
     } else {
         std::vector<double> all;
         for (float x : float_specials()) all.push_back(x);
-        for (double x : {5e-324, 0x1p-1022, 0x1.fffffffffffffp-1023, 0x1.8p-1040, 1e300, 0x1.fffffffffffffp1023,
-                         0x1.fffffefp127, 0x1.ffffffp127, 0x1.0000010000001p0, 0x1.000001p0, 0x1.000003p0,
-                         0x1p-150, 0x1.0000000000001p-150, 4503599627370496.5, 9223372036854774784.0})
+        for (double x :
+             {5e-324, 0x1p-1022, 0x1.fffffffffffffp-1023, 0x1.8p-1040, 1e300, 0x1.fffffffffffffp1023,
+              0x1.fffffefp127, 0x1.ffffffp127, 0x1.0000010000001p0, 0x1.000001p0, 0x1.000003p0, 0x1p-150,
+              0x1.0000000000001p-150, 4503599627370496.5, 9223372036854774784.0})
             all.insert(all.end(), {x, -x});
         return all;
     }
@@ -289,8 +343,10 @@ T any_number(std::mt19937_64& random) {
     } else {
         if (kind == 0) return (T)((int64_t)(bits % 2001) - 1000) / 4;
         if (kind == 1) return std::ldexp((T)(int32_t)bits, (int)(random() % 64) - 48);
-        if constexpr (sizeof(T) == 8) return std::bit_cast<T>(bits);
-        else return std::bit_cast<T>((uint32_t)bits);
+        if constexpr (sizeof(T) == 8)
+            return std::bit_cast<T>(bits);
+        else
+            return std::bit_cast<T>((uint32_t)bits);
     }
 }
 
@@ -317,22 +373,33 @@ inline std::vector<uint16_t> inputs16(const Format& format, int which = 0, int o
         for (int i = 0; i < 65536; i++) all.push_back(i);
         return all;
     }
-    const std::vector<double> special = {0, std::scalbn(1, format.min_exponent - format.bits + 1),
-                                         std::scalbn(1, format.min_exponent), 0.5, 1, 1.5, 3, format.max,
-                                         format.max / 2, INFINITY, NAN};
+    const std::vector<double> special = {0,
+                                         std::scalbn(1, format.min_exponent - format.bits + 1),
+                                         std::scalbn(1, format.min_exponent),
+                                         0.5,
+                                         1,
+                                         1.5,
+                                         3,
+                                         format.max,
+                                         format.max / 2,
+                                         INFINITY,
+                                         NAN};
     for (int i = 0; i < 20000; i++) {
         uint16_t bits = random();
         const int kind = random() % 4;
         if (kind == 0) bits = encode16(special[random() % special.size()], format) | (random() % 2 << 15);
-        if (kind == 1) bits = encode16(round_to((int)(random() % 4001 - 2000) / 16.0, format, Round::nearest), format);
+        if (kind == 1)
+            bits = encode16(round_to((int)(random() % 4001 - 2000) / 16.0, format, Round::nearest), format);
         all.push_back(bits);
     }
     return all;
 }
 inline std::vector<uint32_t> inputs16x2(const Format& format, int which, int of) {
-    const std::vector<uint16_t> low = inputs16(format, which, of), high = inputs16(format, which + of, of + 1);
+    const std::vector<uint16_t> low = inputs16(format, which, of),
+                                high = inputs16(format, which + of, of + 1);
     std::vector<uint32_t> all;
-    for (size_t i = 0; i < std::min(low.size(), (size_t)20000); i++) all.push_back(low[i] | (uint32_t)high[i] << 16);
+    for (size_t i = 0; i < std::min(low.size(), (size_t)20000); i++)
+        all.push_back(low[i] | (uint32_t)high[i] << 16);
     return all;
 }
 

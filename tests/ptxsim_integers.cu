@@ -9,37 +9,37 @@ namespace {
 
 // ---------------------------------------------------------------------------------------- every width
 
-#define OPS_OF_WIDTH(W, S, U, c)                                                        \
-    ASM2(Add##W, U, "=" c, U, c, U, c, "add.u" #W " %0, %1, %2;")                       \
-    ASM2(AddS##W, S, "=" c, S, c, S, c, "add.s" #W " %0, %1, %2;")                      \
-    ASM2(Sub##W, U, "=" c, U, c, U, c, "sub.u" #W " %0, %1, %2;")                       \
-    ASM2(SubS##W, S, "=" c, S, c, S, c, "sub.s" #W " %0, %1, %2;")                      \
-    ASM2(MulLo##W, U, "=" c, U, c, U, c, "mul.lo.u" #W " %0, %1, %2;")                  \
-    ASM2(MulLoS##W, S, "=" c, S, c, S, c, "mul.lo.s" #W " %0, %1, %2;")                 \
-    ASM2(MulHi##W, U, "=" c, U, c, U, c, "mul.hi.u" #W " %0, %1, %2;")                  \
-    ASM2(MulHiS##W, S, "=" c, S, c, S, c, "mul.hi.s" #W " %0, %1, %2;")                 \
-    ASM3(MadLo##W, U, "=" c, U, c, U, c, U, c, "mad.lo.u" #W " %0, %1, %2, %3;")        \
-    ASM3(MadHi##W, U, "=" c, U, c, U, c, U, c, "mad.hi.u" #W " %0, %1, %2, %3;")        \
-    ASM3(MadHiS##W, S, "=" c, S, c, S, c, S, c, "mad.hi.s" #W " %0, %1, %2, %3;")       \
-    ASM3(Sad##W, U, "=" c, U, c, U, c, U, c, "sad.u" #W " %0, %1, %2, %3;")             \
-    ASM3(SadS##W, S, "=" c, S, c, S, c, S, c, "sad.s" #W " %0, %1, %2, %3;")            \
-    ASM2(Div##W, U, "=" c, U, c, U, c, "div.u" #W " %0, %1, %2;")                       \
-    ASM2(DivS##W, S, "=" c, S, c, S, c, "div.s" #W " %0, %1, %2;")                      \
-    ASM2(Rem##W, U, "=" c, U, c, U, c, "rem.u" #W " %0, %1, %2;")                       \
-    ASM2(RemS##W, S, "=" c, S, c, S, c, "rem.s" #W " %0, %1, %2;")                      \
-    ASM2(Min##W, U, "=" c, U, c, U, c, "min.u" #W " %0, %1, %2;")                       \
-    ASM2(MinS##W, S, "=" c, S, c, S, c, "min.s" #W " %0, %1, %2;")                      \
-    ASM2(Max##W, U, "=" c, U, c, U, c, "max.u" #W " %0, %1, %2;")                       \
-    ASM2(MaxS##W, S, "=" c, S, c, S, c, "max.s" #W " %0, %1, %2;")                      \
-    ASM1(AbsS##W, S, "=" c, S, c, "abs.s" #W " %0, %1;")                                \
-    ASM1(NegS##W, S, "=" c, S, c, "neg.s" #W " %0, %1;")                                \
-    ASM2(And##W, U, "=" c, U, c, U, c, "and.b" #W " %0, %1, %2;")                       \
-    ASM2(Or##W, U, "=" c, U, c, U, c, "or.b" #W " %0, %1, %2;")                         \
-    ASM2(Xor##W, U, "=" c, U, c, U, c, "xor.b" #W " %0, %1, %2;")                       \
-    ASM1(Not##W, U, "=" c, U, c, "not.b" #W " %0, %1;")                                 \
-    ASM1(Cnot##W, U, "=" c, U, c, "cnot.b" #W " %0, %1;")                               \
-    ASM2(Shl##W, U, "=" c, U, c, uint32_t, "r", "shl.b" #W " %0, %1, %2;")              \
-    ASM2(Shr##W, U, "=" c, U, c, uint32_t, "r", "shr.u" #W " %0, %1, %2;")              \
+#define OPS_OF_WIDTH(W, S, U, c)                                                  \
+    ASM2(Add##W, U, "=" c, U, c, U, c, "add.u" #W " %0, %1, %2;")                 \
+    ASM2(AddS##W, S, "=" c, S, c, S, c, "add.s" #W " %0, %1, %2;")                \
+    ASM2(Sub##W, U, "=" c, U, c, U, c, "sub.u" #W " %0, %1, %2;")                 \
+    ASM2(SubS##W, S, "=" c, S, c, S, c, "sub.s" #W " %0, %1, %2;")                \
+    ASM2(MulLo##W, U, "=" c, U, c, U, c, "mul.lo.u" #W " %0, %1, %2;")            \
+    ASM2(MulLoS##W, S, "=" c, S, c, S, c, "mul.lo.s" #W " %0, %1, %2;")           \
+    ASM2(MulHi##W, U, "=" c, U, c, U, c, "mul.hi.u" #W " %0, %1, %2;")            \
+    ASM2(MulHiS##W, S, "=" c, S, c, S, c, "mul.hi.s" #W " %0, %1, %2;")           \
+    ASM3(MadLo##W, U, "=" c, U, c, U, c, U, c, "mad.lo.u" #W " %0, %1, %2, %3;")  \
+    ASM3(MadHi##W, U, "=" c, U, c, U, c, U, c, "mad.hi.u" #W " %0, %1, %2, %3;")  \
+    ASM3(MadHiS##W, S, "=" c, S, c, S, c, S, c, "mad.hi.s" #W " %0, %1, %2, %3;") \
+    ASM3(Sad##W, U, "=" c, U, c, U, c, U, c, "sad.u" #W " %0, %1, %2, %3;")       \
+    ASM3(SadS##W, S, "=" c, S, c, S, c, S, c, "sad.s" #W " %0, %1, %2, %3;")      \
+    ASM2(Div##W, U, "=" c, U, c, U, c, "div.u" #W " %0, %1, %2;")                 \
+    ASM2(DivS##W, S, "=" c, S, c, S, c, "div.s" #W " %0, %1, %2;")                \
+    ASM2(Rem##W, U, "=" c, U, c, U, c, "rem.u" #W " %0, %1, %2;")                 \
+    ASM2(RemS##W, S, "=" c, S, c, S, c, "rem.s" #W " %0, %1, %2;")                \
+    ASM2(Min##W, U, "=" c, U, c, U, c, "min.u" #W " %0, %1, %2;")                 \
+    ASM2(MinS##W, S, "=" c, S, c, S, c, "min.s" #W " %0, %1, %2;")                \
+    ASM2(Max##W, U, "=" c, U, c, U, c, "max.u" #W " %0, %1, %2;")                 \
+    ASM2(MaxS##W, S, "=" c, S, c, S, c, "max.s" #W " %0, %1, %2;")                \
+    ASM1(AbsS##W, S, "=" c, S, c, "abs.s" #W " %0, %1;")                          \
+    ASM1(NegS##W, S, "=" c, S, c, "neg.s" #W " %0, %1;")                          \
+    ASM2(And##W, U, "=" c, U, c, U, c, "and.b" #W " %0, %1, %2;")                 \
+    ASM2(Or##W, U, "=" c, U, c, U, c, "or.b" #W " %0, %1, %2;")                   \
+    ASM2(Xor##W, U, "=" c, U, c, U, c, "xor.b" #W " %0, %1, %2;")                 \
+    ASM1(Not##W, U, "=" c, U, c, "not.b" #W " %0, %1;")                           \
+    ASM1(Cnot##W, U, "=" c, U, c, "cnot.b" #W " %0, %1;")                         \
+    ASM2(Shl##W, U, "=" c, U, c, uint32_t, "r", "shl.b" #W " %0, %1, %2;")        \
+    ASM2(Shr##W, U, "=" c, U, c, uint32_t, "r", "shr.u" #W " %0, %1, %2;")        \
     ASM2(ShrS##W, S, "=" c, S, c, uint32_t, "r", "shr.s" #W " %0, %1, %2;")
 
 OPS_OF_WIDTH(16, int16_t, uint16_t, "h")
@@ -52,55 +52,83 @@ T shifted_right(T x, uint32_t n) {
     return (T)((s128)x >> std::min(n, width));
 }
 
-#define CHECK_WIDTH(W, S, U)                                                                            \
-    do {                                                                                                \
-        const auto u0 = inputs<U>(0, 2), u1 = inputs<U>(1, 2);                                          \
-        const auto s0 = inputs<S>(0, 2), s1 = inputs<S>(1, 2);                                          \
-        const auto v0 = inputs<U>(0, 3), v1 = inputs<U>(1, 3), v2 = inputs<U>(2, 3);                    \
-        const auto t0 = inputs<S>(0, 3), t1 = inputs<S>(1, 3), t2 = inputs<S>(2, 3);                    \
-        check_op<Add##W>("add.u" #W, [](U a, U b) { return (U)((u128)a + b); }, u0, u1);                \
-        check_op<AddS##W>("add.s" #W, [](S a, S b) { return (S)((s128)a + b); }, s0, s1);               \
-        check_op<Sub##W>("sub.u" #W, [](U a, U b) { return (U)((u128)a - b); }, u0, u1);                \
-        check_op<SubS##W>("sub.s" #W, [](S a, S b) { return (S)((s128)a - b); }, s0, s1);               \
-        check_op<MulLo##W>("mul.lo.u" #W, [](U a, U b) { return (U)((u128)a * b); }, u0, u1);           \
-        check_op<MulLoS##W>("mul.lo.s" #W, [](S a, S b) { return (S)((s128)a * b); }, s0, s1);          \
-        check_op<MulHi##W>("mul.hi.u" #W, [](U a, U b) { return (U)((u128)a * b >> W); }, u0, u1);      \
-        check_op<MulHiS##W>("mul.hi.s" #W, [](S a, S b) { return (S)((s128)a * b >> W); }, s0, s1);     \
-        check_op<MadLo##W>("mad.lo.u" #W, [](U a, U b, U c) { return (U)((u128)a * b + c); }, v0, v1, v2); \
-        check_op<MadHi##W>("mad.hi.u" #W, [](U a, U b, U c) { return (U)(((u128)a * b >> W) + c); }, v0,  \
-                           v1, v2);                                                                     \
-        check_op<MadHiS##W>("mad.hi.s" #W, [](S a, S b, S c) { return (S)(((s128)a * b >> W) + c); }, t0, \
-                            t1, t2);                                                                    \
-        check_op<Sad##W>("sad.u" #W, [](U a, U b, U c) { return (U)(c + (a > b ? a - b : b - a)); }, v0,  \
-                         v1, v2);                                                                       \
-        check_op<SadS##W>("sad.s" #W, [](S a, S b, S c) {                                               \
-            const s128 d = (s128)a - b;                                                                 \
-            return (S)(c + (d < 0 ? -d : d));                                                           \
-        }, t0, t1, t2);                                                                                 \
-        auto d0 = u0, d1 = u1;                                                                          \
-        auto e0 = s0, e1 = s1;                                                                          \
-        for (U& x : d1) x += x == 0; /* divisions by zero and of the least by -1 are not specified */   \
-        for (size_t i = 0; i < e1.size(); i++)                                                          \
-            if (e1[i] == 0 || e1[i] == -1) e1[i] = 3;                                                   \
-        check_op<Div##W>("div.u" #W, [](U a, U b) { return (U)(a / b); }, d0, d1);                      \
-        check_op<DivS##W>("div.s" #W, [](S a, S b) { return (S)(a / b); }, e0, e1);                     \
-        check_op<Rem##W>("rem.u" #W, [](U a, U b) { return (U)(a % b); }, d0, d1);                      \
-        check_op<RemS##W>("rem.s" #W, [](S a, S b) { return (S)(a % b); }, e0, e1);                     \
-        check_op<Min##W>("min.u" #W, [](U a, U b) { return a < b ? a : b; }, u0, u1);                   \
-        check_op<MinS##W>("min.s" #W, [](S a, S b) { return a < b ? a : b; }, s0, s1);                  \
-        check_op<Max##W>("max.u" #W, [](U a, U b) { return a < b ? b : a; }, u0, u1);                   \
-        check_op<MaxS##W>("max.s" #W, [](S a, S b) { return a < b ? b : a; }, s0, s1);                  \
-        check_op<AbsS##W>("abs.s" #W, [](S a) { return a < 0 ? (S)(0 - (U)a) : a; }, s0);               \
-        check_op<NegS##W>("neg.s" #W, [](S a) { return (S)(0 - (U)a); }, s0);                           \
-        check_op<And##W>("and.b" #W, [](U a, U b) { return (U)(a & b); }, u0, u1);                      \
-        check_op<Or##W>("or.b" #W, [](U a, U b) { return (U)(a | b); }, u0, u1);                        \
-        check_op<Xor##W>("xor.b" #W, [](U a, U b) { return (U)(a ^ b); }, u0, u1);                      \
-        check_op<Not##W>("not.b" #W, [](U a) { return (U)~a; }, u0);                                    \
-        check_op<Cnot##W>("cnot.b" #W, [](U a) { return (U)(a == 0); }, u0);                            \
-        const auto n = inputs<uint32_t>(1, 2);                                                          \
-        check_op<Shl##W>("shl.b" #W, [](U a, uint32_t n) { return n < W ? (U)((u128)a << n) : (U)0; }, u0, n); \
-        check_op<Shr##W>("shr.u" #W, shifted_right<U>, u0, n);                                          \
-        check_op<ShrS##W>("shr.s" #W, shifted_right<S>, s0, n);                                         \
+#define CHECK_WIDTH(W, S, U)                                                                           \
+    do {                                                                                               \
+        const auto u0 = inputs<U>(0, 2), u1 = inputs<U>(1, 2);                                         \
+        const auto s0 = inputs<S>(0, 2), s1 = inputs<S>(1, 2);                                         \
+        const auto v0 = inputs<U>(0, 3), v1 = inputs<U>(1, 3), v2 = inputs<U>(2, 3);                   \
+        const auto t0 = inputs<S>(0, 3), t1 = inputs<S>(1, 3), t2 = inputs<S>(2, 3);                   \
+        check_op<Add##W>(                                                                              \
+            "add.u" #W, [](U a, U b) { return (U)((u128)a + b); }, u0, u1);                            \
+        check_op<AddS##W>(                                                                             \
+            "add.s" #W, [](S a, S b) { return (S)((s128)a + b); }, s0, s1);                            \
+        check_op<Sub##W>(                                                                              \
+            "sub.u" #W, [](U a, U b) { return (U)((u128)a - b); }, u0, u1);                            \
+        check_op<SubS##W>(                                                                             \
+            "sub.s" #W, [](S a, S b) { return (S)((s128)a - b); }, s0, s1);                            \
+        check_op<MulLo##W>(                                                                            \
+            "mul.lo.u" #W, [](U a, U b) { return (U)((u128)a * b); }, u0, u1);                         \
+        check_op<MulLoS##W>(                                                                           \
+            "mul.lo.s" #W, [](S a, S b) { return (S)((s128)a * b); }, s0, s1);                         \
+        check_op<MulHi##W>(                                                                            \
+            "mul.hi.u" #W, [](U a, U b) { return (U)((u128)a * b >> W); }, u0, u1);                    \
+        check_op<MulHiS##W>(                                                                           \
+            "mul.hi.s" #W, [](S a, S b) { return (S)((s128)a * b >> W); }, s0, s1);                    \
+        check_op<MadLo##W>(                                                                            \
+            "mad.lo.u" #W, [](U a, U b, U c) { return (U)((u128)a * b + c); }, v0, v1, v2);            \
+        check_op<MadHi##W>(                                                                            \
+            "mad.hi.u" #W, [](U a, U b, U c) { return (U)(((u128)a * b >> W) + c); }, v0, v1, v2);     \
+        check_op<MadHiS##W>(                                                                           \
+            "mad.hi.s" #W, [](S a, S b, S c) { return (S)(((s128)a * b >> W) + c); }, t0, t1, t2);     \
+        check_op<Sad##W>(                                                                              \
+            "sad.u" #W, [](U a, U b, U c) { return (U)(c + (a > b ? a - b : b - a)); }, v0, v1, v2);   \
+        check_op<SadS##W>(                                                                             \
+            "sad.s" #W,                                                                                \
+            [](S a, S b, S c) {                                                                        \
+                const s128 d = (s128)a - b;                                                            \
+                return (S)(c + (d < 0 ? -d : d));                                                      \
+            },                                                                                         \
+            t0, t1, t2);                                                                               \
+        auto d0 = u0, d1 = u1;                                                                         \
+        auto e0 = s0, e1 = s1;                                                                         \
+        for (U & x : d1) x += x == 0; /* divisions by zero and of the least by -1 are not specified */ \
+        for (size_t i = 0; i < e1.size(); i++)                                                         \
+            if (e1[i] == 0 || e1[i] == -1) e1[i] = 3;                                                  \
+        check_op<Div##W>(                                                                              \
+            "div.u" #W, [](U a, U b) { return (U)(a / b); }, d0, d1);                                  \
+        check_op<DivS##W>(                                                                             \
+            "div.s" #W, [](S a, S b) { return (S)(a / b); }, e0, e1);                                  \
+        check_op<Rem##W>(                                                                              \
+            "rem.u" #W, [](U a, U b) { return (U)(a % b); }, d0, d1);                                  \
+        check_op<RemS##W>(                                                                             \
+            "rem.s" #W, [](S a, S b) { return (S)(a % b); }, e0, e1);                                  \
+        check_op<Min##W>(                                                                              \
+            "min.u" #W, [](U a, U b) { return a < b ? a : b; }, u0, u1);                               \
+        check_op<MinS##W>(                                                                             \
+            "min.s" #W, [](S a, S b) { return a < b ? a : b; }, s0, s1);                               \
+        check_op<Max##W>(                                                                              \
+            "max.u" #W, [](U a, U b) { return a < b ? b : a; }, u0, u1);                               \
+        check_op<MaxS##W>(                                                                             \
+            "max.s" #W, [](S a, S b) { return a < b ? b : a; }, s0, s1);                               \
+        check_op<AbsS##W>(                                                                             \
+            "abs.s" #W, [](S a) { return a < 0 ? (S)(0 - (U)a) : a; }, s0);                            \
+        check_op<NegS##W>(                                                                             \
+            "neg.s" #W, [](S a) { return (S)(0 - (U)a); }, s0);                                        \
+        check_op<And##W>(                                                                              \
+            "and.b" #W, [](U a, U b) { return (U)(a & b); }, u0, u1);                                  \
+        check_op<Or##W>(                                                                               \
+            "or.b" #W, [](U a, U b) { return (U)(a | b); }, u0, u1);                                   \
+        check_op<Xor##W>(                                                                              \
+            "xor.b" #W, [](U a, U b) { return (U)(a ^ b); }, u0, u1);                                  \
+        check_op<Not##W>(                                                                              \
+            "not.b" #W, [](U a) { return (U)~a; }, u0);                                                \
+        check_op<Cnot##W>(                                                                             \
+            "cnot.b" #W, [](U a) { return (U)(a == 0); }, u0);                                         \
+        const auto n = inputs<uint32_t>(1, 2);                                                         \
+        check_op<Shl##W>(                                                                              \
+            "shl.b" #W, [](U a, uint32_t n) { return n < W ? (U)((u128)a << n) : (U)0; }, u0, n);      \
+        check_op<Shr##W>("shr.u" #W, shifted_right<U>, u0, n);                                         \
+        check_op<ShrS##W>("shr.s" #W, shifted_right<S>, s0, n);                                        \
     } while (0)
 
 TEST_CASE("ptxsim: 16-bit integer arithmetic") {
@@ -145,30 +173,41 @@ TEST_CASE("ptxsim: wide, 24-bit and saturating integer arithmetic") {
     const auto i0 = inputs<int16_t>(0, 2), i1 = inputs<int16_t>(1, 2);
     using i32 = int32_t;
     using u32 = uint32_t;
-    check_op<WideU16>("mul.wide.u16", [](uint16_t a, uint16_t b) { return (u32)a * b; }, h0, h1);
-    check_op<WideS16>("mul.wide.s16", [](int16_t a, int16_t b) { return (i32)a * b; }, i0, i1);
-    check_op<WideU32>("mul.wide.u32", [](u32 a, u32 b) { return (uint64_t)a * b; }, u0, u1);
-    check_op<WideS32>("mul.wide.s32", [](i32 a, i32 b) { return (int64_t)a * b; }, s0, s1);
-    check_op<MadWideU16>("mad.wide.u16", [](uint16_t a, uint16_t b, u32 c) { return (u32)a * b + c; }, h0, h1, u1);
-    check_op<MadWideU32>("mad.wide.u32", [](u32 a, u32 b, uint64_t c) { return (uint64_t)a * b + c; }, u0, u1,
-                         inputs<uint64_t>(2, 3));
-    check_op<MadWideS32>("mad.wide.s32", [](i32 a, i32 b, int64_t c) { return (int64_t)((s128)a * b + c); }, s0,
-                         s1, inputs<int64_t>(2, 3));
-    check_op<Mul24LoU>("mul24.lo.u32", [](u32 a, u32 b) {
-        return (u32)((uint64_t)(a & 0xFFFFFF) * (b & 0xFFFFFF));
-    }, u0, u1);
-    check_op<Mul24HiU>("mul24.hi.u32", [](u32 a, u32 b) {
-        return (u32)((uint64_t)(a & 0xFFFFFF) * (b & 0xFFFFFF) >> 16);
-    }, u0, u1);
-    check_op<Mul24LoS>("mul24.lo.s32", [](i32 a, i32 b) { return (i32)(low24(a) * low24(b)); }, s0, s1);
-    check_op<Mul24HiS>("mul24.hi.s32", [](i32 a, i32 b) { return (i32)(low24(a) * low24(b) >> 16); }, s0, s1);
-    check_op<Mad24LoS>("mad24.lo.s32", [](i32 a, i32 b, i32 c) { return (i32)(low24(a) * low24(b) + c); }, s0, s1,
-                       s2);
-    check_op<AddSat>("add.sat.s32", [](i32 a, i32 b) { return saturated((int64_t)a + b); }, s0, s1);
-    check_op<SubSat>("sub.sat.s32", [](i32 a, i32 b) { return saturated((int64_t)a - b); }, s0, s1);
-    check_op<MadHiSat>("mad.hi.sat.s32", [](i32 a, i32 b, i32 c) {
-        return saturated(((int64_t)a * b >> 32) + c);
-    }, s0, s1, s2);
+    check_op<WideU16>(
+        "mul.wide.u16", [](uint16_t a, uint16_t b) { return (u32)a * b; }, h0, h1);
+    check_op<WideS16>(
+        "mul.wide.s16", [](int16_t a, int16_t b) { return (i32)a * b; }, i0, i1);
+    check_op<WideU32>(
+        "mul.wide.u32", [](u32 a, u32 b) { return (uint64_t)a * b; }, u0, u1);
+    check_op<WideS32>(
+        "mul.wide.s32", [](i32 a, i32 b) { return (int64_t)a * b; }, s0, s1);
+    check_op<MadWideU16>(
+        "mad.wide.u16", [](uint16_t a, uint16_t b, u32 c) { return (u32)a * b + c; }, h0, h1, u1);
+    check_op<MadWideU32>(
+        "mad.wide.u32", [](u32 a, u32 b, uint64_t c) { return (uint64_t)a * b + c; }, u0, u1,
+        inputs<uint64_t>(2, 3));
+    check_op<MadWideS32>(
+        "mad.wide.s32", [](i32 a, i32 b, int64_t c) { return (int64_t)((s128)a * b + c); }, s0, s1,
+        inputs<int64_t>(2, 3));
+    check_op<Mul24LoU>(
+        "mul24.lo.u32", [](u32 a, u32 b) { return (u32)((uint64_t)(a & 0xFFFFFF) * (b & 0xFFFFFF)); }, u0,
+        u1);
+    check_op<Mul24HiU>(
+        "mul24.hi.u32", [](u32 a, u32 b) { return (u32)((uint64_t)(a & 0xFFFFFF) * (b & 0xFFFFFF) >> 16); },
+        u0, u1);
+    check_op<Mul24LoS>(
+        "mul24.lo.s32", [](i32 a, i32 b) { return (i32)(low24(a) * low24(b)); }, s0, s1);
+    check_op<Mul24HiS>(
+        "mul24.hi.s32", [](i32 a, i32 b) { return (i32)(low24(a) * low24(b) >> 16); }, s0, s1);
+    check_op<Mad24LoS>(
+        "mad24.lo.s32", [](i32 a, i32 b, i32 c) { return (i32)(low24(a) * low24(b) + c); }, s0, s1, s2);
+    check_op<AddSat>(
+        "add.sat.s32", [](i32 a, i32 b) { return saturated((int64_t)a + b); }, s0, s1);
+    check_op<SubSat>(
+        "sub.sat.s32", [](i32 a, i32 b) { return saturated((int64_t)a - b); }, s0, s1);
+    check_op<MadHiSat>(
+        "mad.hi.sat.s32", [](i32 a, i32 b, i32 c) { return saturated(((int64_t)a * b >> 32) + c); }, s0, s1,
+        s2);
 }
 
 // --------------------------------------------------------------------------------------------- bit fields
@@ -226,26 +265,36 @@ TEST_CASE("ptxsim: funnel shifts, byte permutes and bit fields") {
     const auto a = inputs<u32>(0, 3), b = inputs<u32>(1, 3), c = inputs<u32>(2, 3);
     auto left = [](u32 a, u32 b, int n) { return (u32)(((uint64_t)b << 32 | a) << n >> 32); };
     auto right = [](u32 a, u32 b, int n) { return (u32)(((uint64_t)b << 32 | a) >> n); };
-    check_op<ShfLC>("shf.l.clamp", [=](u32 a, u32 b, u32 n) { return left(a, b, std::min(n, 32u)); }, a, b, c);
-    check_op<ShfLW>("shf.l.wrap", [=](u32 a, u32 b, u32 n) { return left(a, b, n & 31); }, a, b, c);
-    check_op<ShfRC>("shf.r.clamp", [=](u32 a, u32 b, u32 n) { return right(a, b, std::min(n, 32u)); }, a, b, c);
-    check_op<ShfRW>("shf.r.wrap", [=](u32 a, u32 b, u32 n) { return right(a, b, n & 31); }, a, b, c);
-    check_op<Prmt>("prmt", [](u32 a, u32 b, u32 selector) {
-        u32 r = 0;
-        for (int i = 0; i < 4; i++) {
-            const int nibble = selector >> 4 * i & 15;
-            u32 byte = byte_of(a, b, nibble & 7);
-            if (nibble & 8) byte = byte & 128 ? 255 : 0;
-            r |= byte << 8 * i;
-        }
-        return r;
-    }, a, b, c);
-    check_op<PrmtF4e>("prmt.f4e", [](u32 a, u32 b, u32 selector) {  // four bytes from c[1:0] on
-        return (u32)(((uint64_t)b << 32 | a) >> 8 * (selector & 3));
-    }, a, b, c);
-    check_op<PrmtRc8>("prmt.rc8", [](u32 a, u32 b, u32 selector) {
-        return byte_of(a, b, selector & 3) * 0x01010101u;
-    }, a, b, c);
+    check_op<ShfLC>(
+        "shf.l.clamp", [=](u32 a, u32 b, u32 n) { return left(a, b, std::min(n, 32u)); }, a, b, c);
+    check_op<ShfLW>(
+        "shf.l.wrap", [=](u32 a, u32 b, u32 n) { return left(a, b, n & 31); }, a, b, c);
+    check_op<ShfRC>(
+        "shf.r.clamp", [=](u32 a, u32 b, u32 n) { return right(a, b, std::min(n, 32u)); }, a, b, c);
+    check_op<ShfRW>(
+        "shf.r.wrap", [=](u32 a, u32 b, u32 n) { return right(a, b, n & 31); }, a, b, c);
+    check_op<Prmt>(
+        "prmt",
+        [](u32 a, u32 b, u32 selector) {
+            u32 r = 0;
+            for (int i = 0; i < 4; i++) {
+                const int nibble = selector >> 4 * i & 15;
+                u32 byte = byte_of(a, b, nibble & 7);
+                if (nibble & 8) byte = byte & 128 ? 255 : 0;
+                r |= byte << 8 * i;
+            }
+            return r;
+        },
+        a, b, c);
+    check_op<PrmtF4e>(
+        "prmt.f4e",
+        [](u32 a, u32 b, u32 selector) {  // four bytes from c[1:0] on
+            return (u32)(((uint64_t)b << 32 | a) >> 8 * (selector & 3));
+        },
+        a, b, c);
+    check_op<PrmtRc8>(
+        "prmt.rc8", [](u32 a, u32 b, u32 selector) { return byte_of(a, b, selector & 3) * 0x01010101u; }, a,
+        b, c);
 
     std::vector<u32> pos, len;
     std::mt19937 random(5);
@@ -297,18 +346,24 @@ uint32_t bfind(T x) {
 TEST_CASE("ptxsim: bit counts") {
     const auto u32 = inputs<uint32_t>();
     const auto u64 = inputs<uint64_t>();
-    check_op<Popc32>("popc.b32", [](uint32_t a) { return (uint32_t)std::popcount(a); }, u32);
-    check_op<Popc64>("popc.b64", [](uint64_t a) { return (uint32_t)std::popcount(a); }, u64);
-    check_op<Clz32>("clz.b32", [](uint32_t a) { return (uint32_t)std::countl_zero(a); }, u32);
-    check_op<Clz64>("clz.b64", [](uint64_t a) { return (uint32_t)std::countl_zero(a); }, u64);
+    check_op<Popc32>(
+        "popc.b32", [](uint32_t a) { return (uint32_t)std::popcount(a); }, u32);
+    check_op<Popc64>(
+        "popc.b64", [](uint64_t a) { return (uint32_t)std::popcount(a); }, u64);
+    check_op<Clz32>(
+        "clz.b32", [](uint32_t a) { return (uint32_t)std::countl_zero(a); }, u32);
+    check_op<Clz64>(
+        "clz.b64", [](uint64_t a) { return (uint32_t)std::countl_zero(a); }, u64);
     check_op<Brev32>("brev.b32", reversed<uint32_t>, u32);
     check_op<Brev64>("brev.b64", reversed<uint64_t>, u64);
     check_op<BfindU32>("bfind.u32", bfind<uint32_t>, u32);
     check_op<BfindS32>("bfind.s32", bfind<int32_t>, inputs<int32_t>());
     check_op<BfindU64>("bfind.u64", bfind<uint64_t>, u64);
     check_op<BfindS64>("bfind.s64", bfind<int64_t>, inputs<int64_t>());
-    check_op<BfindShift>("bfind.shiftamt", [](uint32_t a) { return a ? (uint32_t)std::countl_zero(a) : ~0u; }, u32);
-    check_op<Ffs>("__ffs", [](int a) { return a ? std::countr_zero((uint32_t)a) + 1 : 0; }, inputs<int>());
+    check_op<BfindShift>(
+        "bfind.shiftamt", [](uint32_t a) { return a ? (uint32_t)std::countl_zero(a) : ~0u; }, u32);
+    check_op<Ffs>(
+        "__ffs", [](int a) { return a ? std::countr_zero((uint32_t)a) + 1 : 0; }, inputs<int>());
 }
 
 template <int lut>
@@ -318,12 +373,14 @@ __device__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
     return r;
 }
 template <int... luts>
-__device__ void every_lop3(uint32_t a, uint32_t b, uint32_t c, uint32_t* out, std::integer_sequence<int, luts...>) {
+__device__ void every_lop3(uint32_t a, uint32_t b, uint32_t c, uint32_t* out,
+                           std::integer_sequence<int, luts...>) {
     ((out[luts] = lop3<luts>(a, b, c)), ...);
 }
 __global__ void lop3_kernel(const uint32_t* in, uint32_t* out) {
     const int i = threadIdx.x;
-    every_lop3(in[3 * i], in[3 * i + 1], in[3 * i + 2], out + 256 * i, std::make_integer_sequence<int, 256>{});
+    every_lop3(in[3 * i], in[3 * i + 1], in[3 * i + 2], out + 256 * i,
+               std::make_integer_sequence<int, 256>{});
 }
 
 TEST_CASE("ptxsim: lop3 with every table") {
@@ -342,7 +399,8 @@ TEST_CASE("ptxsim: lop3 with every table") {
     CHECK(wrong == 0);
 }
 
-#define DOT(name, type, c) ASM3(name, int32_t, "=r", uint32_t, "r", uint32_t, "r", int32_t, "r", type " %0, %1, %2, %3;")
+#define DOT(name, type, c) \
+    ASM3(name, int32_t, "=r", uint32_t, "r", uint32_t, "r", int32_t, "r", type " %0, %1, %2, %3;")
 DOT(Dp4aUU, "dp4a.u32.u32", )
 DOT(Dp4aSS, "dp4a.s32.s32", )
 DOT(Dp4aUS, "dp4a.u32.s32", )
@@ -378,20 +436,23 @@ TEST_CASE("ptxsim: dot products of bytes") {
 
 // ------------------------------------------------------------------------------------------------- carries
 
-// A 128-bit sum, difference and product of 64-bit words, through 32-bit carries, and a sum through 64-bit ones.
+// A 128-bit sum, difference and product of 64-bit words, through 32-bit carries, and a sum through 64-bit
+// ones.
 __global__ void carries(const uint64_t* in, uint64_t* out, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     uint32_t w[8], r[4];
     for (int k = 0; k < 8; k++) w[k] = (uint32_t)(in[4 * i + k / 2] >> 32 * (k % 2));
     asm volatile(
-        "add.cc.u32 %0, %4, %8;\n\taddc.cc.u32 %1, %5, %9;\n\taddc.cc.u32 %2, %6, %10;\n\taddc.u32 %3, %7, %11;"
+        "add.cc.u32 %0, %4, %8;\n\taddc.cc.u32 %1, %5, %9;\n\taddc.cc.u32 %2, %6, %10;\n\taddc.u32 %3, %7, "
+        "%11;"
         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
         : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(w[4]), "r"(w[5]), "r"(w[6]), "r"(w[7]));
     uint64_t* o = out + 8 * i;
     o[0] = r[0] | (uint64_t)r[1] << 32, o[1] = r[2] | (uint64_t)r[3] << 32;
     asm volatile(
-        "sub.cc.u32 %0, %4, %8;\n\tsubc.cc.u32 %1, %5, %9;\n\tsubc.cc.u32 %2, %6, %10;\n\tsubc.u32 %3, %7, %11;"
+        "sub.cc.u32 %0, %4, %8;\n\tsubc.cc.u32 %1, %5, %9;\n\tsubc.cc.u32 %2, %6, %10;\n\tsubc.u32 %3, %7, "
+        "%11;"
         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
         : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(w[4]), "r"(w[5]), "r"(w[6]), "r"(w[7]));
     o[2] = r[0] | (uint64_t)r[1] << 32, o[3] = r[2] | (uint64_t)r[3] << 32;
@@ -435,110 +496,6 @@ TEST_CASE("ptxsim: carry chains") {
     CHECK(differences == 0);
     CHECK(products == 0);
     CHECK(sums64 == 0);
-}
-
-// -------------------------------------------------------------------------------------------- comparisons
-
-// A bit for each comparison.
-#define COMPARE(bit, op, type, c)                                                                        \
-    asm volatile("{\n\t.reg .pred p;\n\tsetp." op "." type " p, %1, %2;\n\tselp.u32 %0, " #bit ", 0, p;\n\t}" \
-                 : "=r"(one)                                                                             \
-                 : c(a), c(b));                                                                          \
-    r |= one;
-#define COMPARISONS(name, T, s, c)                              \
-    struct name {                                               \
-        __device__ static uint32_t at(T a, T b) {               \
-            uint32_t r = 0, one;                                \
-            COMPARE(1, "eq", s, c)                              \
-            COMPARE(2, "ne", s, c)                              \
-            COMPARE(4, "lt", s, c)                              \
-            COMPARE(8, "le", s, c)                              \
-            COMPARE(16, "gt", s, c)                             \
-            COMPARE(32, "ge", s, c)                             \
-            return r;                                           \
-        }                                                       \
-    };
-COMPARISONS(CompareS16, int16_t, "s16", "h")
-COMPARISONS(CompareU16, uint16_t, "u16", "h")
-COMPARISONS(CompareS32, int32_t, "s32", "r")
-COMPARISONS(CompareU32, uint32_t, "u32", "r")
-COMPARISONS(CompareS64, int64_t, "s64", "l")
-COMPARISONS(CompareU64, uint64_t, "u64", "l")
-
-struct CompareNamed {  // lo, ls, hi, hs, and both outputs joined with a predicate
-    __device__ static uint32_t at(uint32_t a, uint32_t b) {
-        uint32_t r = 0, one;
-        COMPARE(1, "lo", "u32", "r")
-        COMPARE(2, "ls", "u32", "r")
-        COMPARE(4, "hi", "u32", "r")
-        COMPARE(8, "hs", "u32", "r")
-        asm volatile(
-            "{\n\t.reg .pred odd, p, q;\n\t.reg .u32 x, y;\n\tand.b32 x, %1, 1;\n\tsetp.ne.u32 odd, x, 0;\n\t"
-            "setp.lt.and.u32 p|q, %1, %2, odd;\n\tselp.u32 x, 16, 0, p;\n\tselp.u32 y, 32, 0, q;\n\t"
-            "add.u32 %0, x, y;\n\t"
-            "setp.lt.xor.u32 p|q, %1, %2, !odd;\n\tselp.u32 x, 64, 0, p;\n\tselp.u32 y, 128, 0, q;\n\t"
-            "add.u32 %0, %0, x;\n\tadd.u32 %0, %0, y;\n\t"
-            "setp.eq.or.u32 p, %1, %2, odd;\n\tnot.pred q, p;\n\tselp.u32 x, 256, 0, q;\n\tadd.u32 %0, %0, x;\n\t}"
-            : "=&r"(one)
-            : "r"(a), "r"(b));
-        return r | one;
-    }
-};
-ASM3(Slct, uint32_t, "=r", uint32_t, "r", uint32_t, "r", int32_t, "r", "slct.u32.s32 %0, %1, %2, %3;")
-ASM3(SlctF, uint64_t, "=l", uint64_t, "l", uint64_t, "l", float, "f", "slct.b64.f32 %0, %1, %2, %3;")
-ASM2(SetU32, uint32_t, "=r", int32_t, "r", int32_t, "r", "set.lt.u32.s32 %0, %1, %2;")
-ASM2(SetF32, float, "=f", int32_t, "r", int32_t, "r", "set.ge.f32.s32 %0, %1, %2;")
-
-template <class T>
-uint32_t compared(T a, T b) {
-    return (a == b) | (a != b) << 1 | (a < b) << 2 | (a <= b) << 3 | (a > b) << 4 | (a >= b) << 5;
-}
-template <class Op, class T>
-void check_comparisons(const char* name) {
-    auto a = inputs<T>(0, 2), b = inputs<T>(1, 2);
-    for (size_t i = 0; i < a.size(); i += 9) b[i] = a[i];
-    check_op<Op>(name, compared<T>, a, b);
-}
-
-TEST_CASE("ptxsim: integer comparisons and selections") {
-    check_comparisons<CompareS16, int16_t>("setp.s16");
-    check_comparisons<CompareU16, uint16_t>("setp.u16");
-    check_comparisons<CompareS32, int32_t>("setp.s32");
-    check_comparisons<CompareU32, uint32_t>("setp.u32");
-    check_comparisons<CompareS64, int64_t>("setp.s64");
-    check_comparisons<CompareU64, uint64_t>("setp.u64");
-    const auto a = inputs<uint32_t>(0, 2), b = inputs<uint32_t>(1, 2);
-    const auto s = inputs<int32_t>(0, 2), t = inputs<int32_t>(1, 2);
-    check_op<CompareNamed>("setp with names", [](uint32_t a, uint32_t b) {
-        const uint32_t odd = a & 1, less = a < b;
-        return less | (a <= b) << 1 | (a > b) << 2 | (a >= b) << 3 | (less & odd) << 4 | ((less ^ 1) & odd) << 5 |
-               (less ^ odd ^ 1) << 6 | (less ^ odd) << 7 | (a != b && !odd) << 8;
-    }, a, b);
-    check_op<Slct>("slct.u32.s32", [](uint32_t a, uint32_t b, int32_t c) { return c >= 0 ? a : b; }, a, b, s);
-    check_op<SlctF>("slct.b64.f32", [](uint64_t a, uint64_t b, float c) { return c >= 0 ? a : b; },
-                    inputs<uint64_t>(0, 3), inputs<uint64_t>(1, 3), inputs<float>(2, 3));
-    check_op<SetU32>("set.lt.u32.s32", [](int32_t a, int32_t b) { return a < b ? ~0u : 0u; }, s, t);
-    check_op<SetF32>("set.ge.f32.s32", [](int32_t a, int32_t b) { return a >= b ? 1.0f : 0.0f; }, s, t);
-}
-
-// What nvcc makes of narrow types.
-struct Bytes {
-    __device__ static int at(int8_t a, uint8_t b, int16_t c) {
-        int8_t x = (int8_t)(a + b);
-        uint8_t y = (uint8_t)(b >> (a & 7));
-        x = x > a ? (int8_t)(x * 3) : (int8_t)~x;
-        return x * 1000 + y + (int16_t)(c * a) + (uint8_t)(c / 3) + (a < c) + (int8_t)(b << 1);
-    }
-    static int host(int8_t a, uint8_t b, int16_t c) {
-        int8_t x = (int8_t)(a + b);
-        uint8_t y = (uint8_t)(b >> (a & 7));
-        x = x > a ? (int8_t)(x * 3) : (int8_t)~x;
-        return x * 1000 + y + (int16_t)(c * a) + (uint8_t)(c / 3) + (a < c) + (int8_t)(b << 1);
-    }
-};
-
-TEST_CASE("ptxsim: arithmetic of bytes and shorts as nvcc compiles it") {
-    check_op<Bytes>("bytes", Bytes::host, inputs<int8_t>(0, 3), inputs<uint8_t>(1, 3), inputs<int16_t>(2, 3));
 }
 
 }  // namespace

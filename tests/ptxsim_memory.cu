@@ -12,36 +12,38 @@ namespace {
 
 // -------------------------------------------------------------------------------- widths and cache operators
 
-#define COPY1(name, T, c, load, store)                                                    \
-    struct name {                                                                         \
-        using Type = T;                                                                   \
-        static constexpr int words = 1;                                                   \
-        __device__ static void at(const T* in, T* out) {                                  \
-            T x;                                                                          \
-            asm volatile(load " %0, [%1];" : "=" c(x) : "l"(in) : "memory");              \
-            asm volatile(store " [%0], %1;" ::"l"(out), c(x) : "memory");                 \
-        }                                                                                 \
+#define COPY1(name, T, c, load, store)                                       \
+    struct name {                                                            \
+        using Type = T;                                                      \
+        static constexpr int words = 1;                                      \
+        __device__ static void at(const T* in, T* out) {                     \
+            T x;                                                             \
+            asm volatile(load " %0, [%1];" : "=" c(x) : "l"(in) : "memory"); \
+            asm volatile(store " [%0], %1;" ::"l"(out), c(x) : "memory");    \
+        }                                                                    \
     };
-#define COPY2(name, T, c, load, store)                                                            \
-    struct name {                                                                                 \
-        using Type = T;                                                                           \
-        static constexpr int words = 2;                                                           \
-        __device__ static void at(const T* in, T* out) {                                          \
-            T x, y;                                                                               \
-            asm volatile(load " {%0,%1}, [%2];" : "=" c(x), "=" c(y) : "l"(in) : "memory");       \
-            asm volatile(store " [%0], {%1,%2};" ::"l"(out), c(x), c(y) : "memory");              \
-        }                                                                                         \
+#define COPY2(name, T, c, load, store)                                                      \
+    struct name {                                                                           \
+        using Type = T;                                                                     \
+        static constexpr int words = 2;                                                     \
+        __device__ static void at(const T* in, T* out) {                                    \
+            T x, y;                                                                         \
+            asm volatile(load " {%0,%1}, [%2];" : "=" c(x), "=" c(y) : "l"(in) : "memory"); \
+            asm volatile(store " [%0], {%1,%2};" ::"l"(out), c(x), c(y) : "memory");        \
+        }                                                                                   \
     };
-#define COPY4(name, T, c, load, store)                                                               \
-    struct name {                                                                                    \
-        using Type = T;                                                                              \
-        static constexpr int words = 4;                                                              \
-        __device__ static void at(const T* in, T* out) {                                             \
-            T x, y, z, w;                                                                            \
-            asm volatile(load " {%0,%1,%2,%3}, [%4];"                                                \
-                         : "=" c(x), "=" c(y), "=" c(z), "=" c(w) : "l"(in) : "memory");             \
+#define COPY4(name, T, c, load, store)                                                                 \
+    struct name {                                                                                      \
+        using Type = T;                                                                                \
+        static constexpr int words = 4;                                                                \
+        __device__ static void at(const T* in, T* out) {                                               \
+            T x, y, z, w;                                                                              \
+            asm volatile(load " {%0,%1,%2,%3}, [%4];"                                                  \
+                         : "=" c(x), "=" c(y), "=" c(z), "=" c(w)                                      \
+                         : "l"(in)                                                                     \
+                         : "memory");                                                                  \
             asm volatile(store " [%0], {%1,%2,%3,%4};" ::"l"(out), c(x), c(y), c(z), c(w) : "memory"); \
-        }                                                                                            \
+        }                                                                                              \
     };
 COPY1(C16, uint16_t, "h", "ld.global.u16", "st.global.u16")
 COPY1(C32, uint32_t, "r", "ld.global.u32", "st.global.u32")
@@ -95,11 +97,12 @@ void check_copies() {
 }
 
 TEST_CASE("ptxsim: loads and stores of every width, with cache operators and hints") {
-    check_copies<C16, C32, C64, CF32, CF64, CB32, CCa, CCg, CCs, CCv, CLu, CVolatile, CNc, CL2, CEvict, CRelaxed,
-                 CAcquire, CNcHint, C16x2, C32x2, C64x2, CF64x2, C16x4, C32x4, CF32x4, CNc4>();
+    check_copies<C16, C32, C64, CF32, CF64, CB32, CCa, CCg, CCs, CCv, CLu, CVolatile, CNc, CL2, CEvict,
+                 CRelaxed, CAcquire, CNcHint, C16x2, C32x2, C64x2, CF64x2, C16x4, C32x4, CF32x4, CNc4>();
 }
 
-// Bytes and shorts into wider registers: u8 and s8, u16 and s16 extend; stores take the low bits; v2 and v4 of bytes.
+// Bytes and shorts into wider registers: u8 and s8, u16 and s16 extend; stores take the low bits; v2 and v4
+// of bytes.
 __global__ void narrow(const uint8_t* in, uint32_t* out, uint8_t* bytes) {
     const int t = threadIdx.x;
     const uint8_t* p = in + 4 * t;
@@ -110,7 +113,9 @@ __global__ void narrow(const uint8_t* in, uint32_t* out, uint8_t* bytes) {
     asm volatile("ld.global.u16 %0, [%1+2];" : "=r"(r[2]) : "l"(p));
     asm volatile("ld.global.s16 %0, [%1+2];" : "=r"(r[3]) : "l"(p));
     asm volatile("ld.global.v2.u8 {%0,%1}, [%2];" : "=r"(r[4]), "=r"(r[5]) : "l"(p));
-    asm volatile("ld.global.v4.s8 {%0,%1,%2,%3}, [%4];" : "=r"(r[6]), "=r"(r[7]), "=r"(r[8]), "=r"(r[9]) : "l"(p));
+    asm volatile("ld.global.v4.s8 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[6]), "=r"(r[7]), "=r"(r[8]), "=r"(r[9])
+                 : "l"(p));
     asm volatile("ld.global.u32 %0, [%1];" : "=l"(wide) : "l"(p));
     asm volatile("ld.global.s32 %0, [%1];" : "=l"(signed_wide) : "l"(p));
     r[10] = (uint32_t)(wide >> 32);
@@ -139,9 +144,18 @@ TEST_CASE("ptxsim: narrow loads extend and narrow stores cut") {
     for (int t = 0; t < 64; t++) {
         const uint8_t* p = &in[4 * t];
         const uint16_t half = p[2] | p[3] << 8;
-        const uint32_t expected[12] = {p[1], (uint32_t)(int8_t)p[1], half, (uint32_t)(int16_t)half, p[0], p[1],
-                                       (uint32_t)(int8_t)p[0], (uint32_t)(int8_t)p[1], (uint32_t)(int8_t)p[2],
-                                       (uint32_t)(int8_t)p[3], 0, p[3] & 128 ? ~0u : 0};
+        const uint32_t expected[12] = {p[1],
+                                       (uint32_t)(int8_t)p[1],
+                                       half,
+                                       (uint32_t)(int16_t)half,
+                                       p[0],
+                                       p[1],
+                                       (uint32_t)(int8_t)p[0],
+                                       (uint32_t)(int8_t)p[1],
+                                       (uint32_t)(int8_t)p[2],
+                                       (uint32_t)(int8_t)p[3],
+                                       0,
+                                       p[3] & 128 ? ~0u : 0};
         for (int i = 0; i < 12; i++) wrong += got[12 * t + i] != expected[i];
         const uint8_t written[8] = {p[1], p[1], p[1], 0xCD, p[0], p[1], p[2], p[3]};
         wrong += std::memcmp(&stored[8 * t], written, 8) != 0;
@@ -196,9 +210,9 @@ TEST_CASE("ptxsim: variables with initialisers, pointers and symbols") {
     int wrong = 0;
     for (int t = 0; t < 64; t++) {
         const int i = index[t];
-        const double expected[8] = {i % 5 * 10.0 + 10, 20.0 + 20 + i % 4 * 10, of_coefficients[i % 8],
-                                    i % 2 ? 7 - 1e300 : -0.5, i % 2 ? -1.0 : 40, (double)"enw"[i % 3],
-                                    (double)set[i % 4], 12};
+        const double expected[8] = {
+            i % 5 * 10.0 + 10, 20.0 + 20 + i % 4 * 10, of_coefficients[i % 8], i % 2 ? 7 - 1e300 : -0.5,
+            i % 2 ? -1.0 : 40, (double)"enw"[i % 3],   (double)set[i % 4],     12};
         for (int k = 0; k < 8; k++) wrong += got[8 * t + k] != expected[k];
     }
     CHECK(wrong == 0);
@@ -215,7 +229,8 @@ TEST_CASE("ptxsim: variables with initialisers, pointers and symbols") {
     CHECK(third == 30);
 }
 
-// ---------------------------------------------------------------------------------- spaces, parameters, calls
+// ---------------------------------------------------------------------------------- spaces, parameters,
+// calls
 
 struct Parameters {
     int8_t a;
@@ -231,20 +246,26 @@ __device__ __noinline__ float called(Parameters p, int i, float* extra) {
     *extra += p.c[i % 5];
     return p.a + (float)p.b + p.data[i] * p.nested.y;
 }
-__device__ __noinline__ int recursive(int n) {
-    return n < 2 ? n : recursive(n - 1) + recursive(n - 2);
+__device__ __noinline__ int next(int a, int b) {
+    return a + b;
+}
+__device__ __noinline__ int fibonacci(int n) {  // a function that calls one
+    int a = 0, b = 1;
+    for (; n > 0; n--) {
+        const int c = next(a, b);
+        a = b, b = c;
+    }
+    return a;
 }
 __device__ __noinline__ int read_any(const int* pointer, int i) {  // generic
     return pointer[i];
 }
-typedef int (*Function)(int);
-__device__ int twice(int x) {
+__device__ __noinline__ int twice(int x) {
     return 2 * x;
 }
-__device__ int square(int x) {
+__device__ __noinline__ int square(int x) {
     return x * x;
 }
-__device__ Function functions[2] = {twice, square};
 
 __global__ void spaces(Parameters p, double* out, int n) {
     extern __shared__ double dynamic[];
@@ -265,27 +286,48 @@ __global__ void spaces(Parameters p, double* out, int n) {
     float extra = 1;
     o[2] = called(p, t % 16, &extra);
     o[3] = extra;
-    o[4] = recursive(t % 10);
-    o[5] = functions[t % 2](t);
+    o[4] = fibonacci(t % 10);
+    o[5] = t % 2 ? square(t) : twice(t);
     unsigned is_shared, is_local, is_global;
-    asm volatile("{\n\t.reg .pred p;\n\tisspacep.shared p, %3;\n\tselp.u32 %0, 1, 0, p;\n\t"
-                 "isspacep.local p, %3;\n\tselp.u32 %1, 1, 0, p;\n\t"
-                 "isspacep.global p, %3;\n\tselp.u32 %2, 1, 0, p;\n\t}"
-                 : "=r"(is_shared), "=r"(is_local), "=r"(is_global) : "l"(pointer));
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tisspacep.shared p, %3;\n\tselp.u32 %0, 1, 0, p;\n\t"
+        "isspacep.local p, %3;\n\tselp.u32 %1, 1, 0, p;\n\t"
+        "isspacep.global p, %3;\n\tselp.u32 %2, 1, 0, p;\n\t}"
+        : "=r"(is_shared), "=r"(is_local), "=r"(is_global)
+        : "l"(pointer));
     o[6] = is_shared + 2 * is_local + 4 * is_global;
     const int x = p.data[t % 16] + t;
     double y;
     switch (x % 13) {  // a table of branches
-        case 0: y = x * 3; break;
-        case 1: y = x - 10; break;
-        case 2: y = sqrt((double)x); break;
-        case 3: y = x & 21; break;
-        case 4: y = -x; break;
-        case 5: y = x / 7; break;
-        case 6: y = x | 8; break;
-        case 7: y = x << 2; break;
-        case 8: y = 1.0 / x; break;
-        default: y = 0;
+        case 0:
+            y = x * 3;
+            break;
+        case 1:
+            y = x - 10;
+            break;
+        case 2:
+            y = sqrt((double)x);
+            break;
+        case 3:
+            y = x & 21;
+            break;
+        case 4:
+            y = -x;
+            break;
+        case 5:
+            y = x / 7;
+            break;
+        case 6:
+            y = x | 8;
+            break;
+        case 7:
+            y = x << 2;
+            break;
+        case 8:
+            y = 1.0 / x;
+            break;
+        default:
+            y = 0;
     }
     o[7] = y;
 }
@@ -304,15 +346,20 @@ TEST_CASE("ptxsim: generic pointers, dynamic shared memory, struct parameters, c
     std::vector<int> wrong(8);
     for (int t = 0; t < 64; t++) {
         const int k = (t + n) % 16, x = data[t % 16] + t;
-        const double of_x[13] = {x * 3.0, x - 10.0, std::sqrt((double)x), (double)(x & 21), (double)-x,
-                                 (double)(x / 7), (double)(x | 8), (double)(x << 2), 1.0 / x};
-        const double expected[8] = {t % 3 == 0 ? 1000.0 + k : t % 3 == 1 ? (double)k * t + 7 : (double)data[k],
+        const double of_x[13] = {x * 3.0,          x - 10.0,         std::sqrt((double)x),
+                                 (double)(x & 21), (double)-x,       (double)(x / 7),
+                                 (double)(x | 8),  (double)(x << 2), 1.0 / x};
+        const double expected[8] = {t % 3 == 0   ? 1000.0 + k
+                                    : t % 3 == 1 ? (double)k * t + 7
+                                                 : (double)data[k],
                                     (63 - t) * 0.5 - (t + n) % 64,
                                     (float)(p.a + (float)p.b + data[t % 16] * 3),
                                     1.0 + p.c[t % 16 % 5],
                                     (double)fibonacci[t % 10],
                                     t % 2 ? (double)t * t : 2.0 * t,
-                                    t % 3 == 0 ? 1.0 : t % 3 == 1 ? 2.0 : 4.0,
+                                    t % 3 == 0   ? 1.0
+                                    : t % 3 == 1 ? 2.0
+                                                 : 4.0,
                                     of_x[x % 13]};
         for (int i = 0; i < 8; i++) wrong[i] += got[8 * t + i] != expected[i];
     }
@@ -323,7 +370,8 @@ TEST_CASE("ptxsim: generic pointers, dynamic shared memory, struct parameters, c
 
 __global__ void prints(int x) {
     const int t = threadIdx.x;
-    if (t == 1) printf("int %d, unsigned %5u, hex %x, long %lld, %c%%\n", -x, 7u, 255, (long long)x << 40, 'c');
+    if (t == 1)
+        printf("int %d, unsigned %5u, hex %x, long %lld, %c%%\n", -x, 7u, 255, (long long)x << 40, 'c');
     __syncthreads();
     if (t == 0) printf("float %.3f, exp %e, string %s, narrow %-4d|\n", 1.5f, 1e10, "text", 3);
     __syncthreads();

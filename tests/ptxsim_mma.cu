@@ -1,5 +1,5 @@
-// ptxsim: mma.sync, ldmatrix and cp.async against a plain matrix product in double. The fragment layouts are those
-// of the PTX ISA's section on warp-level matrix instructions: g = lane / 4, t = lane % 4.
+// ptxsim: mma.sync, ldmatrix and cp.async against a plain matrix product in double. The fragment layouts are
+// those of the PTX ISA's section on warp-level matrix instructions: g = lane / 4, t = lane % 4.
 #include "tests/ptxsim_helpers.h"
 
 using namespace ptxsim_test;
@@ -12,7 +12,8 @@ enum class Type { f16, bf16, tf32 };
 struct Place {
     int row, column;
 };
-// 16-bit types, K = 16: a0,a1: (g, 2t); a2,a3: (g+8, 2t); a4,a5: (g, 2t+8); a6,a7: (g+8, 2t+8). K = 8: a0..a3.
+// 16-bit types, K = 16: a0,a1: (g, 2t); a2,a3: (g+8, 2t); a4,a5: (g, 2t+8); a6,a7: (g+8, 2t+8). K = 8:
+// a0..a3.
 __host__ __device__ Place place_a16(int lane, int i) {
     return {lane / 4 + (i / 2 % 2) * 8, lane % 4 * 2 + i % 2 + (i / 4) * 8};
 }
@@ -32,26 +33,28 @@ __host__ __device__ Place place_c(int lane, int i) {
     return {lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2};
 }
 
-#define MMA_F32_A4B2(name, shape, type)                                                               \
-    struct name {                                                                                     \
-        static constexpr int a = 4, b = 2;                                                            \
-        __device__ static void at(float* d, const uint32_t* a, const uint32_t* b, const float* c) {   \
-            asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 "              \
-                         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                  \
-                         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                             \
+#define MMA_F32_A4B2(name, shape, type)                                                                 \
+    struct name {                                                                                       \
+        static constexpr int a = 4, b = 2;                                                              \
+        __device__ static void at(float* d, const uint32_t* a, const uint32_t* b, const float* c) {     \
+            asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type                        \
+                         ".f32 "                                                                        \
+                         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"                    \
+                         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                               \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), \
-                           "f"(c[1]), "f"(c[2]), "f"(c[3]));                                          \
-        }                                                                                             \
+                           "f"(c[1]), "f"(c[2]), "f"(c[3]));                                            \
+        }                                                                                               \
     };
-#define MMA_F32_A2B1(name, shape, type)                                                             \
-    struct name {                                                                                   \
-        static constexpr int a = 2, b = 1;                                                          \
-        __device__ static void at(float* d, const uint32_t* a, const uint32_t* b, const float* c) { \
-            asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 "            \
-                         "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"                            \
-                         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                           \
+#define MMA_F32_A2B1(name, shape, type)                                                                  \
+    struct name {                                                                                        \
+        static constexpr int a = 2, b = 1;                                                               \
+        __device__ static void at(float* d, const uint32_t* a, const uint32_t* b, const float* c) {      \
+            asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type                         \
+                         ".f32 "                                                                         \
+                         "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"                                 \
+                         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                \
                          : "r"(a[0]), "r"(a[1]), "r"(b[0]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3])); \
-        }                                                                                           \
+        }                                                                                                \
     };
 MMA_F32_A4B2(Bf16K16, "m16n8k16", "bf16")
 MMA_F32_A4B2(F16K16, "m16n8k16", "f16")
@@ -64,9 +67,10 @@ MMA_F32_A2B1(Tf32K4, "m16n8k4", "tf32")
 struct F16Sum16 {
     static constexpr int a = 4, b = 2;
     __device__ static void at(uint32_t* d, const uint32_t* a, const uint32_t* b, const uint32_t* c) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%8,%9};"
-                     : "=r"(d[0]), "=r"(d[1])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]));
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%8,%9};"
+            : "=r"(d[0]), "=r"(d[1])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]));
     }
 };
 struct F16Sum8 {
@@ -175,11 +179,17 @@ TEST_CASE("ptxsim: mma.sync of every shape and type") {
 }
 
 TEST_CASE("ptxsim: mma.sync keeps infinities, NaN and the range of bf16") {
-    // Row 0 of A times column 0 of B; the first element of A and of B and of C, then C's expected first element.
+    // Row 0 of A times column 0 of B; the first element of A and of B and of C, then C's expected first
+    // element.
     const double big = std::ldexp(1.5, 100);
-    const double cases[][4] = {{INFINITY, 1, 0, INFINITY}, {INFINITY, 0, 0, NAN}, {1, NAN, 0, NAN},
-                               {INFINITY, 1, -INFINITY, NAN}, {big, 2, 0, 2 * big}, {big, big, 0, INFINITY},
-                               {0, 5, -INFINITY, -INFINITY}, {std::ldexp(1, -100), 1, 0, std::ldexp(1, -100)}};
+    const double cases[][4] = {{INFINITY, 1, 0, INFINITY},
+                               {INFINITY, 0, 0, NAN},
+                               {1, NAN, 0, NAN},
+                               {INFINITY, 1, -INFINITY, NAN},
+                               {big, 2, 0, 2 * big},
+                               {big, big, 0, INFINITY},
+                               {0, 5, -INFINITY, -INFINITY},
+                               {std::ldexp(1, -100), 1, 0, std::ldexp(1, -100)}};
     for (const double* one : cases) {
         std::vector<uint32_t> a(32 * 4), b(32 * 2);
         std::vector<float> c(32 * 4);
@@ -209,19 +219,25 @@ __global__ void ldmatrix_kernel(uint32_t* out) {
     if constexpr (matrices == 1 && !transposed)
         asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(address));
     if constexpr (matrices == 1 && transposed)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(address));
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                     : "=r"(r[0])
+                     : "r"(address));
     if constexpr (matrices == 2 && !transposed)
         asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-                     : "=r"(r[0]), "=r"(r[1]) : "r"(address));
+                     : "=r"(r[0]), "=r"(r[1])
+                     : "r"(address));
     if constexpr (matrices == 2 && transposed)
         asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
-                     : "=r"(r[0]), "=r"(r[1]) : "r"(address));
+                     : "=r"(r[0]), "=r"(r[1])
+                     : "r"(address));
     if constexpr (matrices == 4 && !transposed)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(address));
     if constexpr (matrices == 4 && transposed)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(address));
     for (int i = 0; i < matrices; i++) out[lane * matrices + i] = r[i];
 }
 
@@ -239,7 +255,8 @@ void check_ldmatrix() {
             for (int half = 0; half < 2; half++) {
                 int row = lane / 4, column = lane % 4 * 2 + half;
                 if (transposed) std::swap(row, column);
-                wrong += (got[lane * matrices + m] >> 16 * half & 0xFFFF) != (m * 8 + row) * 100u + 8 + column;
+                wrong +=
+                    (got[lane * matrices + m] >> 16 * half & 0xFFFF) != (m * 8 + row) * 100u + 8 + column;
             }
     CHECK(wrong == 0);
 }
@@ -263,13 +280,16 @@ __global__ void cp_async_kernel(const uint8_t* in, uint8_t* out, int present) {
         const uint32_t to = (uint32_t)__cvta_generic_to_shared(tile[stage] + thread * bytes);
         const uint8_t* from = in + (stage * 64 + thread) * bytes;
         if constexpr (bytes == 16)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(n) : "memory");
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(n)
+                         : "memory");
         else
-            asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(bytes), "r"(n)
+            asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(bytes),
+                         "r"(n)
                          : "memory");
     };
     for (int stage = 0; stage < 3; stage++) {
-        copy(stage, stage == 1 ? present : bytes);  // the second one reads only `present` bytes, the rest is 0
+        copy(stage,
+             stage == 1 ? present : bytes);  // the second one reads only `present` bytes, the rest is 0
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
     asm volatile("cp.async.wait_group 2;" ::: "memory");
@@ -313,7 +333,8 @@ __global__ void cp_async_nothing(const float* in, float* out, int n) {
     const uint32_t to = (uint32_t)__cvta_generic_to_shared(tile + thread);
     const float* from = in + 4 * thread;
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                 "r"(4 * thread < n ? 16 : 0) : "memory");
+                 "r"(4 * thread < n ? 16 : 0)
+                 : "memory");
     asm volatile("cp.async.wait_all;" ::: "memory");
     ((float4*)out)[thread] = tile[thread];
 }

@@ -89,7 +89,8 @@ TEST_CASE("ptxsim: block reductions with CUB and with warps under every schedule
         const auto before = scanned.host();
         int wrong = 0;
         for (int b = 0; b < blocks; b++)
-            for (int t = 0, running = 0; t < kThreads; running += t % 5, t++) wrong += before[b * kThreads + t] != running;
+            for (int t = 0, running = 0; t < kThreads; running += t % 5, t++)
+                wrong += before[b * kThreads + t] != running;
         CHECK(wrong == 0);
     });
 }
@@ -189,7 +190,8 @@ TEST_CASE("ptxsim: a grid-wide barrier under every schedule") {
         Device<int> data(in);
         int* pointer = data.get();
         void* arguments[] = {&pointer, &n};
-        CUDA_OK(cudaLaunchCooperativeKernel((const void*)grid_steps, dim3(4), dim3(64), arguments, 0, nullptr));
+        CUDA_OK(
+            cudaLaunchCooperativeKernel((const void*)grid_steps, dim3(4), dim3(64), arguments, 0, nullptr));
         expect_success();
         CHECK(data.host() == std::vector<int>(n, sum));
     });
@@ -217,7 +219,8 @@ struct Pipeline {
     Device<float> device_in{kChunk * kChunks}, scaled{kChunk * kChunks}, sums{kChunk};
 
     Pipeline() {
-        for (cudaStream_t& stream : streams) CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        for (cudaStream_t& stream : streams)
+            CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
         CUDA_OK(cudaEventCreateWithFlags(&start, cudaEventDisableTiming));
         for (cudaEvent_t& event : done) CUDA_OK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
         CUDA_OK(cudaMallocHost(&in, kChunk * kChunks * sizeof(float)));
@@ -237,8 +240,8 @@ struct Pipeline {
             const cudaStream_t stream = streams[c];
             const int at = c * kChunk;
             if (c) CUDA_OK(cudaStreamWaitEvent(stream, start));
-            CUDA_OK(cudaMemcpyAsync(device_in.get() + at, in + at, kChunk * sizeof(float), cudaMemcpyHostToDevice,
-                                    stream));
+            CUDA_OK(cudaMemcpyAsync(device_in.get() + at, in + at, kChunk * sizeof(float),
+                                    cudaMemcpyHostToDevice, stream));
             scale<<<kChunk / 128, 128, 0, stream>>>(device_in.get() + at, scaled.get() + at, (float)(c + 2));
             CUDA_OK(cudaGetLastError());
             if (c) CUDA_OK(cudaEventRecord(done[c], stream));

@@ -1,5 +1,5 @@
-// ptxsim: a tiled matrix product as CUDA programs have it, under every schedule, and figures against those counted
-// by hand. More sample programs are in ptxsim_programs.cu.
+// ptxsim: a tiled matrix product as CUDA programs have it, under every schedule, and figures against those
+// counted by hand. More sample programs are in ptxsim_programs.cu.
 #include <cuda_bf16.h>
 
 #include <nlohmann/json.hpp>
@@ -26,9 +26,10 @@ __device__ void copy_async(void* to, const void* from, bool present) {
                  : "memory");
 }
 
-// c (M,N) = a (M,K) b (K,N); K and N are multiples of 8. Blocks of four warps make tiles of 64 x 64, a warp 32 x 32.
-__global__ __launch_bounds__(128) void matmul(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int M, int N,
-                                              int K) {
+// c (M,N) = a (M,K) b (K,N); K and N are multiples of 8. Blocks of four warps make tiles of 64 x 64, a warp
+// 32 x 32.
+__global__ __launch_bounds__(128) void matmul(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int M,
+                                              int N, int K) {
     __shared__ alignas(16) __nv_bfloat16 tile_a[2][kTile][kDepth + kPad], tile_b[2][kDepth][kTile + kPad];
     const int t = threadIdx.x, warp = t / 32, lane = t % 32;
     const int row0 = blockIdx.y * kTile, column0 = blockIdx.x * kTile;
@@ -75,7 +76,8 @@ __global__ __launch_bounds__(128) void matmul(const __nv_bfloat16* a, const __nv
                         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                        : "r"(ra[i][0]), "r"(ra[i][1]), "r"(ra[i][2]), "r"(ra[i][3]), "r"(rb[j][0]), "r"(rb[j][1]));
+                        : "r"(ra[i][0]), "r"(ra[i][1]), "r"(ra[i][2]), "r"(ra[i][3]), "r"(rb[j][0]),
+                          "r"(rb[j][1]));
                 }
         }
         __syncthreads();
@@ -185,11 +187,13 @@ TEST_CASE("ptxsim: a tiled bf16 matrix product under every schedule") {
     for (int m = 0; m < kM; m++)
         for (int n = 0; n < kN; n++)
             for (int k = 0; k < kK; k++)
-                expected[m * kN + n] += (double)__bfloat162float(a[m * kK + k]) * __bfloat162float(b[k * kN + n]);
+                expected[m * kN + n] +=
+                    (double)__bfloat162float(a[m * kK + k]) * __bfloat162float(b[k * kN + n]);
     every_schedule([&] {
         Device<__nv_bfloat16> da(a), db(b);
         Device<float> dc(kM * kN);
-        samples::matmul<<<dim3((kN + 63) / 64, (kM + 63) / 64), 128>>>(da.get(), db.get(), dc.get(), kM, kN, kK);
+        samples::matmul<<<dim3((kN + 63) / 64, (kM + 63) / 64), 128>>>(da.get(), db.get(), dc.get(), kM, kN,
+                                                                       kK);
         expect_success();
         const auto c = dc.host();
         double worst = 0;
@@ -212,9 +216,11 @@ nlohmann::json figures_of(const std::string& kernel, const std::function<void()>
     return {};
 }
 
-#define CHECK_FIGURE(figures, name, expected) CHECK_MESSAGE(figures[name] == expected, name << " " << figures.dump())
+#define CHECK_FIGURE(figures, name, expected) \
+    CHECK_MESSAGE(figures[name] == expected, name << " " << figures.dump())
 
-void check_global(const nlohmann::json& f, int load_bytes, int load_sectors, int store_bytes, int store_sectors) {
+void check_global(const nlohmann::json& f, int load_bytes, int load_sectors, int store_bytes,
+                  int store_sectors) {
     CHECK_FIGURE(f, "global_load_bytes", load_bytes);
     CHECK_FIGURE(f, "global_load_sectors", load_sectors);
     CHECK_FIGURE(f, "global_store_bytes", store_bytes);
@@ -242,8 +248,8 @@ TEST_CASE("ptxsim: figures are those counted by hand") {
     CHECK_FIGURE(f, "executed", f["instructions"]);
     CHECK_FIGURE(f, "mma", 0);
     CHECK_FIGURE(f, "shared_accesses", 0);
-    check_global(figures_of("copy_float4", [&] { copy_float4<<<4, 256>>>((float4*)i, (float4*)o); }), 16384, 512,
-                 16384, 512);
+    check_global(figures_of("copy_float4", [&] { copy_float4<<<4, 256>>>((float4*)i, (float4*)o); }), 16384,
+                 512, 16384, 512);
     check_global(figures_of("copy_stride2", [&] { copy_stride2<<<4, 256>>>(i, o); }), 4096, 256, 4096, 128);
     check_global(figures_of("copy_shifted", [&] { copy_shifted<<<4, 256>>>(i, o); }), 4096, 160, 4096, 128);
     f = figures_of("copy_half", [&] { copy_half<<<4, 256>>>(i, o); });
@@ -253,8 +259,8 @@ TEST_CASE("ptxsim: figures are those counted by hand") {
     // Reads of columns: all 32 lanes in one bank, 31 more wavefronts in each of 32 reads.
     check_shared(figures_of("columns_of_32", [&] { columns_of_32<<<1, 32>>>(i, o); }), 64, 992);
     check_shared(figures_of("columns_of_33", [&] { columns_of_33<<<1, 32>>>(i, o); }), 64, 0);
-    // Two warps write, one reads twice. Of every other word, half a warp (doubles) or a quarter (float4) meets each
-    // bank twice: one more wavefront in each of 2 halves, or of 4 quarters.
+    // Two warps write, one reads twice. Of every other word, half a warp (doubles) or a quarter (float4)
+    // meets each bank twice: one more wavefront in each of 2 halves, or of 4 quarters.
     check_shared(figures_of("wide_double", [&] { wide_double<<<1, 64>>>((double*)i, (double*)o); }), 4, 2);
     check_shared(figures_of("wide_float4", [&] { wide_float4<<<1, 64>>>((float4*)i, (float4*)o); }), 4, 4);
     check_shared(figures_of("broadcast", [&] { broadcast<<<1, 32>>>(i, o); }), 2, 0);
@@ -272,9 +278,8 @@ TEST_CASE("ptxsim: figures of the matrix product") {
     ptxsim::options().figures = "figures";
     Device<__nv_bfloat16> a(random_bf16(kM * kK, 1)), b(random_bf16(kK * kN, 2));
     Device<float> c(kM * kN);
-    const auto f = figures_of("matmul", [&] {
-        samples::matmul<<<dim3(2, 2), 128>>>(a.get(), b.get(), c.get(), kM, kN, kK);
-    });
+    const auto f = figures_of(
+        "matmul", [&] { samples::matmul<<<dim3(2, 2), 128>>>(a.get(), b.get(), c.get(), kM, kN, kK); });
     // 4 blocks of 4 warps, 3 tiles of 2 steps of 16, each with 2 x 4 products of 16 x 8 x 16.
     const int products = 4 * 4 * 3 * 2 * 8;
     CHECK_FIGURE(f, "mma", products);

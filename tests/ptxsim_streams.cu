@@ -1,5 +1,5 @@
-// ptxsim: streams that run late. A missing synchronisation gives wrong data for some seed, the repaired twin right
-// data for all.
+// ptxsim: streams that run late. A missing synchronisation gives wrong data for some seed, the repaired twin
+// right data for all.
 #include <algorithm>
 
 #include "tests/ptxsim_helpers.h"
@@ -137,10 +137,12 @@ bool write_after_read(bool fixed) {
 
 TEST_CASE("ptxsim: missing stream and event waits show") {
     WithOptions restore;
-    const std::pair<const char*, bool (*)(bool)> cases[] = {
-        {"copy_to_host", copy_to_host},   {"reuse_of_source", reuse_of_source},
-        {"produce_and_consume", produce_and_consume}, {"early_event", early_event},
-        {"default_stream", default_stream}, {"write_after_read", write_after_read}};
+    const std::pair<const char*, bool (*)(bool)> cases[] = {{"copy_to_host", copy_to_host},
+                                                            {"reuse_of_source", reuse_of_source},
+                                                            {"produce_and_consume", produce_and_consume},
+                                                            {"early_event", early_event},
+                                                            {"default_stream", default_stream},
+                                                            {"write_after_read", write_after_read}};
     for (const auto& [name, run] : cases) {
         CAPTURE(name);
         ptxsim::options().lazy = true;
@@ -172,7 +174,8 @@ TEST_CASE("ptxsim: lazy streams run when something waits for them") {
         cudaEvent_t done;
         CUDA_OK(cudaEventCreate(&done));
         fill<<<kSize / 64, 64, 0, streams.one>>>(data.get(), 3);
-        CUDA_OK(cudaMemcpyAsync(host.data, data.get(), kSize * sizeof(int), cudaMemcpyDeviceToHost, streams.one));
+        CUDA_OK(
+            cudaMemcpyAsync(host.data, data.get(), kSize * sizeof(int), cudaMemcpyDeviceToHost, streams.one));
         CUDA_OK(cudaEventRecord(done, streams.one));
         int queries = 0;
         while (cudaEventQuery(done) == cudaErrorNotReady && queries < 1000000) queries++;
@@ -185,7 +188,8 @@ TEST_CASE("ptxsim: lazy streams run when something waits for them") {
         fill<<<kSize / 64, 64, 0, streams.two>>>(data.get(), 5);
         CHECK(data.host() == std::vector<int>(kSize, 5));  // cudaMemcpy is in the default stream: it waits
         fill<<<kSize / 64, 64, 0, streams.one>>>(data.get(), 6);
-        CUDA_OK(cudaMemcpyAsync(host.data, data.get(), kSize * sizeof(int), cudaMemcpyDeviceToHost, streams.one));
+        CUDA_OK(
+            cudaMemcpyAsync(host.data, data.get(), kSize * sizeof(int), cudaMemcpyDeviceToHost, streams.one));
         const auto called = [](void* seen) { *(int*)seen = 1; };
         static int seen;
         seen = 0;

@@ -22,11 +22,12 @@ std::vector<uint32_t> random_words(int n, uint32_t below = 0) {
 
 // ---------------------------------------------------------------------------------------------- shuffles
 
-#define SHUFFLE(mode)                                                                                     \
-    asm volatile("{\n\t.reg .pred p;\n\tshfl.sync." mode ".b32 %0|p, %2, %3, %4, %5;\n\t"                 \
-                 "selp.u32 %1, 1, 0, p;\n\t}"                                                             \
-                 : "=r"(value), "=r"(valid)                                                               \
-                 : "r"(in[lane]), "r"(b), "r"(c), "r"(0xFFFFFFFFu));                                      \
+#define SHUFFLE(mode)                                                \
+    asm volatile("{\n\t.reg .pred p;\n\tshfl.sync." mode             \
+                 ".b32 %0|p, %2, %3, %4, %5;\n\t"                    \
+                 "selp.u32 %1, 1, 0, p;\n\t}"                        \
+                 : "=r"(value), "=r"(valid)                          \
+                 : "r"(in[lane]), "r"(b), "r"(c), "r"(0xFFFFFFFFu)); \
     *out++ = value, *out++ = valid;
 
 // Every lane its own b and c, of in: b is in[32 + lane], c in[64 + lane].
@@ -59,10 +60,18 @@ TEST_CASE("ptxsim: shfl.sync of every mode, with widths, clamps and the predicat
                 int j;
                 bool valid;
                 switch (mode) {
-                    case 0: j = lane - b, valid = j >= max_lane; break;
-                    case 1: j = lane + b, valid = j <= max_lane; break;
-                    case 2: j = lane ^ b, valid = j <= max_lane; break;
-                    default: j = min_lane | (b & ~mask), valid = j <= max_lane; break;
+                    case 0:
+                        j = lane - b, valid = j >= max_lane;
+                        break;
+                    case 1:
+                        j = lane + b, valid = j <= max_lane;
+                        break;
+                    case 2:
+                        j = lane ^ b, valid = j <= max_lane;
+                        break;
+                    default:
+                        j = min_lane | (b & ~mask), valid = j <= max_lane;
+                        break;
                 }
                 if (!valid) j = lane;
                 wrong += got[8 * lane + 2 * mode] != in[j] || got[8 * lane + 2 * mode + 1] != valid;
@@ -118,8 +127,11 @@ __global__ void votes(const uint32_t* in, uint32_t* out) {
     out[0] = __ballot_sync(0xFFFFFFFF, x & 1);
     out[1] = __any_sync(0xFFFFFFFF, x == 5) != 0;
     out[2] = __all_sync(0xFFFFFFFF, x < 30) != 0;
-    asm volatile("{\n\t.reg .pred p, q;\n\tsetp.lt.u32 p, %1, 32;\n\tvote.sync.uni.pred q, p, 0xffffffff;\n\t"
-                 "selp.u32 %0, 1, 0, q;\n\t}" : "=r"(out[3]) : "r"(x));
+    asm volatile(
+        "{\n\t.reg .pred p, q;\n\tsetp.lt.u32 p, %1, 32;\n\tvote.sync.uni.pred q, p, 0xffffffff;\n\t"
+        "selp.u32 %0, 1, 0, q;\n\t}"
+        : "=r"(out[3])
+        : "r"(x));
     out[4] = __match_any_sync(0xFFFFFFFF, x);
     int all;
     out[5] = __match_all_sync(0xFFFFFFFF, x / 64, &all);
@@ -133,7 +145,8 @@ __global__ void votes(const uint32_t* in, uint32_t* out) {
     out[13] = __reduce_and_sync(0xFFFFFFFF, x | 0xF0) << 16 | __reduce_or_sync(0xFFFFFFFF, x);
     out[14] = __reduce_xor_sync(0xFFFFFFFF, x);
     out[15] = 0;
-    if (lane & 1) out[15] = __reduce_max_sync(0xAAAAAAAA, x) << 16 | (__ballot_sync(0xAAAAAAAA, x & 2) & 0xFFFF);
+    if (lane & 1)
+        out[15] = __reduce_max_sync(0xAAAAAAAA, x) << 16 | (__ballot_sync(0xAAAAAAAA, x & 2) & 0xFFFF);
 }
 
 TEST_CASE("ptxsim: vote, match and redux") {
@@ -195,8 +208,8 @@ TEST_CASE("ptxsim: activemask and lane masks in a branch") {
     int wrong = 0;
     for (int lane = 0; lane < 32; lane++) {
         const bool in = lane >= 5 && lane < 21;
-        // What a branch's active lanes are is left to the hardware, but they are among those of the branch, and
-        // with this one.
+        // What a branch's active lanes are is left to the hardware, but they are among those of the branch,
+        // and with this one.
         wrong += in ? (got[3 * lane] & ~0x1FFFE0u) != 0 || !(got[3 * lane] >> lane & 1) : got[3 * lane] != 0;
         if (in) wrong += got[3 * lane + 2] != ((1u << lane) - 1) * 2 + (1u << lane);
     }
@@ -229,14 +242,29 @@ __global__ void divergence(const uint32_t* in, uint32_t* out) {
         return;  // early
     }
     switch (x % 9) {
-        case 0: sum += 5; break;
-        case 1: sum *= 7; [[fallthrough]];
-        case 2: sum ^= 0xFF; break;
-        case 3: sum -= x; break;
-        case 4: sum = ~sum; break;
-        case 5: sum <<= 3; break;
-        case 7: sum >>= 2; break;
-        default: sum += 1000;
+        case 0:
+            sum += 5;
+            break;
+        case 1:
+            sum *= 7;
+            [[fallthrough]];
+        case 2:
+            sum ^= 0xFF;
+            break;
+        case 3:
+            sum -= x;
+            break;
+        case 4:
+            sum = ~sum;
+            break;
+        case 5:
+            sum <<= 3;
+            break;
+        case 7:
+            sum >>= 2;
+            break;
+        default:
+            sum += 1000;
     }
     out[t] = sum;
 }
@@ -257,14 +285,22 @@ uint32_t diverged(uint32_t x) {
     }
     if (x % 11 == 3) return sum + 1;
     switch (x % 9) {
-        case 0: return sum + 5;
-        case 1: return (sum * 7) ^ 0xFF;
-        case 2: return sum ^ 0xFF;
-        case 3: return sum - x;
-        case 4: return ~sum;
-        case 5: return sum << 3;
-        case 7: return sum >> 2;
-        default: return sum + 1000;
+        case 0:
+            return sum + 5;
+        case 1:
+            return (sum * 7) ^ 0xFF;
+        case 2:
+            return sum ^ 0xFF;
+        case 3:
+            return sum - x;
+        case 4:
+            return ~sum;
+        case 5:
+            return sum << 3;
+        case 7:
+            return sum >> 2;
+        default:
+            return sum + 1000;
     }
 }
 
@@ -355,7 +391,8 @@ TEST_CASE("ptxsim: bar.red") {
         uint32_t count = 0, all = 1, any = 0;
         for (uint32_t x : in) count += x % 3 == 0, all &= x < 1000, any |= x == 77;
         int wrong = 0;
-        for (int t = 0; t < 200; t++) wrong += got[3 * t] != count || got[3 * t + 1] != all || got[3 * t + 2] != any;
+        for (int t = 0; t < 200; t++)
+            wrong += got[3 * t] != count || got[3 * t + 1] != all || got[3 * t + 2] != any;
         CHECK(wrong == 0);
     }
 }
@@ -416,7 +453,8 @@ TEST_CASE("ptxsim: three dimensions of blocks and threads") {
     const auto got = out.host();
     int wrong = 0;
     for (int b = 0; b < blocks; b++)
-        for (int t = 0; t < threads; t++) wrong += got[b * threads + t] != (uint32_t)(b << 16 | t << 5 | t % 32);
+        for (int t = 0; t < threads; t++)
+            wrong += got[b * threads + t] != (uint32_t)(b << 16 | t << 5 | t % 32);
     CHECK(wrong == 0);
 }
 

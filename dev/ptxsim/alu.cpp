@@ -96,6 +96,9 @@ void add_integers() {
     for_integers("mad.hi.*", []<class T>(auto& m) {
         add<T, T, T, T>(m, [](T a, T b, T c) { return (T)((Unsigned<T>)high_product(a, b) + (Unsigned<T>)c); });
     });
+    add<int32_t, int32_t, int32_t, int32_t>("mad.hi.sat.s32", [](int32_t a, int32_t b, int32_t c) {
+        return (int32_t)std::clamp<int64_t>((int64_t)high_product(a, b) + c, INT32_MIN, INT32_MAX);
+    });
     auto wide = []<class T>(auto& m) {
         using W = Twice<T>;
         if (m[1] == 'u') {
@@ -252,6 +255,20 @@ void add_integers() {
             return (D)total;
         });
     };
+    auto dot2 = [&]<class A, class B>(const char* name) {  // two words of 16 bits with two bytes
+        using D = std::conditional_t<std::is_signed_v<A> || std::is_signed_v<B>, int32_t, uint32_t>;
+        using Word = std::conditional_t<std::is_signed_v<A>, int16_t, uint16_t>;
+        add<D, U, U, D>(std::string("dp2a.lo.") + name, [](U a, U b, D c) {
+            return (D)((int64_t)c + (int64_t)(Word)a * (B)b + (int64_t)(Word)(a >> 16) * (B)(b >> 8));
+        });
+        add<D, U, U, D>(std::string("dp2a.hi.") + name, [](U a, U b, D c) {
+            return (D)((int64_t)c + (int64_t)(Word)a * (B)(b >> 16) + (int64_t)(Word)(a >> 16) * (B)(b >> 24));
+        });
+    };
+    dot2.template operator()<uint8_t, uint8_t>("u32.u32");
+    dot2.template operator()<int8_t, int8_t>("s32.s32");
+    dot2.template operator()<uint8_t, int8_t>("u32.s32");
+    dot2.template operator()<int8_t, uint8_t>("s32.u32");
     dot.template operator()<uint8_t, uint8_t>("u32.u32");
     dot.template operator()<int8_t, int8_t>("s32.s32");
     dot.template operator()<uint8_t, int8_t>("u32.s32");
@@ -492,7 +509,14 @@ void add_halves(const char* type) {
     auto plus = [](D a, D b) { return a + b; };
     auto minus = [](D a, D b) { return a - b; };
     auto times = [](D a, D b) { return a * b; };
-    auto fma = [](D a, D b, D c) { return __builtin_fma(a, b, c); };
+    // Exact but for its last bit, which is odd where the sum is not exact: it then never looks like a tie.
+    auto fma = [](D a, D b, D c) {
+        D product = a * b, sum = product + c, rest = sum - product;
+        D error = (product - (sum - rest)) + (c - rest);
+        uint64_t bits = std::bit_cast<uint64_t>(sum);
+        if (error != 0 && std::isfinite(sum) && !(bits & 1)) bits += (error > 0) == (sum > 0) ? 1 : -1;
+        return std::bit_cast<D>(bits);
+    };
     for (const char* rounding : {"", ".rn"}) {
         number((std::string("add") + rounding).c_str(), plus, H(), H());
         number((std::string("sub") + rounding).c_str(), minus, H(), H());
@@ -536,9 +560,18 @@ void compare(Warp& w, const Instruction& in, Mask lanes) {
 template <class T, class C>
 void add_compare(const std::string& name, const std::string& type, C) {
     uint8_t n = sizeof(T);
-    for (const char* middle : {"", ".and", ".or", ".xor"})
-        for (const char* ftz : {"", ".ftz"})
-            table()["setp." + name + middle + ftz + "." + type] = {&compare<T, C>, {1, 1, n, n, 1}};
+    if constexpr (std::is_arithmetic_v<T>) {
+        add<uint32_t, T, T>("set." + name + ".u32." + type, [](T a, T b) { return C()(a, b) ? ~0u : 0u; });
+        add<uint32_t, T, T>("set." + name + ".s32." + type, [](T a, T b) { return C()(a, b) ? ~0u : 0u; });
+        add<float, T, T>("set." + name + ".f32." + type, [](T a, T b) { return C()(a, b) ? 1.0f : 0.0f; });
+    }
+    for (const char* middle : {"", ".and", ".or", ".xor"}) {
+        table()["setp." + name + middle + "." + type] = {&compare<T, C>, {1, 1, n, n, 1}};
+        if constexpr (std::is_same_v<T, float>) {
+            auto flushed = [](T a, T b) { return C()(flush(a), flush(b)); };
+            table()["setp." + name + middle + ".ftz." + type] = {&compare<T, decltype(flushed)>, {1, 1, n, n, 1}};
+        }
+    }
 }
 
 template <class T>
@@ -639,15 +672,17 @@ void add_moves() {
         add<uint64_t, uint64_t>(std::string("mov.") + type, [](uint64_t a) { return a; });
         table()[std::string("selp.") + type] = {&select<uint64_t>, {8, 8, 8, 1}};
     }
-    for_types<uint32_t, int32_t, float>("slct.*.s32", {"u32", "s32", "f32"}, []<class T>(auto& m) {
-        add<T, T, T, int32_t>(m, [](T a, T b, int32_t c) { return c >= 0 ? a : b; });
-    });
-    for_types<uint64_t, int64_t, double>("slct.*.s32", {"u64", "s64", "f64"}, []<class T>(auto& m) {
-        add<T, T, T, int32_t>(m, [](T a, T b, int32_t c) { return c >= 0 ? a : b; });
-    });
-    for_types<uint32_t, int32_t, float, uint32_t>("slct.*.f32", {"u32", "s32", "f32", "b32"}, []<class T>(auto& m) {
-        add<T, T, T, float>(m, [](T a, T b, float c) { return c >= 0 ? a : b; });
-    });
+    for (const char* type : {"b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64"}) {
+        auto choose = [&]<class T>(T) {
+            std::string op = std::string("slct.") + type, ftz = std::string("slct.ftz.") + type;
+            add<T, T, T, int32_t>(op + ".s32", [](T a, T b, int32_t c) { return c >= 0 ? a : b; });
+            add<T, T, T, float>(op + ".f32", [](T a, T b, float c) { return c >= 0 ? a : b; });
+            add<T, T, T, float>(ftz + ".f32", [](T a, T b, float c) { return flush(c) >= 0 ? a : b; });
+        };
+        if (type_bytes(type) == 2) choose(uint16_t());
+        if (type_bytes(type) == 4) choose(uint32_t());
+        if (type_bytes(type) == 8) choose(uint64_t());
+    }
     auto bits = [&]<class F>(const char* name, F) {
         table()[std::string(name) + ".pred"] = {&combine<F>, {1, 1, 1}};
     };

@@ -660,18 +660,19 @@ std::unique_ptr<Kernel> decode(const Module& module, const FunctionText& entry) 
     return Decoder(module, entry).run();
 }
 
+bool is_toolkit_file(const std::string& name) {
+    for (const char* part : {"/targets/", "/cuda/", "/nvidia/", "/include/"})
+        if (name.find(part) != name.npos) return true;
+    return false;
+}
+
 std::pair<std::string, int> source_of(const Kernel& kernel, const Instruction& in) {
     auto file = [&](int index) {
         auto it = kernel.module->text.files.find(index);
         return it == kernel.module->text.files.end() ? std::string() : it->second;
     };
-    auto of_toolkit = [](const std::string& name) {
-        for (const char* part : {"/targets/", "/cuda/", "/nvidia/", "/include/"})
-            if (name.find(part) != name.npos) return true;
-        return false;
-    };
     std::string inner = file(in.source.file), outer = file(in.source.caller_file);
-    if (of_toolkit(inner) && !outer.empty()) return {outer, in.source.caller_line};
+    if (is_toolkit_file(inner) && !outer.empty()) return {outer, in.source.caller_line};
     return {inner, in.source.line};
 }
 

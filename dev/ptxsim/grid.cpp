@@ -104,8 +104,7 @@ int Block::arrive(Warp& w, const Instruction& in, Mask lanes) {
 void Block::check_barriers() {
     for (int i = 0; i < (int)barriers.size(); i++) {
         Barrier& b = barriers[i];
-        // A barrier counts whole warps: threads that a warp lacks are counted as there.
-        int expected = b.expected ? std::min(b.expected, threads - exited) : threads - exited;
+        int expected = b.expected ? b.expected : threads - exited;
         if (b.first && b.arrived >= expected) complete(i);
     }
 }

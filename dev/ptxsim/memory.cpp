@@ -76,7 +76,11 @@ Fault fault_at(uint64_t address) {
 void on_fault(int signal, siginfo_t* info, void* context) {
     uint64_t address = (uint64_t)info->si_addr;
     if (!device.holds(address) && !host.holds(address)) {
-        // Not ours: as if this handler were not there.
+        // Not ours: as if this handler were not there. The one before it may come back to us; then nobody
+        // wants it.
+        static bool passed_on = false;
+        if (passed_on) old_action = {};
+        passed_on = true;
         if ((old_action.sa_flags & SA_SIGINFO) && old_action.sa_sigaction)
             return old_action.sa_sigaction(signal, info, context);
         sigaction(signal, &old_action, nullptr);
@@ -105,6 +109,15 @@ void on_fault(int signal, siginfo_t* info, void* context) {
     std::exit(2);
 }
 
+// Called often: test frameworks put handlers of their own in the place of this one.
+void catch_faults() {
+    struct sigaction action = {}, before;
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, &before);
+    if (before.sa_sigaction != on_fault) old_action = before;
+}
+
 // Reserves as much as the system lets us have: sanitizers and limits leave less.
 void initialize() {
     if (device.size) return;
@@ -122,10 +135,6 @@ void initialize() {
             host = {(uint64_t)pinned, size, kPage};
             view_offset = (uint64_t)inner - device.begin;
             written_offset = (uint64_t)shadow - device.begin;
-            struct sigaction action = {};
-            action.sa_sigaction = on_fault;
-            action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-            sigaction(SIGSEGV, &action, &old_action);
             return;
         }
         for (void* p : {outer, inner, shadow, pinned})
@@ -210,6 +219,7 @@ uint64_t allocate(size_t bytes, MemoryKind kind, const std::string& what, bool i
         if (mprotect((void*)address, round_up(bytes, kPage), PROT_READ | PROT_WRITE) != 0) return 0;
         std::memset((void*)address, 0xFF, bytes);
     }
+    catch_faults();
     range.used += step;
     if (counts) s.used += bytes;
     s.peak = std::max(s.peak, s.used);

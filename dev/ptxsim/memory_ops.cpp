@@ -4,10 +4,13 @@
 
 #include "dev/ptxsim/floats.h"
 #include "dev/ptxsim/lanes.h"
+#include "dev/ptxsim/memory_host.h"
 
 namespace ptxsim {
 
 namespace {
+
+constexpr uint64_t kFirstHostPage = 1 << 16;  // what lies below is a null pointer with an offset
 
 std::string hex(uint64_t x) {
     char text[32];
@@ -16,7 +19,7 @@ std::string hex(uint64_t x) {
 }
 
 const char* verb(AccessKind kind) {
-    return kind == AccessKind::read ? "reads" : kind == AccessKind::write ? "writes" : "updates";
+    return !writes(kind) ? "reads" : kind == AccessKind::atomic ? "updates" : "writes";
 }
 
 void stop(Warp& w, LaunchResult result) {
@@ -29,6 +32,9 @@ void refuse(Warp& w, const Instruction& in, int lane, uint64_t address, int byte
             const std::string& where) {
     Fault fault = alignment ? Fault::misaligned : Fault::out_of_bounds;
     if (!alignment && memory::was_freed(address)) fault = Fault::use_after_free;
+    bool of_host = !alignment && address >= kFirstHostPage && !(address & kWindowMask) &&
+                   !memory::is_device_address(address) && where.find("llocation ") == where.npos;
+    if (of_host) fault = Fault::host_access;
     report_at(fault, w, in, lane,
               std::string(verb(kind)) + " " + std::to_string(bytes) + " bytes at " + hex(address) + ", " + where);
     stop(w, alignment ? LaunchResult::misaligned_address : LaunchResult::illegal_address);
@@ -48,7 +54,7 @@ void count_global(Warp& w, const Instruction&, Mask lanes, const uint64_t* a, in
     if (!std::is_sorted(sectors, sectors + n)) std::sort(sectors, sectors + n);
     n = (int)(std::unique(sectors, sectors + n) - sectors);
     uint64_t asked = (uint64_t)__builtin_popcount(lanes) * bytes;
-    if (kind == AccessKind::read) {
+    if (!writes(kind)) {
         f.load_bytes += asked, f.load_sectors += n;
     } else {
         f.store_bytes += asked, f.store_sectors += n;
@@ -158,14 +164,14 @@ void locate_shared(Warp& w, const Instruction& in, Mask lanes, const uint64_t* a
         good |= 1u << i;
     });
     count_shared(w, good, a, bytes);
-    if (o.uninit && kind != AccessKind::write)
+    if (o.uninit && reads(kind))
         each(good, [&](int i) {
             uint8_t* known = &b.shared_known[a[i]];
             if (all_written(known, bytes)) return;
             report_known(w, in, i, a[i], bytes, known, "shared");
             std::fill_n(known, bytes, (uint8_t)kWritten);
         });
-    if (kind != AccessKind::read) each(good, [&](int i) { std::fill_n(&b.shared_known[a[i]], bytes, (uint8_t)kWritten); });
+    if (writes(kind)) each(good, [&](int i) { std::fill_n(&b.shared_known[a[i]], bytes, (uint8_t)kWritten); });
     if (o.race && b.warps.size() * kWarpSize > 1) {
         uint64_t event = b.grid->races.events.add(b.number, w.index, &in);
         each(good, [&](int i) {
@@ -196,11 +202,11 @@ void locate_global(Warp& w, const Instruction& in, Mask lanes, const uint64_t* a
     each(good, [&](int i) {
         uint8_t* known = memory::written(a[i]);
         if (!known) return;
-        if (o.uninit && kind != AccessKind::write && !all_written(known, bytes)) {
+        if (o.uninit && reads(kind) && !all_written(known, bytes)) {
             report_known(w, in, i, a[i], bytes, known, "global");
             memory::mark_written(a[i], bytes);
         }
-        if (kind != AccessKind::read) memset(known, kWritten, bytes);
+        if (writes(kind)) memset(known, kWritten, bytes);
     });
     if (o.race) {
         uint64_t event = g.races.events.add(w.block->number, w.index, &in);
@@ -221,7 +227,7 @@ void locate_local(Warp& w, const Instruction& in, Mask lanes, const uint64_t* a,
             return refuse(w, in, i, offset, bytes, kind, false, "and local memory has " + std::to_string(size) + " bytes");
         size_t at = (size_t)i * size + offset;
         uint8_t* known = &w.local_known[at];
-        if (kind == AccessKind::write) {
+        if (!reads(kind)) {
             std::fill_n(known, bytes, (uint8_t)kWritten);
         } else if (options().uninit && !all_written(known, bytes)) {
             report_known(w, in, i, offset, bytes, known, "local");
@@ -238,7 +244,7 @@ void locate_parameter(Warp& w, const Instruction& in, Mask lanes, const uint64_t
     each(lanes, [&](int i) {
         uint64_t offset = a[i] - kParamWindow;
         if (!aligned(w, in, i, offset, bytes, kind)) return;
-        if (offset + bytes > p.size() || kind != AccessKind::read)
+        if (offset + bytes > p.size() || writes(kind))
             return refuse(w, in, i, offset, bytes, kind, false,
                           "and the kernel's parameters are " + std::to_string(p.size()) + " bytes, read-only");
         out->at[i] = &p[offset];
@@ -290,7 +296,7 @@ Located locate(Warp& w, const Instruction& in, Mask lanes, int bytes, AccessKind
 
 template <class T, class R>
 void load(Warp& w, const Instruction& in, Mask lanes) {
-    AccessKind kind = in.memory.ordered ? AccessKind::atomic : AccessKind::read;
+    AccessKind kind = in.memory.ordered ? AccessKind::ordered_read : AccessKind::read;
     Located l = locate(w, in, lanes, (int)sizeof(T) * in.memory.elements, kind);
     for (int e = 0; e < in.memory.elements; e++) {
         if (in.o[e] == kIgnored) continue;
@@ -305,7 +311,7 @@ void load(Warp& w, const Instruction& in, Mask lanes) {
 
 template <class T, class R>
 void store(Warp& w, const Instruction& in, Mask lanes) {
-    AccessKind kind = in.memory.ordered ? AccessKind::atomic : AccessKind::write;
+    AccessKind kind = in.memory.ordered ? AccessKind::ordered_write : AccessKind::write;
     Located l = locate(w, in, lanes, (int)sizeof(T) * in.memory.elements, kind);
     for (int e = 0; e < in.memory.elements; e++) {
         const R* s = w.src<R>(in.o[e]);
@@ -610,7 +616,8 @@ bool find_memory(const Statement& s, Instruction* in) {
         if (space_of(x, &m.space)) continue;
         if (type_bytes(x)) type = x;
         else if (x == "v2" || x == "v4" || x == "v8") m.elements = (uint8_t)(x[1] - '0');
-        else if (is_one_of(x, {"volatile", "acquire", "release", "relaxed", "acq_rel", "mmio"})) m.ordered = true;
+        else if (is_one_of(x, {"volatile", "acquire", "release", "relaxed", "acq_rel", "mmio"}))
+            m.ordered = true, m.releases |= x == "release" || x == "acq_rel";
         else if (atomic_op && is_one_of(x, {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"}))
             operation = x;
         else if (!is_one_of(x, {"nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "weak", "cta", "gpu", "sys", "cluster", "noftz",

@@ -25,6 +25,7 @@ void initialize(const Module& m, const VariableDeclaration& v, const VariableInf
         uint64_t bits = value.bits;
         if (!value.symbol.empty()) {
             auto it = m.variables.find(value.symbol);
+            if (m.text.functions.count(value.symbol)) continue;  // calls through pointers are refused by decode()
             if (it == m.variables.end())
                 throw std::runtime_error(m.text.name + ": " + v.name + " is initialised with unknown " + value.symbol);
             bits += it->second.address;
@@ -46,7 +47,8 @@ Module* load_module(const std::string& ptx, const std::string& name) {
         if (v.is_extern) throw std::runtime_error(name + ": extern variable " + v.name + " (no separate compilation)");
         size_t bytes = (size_t)type_bytes(v.type) * (size_t)v.count;
         const char* kind = v.space == Space::constant ? "__constant__ " : "__device__ ";
-        uint64_t address = memory::allocate(std::max<size_t>(bytes, 1), MemoryKind::device, kind + v.name, true);
+        uint64_t address = memory::allocate(std::max<size_t>(bytes, 1), v.is_managed ? MemoryKind::managed : MemoryKind::device,
+                                            kind + v.name, true);
         if (!address) throw std::runtime_error(name + ": no memory for variable " + v.name);
         m->variables[v.name] = {address, bytes};
     }

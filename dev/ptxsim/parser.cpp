@@ -205,7 +205,7 @@ class Parser {
             if (accept(".align")) {
                 v.align = (int)integer();
             } else if (accept(".attribute")) {
-                while (!accept(")")) next();
+                while (!accept(")")) v.is_managed |= next().text == ".managed";
             } else if (accept(".ptr")) {
                 while (is(".global") || is(".const") || is(".shared") || is(".local") || is(".align"))
                     if (next().text == ".align") integer();

@@ -46,6 +46,7 @@ struct MemoryAccess {
     uint8_t elements = 1;   // of a vector
     bool is_signed = false;
     bool ordered = false;   // volatile, or .acquire, .release: no race with another such
+    bool releases = false;  // as if a fence were before it
     uint8_t register_bytes = 4;
     uint8_t address_bytes = 8;  // of the registers that hold the first and the second address
     uint8_t second_address_bytes = 8;
@@ -134,6 +135,7 @@ Handler find_conversion(const std::vector<std::string>& modifiers, Instruction* 
 bool find_memory(const Statement& s, Instruction* in);
 bool find_warp(const Statement& s, Instruction* in);
 
+bool is_toolkit_file(const std::string& name);  // CUDA's own headers
 // The file and line of an instruction for people: the innermost that is not of the toolkit's headers.
 std::pair<std::string, int> source_of(const Kernel& kernel, const Instruction& in);
 

@@ -32,7 +32,7 @@ struct VariableDeclaration {
     std::string name, type;  // "b8"
     int align = 0;           // 0: that of the type
     int64_t count = 1;       // elements; 0 for the [] of dynamic shared memory
-    bool is_extern = false;
+    bool is_extern = false, is_managed = false;
     struct Value {  // an initialiser, or the address of a variable plus an offset
         uint64_t bits = 0;
         std::string symbol;

@@ -55,6 +55,11 @@ AccessRecord* GlobalRaces::record(uint64_t address) {
 
 namespace {
 
+bool of_toolkit(const Grid& g, const Instruction& in) {
+    auto it = g.kernel.module->text.files.find(in.source.file);
+    return it != g.kernel.module->text.files.end() && is_toolkit_file(it->second);
+}
+
 // Whether an earlier access is ordered before what this lane does now.
 bool ordered(const Warp& w, int lane, const Access& earlier, const Event& event) {
     const RaceClock& clock = w.clock;
@@ -68,7 +73,7 @@ bool ordered(const Warp& w, int lane, const Access& earlier, const Event& event)
 }
 
 // After a fence an atomic hands on what its lane's warp and block know; any atomic takes what was handed on.
-void synchronize(Warp& w, int lane, uint64_t address, uint64_t event) {
+void synchronize(Warp& w, int lane, uint64_t address, uint64_t event, bool releases) {
     auto& races = w.block->grid->races;
     auto it = races.released.find(address);
     if (it != races.released.end())
@@ -77,7 +82,7 @@ void synchronize(Warp& w, int lane, uint64_t address, uint64_t event) {
             auto& mine = w.clock.blocks[block];
             for (int i = 0; i < kMaxWarps; i++) mine[i] = std::max(mine[i], known[i]);
         }
-    if (!(w.clock.fenced >> lane & 1)) return;
+    if (!releases && !(w.clock.fenced >> lane & 1)) return;
     auto& at = races.released[address];
     auto put = [&](uint64_t block, const std::array<uint64_t, kMaxWarps>& known) {
         auto& there = at[block];
@@ -95,10 +100,14 @@ bool check_race(Warp& w, const Instruction& in, int lane, uint64_t address, int 
                 bool is_shared, uint64_t event) {
     Grid& g = *w.block->grid;
     bool repeated = false, found = false;
-    if (kind == AccessKind::atomic) synchronize(w, lane, address | (uint64_t)is_shared << 63, event);
-    auto conflict = [&](const Access& earlier, unsigned part) {
+    if (is_atomic(kind)) synchronize(w, lane, address | (uint64_t)is_shared << 63, event, in.memory.releases);
+    if (kind == AccessKind::write) w.clock.fenced &= ~(1u << lane);
+    auto conflict = [&](const Access& earlier, unsigned part, bool is_read) {
         if (earlier.event == 0 || !g.races.events.knows(earlier.event) || !(earlier.bytes & part)) return false;
-        if (earlier.atomic && kind == AccessKind::atomic) return false;
+        if (earlier.atomic && is_atomic(kind)) return false;
+        // The toolkit's own loops around atom.cas begin with a plain read.
+        if (is_atomic(kind) && is_read && of_toolkit(g, *g.races.events[earlier.event].instruction)) return false;
+        if (!writes(kind) && earlier.atomic && of_toolkit(g, in)) return false;
         if (earlier.event == event) {
             repeated |= (int)earlier.lane != lane && kind == AccessKind::write;
             return false;
@@ -112,7 +121,7 @@ bool check_race(Warp& w, const Instruction& in, int lane, uint64_t address, int 
         std::string who = e.block != w.block->number ? "block " + std::to_string(e.block)
                           : e.warp != w.index        ? "warp " + std::to_string(e.warp)
                                                      : "lane " + std::to_string(earlier.lane);
-        const char* now = kind == AccessKind::read ? "reads" : kind == AccessKind::write ? "writes" : "updates";
+        const char* now = !writes(kind) ? "reads" : kind == AccessKind::atomic ? "updates" : "writes";
         report_at(Fault::race, w, in, lane,
                   std::string(now) + (is_shared ? " shared" : " global") + " memory that " + who + " of the same " +
                       (e.block != w.block->number ? "grid" : e.warp != w.index ? "block" : "warp") +
@@ -124,10 +133,10 @@ bool check_race(Warp& w, const Instruction& in, int lane, uint64_t address, int 
         unsigned part = at & 1 ? 2 : bytes - k >= 2 ? 3 : 1;
         k += part == 3 ? 2 : 1;
         AccessRecord* r = is_shared ? w.block->shared_races.record(at) : g.races.record(at);
-        if (conflict(r->write, part)) tell(r->write, true);
+        if (conflict(r->write, part, false)) tell(r->write, true);
         Access now;
-        now.event = event, now.lane = lane & 31, now.bytes = part & 3, now.atomic = kind == AccessKind::atomic, now.many = 0;
-        if (kind == AccessKind::read) {
+        now.event = event, now.lane = lane & 31, now.bytes = part & 3, now.atomic = is_atomic(kind), now.many = 0;
+        if (!writes(kind)) {
             // Keep reads of two different warps, the newest of each.
             Access& first = r->reads[0];
             bool same = first.event && g.races.events.knows(first.event) &&
@@ -141,7 +150,7 @@ bool check_race(Warp& w, const Instruction& in, int lane, uint64_t address, int 
             }
         } else {
             for (const Access& read : r->reads)
-                if (conflict(read, part)) tell(read, false);
+                if (conflict(read, part, true)) tell(read, false);
             r->write = now;
         }
     }

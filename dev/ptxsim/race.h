@@ -21,7 +21,17 @@ namespace ptxsim {
 struct Warp;
 struct Instruction;
 
-enum class AccessKind : uint8_t { read, write, atomic };
+// The last two are of volatile, .acquire and .release: no race with each other or with atomics.
+enum class AccessKind : uint8_t { read, write, atomic, ordered_read, ordered_write };
+inline bool reads(AccessKind k) {
+    return k != AccessKind::write && k != AccessKind::ordered_write;
+}
+inline bool writes(AccessKind k) {
+    return k != AccessKind::read && k != AccessKind::ordered_read;
+}
+inline bool is_atomic(AccessKind k) {
+    return k >= AccessKind::atomic;
+}
 
 constexpr int kMaxWarps = 32;  // of a block
 

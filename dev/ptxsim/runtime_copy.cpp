@@ -105,10 +105,9 @@ cudaError_t copy(const char* call, Rows to, Rows from, cudaMemcpyKind kind, cuda
     // A copy within the device does not make the host wait, not even a plain cudaMemcpy.
     bool to_device = is_on_device(to.address);
     if (to_device && is_on_device(from.address)) blocking = false;
-    // Pageable memory is staged for the device at the call. A plain cudaMemcpy waits for the work before it,
-    // but returns when the source is staged: the device may get the bytes later.
-    bool staged = options().lazy && !stream->capture && is_pageable(from.address) && to_device;
-    if (staged) {
+    // Pageable memory is staged for the device at the call. (A plain cudaMemcpy of it waits for the device,
+    // as programs expect, though the documentation only promises that the source has been read.)
+    if (options().lazy && !blocking && !stream->capture && is_pageable(from.address) && to_device) {
         auto bytes = std::make_shared<std::vector<std::byte>>(from.width * from.height);
         for (size_t i = 0; i < from.height; i++)
             std::memcpy(bytes->data() + i * from.width, (const void*)from.row(i), from.width);
@@ -121,7 +120,7 @@ cudaError_t copy(const char* call, Rows to, Rows from, cudaMemcpyKind kind, cuda
     }
     OperationRef op;
     if (cudaError_t e = enqueue(stream, std::move(task), &op)) return e;
-    if (op && blocking) complete(staged ? std::vector<OperationRef>(op->after) : std::vector{op});
+    if (op && blocking) complete({op});
     return cudaSuccess;
 }
 
