@@ -31,12 +31,21 @@ endif
 $(BUILD)/avx512.o: isa := -march=x86-64-v4 -DLLMC_ISA=avx512
 $(BUILD)/avx512_bf16.o: isa := -march=x86-64-v4 -mavx512bf16 -DLLMC_ISA=avx512_bf16
 
-tests    := $(patsubst tests/%.cpp,$(BUILD)/%.o,$(wildcard tests/*.cpp))
+tests    := $(patsubst tests/%.cpp,$(BUILD)/%.o,tests/main.cpp $(wildcard tests/test_*.cpp))
 # Those of llmc/cpu, and the lesser instruction sets that they are built for as well where this processor has them.
 layers   := $(addprefix $(BUILD)/,main.o $(foreach t,attention attention_linear layers norms tile vector,test_$(t).o))
 lesser   := $(if $(filter 1,$(DISPATCH)),avx2 $(if $(filter avx512vl,$(shell cat /proc/cpuinfo)),avx512))
 
-.PHONY: all quickstart test bench bench-quick format clean help
+# dev/ptxsim stands in for cudart, cuBLAS(Lt) and NCCL: CUDA objects with their PTX in them run on this processor. nvcc
+# is that of the system, or the one that dev/setup.sh has put into .venv.
+NVCC     ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc .venv/cuda/bin/nvcc))
+CUDA     ?= $(if $(NVCC),$(realpath $(dir $(realpath $(NVCC)))..))
+cuda     := -std=c++20 -O3 -lineinfo -I. -ccbin $(firstword $(CXX)) -Xcompiler -Wall,-Wextra
+to_ptx   := -gencode arch=compute_80,code=compute_80 -Xfatbin -compress=false
+sim      := $(patsubst dev/ptxsim/%.cpp,$(BUILD)/ptxsim/%.o,$(wildcard dev/ptxsim/*.cpp))
+simtests := $(patsubst tests/%.cu,$(BUILD)/%.o,$(wildcard tests/ptxsim_*.cu)) $(BUILD)/ptxsim_libraries.o
+
+.PHONY: all quickstart test bench bench-quick ptxsim-bench format clean help
 all: train_gpt
 
 # In this order: of an inline function that several objects have, the linker takes the first, which must run on all
@@ -73,6 +82,28 @@ $(BUILD)/avx512/%.o: tests/%.cpp $(BUILD)/flags
 $(BUILD)/%/tests: $(addprefix $(BUILD)/%/,$(notdir $(layers)))
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
+# Rounding must be that of the PTX, so nothing may be contracted to an fma.
+$(BUILD)/ptxsim/%.o: dev/ptxsim/%.cpp $(BUILD)/flags
+	@mkdir -p $(@D)
+	$(CXX) $(flags) $(native) -ffp-contract=off -DLLMC_ISA=ptxsim -isystem $(CUDA)/include -c $< -o $@
+
+$(BUILD)/libptxsim.a: $(sim)
+	@rm -f $@
+	ar rcs $@ $^
+
+$(BUILD)/ptxsim_%.o: tests/ptxsim_%.cu $(BUILD)/flags
+	$(NVCC) $(cuda) $(to_ptx) -MMD -MP -c $< -o $@
+
+$(BUILD)/ptxsim_libraries.o: tests/ptxsim_libraries.cpp $(BUILD)/flags
+	$(CXX) $(flags) $(native) -isystem $(CUDA)/include -c $< -o $@
+
+$(BUILD)/ptxsim/tests: $(BUILD)/main.o $(simtests) $(BUILD)/libptxsim.a
+	$(CXX) $(flags) $^ -o $@ $(libs)
+
+$(BUILD)/ptxsim/bench: dev/ptxsim/bench.cu $(BUILD)/libptxsim.a
+	$(NVCC) $(cuda) $(to_ptx) -c $< -o $@.o
+	$(CXX) $(flags) $@.o $(BUILD)/libptxsim.a -o $@ $(libs)
+
 # Changes, and so has everything built again, when the compiler or its flags do.
 $(BUILD)/flags: FORCE
 	@mkdir -p $(BUILD)
@@ -88,9 +119,20 @@ quickstart: ## set up, tokenise Shakespeare, train a small GPT with polynomial a
 
 test: ## set up, build and run all tests
 	@dev/setup.sh
-	@$(MAKE) --no-print-directory -j$$(nproc) train_gpt $(BUILD)/tests $(lesser:%=$(BUILD)/%/tests) \
-	    $(BUILD)/fault_preload.so
-	@tests/run.sh $(BUILD)/tests $(lesser:%=$(BUILD)/%/tests)
+	@$(MAKE) --no-print-directory -j$$(nproc) build-tests
+	@$(MAKE) --no-print-directory run-tests
+
+programs := $(BUILD)/tests $(lesser:%=$(BUILD)/%/tests) $(if $(NVCC),$(BUILD)/ptxsim/tests)
+.PHONY: build-tests run-tests
+build-tests: train_gpt $(programs) $(BUILD)/fault_preload.so
+run-tests:
+	$(if $(NVCC),,@echo 'skipped: the tests of CUDA code, for there is no nvcc')
+	@tests/run.sh $(programs)
+
+ptxsim-bench: ## how fast CUDA code runs on this processor, with and without the checks
+	@dev/setup.sh
+	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/ptxsim/bench
+	$(BUILD)/ptxsim/bench
 
 bench: ## this trainer against PyTorch on this machine, about 20 minutes (installs torch into .venv)
 	@dev/setup.sh torch
@@ -103,7 +145,7 @@ bench-quick: ## the same on a small model, under 2 minutes
 	$(PYTHON) dev/bench/bench.py --train-gpt ./train_gpt --attention $(BUILD)/attention --quick
 
 format: ## clang-format all C++
-	clang-format -i *.cpp llmc/*.h llmc/cpu/*.h tests/*.cpp tests/*.h dev/bench/*.cpp
+	clang-format -i *.cpp llmc/*.h llmc/cpu/*.h tests/*.cpp tests/*.h tests/*.cu dev/bench/*.cpp dev/ptxsim/*.h dev/ptxsim/*.cpp dev/ptxsim/*.cu
 
 clean: ## remove what was built (not .venv, data or out)
 	rm -rf $(BUILD) train_gpt

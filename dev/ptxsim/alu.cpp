@@ -1,55 +1,14 @@
-// Arithmetic, logic, comparisons and moves: what a lane does for itself. One entry for each instruction as nvcc
-// writes it.
+// Arithmetic, logic, comparisons and moves: what a lane does for itself. One entry for each instruction as
+// nvcc writes it.
 #include <algorithm>
 #include <limits>
 #include <type_traits>
 
-#include "dev/ptxsim/floats.h"
-#include "dev/ptxsim/lanes.h"
+#include "dev/ptxsim/alu.h"
 
 namespace ptxsim {
 
 namespace {
-
-using Table = std::unordered_map<std::string, AluEntry>;
-Table& table() {
-    static Table t;
-    return t;
-}
-
-template <class D, class... S, class F>
-void add(const std::string& mnemonic, F) {
-    table()[mnemonic] = {&map_lanes<F, D, S...>, {sizeof(D), sizeof(S)...}};
-}
-
-// One for each of the types, with the type's name put for "*".
-template <class F>
-void add_text(std::string pattern, const char* type, F f) {
-    pattern.replace(pattern.find('*'), 1, type);
-    f(pattern);
-}
-template <class... T, class F>
-void for_types(const std::string& pattern, std::initializer_list<const char*> names, F f) {
-    auto name = names.begin();
-    (add_text(pattern, *name++, [&](const std::string& mnemonic) { f.template operator()<T>(mnemonic); }), ...);
-}
-template <class F>
-void for_signed(const std::string& pattern, F f) {
-    for_types<int16_t, int32_t, int64_t>(pattern, {"s16", "s32", "s64"}, f);
-}
-template <class F>
-void for_unsigned(const std::string& pattern, F f) {
-    for_types<uint16_t, uint32_t, uint64_t>(pattern, {"u16", "u32", "u64"}, f);
-}
-template <class F>
-void for_integers(const std::string& pattern, F f) {
-    for_signed(pattern, f);
-    for_unsigned(pattern, f);
-}
-template <class F>
-void for_bits(const std::string& pattern, F f) {
-    for_types<uint16_t, uint32_t, uint64_t>(pattern, {"b16", "b32", "b64"}, f);
-}
 
 template <class T>
 using Twice = std::conditional_t<
@@ -80,21 +39,31 @@ T shift_right(T x, uint32_t n) {
 }
 
 void add_integers() {
-    for_integers("add.*", []<class T>(auto& m) { add<T, T, T>(m, [](T a, T b) { return (T)((Unsigned<T>)a + (Unsigned<T>)b); }); });
-    for_integers("sub.*", []<class T>(auto& m) { add<T, T, T>(m, [](T a, T b) { return (T)((Unsigned<T>)a - (Unsigned<T>)b); }); });
+    for_integers("add.*", []<class T>(auto& m) {
+        add<T, T, T>(m, [](T a, T b) { return (T)((Unsigned<T>)a + (Unsigned<T>)b); });
+    });
+    for_integers("sub.*", []<class T>(auto& m) {
+        add<T, T, T>(m, [](T a, T b) { return (T)((Unsigned<T>)a - (Unsigned<T>)b); });
+    });
     for_types<int32_t>("add.sat.*", {"s32"}, []<class T>(auto& m) {
-        add<T, T, T>(m, [](T a, T b) { return (T)std::clamp<int64_t>((int64_t)a + b, INT32_MIN, INT32_MAX); });
+        add<T, T, T>(m,
+                     [](T a, T b) { return (T)std::clamp<int64_t>((int64_t)a + b, INT32_MIN, INT32_MAX); });
     });
     for_types<int32_t>("sub.sat.*", {"s32"}, []<class T>(auto& m) {
-        add<T, T, T>(m, [](T a, T b) { return (T)std::clamp<int64_t>((int64_t)a - b, INT32_MIN, INT32_MAX); });
+        add<T, T, T>(m,
+                     [](T a, T b) { return (T)std::clamp<int64_t>((int64_t)a - b, INT32_MIN, INT32_MAX); });
     });
-    for_integers("mul.lo.*", []<class T>(auto& m) { add<T, T, T>(m, [](T a, T b) { return low_product(a, b); }); });
-    for_integers("mul.hi.*", []<class T>(auto& m) { add<T, T, T>(m, [](T a, T b) { return high_product(a, b); }); });
+    for_integers("mul.lo.*",
+                 []<class T>(auto& m) { add<T, T, T>(m, [](T a, T b) { return low_product(a, b); }); });
+    for_integers("mul.hi.*",
+                 []<class T>(auto& m) { add<T, T, T>(m, [](T a, T b) { return high_product(a, b); }); });
     for_integers("mad.lo.*", []<class T>(auto& m) {
-        add<T, T, T, T>(m, [](T a, T b, T c) { return (T)((Unsigned<T>)low_product(a, b) + (Unsigned<T>)c); });
+        add<T, T, T, T>(m,
+                        [](T a, T b, T c) { return (T)((Unsigned<T>)low_product(a, b) + (Unsigned<T>)c); });
     });
     for_integers("mad.hi.*", []<class T>(auto& m) {
-        add<T, T, T, T>(m, [](T a, T b, T c) { return (T)((Unsigned<T>)high_product(a, b) + (Unsigned<T>)c); });
+        add<T, T, T, T>(m,
+                        [](T a, T b, T c) { return (T)((Unsigned<T>)high_product(a, b) + (Unsigned<T>)c); });
     });
     add<int32_t, int32_t, int32_t, int32_t>("mad.hi.sat.s32", [](int32_t a, int32_t b, int32_t c) {
         return (int32_t)std::clamp<int64_t>((int64_t)high_product(a, b) + c, INT32_MIN, INT32_MAX);
@@ -104,13 +73,16 @@ void add_integers() {
         if (m[1] == 'u') {
             add<W, T, T>(m, [](T a, T b) { return (W)((W)a * (W)b); });
         } else {
-            add<W, T, T, W>(m, [](T a, T b, W c) { return (W)((Unsigned<W>)((W)a * (W)b) + (Unsigned<W>)c); });
+            add<W, T, T, W>(m,
+                            [](T a, T b, W c) { return (W)((Unsigned<W>)((W)a * (W)b) + (Unsigned<W>)c); });
         }
     };
     for (const char* pattern : {"mul.wide.*", "mad.wide.*"})
         for_types<int16_t, int32_t, uint16_t, uint32_t>(pattern, {"s16", "s32", "u16", "u32"}, wide);
     for_types<int32_t, uint32_t>("mul24.lo.*", {"s32", "u32"}, []<class T>(auto& m) {
-        add<T, T, T>(m, [](T a, T b) { return (T)(((int64_t)(T)((uint32_t)a << 8) >> 8) * ((int64_t)(T)((uint32_t)b << 8) >> 8)); });
+        add<T, T, T>(m, [](T a, T b) {
+            return (T)(((int64_t)(T)((uint32_t)a << 8) >> 8) * ((int64_t)(T)((uint32_t)b << 8) >> 8));
+        });
     });
     for_types<int32_t, uint32_t>("mul24.hi.*", {"s32", "u32"}, []<class T>(auto& m) {
         add<T, T, T>(m, [](T a, T b) {
@@ -119,26 +91,41 @@ void add_integers() {
     });
     for_types<int32_t, uint32_t>("mad24.lo.*", {"s32", "u32"}, []<class T>(auto& m) {
         add<T, T, T, T>(m, [](T a, T b, T c) {
-            return (T)(((int64_t)(T)((uint32_t)a << 8) >> 8) * ((int64_t)(T)((uint32_t)b << 8) >> 8) + (int64_t)c);
+            return (T)(((int64_t)(T)((uint32_t)a << 8) >> 8) * ((int64_t)(T)((uint32_t)b << 8) >> 8) +
+                       (int64_t)c);
         });
     });
     // Division by zero is undefined; hardware gives all ones, and the dividend as the remainder.
-    for_unsigned("div.*", []<class T>(auto& m) { add<T, T, T>(m, [](T a, T b) { return b ? (T)(a / b) : (T)~T(0); }); });
-    for_unsigned("rem.*", []<class T>(auto& m) { add<T, T, T>(m, [](T a, T b) { return b ? (T)(a % b) : a; }); });
+    for_unsigned("div.*", []<class T>(auto& m) {
+        add<T, T, T>(m, [](T a, T b) { return b ? (T)(a / b) : (T)~T(0); });
+    });
+    for_unsigned("rem.*",
+                 []<class T>(auto& m) { add<T, T, T>(m, [](T a, T b) { return b ? (T)(a % b) : a; }); });
     for_signed("div.*", []<class T>(auto& m) {
-        add<T, T, T>(m, [](T a, T b) { return b == 0 ? T(-1) : b == -1 ? (T)(0 - (Unsigned<T>)a) : (T)(a / b); });
+        add<T, T, T>(m, [](T a, T b) {
+            return b == 0 ? T(-1) : b == -1 ? (T)(0 - (Unsigned<T>)a) : (T)(a / b);
+        });
     });
     for_signed("rem.*", []<class T>(auto& m) {
         add<T, T, T>(m, [](T a, T b) { return b == 0 ? a : b == -1 ? T(0) : (T)(a % b); });
     });
     for_integers("min.*", []<class T>(auto& m) { add<T, T, T>(m, [](T a, T b) { return a < b ? a : b; }); });
     for_integers("max.*", []<class T>(auto& m) { add<T, T, T>(m, [](T a, T b) { return a > b ? a : b; }); });
-    for_types<int32_t>("min.relu.*", {"s32"}, []<class T>(auto& m) { add<T, T, T>(m, [](T a, T b) { return std::max(T(0), std::min(a, b)); }); });
-    for_types<int32_t>("max.relu.*", {"s32"}, []<class T>(auto& m) { add<T, T, T>(m, [](T a, T b) { return std::max(T(0), std::max(a, b)); }); });
-    for_signed("abs.*", []<class T>(auto& m) { add<T, T>(m, [](T a) { return a < 0 ? (T)(0 - (Unsigned<T>)a) : a; }); });
+    for_types<int32_t>("min.relu.*", {"s32"}, []<class T>(auto& m) {
+        add<T, T, T>(m, [](T a, T b) { return std::max(T(0), std::min(a, b)); });
+    });
+    for_types<int32_t>("max.relu.*", {"s32"}, []<class T>(auto& m) {
+        add<T, T, T>(m, [](T a, T b) { return std::max(T(0), std::max(a, b)); });
+    });
+    for_signed("abs.*", []<class T>(auto& m) {
+        add<T, T>(m, [](T a) { return a < 0 ? (T)(0 - (Unsigned<T>)a) : a; });
+    });
     for_signed("neg.*", []<class T>(auto& m) { add<T, T>(m, [](T a) { return (T)(0 - (Unsigned<T>)a); }); });
     for_integers("sad.*", []<class T>(auto& m) {
-        add<T, T, T, T>(m, [](T a, T b, T c) { return (T)((Unsigned<T>)c + (a < b ? (Unsigned<T>)b - (Unsigned<T>)a : (Unsigned<T>)a - (Unsigned<T>)b)); });
+        add<T, T, T, T>(m, [](T a, T b, T c) {
+            return (T)((Unsigned<T>)c +
+                       (a < b ? (Unsigned<T>)b - (Unsigned<T>)a : (Unsigned<T>)a - (Unsigned<T>)b));
+        });
     });
 
     for_bits("and.*", []<class T>(auto& m) { add<T, T, T>(m, [](T a, T b) { return (T)(a & b); }); });
@@ -146,14 +133,23 @@ void add_integers() {
     for_bits("xor.*", []<class T>(auto& m) { add<T, T, T>(m, [](T a, T b) { return (T)(a ^ b); }); });
     for_bits("not.*", []<class T>(auto& m) { add<T, T>(m, [](T a) { return (T)~a; }); });
     for_bits("cnot.*", []<class T>(auto& m) { add<T, T>(m, [](T a) { return (T)(a == 0); }); });
-    for_bits("shl.*", []<class T>(auto& m) { add<T, T, uint32_t>(m, [](T a, uint32_t n) { return shift_left(a, n); }); });
-    for_bits("shr.*", []<class T>(auto& m) { add<T, T, uint32_t>(m, [](T a, uint32_t n) { return shift_right(a, n); }); });
-    for_integers("shr.*", []<class T>(auto& m) { add<T, T, uint32_t>(m, [](T a, uint32_t n) { return shift_right(a, n); }); });
+    for_bits("shl.*", []<class T>(auto& m) {
+        add<T, T, uint32_t>(m, [](T a, uint32_t n) { return shift_left(a, n); });
+    });
+    for_bits("shr.*", []<class T>(auto& m) {
+        add<T, T, uint32_t>(m, [](T a, uint32_t n) { return shift_right(a, n); });
+    });
+    for_integers("shr.*", []<class T>(auto& m) {
+        add<T, T, uint32_t>(m, [](T a, uint32_t n) { return shift_right(a, n); });
+    });
     using U = uint32_t;
-    add<U, U, U, U>("shf.l.wrap.b32", [](U a, U b, U c) { return (U)((((uint64_t)b << 32 | a) << (c & 31)) >> 32); });
+    add<U, U, U, U>("shf.l.wrap.b32",
+                    [](U a, U b, U c) { return (U)((((uint64_t)b << 32 | a) << (c & 31)) >> 32); });
     add<U, U, U, U>("shf.r.wrap.b32", [](U a, U b, U c) { return (U)(((uint64_t)b << 32 | a) >> (c & 31)); });
-    add<U, U, U, U>("shf.l.clamp.b32", [](U a, U b, U c) { return (U)((((uint64_t)b << 32 | a) << (c < 32 ? c : 32)) >> 32); });
-    add<U, U, U, U>("shf.r.clamp.b32", [](U a, U b, U c) { return (U)(((uint64_t)b << 32 | a) >> (c < 32 ? c : 32)); });
+    add<U, U, U, U>("shf.l.clamp.b32",
+                    [](U a, U b, U c) { return (U)((((uint64_t)b << 32 | a) << (c < 32 ? c : 32)) >> 32); });
+    add<U, U, U, U>("shf.r.clamp.b32",
+                    [](U a, U b, U c) { return (U)(((uint64_t)b << 32 | a) >> (c < 32 ? c : 32)); });
     add<U, U, U, U, U>("lop3.b32", [](U a, U b, U c, U f) {
         U result = 0;
         for (U k = 0; k < 8; k++)
@@ -176,7 +172,8 @@ void add_integers() {
         add<U, U, U, U>(std::string("prmt.b32.") + name, [](U a, U b, U selector) {
             uint64_t bytes = (uint64_t)b << 32 | a;
             U result = 0;
-            for (U k = 0; k < 4; k++) result |= ((U)(bytes >> (8 * (F()(selector & 3, k) & 7))) & 255) << (8 * k);
+            for (U k = 0; k < 4; k++)
+                result |= ((U)(bytes >> (8 * (F()(selector & 3, k) & 7))) & 255) << (8 * k);
             return result;
         });
     };
@@ -216,20 +213,22 @@ void add_integers() {
     };
     for (const char* pattern : {"bfind.*", "bfind.shiftamt.*"})
         for_types<int32_t, uint32_t, int64_t, uint64_t>(pattern, {"s32", "u32", "s64", "u64"}, find);
-    for_types<int32_t, uint32_t, int64_t, uint64_t>("bfe.*", {"s32", "u32", "s64", "u64"}, []<class T>(auto& m) {
-        add<T, T, U, U>(m, [](T a, U position, U length) {
-            constexpr U kBits = 8 * sizeof(T);
-            position &= 255, length &= 255;
-            bool fill = std::is_signed_v<T> && length && ((uint64_t)a >> std::min(position + length - 1, kBits - 1) & 1);
-            Unsigned<T> field = position < kBits ? (Unsigned<T>)a >> position : 0;
-            if (length < kBits) field &= ((Unsigned<T>)1 << length) - 1;
-            if (fill && length < kBits) field |= ~(((Unsigned<T>)1 << length) - 1);
-            if (fill && position + length > kBits && position < kBits && position)
-                field |= ~((~(Unsigned<T>)0) >> position);
-            if (fill && position >= kBits) field = ~(Unsigned<T>)0;
-            return (T)field;
+    for_types<int32_t, uint32_t, int64_t, uint64_t>(
+        "bfe.*", {"s32", "u32", "s64", "u64"}, []<class T>(auto& m) {
+            add<T, T, U, U>(m, [](T a, U position, U length) {
+                constexpr U kBits = 8 * sizeof(T);
+                position &= 255, length &= 255;
+                bool fill = std::is_signed_v<T> && length &&
+                            ((uint64_t)a >> std::min(position + length - 1, kBits - 1) & 1);
+                Unsigned<T> field = position < kBits ? (Unsigned<T>)a >> position : 0;
+                if (length < kBits) field &= ((Unsigned<T>)1 << length) - 1;
+                if (fill && length < kBits) field |= ~(((Unsigned<T>)1 << length) - 1);
+                if (fill && position + length > kBits && position < kBits && position)
+                    field |= ~((~(Unsigned<T>)0) >> position);
+                if (fill && position >= kBits) field = ~(Unsigned<T>)0;
+                return (T)field;
+            });
         });
-    });
     for_types<uint32_t, uint64_t>("bfi.*", {"b32", "b64"}, []<class T>(auto& m) {
         add<T, T, T, U, U>(m, [](T a, T b, U position, U length) {
             constexpr U kBits = 8 * sizeof(T);
@@ -262,7 +261,8 @@ void add_integers() {
             return (D)((int64_t)c + (int64_t)(Word)a * (B)b + (int64_t)(Word)(a >> 16) * (B)(b >> 8));
         });
         add<D, U, U, D>(std::string("dp2a.hi.") + name, [](U a, U b, D c) {
-            return (D)((int64_t)c + (int64_t)(Word)a * (B)(b >> 16) + (int64_t)(Word)(a >> 16) * (B)(b >> 24));
+            return (D)((int64_t)c + (int64_t)(Word)a * (B)(b >> 16) +
+                       (int64_t)(Word)(a >> 16) * (B)(b >> 24));
         });
     };
     dot2.template operator()<uint8_t, uint8_t>("u32.u32");
@@ -317,8 +317,12 @@ void add_carries() {
     auto chain = [&]<class T>(auto& type) {
         uint8_t n = sizeof(T);
         AluEntry two = {nullptr, {n, n, n}}, three = {nullptr, {n, n, n, n}};
-        auto put2 = [&](std::string name, Handler run) { table()[name + "." + type] = two, table()[name + "." + type].run = run; };
-        auto put3 = [&](std::string name, Handler run) { table()[name + "." + type] = three, table()[name + "." + type].run = run; };
+        auto put2 = [&](std::string name, Handler run) {
+            table()[name + "." + type] = two, table()[name + "." + type].run = run;
+        };
+        auto put3 = [&](std::string name, Handler run) {
+            table()[name + "." + type] = three, table()[name + "." + type].run = run;
+        };
         using V = Unsigned<T>;
         put2("add.cc", add_carry<V, false, false, true>);
         put2("addc", add_carry<V, false, true, false>);
@@ -413,9 +417,7 @@ void add_floats() {
     add_rounding64<D>("sqrt", false, [](D a) { return __builtin_sqrt(a); });
 
     // The approximations are better here than the ISA asks for; without .ftz, denormals are kept.
-    auto approx = [&](const char* name, auto f) {
-        add_float_forms<F>(std::string(name) + ".approx", f);
-    };
+    auto approx = [&](const char* name, auto f) { add_float_forms<F>(std::string(name) + ".approx", f); };
     approx("rcp", [](F a) { return 1.0f / a; });
     approx("sqrt", [](F a) { return __builtin_sqrtf(a); });
     approx("rsqrt", [](F a) { return (F)(1.0 / std::sqrt((D)a)); });
@@ -446,17 +448,21 @@ void add_floats() {
     add<D, D, D>("max.f64", [](D a, D b) { return extreme<true, false>(a, b); });
     auto test = [&]<class P>(const char* name, P) {
         table()[std::string("testp.") + name + ".f32"] = {[](Warp& w, const Instruction& in, Mask lanes) {
-            Mask result = 0;
-            const F* a = w.src<F>(in.o[1]);
-            for (int i = 0; i < kWarpSize; i++) result |= (Mask)(bool)P()(a[i]) << i;
-            put_predicate(w, in.o[0], result, lanes);
-        }, {1, 4}};
+                                                              Mask result = 0;
+                                                              const F* a = w.src<F>(in.o[1]);
+                                                              for (int i = 0; i < kWarpSize; i++)
+                                                                  result |= (Mask)(bool)P()(a[i]) << i;
+                                                              put_predicate(w, in.o[0], result, lanes);
+                                                          },
+                                                          {1, 4}};
         table()[std::string("testp.") + name + ".f64"] = {[](Warp& w, const Instruction& in, Mask lanes) {
-            Mask result = 0;
-            const D* a = w.src<D>(in.o[1]);
-            for (int i = 0; i < kWarpSize; i++) result |= (Mask)(bool)P()(a[i]) << i;
-            put_predicate(w, in.o[0], result, lanes);
-        }, {1, 8}};
+                                                              Mask result = 0;
+                                                              const D* a = w.src<D>(in.o[1]);
+                                                              for (int i = 0; i < kWarpSize; i++)
+                                                                  result |= (Mask)(bool)P()(a[i]) << i;
+                                                              put_predicate(w, in.o[0], result, lanes);
+                                                          },
+                                                          {1, 8}};
     };
     test("finite", [](auto x) { return std::isfinite(x); });
     test("infinite", [](auto x) { return std::isinf(x); });
@@ -471,13 +477,6 @@ void add_floats() {
 template <class H, class F, class... S>
 struct HalfOp {  // in double, whose rounding does not show in the result
     H operator()(S... s) const { return to_half<H>(F()((double)decode(s)...)); }
-};
-template <class H, class F, class... S>
-struct PairOp {
-    uint32_t operator()(S... s) const {
-        H low = F()(H{(uint16_t)s}...), high = F()(H{(uint16_t)(s >> 16)}...);
-        return (uint32_t)high.bits << 16 | low.bits;
-    }
 };
 template <class T, class>
 using Same = T;
@@ -523,179 +522,24 @@ void add_halves(const char* type) {
         number((std::string("mul") + rounding).c_str(), times, H(), H());
     }
     number("fma.rn", fma, H(), H(), H());
-    number("min", [](D a, D b) { return extreme<false, false>(a, b); }, H(), H());
-    number("max", [](D a, D b) { return extreme<true, false>(a, b); }, H(), H());
-    number("min.NaN", [](D a, D b) { return extreme<false, true>(a, b); }, H(), H());
-    number("max.NaN", [](D a, D b) { return extreme<true, true>(a, b); }, H(), H());
-    number("ex2.approx", [](D a) { return std::exp2(a); }, H());
-    number("ex2.approx.ftz", [](D a) { return std::exp2(a); }, H());
-    number("tanh.approx", [](D a) { return std::tanh(a); }, H());
+    number(
+        "min", [](D a, D b) { return extreme<false, false>(a, b); }, H(), H());
+    number(
+        "max", [](D a, D b) { return extreme<true, false>(a, b); }, H(), H());
+    number(
+        "min.NaN", [](D a, D b) { return extreme<false, true>(a, b); }, H(), H());
+    number(
+        "max.NaN", [](D a, D b) { return extreme<true, true>(a, b); }, H(), H());
+    number(
+        "ex2.approx", [](D a) { return std::exp2(a); }, H());
+    number(
+        "ex2.approx.ftz", [](D a) { return std::exp2(a); }, H());
+    number(
+        "tanh.approx", [](D a) { return std::tanh(a); }, H());
     auto negative = [](H a) { return H{(uint16_t)(a.bits ^ 0x8000)}; };
     auto absolute = [](H a) { return H{(uint16_t)(a.bits & 0x7FFF)}; };
     add_half<H, H>("neg", type, negative);
     add_half<H, H>("abs", type, absolute);
-}
-
-// ---- comparisons, selections, moves
-
-template <class T, class C>
-void compare(Warp& w, const Instruction& in, Mask lanes) {
-    const T *a = w.src<T>(in.o[2]), *b = w.src<T>(in.o[3]);
-    alignas(32) uint8_t bytes[kWarpSize];
-    for (int i = 0; i < kWarpSize; i++) bytes[i] = C()(a[i], b[i]);
-    Mask yes = pack(bytes), no = ~yes;
-    if (in.aux) {  // combined with a predicate
-        Mask c = *w.src<Mask>(in.o[4]);
-        if (in.aux & 8) c = ~c;
-        int op = in.aux & 3;
-        yes = op == 1 ? yes & c : op == 2 ? yes | c : yes ^ c;
-        no = op == 1 ? no & c : op == 2 ? no | c : no ^ c;
-    }
-    put_predicate(w, in.o[1], no, lanes);
-    put_predicate(w, in.o[0], yes, lanes);
-}
-
-// The second of a pair of predicates is o[1]; a third operand o[4] with aux (1: and, 2: or, 3: xor; + 8 where it
-// is negated).
-template <class T, class C>
-void add_compare(const std::string& name, const std::string& type, C) {
-    uint8_t n = sizeof(T);
-    if constexpr (std::is_arithmetic_v<T>) {
-        add<uint32_t, T, T>("set." + name + ".u32." + type, [](T a, T b) { return C()(a, b) ? ~0u : 0u; });
-        add<uint32_t, T, T>("set." + name + ".s32." + type, [](T a, T b) { return C()(a, b) ? ~0u : 0u; });
-        add<float, T, T>("set." + name + ".f32." + type, [](T a, T b) { return C()(a, b) ? 1.0f : 0.0f; });
-    }
-    for (const char* middle : {"", ".and", ".or", ".xor"}) {
-        table()["setp." + name + middle + "." + type] = {&compare<T, C>, {1, 1, n, n, 1}};
-        if constexpr (std::is_same_v<T, float>) {
-            auto flushed = [](T a, T b) { return C()(flush(a), flush(b)); };
-            table()["setp." + name + middle + ".ftz." + type] = {&compare<T, decltype(flushed)>, {1, 1, n, n, 1}};
-        }
-    }
-}
-
-template <class T>
-void add_comparisons(const std::string& type) {
-    auto op = [&]<class C>(const char* name, C c) { add_compare<T>(name, type, c); };
-    op("eq", [](T a, T b) { return a == b; });
-    op("ne", [](T a, T b) { return std::is_integral_v<T> ? a != b : a < b || a > b; });
-    op("lt", [](T a, T b) { return a < b; });
-    op("le", [](T a, T b) { return a <= b; });
-    op("gt", [](T a, T b) { return a > b; });
-    op("ge", [](T a, T b) { return a >= b; });
-    if constexpr (std::is_integral_v<T>) {
-        op("lo", [](T a, T b) { return a < b; });
-        op("ls", [](T a, T b) { return a <= b; });
-        op("hi", [](T a, T b) { return a > b; });
-        op("hs", [](T a, T b) { return a >= b; });
-    } else {
-        op("equ", [](T a, T b) { return !(a < b || a > b); });
-        op("neu", [](T a, T b) { return !(a == b); });
-        op("ltu", [](T a, T b) { return !(a >= b); });
-        op("leu", [](T a, T b) { return !(a > b); });
-        op("gtu", [](T a, T b) { return !(a <= b); });
-        op("geu", [](T a, T b) { return !(a < b); });
-        op("num", [](T a, T b) { return a == a && b == b; });
-        op("nan", [](T a, T b) { return a != a || b != b; });
-    }
-}
-
-template <class H>
-void add_half_comparisons(const std::string& type) {
-    auto op = [&]<class C>(const char* name, C) {
-        add_compare<H>(name, type, [](H a, H b) { return C()(decode(a), decode(b)); });
-        // Pairs: the first predicate is that of the low halves, the second that of the high ones.
-        table()["setp." + std::string(name) + "." + type + "x2"] = {[](Warp& w, const Instruction& in, Mask lanes) {
-            const uint32_t *a = w.src<uint32_t>(in.o[2]), *b = w.src<uint32_t>(in.o[3]);
-            Mask low = 0, high = 0;
-            for (int i = 0; i < kWarpSize; i++) {
-                low |= (Mask)C()(decode(H{(uint16_t)a[i]}), decode(H{(uint16_t)b[i]})) << i;
-                high |= (Mask)C()(decode(H{(uint16_t)(a[i] >> 16)}), decode(H{(uint16_t)(b[i] >> 16)})) << i;
-            }
-            put_predicate(w, in.o[0], low, lanes);
-            put_predicate(w, in.o[1], high, lanes);
-        }, {1, 1, 4, 4}};
-        // set gives 1.0 or all ones.
-        std::string set = "set." + std::string(name);
-        add<uint32_t, H, H>(set + ".u32." + type, [](H a, H b) { return C()(decode(a), decode(b)) ? ~0u : 0u; });
-        auto one = [](H a, H b) { return to_half<H>(C()(decode(a), decode(b)) ? 1.0 : 0.0); };
-        auto ones = [](H a, H b) { return H{(uint16_t)(C()(decode(a), decode(b)) ? 0xFFFF : 0)}; };
-        add<H, H, H>(set + "." + type + "." + type, one);
-        add<uint32_t, uint32_t, uint32_t>(set + "." + type + "x2." + type + "x2", PairOp<H, decltype(one), uint32_t, uint32_t>());
-        add<uint32_t, uint32_t, uint32_t>(set + ".u32." + type + "x2", PairOp<H, decltype(ones), uint32_t, uint32_t>());
-    };
-    using F = float;
-    op("eq", [](F a, F b) { return a == b; });
-    op("ne", [](F a, F b) { return a < b || a > b; });
-    op("lt", [](F a, F b) { return a < b; });
-    op("le", [](F a, F b) { return a <= b; });
-    op("gt", [](F a, F b) { return a > b; });
-    op("ge", [](F a, F b) { return a >= b; });
-    op("equ", [](F a, F b) { return !(a < b || a > b); });
-    op("neu", [](F a, F b) { return !(a == b); });
-    op("ltu", [](F a, F b) { return !(a >= b); });
-    op("leu", [](F a, F b) { return !(a > b); });
-    op("gtu", [](F a, F b) { return !(a <= b); });
-    op("geu", [](F a, F b) { return !(a < b); });
-    op("num", [](F a, F b) { return a == a && b == b; });
-    op("nan", [](F a, F b) { return a != a || b != b; });
-}
-
-template <class T>
-void select(Warp& w, const Instruction& in, Mask lanes) {
-    const T *a = w.src<T>(in.o[1]), *b = w.src<T>(in.o[2]);
-    Mask p = *w.src<Mask>(in.o[3]);
-    if (in.aux & 8) p = ~p;
-    alignas(64) T values[kWarpSize];
-    for (int i = 0; i < kWarpSize; i++) values[i] = p >> i & 1 ? a[i] : b[i];
-    put(w.reg<T>(in.o[0]), values, lanes);
-}
-
-template <class F>
-void combine(Warp& w, const Instruction& in, Mask lanes) {
-    Mask a = *w.src<Mask>(in.o[1]), b = *w.src<Mask>(in.o[2]);
-    if (in.aux & 2) a = ~a;
-    if (in.aux & 4) b = ~b;
-    put_predicate(w, in.o[0], F()(a, b), lanes);
-}
-
-void add_moves() {
-    for (const char* type : {"b16", "u16", "s16", "f16", "bf16"}) {
-        add<uint16_t, uint16_t>(std::string("mov.") + type, [](uint16_t a) { return a; });
-        table()[std::string("selp.") + type] = {&select<uint16_t>, {2, 2, 2, 1}};
-    }
-    for (const char* type : {"b32", "u32", "s32", "f32", "f16x2", "bf16x2"}) {
-        add<uint32_t, uint32_t>(std::string("mov.") + type, [](uint32_t a) { return a; });
-        table()[std::string("selp.") + type] = {&select<uint32_t>, {4, 4, 4, 1}};
-    }
-    for (const char* type : {"b64", "u64", "s64", "f64"}) {
-        add<uint64_t, uint64_t>(std::string("mov.") + type, [](uint64_t a) { return a; });
-        table()[std::string("selp.") + type] = {&select<uint64_t>, {8, 8, 8, 1}};
-    }
-    for (const char* type : {"b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64"}) {
-        auto choose = [&]<class T>(T) {
-            std::string op = std::string("slct.") + type, ftz = std::string("slct.ftz.") + type;
-            add<T, T, T, int32_t>(op + ".s32", [](T a, T b, int32_t c) { return c >= 0 ? a : b; });
-            add<T, T, T, float>(op + ".f32", [](T a, T b, float c) { return c >= 0 ? a : b; });
-            add<T, T, T, float>(ftz + ".f32", [](T a, T b, float c) { return flush(c) >= 0 ? a : b; });
-        };
-        if (type_bytes(type) == 2) choose(uint16_t());
-        if (type_bytes(type) == 4) choose(uint32_t());
-        if (type_bytes(type) == 8) choose(uint64_t());
-    }
-    auto bits = [&]<class F>(const char* name, F) {
-        table()[std::string(name) + ".pred"] = {&combine<F>, {1, 1, 1}};
-    };
-    bits("and", [](Mask a, Mask b) { return a & b; });
-    bits("or", [](Mask a, Mask b) { return a | b; });
-    bits("xor", [](Mask a, Mask b) { return a ^ b; });
-    table()["not.pred"] = {[](Warp& w, const Instruction& in, Mask lanes) {
-        put_predicate(w, in.o[0], ~*w.src<Mask>(in.o[1]), lanes);
-    }, {1, 1}};
-    table()["mov.pred"] = {[](Warp& w, const Instruction& in, Mask lanes) {
-        Mask a = *w.src<Mask>(in.o[1]);
-        put_predicate(w, in.o[0], in.aux & 2 ? ~a : a, lanes);
-    }, {1, 1}};
 }
 
 }  // namespace
@@ -707,13 +551,7 @@ const AluEntry* find_alu(const std::string& mnemonic) {
         add_floats();
         add_halves<f16>("f16");
         add_halves<bf16>("bf16");
-        for_integers("*", []<class T>(auto& type) { add_comparisons<T>(type); });
-        for_bits("*", []<class T>(auto& type) { add_comparisons<T>(type); });
-        add_comparisons<float>("f32");
-        add_comparisons<double>("f64");
-        add_half_comparisons<f16>("f16");
-        add_half_comparisons<bf16>("bf16");
-        add_moves();
+        add_comparisons();
     }
     auto it = table().find(mnemonic);
     return it == table().end() ? nullptr : &it->second;

@@ -57,7 +57,8 @@ D from_double(double x, Round round) {
     if constexpr (is_half<D>) return to_half<D>(x, round);
     if constexpr (std::is_same_v<D, float>) {
         if (round == Round::nearest) return (float)x;
-        return rounded(round, [](double v) { return (float)v; }, x);
+        return rounded(
+            round, [](double v) { return (float)v; }, x);
     }
     if constexpr (std::is_same_v<D, double>) return x;
 }
@@ -200,24 +201,39 @@ Handler from(const std::string& s) {
 
 }  // namespace
 
-Handler find_conversion(const std::vector<std::string>& modifiers, Instruction* in, int from_bytes, int to_bytes) {
+Handler find_conversion(const std::vector<std::string>& modifiers, Instruction* in, int from_bytes,
+                        int to_bytes) {
     Mode mode;
     std::vector<std::string> types;
     for (const std::string& m : modifiers) {
-        if (m == "rn") mode.round = Round::nearest;
-        else if (m == "rz") mode.round = Round::zero;
-        else if (m == "rm") mode.round = Round::down;
-        else if (m == "rp") mode.round = Round::up;
-        else if (m == "rna") mode.round = Round::away;
-        else if (m == "rni") mode.integral = Integral::nearest;
-        else if (m == "rzi") mode.integral = Integral::zero;
-        else if (m == "rmi") mode.integral = Integral::down;
-        else if (m == "rpi") mode.integral = Integral::up;
-        else if (m == "sat") mode.saturates = true;
-        else if (m == "ftz") mode.flushes = true;
-        else if (m == "relu") mode.relu = true;
-        else if (type_bytes(m)) types.push_back(m);
-        else return nullptr;
+        if (m == "rn")
+            mode.round = Round::nearest;
+        else if (m == "rz")
+            mode.round = Round::zero;
+        else if (m == "rm")
+            mode.round = Round::down;
+        else if (m == "rp")
+            mode.round = Round::up;
+        else if (m == "rna")
+            mode.round = Round::away;
+        else if (m == "rni")
+            mode.integral = Integral::nearest;
+        else if (m == "rzi")
+            mode.integral = Integral::zero;
+        else if (m == "rmi")
+            mode.integral = Integral::down;
+        else if (m == "rpi")
+            mode.integral = Integral::up;
+        else if (m == "sat")
+            mode.saturates = true;
+        else if (m == "ftz")
+            mode.flushes = true;
+        else if (m == "relu")
+            mode.relu = true;
+        else if (type_bytes(m))
+            types.push_back(m);
+        else
+            return nullptr;
     }
     if (types.size() != 2) return nullptr;
     in->aux = pack_mode(mode);

@@ -54,7 +54,8 @@ const std::map<std::string, Special> kSpecials = {
     {"%envreg2", Special::grid_workspace_lo},
 };
 bool is_clock(Special s) {
-    return s == Special::clock || s == Special::clock_hi || s == Special::clock64 || s == Special::globaltimer;
+    return s == Special::clock || s == Special::clock_hi || s == Special::clock64 ||
+           s == Special::globaltimer;
 }
 
 // What a name stands for.
@@ -85,7 +86,8 @@ class Decoder {
         scopes_.emplace_back();
         size_t offset = 0;
         for (const VariableDeclaration& p : entry_.parameters) {
-            size_t bytes = type_bytes(p.type) * (size_t)p.count, align = p.align ? p.align : type_bytes(p.type);
+            size_t bytes = type_bytes(p.type) * (size_t)p.count,
+                   align = p.align ? p.align : type_bytes(p.type);
             offset = align_up(offset, align);
             k.info.parameter_offsets.push_back(offset);
             k.info.parameter_sizes.push_back(bytes);
@@ -147,7 +149,8 @@ class Decoder {
         depth = 0;
         for (size_t i = 0; i < result.size(); i++) {
             depth += result[i] == '<' ? 1 : result[i] == '>' ? -1 : 0;
-            if (result[i] == ' ' && depth == 0 && result.compare(0, i, "void") == 0) return result.substr(i + 1);
+            if (result[i] == ' ' && depth == 0 && result.compare(0, i, "void") == 0)
+                return result.substr(i + 1);
         }
         return result;
     }
@@ -197,7 +200,8 @@ class Decoder {
         size_t bytes = type_bytes(v.type) * (size_t)v.count;
         size_t align = v.align ? v.align : type_bytes(v.type);
         true_shared_bytes_ = align_up(true_shared_bytes_, align) + bytes;
-        size_t at = align_up(kernel_->shared_bytes + (kernel_->shared.empty() ? 0 : kGap), std::max<size_t>(align, 128));
+        size_t at = align_up(kernel_->shared_bytes + (kernel_->shared.empty() ? 0 : kGap),
+                             std::max<size_t>(align, 128));
         kernel_->shared.push_back({v.name, at, bytes});
         kernel_->shared_bytes = at + bytes;
         bind_variable(v.name, Space::shared, at);
@@ -290,7 +294,8 @@ class Decoder {
                 fail("an operand of another kind");
         }
         if (const Binding* b = find(o.text); b && b->kind == Binding::reg) {
-            if (bytes && b->bytes != bytes && !(bytes > 1 && b->bytes > 1)) fail("operand " + o.text + " of another width");
+            if (bytes && b->bytes != bytes && !(bytes > 1 && b->bytes > 1))
+                fail("operand " + o.text + " of another width");
             if (bytes && b->bytes < bytes) fail("operand " + o.text + " is too narrow");
             return b->place;
         }
@@ -314,7 +319,8 @@ class Decoder {
         if (it != scopes_[0].end()) return it->second.place;
         int32_t p = new_register(bytes);
         scopes_[0][name] = {Binding::reg, p, bytes, Space::generic, 0};
-        // The width goes with the place, in its sign: 8 bytes are rare (%gridid, %lanemask in 64 bits are not).
+        // The width goes with the place, in its sign: 8 bytes are rare (%gridid, %lanemask in 64 bits are
+        // not).
         kernel_->specials.emplace_back(s, bytes == 8 ? -p - 1 : p);
         return p;
     }
@@ -381,7 +387,8 @@ class Decoder {
             in.ptx_line = line_;
             in.mnemonic = mnemonic("ret");
             if (!f.body.empty()) in.source = f.body.back().source;
-            bool ends = !kernel_->code.empty() && kernel_->code.back().flow == Flow::exit && kernel_->code.back().guard < 0;
+            bool ends = !kernel_->code.empty() && kernel_->code.back().flow == Flow::exit &&
+                        kernel_->code.back().guard < 0;
             bool labelled = std::any_of(frame.labels.begin(), frame.labels.end(),
                                         [&](auto& l) { return l.second == (int32_t)kernel_->code.size(); });
             if (!ends || labelled) kernel_->code.push_back(in);
@@ -454,8 +461,8 @@ class Decoder {
             return emit();
         }
         if (s.op == "call") return call(s, in);
-        if (s.op == "pragma" || s.op == "nanosleep" || s.op == "prefetch" || s.op == "prefetchu" || s.op == "discard" ||
-            s.op == "applypriority" || s.op == "griddepcontrol") {
+        if (s.op == "pragma" || s.op == "nanosleep" || s.op == "prefetch" || s.op == "prefetchu" ||
+            s.op == "discard" || s.op == "applypriority" || s.op == "griddepcontrol") {
             in.run = [](Warp&, const Instruction&, Mask) {};
             return emit();
         }
@@ -483,8 +490,10 @@ class Decoder {
             bool pair = s.operands.size() == 3;
             in.o[0] = place(s.operands.at(0), 0);
             std::string from = s.modifiers.back();
-            for (size_t i = 1; i < s.operands.size(); i++) in.o[i] = place(s.operands[i], s.operands[i].kind == Operand::name ? 0 : type_bytes(from));
-            in.run = find_conversion(s.modifiers, &in, width(s.operands.at(1), type_bytes(from)), width(s.operands[0], 4));
+            for (size_t i = 1; i < s.operands.size(); i++)
+                in.o[i] = place(s.operands[i], s.operands[i].kind == Operand::name ? 0 : type_bytes(from));
+            in.run = find_conversion(s.modifiers, &in, width(s.operands.at(1), type_bytes(from)),
+                                     width(s.operands[0], 4));
             if (!in.run || (pair && in.memory.bytes != 4)) fail("unknown instruction " + name);
             return emit();
         }
@@ -504,7 +513,8 @@ class Decoder {
         // lop3 with a fifth operand and so on are not in use; what remains are modifiers in another order.
         if (s.op == "shl" || s.op == "not" || s.op == "and" || s.op == "or" || s.op == "xor") {
             std::string type = s.modifiers.empty() ? "" : s.modifiers.back();
-            if (type.size() > 1 && (type[0] == 'u' || type[0] == 's')) return find_alu(s.op + ".b" + type.substr(1));
+            if (type.size() > 1 && (type[0] == 'u' || type[0] == 's'))
+                return find_alu(s.op + ".b" + type.substr(1));
         }
         return nullptr;
     }
@@ -561,7 +571,8 @@ class Decoder {
         auto put = [&](const Operand& o) {
             if (n >= kAddress) fail("too many operands");
             if (o.negated) in.aux |= 1 << 8;
-            bool is_value = o.kind == Operand::integer || o.kind == Operand::float32 || o.kind == Operand::float64;
+            bool is_value =
+                o.kind == Operand::integer || o.kind == Operand::float32 || o.kind == Operand::float64;
             int bytes = 0;
             if (is_value) {  // as wide as the memory's type in ld, st and atom; 4 elsewhere
                 bool typed = s.op == "st" || s.op == "atom" || s.op == "red";
@@ -585,7 +596,8 @@ class Decoder {
                     bool found;
                     p = address_constant(o.text, 0, 8, &found);
                     if (!found) fail("unknown name " + o.text);
-                    if (b && b->kind == Binding::variable && in.memory.space == Space::generic) in.memory.space = b->space;
+                    if (b && b->kind == Binding::variable && in.memory.space == Space::generic)
+                        in.memory.space = b->space;
                 }
                 in.o[kAddress + addresses] = p;
                 (addresses ? in.memory.second_address_bytes : in.memory.address_bytes) = (uint8_t)bytes;
@@ -605,15 +617,18 @@ class Decoder {
                 if (!data_width) data_width = width(o, 0);
             }
         }
-        if (data_width) in.memory.register_bytes = (uint8_t)data_width;
-        else if (!type.empty()) in.memory.register_bytes = (uint8_t)std::max(2, type_bytes(type));
+        if (data_width)
+            in.memory.register_bytes = (uint8_t)data_width;
+        else if (!type.empty())
+            in.memory.register_bytes = (uint8_t)std::max(2, type_bytes(type));
     }
 
     void call(const Statement& s, Instruction in) {
         size_t i = 0;
         std::vector<Operand> results, arguments;
         if (s.operands.at(0).kind == Operand::vector) results = s.operands[i++].parts;
-        if (i >= s.operands.size() || s.operands[i].kind != Operand::name) fail("a call without a function's name");
+        if (i >= s.operands.size() || s.operands[i].kind != Operand::name)
+            fail("a call without a function's name");
         std::string name = s.operands[i++].text;
         if (i < s.operands.size() && s.operands[i].kind == Operand::vector) arguments = s.operands[i].parts;
         auto local = [&](const Operand& o) {
@@ -630,7 +645,8 @@ class Decoder {
             return;
         }
         auto it = module_.text.functions.find(name);
-        if (it == module_.text.functions.end()) fail("a call of unknown " + name + " (calls through pointers are not supported)");
+        if (it == module_.text.functions.end())
+            fail("a call of unknown " + name + " (calls through pointers are not supported)");
         const FunctionText& f = it->second;
         if (f.is_declaration) fail("a call of " + name + ", which is declared and not defined");
         if (f.parameters.size() != arguments.size() || f.results.size() != results.size())

@@ -22,9 +22,9 @@ struct KernelInfo {
     std::vector<size_t> parameter_sizes;  // bytes
     std::vector<size_t> parameter_offsets;
     size_t parameter_bytes;
-    size_t static_shared, local_bytes;    // bytes a block, a thread
-    int max_threads;                      // .maxntid, or 1024
-    bool required_threads;                // .reqntid: exactly these
+    size_t static_shared, local_bytes;  // bytes a block, a thread
+    int max_threads;                    // .maxntid, or 1024
+    bool required_threads;              // .reqntid: exactly these
 };
 
 struct LaunchConfig {
@@ -35,10 +35,18 @@ struct LaunchConfig {
     bool cooperative = false;           // all blocks are resident at once
 };
 
-enum class LaunchResult { ok, illegal_address, misaligned_address, trap, assert_failed, deadlock, unsupported };
+enum class LaunchResult {
+    ok,
+    illegal_address,
+    misaligned_address,
+    trap,
+    assert_failed,
+    deadlock,
+    unsupported
+};
 
-// Parses and decodes PTX text; its variables are allocated and initialised. Throws std::runtime_error that names
-// the line of PTX and what was not understood. The module lives until the process ends.
+// Parses and decodes PTX text; its variables are allocated and initialised. Throws std::runtime_error that
+// names the line of PTX and what was not understood. The module lives until the process ends.
 Module* load_module(const std::string& ptx, const std::string& name);
 
 // Null where the module has no such entry or variable.
@@ -50,8 +58,8 @@ struct VariableInfo {
 const VariableInfo* find_variable(const Module* module, const std::string& mangled);
 const KernelInfo& info(const Kernel* kernel);
 
-// Runs the whole grid and returns. Whatever the checks find is reported; the result is what the hardware would
-// have said. The limits of the device were checked by the caller.
+// Runs the whole grid and returns. Whatever the checks find is reported; the result is what the hardware
+// would have said. The limits of the device were checked by the caller.
 LaunchResult run(const LaunchConfig& launch);
 
 // Figures by kernel (options().figures): a table for people, and JSON.

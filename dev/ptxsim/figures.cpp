@@ -11,8 +11,8 @@ std::vector<const Kernel*> launched_kernels();  // module.cpp
 
 namespace {
 
-// H100 SXM (NVIDIA H100 Tensor Core GPU architecture, table 3): bytes/s of HBM3, dense bf16 operations/s of the
-// tensor cores, lane instructions/s (132 SMs, 128 lanes, 1.83 GHz).
+// H100 SXM (NVIDIA H100 Tensor Core GPU architecture, table 3): bytes/s of HBM3, dense bf16 operations/s of
+// the tensor cores, lane instructions/s (132 SMs, 128 lanes, 1.83 GHz).
 constexpr double kBandwidth = 3.35e12, kTensorRate = 989e12, kLaneRate = 132 * 128 * 1.83e9;
 
 struct Summary {
@@ -81,24 +81,28 @@ std::string figures_json() {
 }
 
 std::string figures_table() {
-    std::string text = "kernel                                   launches  warp instr  lanes  mma      MB read  MB written"
-                       "  sectors/ideal  conflicts  divergent  coverage  bound us (at least; by)\n";
+    std::string text =
+        "kernel                                   launches  warp instr  lanes  mma      MB read  MB written"
+        "  sectors/ideal  conflicts  divergent  coverage  bound us (at least; by)\n";
     for (const Kernel* k : launched_kernels()) {
         const Figures& f = k->figures;
         Summary s = summarize(*k);
         uint64_t sectors = f.load_sectors + f.store_sectors;
         double ideal = (double)(f.load_bytes + f.store_bytes) / 32;
         char line[512];
-        snprintf(line, sizeof(line),
-                 "%-40.40s %8llu %11llu %6.1f %8llu %8.3f %11.3f %14.2f %10llu %10llu %8.1f%%  %.2f (%s)\n",
-                 k->title.c_str(), (unsigned long long)f.launches, (unsigned long long)s.warps,
-                 s.warps ? (double)s.lanes / (double)s.warps : 0, (unsigned long long)f.mma, (double)f.load_bytes / 1e6,
-                 (double)f.store_bytes / 1e6, ideal > 0 ? (double)sectors / ideal : 0,
-                 (unsigned long long)f.bank_conflicts, (unsigned long long)f.divergent_branches,
-                 s.instructions ? 100.0 * (double)s.executed / (double)s.instructions : 0, s.bound_us, s.limit);
+        snprintf(
+            line, sizeof(line),
+            "%-40.40s %8llu %11llu %6.1f %8llu %8.3f %11.3f %14.2f %10llu %10llu %8.1f%%  %.2f (%s)\n",
+            k->title.c_str(), (unsigned long long)f.launches, (unsigned long long)s.warps,
+            s.warps ? (double)s.lanes / (double)s.warps : 0, (unsigned long long)f.mma,
+            (double)f.load_bytes / 1e6, (double)f.store_bytes / 1e6, ideal > 0 ? (double)sectors / ideal : 0,
+            (unsigned long long)f.bank_conflicts, (unsigned long long)f.divergent_branches,
+            s.instructions ? 100.0 * (double)s.executed / (double)s.instructions : 0, s.bound_us, s.limit);
         text += line;
     }
-    return text + "A bound is what bytes, tensor cores and issue slots of an H100 allow; real kernels take longer.\n";
+    return text +
+           "A bound is what bytes, tensor cores and issue slots of an H100 allow; real kernels take "
+           "longer.\n";
 }
 
 void clear_figures() {

@@ -17,7 +17,8 @@ struct bf16 {
 
 enum class Round : uint8_t { nearest, zero, down, up, away /* ties away from zero */ };
 
-// x as a float of `exponent` and `mantissa` bits (IEEE 754, with denormals), in the low bits. NaN is canonical.
+// x as a float of `exponent` and `mantissa` bits (IEEE 754, with denormals), in the low bits. NaN is
+// canonical.
 inline uint32_t encode(double x, int exponent, int mantissa, Round round) {
     uint64_t bits = std::bit_cast<uint64_t>(x);
     uint32_t sign = (uint32_t)(bits >> 63), bias = (1u << (exponent - 1)) - 1, top = (1u << exponent) - 1;
@@ -32,8 +33,8 @@ inline uint32_t encode(double x, int exponent, int mantissa, Round round) {
     } else {
         m |= 1ull << 52;
     }
-    int drop = 52 - mantissa;                      // bits of m that do not fit
-    int smallest = 1 - (int)bias;                  // exponent of the smallest normal number
+    int drop = 52 - mantissa;      // bits of m that do not fit
+    int smallest = 1 - (int)bias;  // exponent of the smallest normal number
     if (e < smallest) drop += smallest - e;
     uint64_t kept = drop > 63 ? 0 : m >> drop, rest = drop > 63 ? m : m & ((1ull << drop) - 1);
     uint64_t half = drop > 63 ? ~0ull : 1ull << (drop - 1);

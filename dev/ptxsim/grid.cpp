@@ -4,6 +4,7 @@
 
 #include "dev/ptxsim/lanes.h"
 #include "dev/ptxsim/warp.h"
+#include "llmc/error.h"
 
 namespace ptxsim {
 
@@ -19,9 +20,7 @@ uint64_t next_random(uint64_t* state) {  // SplitMix64
 std::string thread_name(const Warp& w, int lane) {
     const Dim3& size = w.block->grid->launch.block;
     const Dim3& b = w.block->index;
-    auto triple = [](uint64_t x, uint64_t y, uint64_t z) {
-        return "(" + std::to_string(x) + "," + std::to_string(y) + "," + std::to_string(z) + ")";
-    };
+    auto triple = [](uint64_t x, uint64_t y, uint64_t z) { return str("(", x, ",", y, ",", z, ")"); };
     uint64_t t = (uint64_t)w.index * kWarpSize + (uint64_t)std::max(lane, 0);
     return "thread " + triple(t % size.x, t / size.x % size.y, t / size.x / size.y) + " of block " +
            triple(b.x, b.y, b.z);
@@ -36,7 +35,9 @@ void report_at(Fault fault, const Warp& w, const Instruction& in, int lane, cons
     std::tie(r.file, r.line) = source_of(kernel, in);
     if (other) r.other_line = source_of(kernel, *other).second;
     r.text = thread_name(w, lane) + " " + what;
-    if (r.line == 0) r.text += " (line " + std::to_string(in.ptx_line) + " of the PTX of " + kernel.module->text.name + ")";
+    if (r.line == 0)
+        r.text +=
+            " (line " + std::to_string(in.ptx_line) + " of the PTX of " + kernel.module->text.name + ")";
     report(std::move(r));
 }
 
@@ -77,12 +78,13 @@ int Block::arrive(Warp& w, const Instruction& in, Mask lanes) {
         b.first = &in;
         b.expected = count;
     } else if (source_of(kernel, *b.first) != source_of(kernel, in) && count == 0) {
-        report_at(Fault::barrier, w, in, lane, "waits at a barrier while other threads of the block wait at another line",
-                  b.first);
+        report_at(Fault::barrier, w, in, lane,
+                  "waits at a barrier while other threads of the block wait at another line", b.first);
     } else if (count != b.expected) {
         report_at(Fault::barrier, w, in, lane,
-                  "comes to barrier " + std::to_string(number) + " for " + std::to_string(count) + " threads, others for " +
-                      std::to_string(b.expected), b.first);
+                  "comes to barrier " + std::to_string(number) + " for " + std::to_string(count) +
+                      " threads, others for " + std::to_string(b.expected),
+                  b.first);
     }
     if (count && (count % kWarpSize || count > (int)warps.size() * kWarpSize))
         report_at(Fault::barrier, w, in, lane,
@@ -125,7 +127,8 @@ void Block::complete(int number) {
             if (exited && !b.expected && !told) {
                 told = true;
                 report_at(Fault::barrier, w, in, __builtin_ctz(s.lanes),
-                          "waits at a barrier that " + std::to_string(exited) + " threads of the block returned before",
+                          "waits at a barrier that " + std::to_string(exited) +
+                              " threads of the block returned before",
                           last_exit);
             }
             int kind = in.aux & 255;
@@ -154,7 +157,8 @@ void Block::report_deadlock() {
             const Barrier& b = barriers[s.barrier < 0 ? 0 : s.barrier];
             report_at(Fault::barrier, w, in, __builtin_ctz(s.lanes),
                       "deadlock: waits at barrier " + std::to_string(s.barrier) + ", where " +
-                          std::to_string(b.arrived) + " of " + std::to_string(b.expected ? b.expected : threads - exited) +
+                          std::to_string(b.arrived) + " of " +
+                          std::to_string(b.expected ? b.expected : threads - exited) +
                           " threads have arrived");
         }
     grid->result = LaunchResult::deadlock;
@@ -163,7 +167,10 @@ void Block::report_deadlock() {
 // ---- the grid
 
 Grid::Grid(const LaunchConfig& config)
-    : launch(config), kernel(*config.kernel), figures(config.kernel->figures), parameters(config.parameters),
+    : launch(config),
+      kernel(*config.kernel),
+      figures(config.kernel->figures),
+      parameters(config.parameters),
       random(options().seed) {}
 
 std::unique_ptr<Block> Grid::start(uint64_t number) {
@@ -187,8 +194,10 @@ std::unique_ptr<Block> Grid::start(uint64_t number) {
     size_t shared = kernel.shared_bytes + launch.dynamic_shared;
     b->shared.assign(shared, std::byte(0xFF));
     b->shared_known.assign(shared, kNoMemory);
-    for (const Variable& v : kernel.shared) std::fill_n(&b->shared_known[v.offset], v.bytes, (uint8_t)kUnwritten);
-    std::fill(b->shared_known.begin() + (ptrdiff_t)kernel.shared_bytes, b->shared_known.end(), (uint8_t)kUnwritten);
+    for (const Variable& v : kernel.shared)
+        std::fill_n(&b->shared_known[v.offset], v.bytes, (uint8_t)kUnwritten);
+    std::fill(b->shared_known.begin() + (ptrdiff_t)kernel.shared_bytes, b->shared_known.end(),
+              (uint8_t)kUnwritten);
     if (options().race) b->shared_races.reset(shared);
     b->warps.resize((size_t)(b->threads + kWarpSize - 1) / kWarpSize);
     for (int i = 0; i < (int)b->warps.size(); i++) {
@@ -215,34 +224,89 @@ std::unique_ptr<Block> Grid::start(uint64_t number) {
                 unsigned t = (unsigned)(i * kWarpSize + lane);
                 uint64_t value = 0;
                 switch (special) {
-                    case Special::tid_x: value = t % size.x; break;
-                    case Special::tid_y: value = t / size.x % size.y; break;
-                    case Special::tid_z: value = t / size.x / size.y; break;
-                    case Special::ntid_x: value = size.x; break;
-                    case Special::ntid_y: value = size.y; break;
-                    case Special::ntid_z: value = size.z; break;
-                    case Special::ctaid_x: value = b->index.x; break;
-                    case Special::ctaid_y: value = b->index.y; break;
-                    case Special::ctaid_z: value = b->index.z; break;
-                    case Special::nctaid_x: value = g.x; break;
-                    case Special::nctaid_y: value = g.y; break;
-                    case Special::nctaid_z: value = g.z; break;
-                    case Special::laneid: value = (uint64_t)lane; break;
-                    case Special::warpid: value = (uint64_t)i; break;
-                    case Special::nwarpid: value = b->warps.size(); break;
-                    case Special::smid: value = number % 132; break;
-                    case Special::nsmid: value = 132; break;
-                    case Special::gridid: value = figures.launches; break;
-                    case Special::lanemask_eq: value = 1u << lane; break;
-                    case Special::lanemask_le: value = (2ull << lane) - 1; break;
-                    case Special::lanemask_lt: value = (1ull << lane) - 1; break;
-                    case Special::lanemask_ge: value = (uint32_t)~((1ull << lane) - 1); break;
-                    case Special::lanemask_gt: value = (uint32_t)~((2ull << lane) - 1); break;
-                    case Special::dynamic_smem_size: value = launch.dynamic_shared; break;
-                    case Special::total_smem_size: value = kernel.info.static_shared + launch.dynamic_shared; break;
-                    case Special::grid_workspace_hi: value = workspace ? workspace >> 32 : 0; break;
-                    case Special::grid_workspace_lo: value = workspace ? (uint32_t)workspace : 0; break;
-                    default: break;
+                    case Special::tid_x:
+                        value = t % size.x;
+                        break;
+                    case Special::tid_y:
+                        value = t / size.x % size.y;
+                        break;
+                    case Special::tid_z:
+                        value = t / size.x / size.y;
+                        break;
+                    case Special::ntid_x:
+                        value = size.x;
+                        break;
+                    case Special::ntid_y:
+                        value = size.y;
+                        break;
+                    case Special::ntid_z:
+                        value = size.z;
+                        break;
+                    case Special::ctaid_x:
+                        value = b->index.x;
+                        break;
+                    case Special::ctaid_y:
+                        value = b->index.y;
+                        break;
+                    case Special::ctaid_z:
+                        value = b->index.z;
+                        break;
+                    case Special::nctaid_x:
+                        value = g.x;
+                        break;
+                    case Special::nctaid_y:
+                        value = g.y;
+                        break;
+                    case Special::nctaid_z:
+                        value = g.z;
+                        break;
+                    case Special::laneid:
+                        value = (uint64_t)lane;
+                        break;
+                    case Special::warpid:
+                        value = (uint64_t)i;
+                        break;
+                    case Special::nwarpid:
+                        value = b->warps.size();
+                        break;
+                    case Special::smid:
+                        value = number % 132;
+                        break;
+                    case Special::nsmid:
+                        value = 132;
+                        break;
+                    case Special::gridid:
+                        value = figures.launches;
+                        break;
+                    case Special::lanemask_eq:
+                        value = 1u << lane;
+                        break;
+                    case Special::lanemask_le:
+                        value = (2ull << lane) - 1;
+                        break;
+                    case Special::lanemask_lt:
+                        value = (1ull << lane) - 1;
+                        break;
+                    case Special::lanemask_ge:
+                        value = (uint32_t) ~((1ull << lane) - 1);
+                        break;
+                    case Special::lanemask_gt:
+                        value = (uint32_t) ~((2ull << lane) - 1);
+                        break;
+                    case Special::dynamic_smem_size:
+                        value = launch.dynamic_shared;
+                        break;
+                    case Special::total_smem_size:
+                        value = kernel.info.static_shared + launch.dynamic_shared;
+                        break;
+                    case Special::grid_workspace_hi:
+                        value = workspace ? workspace >> 32 : 0;
+                        break;
+                    case Special::grid_workspace_lo:
+                        value = workspace ? (uint32_t)workspace : 0;
+                        break;
+                    default:
+                        break;
                 }
                 if (wide) {
                     w.reg<uint64_t>(place)[lane] = value;
@@ -267,15 +331,17 @@ void Grid::run() {
         while (std::gcd(step, count) != 1);
     }
     auto block_number = [&](uint64_t i) {
-        return o.order == Order::reversed ? count - 1 - i : (first + (unsigned __int128)i * step % count) % count;
+        return o.order == Order::reversed ? count - 1 - i
+                                          : (first + (unsigned __int128)i * step % count) % count;
     };
-    // One block after the other, as far as they get; more at a time where the order is random, where the launch
-    // is cooperative, and where a block takes so long that it may wait for others.
+    // One block after the other, as far as they get; more at a time where the order is random, where the
+    // launch is cooperative, and where a block takes so long that it may wait for others.
     constexpr int kPatience = 200;
     uint64_t resident = launch.cooperative ? count : o.order == Order::random ? 4 : 1;
     std::vector<std::unique_ptr<Block>> blocks;
     while ((admitted < count || !blocks.empty()) && !stopped()) {
-        while (admitted < count && blocks.size() < resident) blocks.push_back(start(block_number(admitted++)));
+        while (admitted < count && blocks.size() < resident)
+            blocks.push_back(start(block_number(admitted++)));
         size_t k = o.order == Order::random ? next_random(&random) % blocks.size() : 0;
         for (size_t n = o.order == Order::random ? 1 : blocks.size(); n > 0 && !stopped(); n--, k++) {
             Block& b = *blocks[k];

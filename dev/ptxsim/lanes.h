@@ -47,7 +47,8 @@ void map_lanes(Warp& w, const Instruction& in, Mask lanes) {
         };
         run(w.src<S>(in.o[1 + k])...);
         put(w.reg<D>(in.o[0]), values, lanes);
-    }(std::index_sequence_for<S...>());
+    }
+    (std::index_sequence_for<S...>());
 }
 
 }  // namespace ptxsim

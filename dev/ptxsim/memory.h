@@ -33,20 +33,22 @@ uint64_t allocate(size_t bytes, MemoryKind kind, const std::string& what, bool i
 bool free(uint64_t address);
 // The live allocation that holds address, or null.
 const Allocation* find(uint64_t address);
-// The live or freed allocation nearest to address, in words for a report: "8 bytes after cudaMalloc of 64 bytes
-// (allocation 3)", "inside cudaMalloc of 64 bytes (allocation 3), which was freed".
+// The live or freed allocation nearest to address, in words for a report: "8 bytes after cudaMalloc of 64
+// bytes (allocation 3)", "inside cudaMalloc of 64 bytes (allocation 3), which was freed".
 std::string describe(uint64_t address);
 bool was_freed(uint64_t address);
 
 // Where the simulator may read and write what is at a device, managed or pinned address, or at any other
 // address of the host, which is returned as it is.
 std::byte* view(uint64_t address);
-inline std::byte* view(const void* address) { return view((uint64_t)address); }
+inline std::byte* view(const void* address) {
+    return view((uint64_t)address);
+}
 // Whether [address, address+bytes) lies within one live allocation.
 bool contains(uint64_t address, size_t bytes);
 
-// One byte of knowledge a byte of device memory: 1 where it was written. Null for memory of other kinds, which
-// counts as written.
+// One byte of knowledge a byte of device memory: 1 where it was written. Null for memory of other kinds,
+// which counts as written.
 uint8_t* written(uint64_t address);
 void mark_written(uint64_t address, size_t bytes);
 // Bytes and what is known of them; either may be any host memory, which counts as written. They may overlap.

@@ -1,4 +1,5 @@
-// Loads, stores, atomics, cp.async and ldmatrix: where an address leads to, whether it may, and what is counted.
+// Loads, stores, atomics, cp.async and ldmatrix: where an address leads to, whether it may, and what is
+// counted.
 #include <algorithm>
 #include <cstdio>
 
@@ -28,15 +29,16 @@ void stop(Warp& w, LaunchResult result) {
 }
 
 // An access that the hardware would have refused.
-void refuse(Warp& w, const Instruction& in, int lane, uint64_t address, int bytes, AccessKind kind, bool alignment,
-            const std::string& where) {
+void refuse(Warp& w, const Instruction& in, int lane, uint64_t address, int bytes, AccessKind kind,
+            bool alignment, const std::string& where) {
     Fault fault = alignment ? Fault::misaligned : Fault::out_of_bounds;
     if (!alignment && memory::was_freed(address)) fault = Fault::use_after_free;
     bool of_host = !alignment && address >= kFirstHostPage && !(address & kWindowMask) &&
                    !memory::is_device_address(address) && where.find("llocation ") == where.npos;
     if (of_host) fault = Fault::host_access;
-    report_at(fault, w, in, lane,
-              std::string(verb(kind)) + " " + std::to_string(bytes) + " bytes at " + hex(address) + ", " + where);
+    report_at(
+        fault, w, in, lane,
+        std::string(verb(kind)) + " " + std::to_string(bytes) + " bytes at " + hex(address) + ", " + where);
     stop(w, alignment ? LaunchResult::misaligned_address : LaunchResult::illegal_address);
 }
 
@@ -73,7 +75,8 @@ void count_shared(Warp& w, Mask lanes, const uint64_t* a, int bytes) {
         int n = 0;
         uint8_t depth[32] = {};
         each(part, [&](int i) {
-            for (uint32_t word = (uint32_t)(a[i] / 4); word <= (a[i] + bytes - 1) / 4 && n < 64; word++) words[n++] = word;
+            for (uint32_t word = (uint32_t)(a[i] / 4); word <= (a[i] + bytes - 1) / 4 && n < 64; word++)
+                words[n++] = word;
         });
         std::sort(words, words + n);
         n = (int)(std::unique(words, words + n) - words);
@@ -85,8 +88,8 @@ void count_shared(Warp& w, Mask lanes, const uint64_t* a, int bytes) {
 
 // ---- places
 
-// Lanes whose bytes may be accessed; at[] is where they are. `repeated` are lanes that write what another lane
-// has written in this very instruction.
+// Lanes whose bytes may be accessed; at[] is where they are. `repeated` are lanes that write what another
+// lane has written in this very instruction.
 struct Located {
     Mask lanes = 0, repeated = 0;
     std::byte* at[kWarpSize];
@@ -135,19 +138,22 @@ std::string shared_place(const Warp& w, uint64_t offset) {
     const Variable* nearest = nullptr;
     uint64_t distance = ~0ull;
     for (const Variable& v : k.shared) {
-        uint64_t d = offset < v.offset ? v.offset - offset : offset >= v.offset + v.bytes ? offset - v.offset - v.bytes : 0;
+        uint64_t d = offset < v.offset              ? v.offset - offset
+                     : offset >= v.offset + v.bytes ? offset - v.offset - v.bytes
+                                                    : 0;
         if (d < distance) distance = d, nearest = &v;
     }
     size_t dynamic = w.block->grid->launch.dynamic_shared;
     uint64_t from_dynamic = offset >= k.shared_bytes + dynamic ? offset - k.shared_bytes - dynamic
-                            : offset < k.shared_bytes         ? k.shared_bytes - offset
-                                                              : 0;
+                            : offset < k.shared_bytes          ? k.shared_bytes - offset
+                                                               : 0;
     if (dynamic && from_dynamic < distance)
         return std::to_string(from_dynamic) + " bytes from the " + std::to_string(dynamic) +
                " bytes of dynamic shared memory";
     if (!nearest) return "and the block has no shared memory there";
-    return std::to_string(distance) + (offset >= nearest->offset + nearest->bytes ? " bytes after " : " bytes before ") +
-           "shared " + nearest->name + " of " + std::to_string(nearest->bytes) + " bytes";
+    return std::to_string(distance) +
+           (offset >= nearest->offset + nearest->bytes ? " bytes after " : " bytes before ") + "shared " +
+           nearest->name + " of " + std::to_string(nearest->bytes) + " bytes";
 }
 
 void locate_shared(Warp& w, const Instruction& in, Mask lanes, const uint64_t* a, int bytes, AccessKind kind,
@@ -171,7 +177,8 @@ void locate_shared(Warp& w, const Instruction& in, Mask lanes, const uint64_t* a
             report_known(w, in, i, a[i], bytes, known, "shared");
             std::fill_n(known, bytes, (uint8_t)kWritten);
         });
-    if (writes(kind)) each(good, [&](int i) { std::fill_n(&b.shared_known[a[i]], bytes, (uint8_t)kWritten); });
+    if (writes(kind))
+        each(good, [&](int i) { std::fill_n(&b.shared_known[a[i]], bytes, (uint8_t)kWritten); });
     if (o.race && b.warps.size() * kWarpSize > 1) {
         uint64_t event = b.grid->races.events.add(b.number, w.index, &in);
         each(good, [&](int i) {
@@ -224,7 +231,8 @@ void locate_local(Warp& w, const Instruction& in, Mask lanes, const uint64_t* a,
         uint64_t offset = a[i] - kLocalWindow;
         if (!aligned(w, in, i, offset, bytes, kind)) return;
         if (offset + bytes > size)
-            return refuse(w, in, i, offset, bytes, kind, false, "and local memory has " + std::to_string(size) + " bytes");
+            return refuse(w, in, i, offset, bytes, kind, false,
+                          "and local memory has " + std::to_string(size) + " bytes");
         size_t at = (size_t)i * size + offset;
         uint8_t* known = &w.local_known[at];
         if (!reads(kind)) {
@@ -238,21 +246,23 @@ void locate_local(Warp& w, const Instruction& in, Mask lanes, const uint64_t* a,
     });
 }
 
-void locate_parameter(Warp& w, const Instruction& in, Mask lanes, const uint64_t* a, int bytes, AccessKind kind,
-                      Located* out) {
+void locate_parameter(Warp& w, const Instruction& in, Mask lanes, const uint64_t* a, int bytes,
+                      AccessKind kind, Located* out) {
     std::vector<std::byte>& p = w.block->grid->parameters;
     each(lanes, [&](int i) {
         uint64_t offset = a[i] - kParamWindow;
         if (!aligned(w, in, i, offset, bytes, kind)) return;
         if (offset + bytes > p.size() || writes(kind))
-            return refuse(w, in, i, offset, bytes, kind, false,
-                          "and the kernel's parameters are " + std::to_string(p.size()) + " bytes, read-only");
+            return refuse(
+                w, in, i, offset, bytes, kind, false,
+                "and the kernel's parameters are " + std::to_string(p.size()) + " bytes, read-only");
         out->at[i] = &p[offset];
         out->lanes |= 1u << i;
     });
 }
 
-Located locate(Warp& w, const Instruction& in, Mask lanes, Space space, uint64_t* a, int bytes, AccessKind kind) {
+Located locate(Warp& w, const Instruction& in, Mask lanes, Space space, uint64_t* a, int bytes,
+               AccessKind kind) {
     Located out;
     if (space == Space::shared) {
         each(lanes, [&](int i) {
@@ -319,7 +329,8 @@ void store(Warp& w, const Instruction& in, Mask lanes) {
             T value = (T)s[i];
             std::byte* to = l.at[i] + e * sizeof(T);
             if (l.repeated >> i & 1 && memcmp(to, &value, sizeof(T)) != 0)
-                report_at(Fault::race, w, in, i, "writes another value than another lane does in the same instruction", &in);
+                report_at(Fault::race, w, in, i,
+                          "writes another value than another lane does in the same instruction", &in);
             memcpy(to, &value, sizeof(T));
         });
     }
@@ -413,9 +424,12 @@ Handler float_atomic(const std::string& op) {
 }
 template <class H>
 Handler half_atomic(const std::string& op) {
-    if (op == "add") return make_atomic<H>([](H a, H b, H) { return to_half<H>((double)decode(a) + decode(b)); });
-    if (op == "min") return make_atomic<H>([](H a, H b, H) { return to_half<H>(std::fmin(decode(a), decode(b))); });
-    if (op == "max") return make_atomic<H>([](H a, H b, H) { return to_half<H>(std::fmax(decode(a), decode(b))); });
+    if (op == "add")
+        return make_atomic<H>([](H a, H b, H) { return to_half<H>((double)decode(a) + decode(b)); });
+    if (op == "min")
+        return make_atomic<H>([](H a, H b, H) { return to_half<H>(std::fmin(decode(a), decode(b))); });
+    if (op == "max")
+        return make_atomic<H>([](H a, H b, H) { return to_half<H>(std::fmax(decode(a), decode(b))); });
     return nullptr;
 }
 template <class H>
@@ -474,7 +488,8 @@ void run_copy(Warp& w, const Instruction& in, Mask lanes) {
     count_shared(w, lanes, to, bytes);
     // What is read from global memory, by lanes with the same number of bytes.
     for (Mask rest = lanes; rest && !b.grid->stopped();) {
-        int n = source_bytes ? (int)std::min<uint32_t>(source_bytes[__builtin_ctz(rest)], (uint32_t)bytes) : bytes;
+        int n = source_bytes ? (int)std::min<uint32_t>(source_bytes[__builtin_ctz(rest)], (uint32_t)bytes)
+                             : bytes;
         Mask same = 0;
         each(rest, [&](int i) {
             int other = source_bytes ? (int)std::min<uint32_t>(source_bytes[i], (uint32_t)bytes) : bytes;
@@ -500,13 +515,13 @@ void run_commit(Warp& w, const Instruction&, Mask lanes) {
 void run_wait(Warp& w, const Instruction& in, Mask lanes) {
     uint32_t left = in.o[0] == kIgnored ? 0 : *w.src<uint32_t>(in.o[0]);
     Mask waiting = lanes & w.has_copies;
-    uint64_t event = waiting && options().race
-                         ? w.block->grid->races.events.add(w.block->number, w.index, &in)
-                         : 0;
+    uint64_t event =
+        waiting && options().race ? w.block->grid->races.events.add(w.block->number, w.index, &in) : 0;
     each(waiting, [&](int i) { finish_copies(w, in, i, left, in.o[0] == kIgnored, event); });
 }
 
-// ---- ldmatrix, stmatrix: matrices of 8 x 8 words of 16 bits; lane 8 m + r has the address of row r of matrix m
+// ---- ldmatrix, stmatrix: matrices of 8 x 8 words of 16 bits; lane 8 m + r has the address of row r of
+// matrix m
 
 template <bool kStore>
 void run_matrix(Warp& w, const Instruction& in, Mask lanes) {
@@ -546,21 +561,31 @@ bool is_one_of(const std::string& m, std::initializer_list<const char*> names) {
 }
 
 bool space_of(const std::string& m, Space* space) {
-    if (m == "global") *space = Space::global;
-    else if (m == "shared" || m == "shared::cta") *space = Space::shared;
-    else if (m == "local") *space = Space::local;
-    else if (m == "const") *space = Space::constant;
-    else if (m.substr(0, 5) == "param") *space = *space == Space::local ? Space::local : Space::param;
-    else return false;
+    if (m == "global")
+        *space = Space::global;
+    else if (m == "shared" || m == "shared::cta")
+        *space = Space::shared;
+    else if (m == "local")
+        *space = Space::local;
+    else if (m == "const")
+        *space = Space::constant;
+    else if (m.substr(0, 5) == "param")
+        *space = *space == Space::local ? Space::local : Space::param;
+    else
+        return false;
     return true;
 }
 
 bool find_copy(const Statement& s, Instruction* in) {
     if (s.modifiers.empty() || s.modifiers[0] != "async") return false;
-    if (s.modifiers.size() == 2 && s.modifiers[1] == "commit_group") in->run = &run_commit;
-    else if (s.modifiers.size() == 2 && s.modifiers[1] == "wait_group") in->run = &run_wait;
-    else if (s.modifiers.size() == 2 && s.modifiers[1] == "wait_all") in->run = &run_wait;
-    else if (is_one_of(s.modifiers.at(1), {"ca", "cg"})) in->run = &run_copy;
+    if (s.modifiers.size() == 2 && s.modifiers[1] == "commit_group")
+        in->run = &run_commit;
+    else if (s.modifiers.size() == 2 && s.modifiers[1] == "wait_group")
+        in->run = &run_wait;
+    else if (s.modifiers.size() == 2 && s.modifiers[1] == "wait_all")
+        in->run = &run_wait;
+    else if (is_one_of(s.modifiers.at(1), {"ca", "cg"}))
+        in->run = &run_copy;
     return in->run != nullptr;
 }
 
@@ -595,11 +620,16 @@ bool find_memory(const Statement& s, Instruction* in) {
     if (s.op == "cp") return find_copy(s, in);
     if (s.op == "ldmatrix" || s.op == "stmatrix") {
         for (const std::string& x : s.modifiers) {
-            if (x == "x1") m.elements = 1;
-            else if (x == "x2") m.elements = 2;
-            else if (x == "x4") m.elements = 4;
-            else if (x == "trans") m.is_signed = true;
-            else if (!is_one_of(x, {"sync", "aligned", "m8n8", "shared", "shared::cta", "b16"})) return false;
+            if (x == "x1")
+                m.elements = 1;
+            else if (x == "x2")
+                m.elements = 2;
+            else if (x == "x4")
+                m.elements = 4;
+            else if (x == "trans")
+                m.is_signed = true;
+            else if (!is_one_of(x, {"sync", "aligned", "m8n8", "shared", "shared::cta", "b16"}))
+                return false;
         }
         m.space = Space::shared;
         in->flow = Flow::sync;
@@ -614,16 +644,41 @@ bool find_memory(const Statement& s, Instruction* in) {
     m.space = symbol_space == Space::local ? Space::local : Space::generic;
     for (const std::string& x : s.modifiers) {
         if (space_of(x, &m.space)) continue;
-        if (type_bytes(x)) type = x;
-        else if (x == "v2" || x == "v4" || x == "v8") m.elements = (uint8_t)(x[1] - '0');
+        if (type_bytes(x))
+            type = x;
+        else if (x == "v2" || x == "v4" || x == "v8")
+            m.elements = (uint8_t)(x[1] - '0');
         else if (is_one_of(x, {"volatile", "acquire", "release", "relaxed", "acq_rel", "mmio"}))
             m.ordered = true, m.releases |= x == "release" || x == "acq_rel";
-        else if (atomic_op && is_one_of(x, {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"}))
+        else if (atomic_op &&
+                 is_one_of(x, {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"}))
             operation = x;
-        else if (!is_one_of(x, {"nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "weak", "cta", "gpu", "sys", "cluster", "noftz",
-                                "L1::evict_normal", "L1::evict_first", "L1::evict_last", "L1::no_allocate",
-                                "L1::evict_unchanged", "L2::64B", "L2::128B", "L2::256B", "L2::evict_first",
-                                "L2::evict_last", "L2::evict_normal", "L2::cache_hint"}))
+        else if (!is_one_of(x, {"nc",
+                                "ca",
+                                "cg",
+                                "cs",
+                                "lu",
+                                "cv",
+                                "wb",
+                                "wt",
+                                "weak",
+                                "cta",
+                                "gpu",
+                                "sys",
+                                "cluster",
+                                "noftz",
+                                "L1::evict_normal",
+                                "L1::evict_first",
+                                "L1::evict_last",
+                                "L1::no_allocate",
+                                "L1::evict_unchanged",
+                                "L2::64B",
+                                "L2::128B",
+                                "L2::256B",
+                                "L2::evict_first",
+                                "L2::evict_last",
+                                "L2::evict_normal",
+                                "L2::cache_hint"}))
             return false;
     }
     if (m.space == Space::generic && symbol_space != Space::generic) m.space = symbol_space;

@@ -1,8 +1,8 @@
 // mma.sync: products of matrices whose elements lie spread over the lanes of a warp.
 //
-// Fragments by the PTX ISA, "Matrix Fragments for mma.m16n8k*": with g = lane / 4 and t = lane % 4, register r of
-// A holds row g + 8 (r % 2), that of B column g, and of C rows g and g + 8. 16-bit elements come in pairs of
-// columns of A and of rows of B.
+// Fragments by the PTX ISA, "Matrix Fragments for mma.m16n8k*": with g = lane / 4 and t = lane % 4, register
+// r of A holds row g + 8 (r % 2), that of B column g, and of C rows g and g + 8. 16-bit elements come in
+// pairs of columns of A and of rows of B.
 #include <algorithm>
 
 #include "dev/ptxsim/floats.h"
@@ -29,33 +29,39 @@ void run_mma(Warp& w, const Instruction& in, Mask lanes) {
     constexpr int kD = kHalfResult ? 2 : 4;
     double a[16][K], b[K][8], sums[16][8];
     const int32_t *at_a = in.o + kD, *at_b = at_a + kA, *at_c = at_b + kB;
-    for (int r = 0; r < kA; r++) {
-        const uint32_t* x = w.src<uint32_t>(at_a[r]);
+    alignas(64) float low[kWarpSize], high[kWarpSize];  // of a register's two elements; or its only one
+    auto unpack = [&](const uint32_t* x) {
         for (int lane = 0; lane < kWarpSize; lane++) {
-            int row = lane / 4 + 8 * (r % 2);
+            low[lane] = kIsHalf ? half_value(kType, (uint16_t)x[lane]) : tf32_value(x[lane]);
+            if (kIsHalf) high[lane] = half_value(kType, (uint16_t)(x[lane] >> 16));
+        }
+    };
+    for (int r = 0; r < kA; r++) {
+        unpack(w.src<uint32_t>(at_a[r]));
+        for (int lane = 0; lane < kWarpSize; lane++) {
+            int row = lane / 4 + 8 * (r % 2), t = lane % 4;
             if (kIsHalf) {
-                int k = 2 * (lane % 4) + 8 * (r / 2);
-                a[row][k] = half_value(kType, (uint16_t)x[lane]);
-                a[row][k + 1] = half_value(kType, (uint16_t)(x[lane] >> 16));
+                a[row][2 * t + 8 * (r / 2)] = low[lane];
+                a[row][2 * t + 8 * (r / 2) + 1] = high[lane];
             } else {
-                a[row][lane % 4 + 4 * (r / 2)] = tf32_value(x[lane]);
+                a[row][t + 4 * (r / 2)] = low[lane];
             }
         }
     }
     for (int r = 0; r < kB; r++) {
-        const uint32_t* x = w.src<uint32_t>(at_b[r]);
+        unpack(w.src<uint32_t>(at_b[r]));
         for (int lane = 0; lane < kWarpSize; lane++) {
+            int column = lane / 4, t = lane % 4;
             if (kIsHalf) {
-                int k = 2 * (lane % 4) + 8 * r;
-                b[k][lane / 4] = half_value(kType, (uint16_t)x[lane]);
-                b[k + 1][lane / 4] = half_value(kType, (uint16_t)(x[lane] >> 16));
+                b[2 * t + 8 * r][column] = low[lane];
+                b[2 * t + 8 * r + 1][column] = high[lane];
             } else {
-                b[lane % 4 + 4 * r][lane / 4] = tf32_value(x[lane]);
+                b[t + 4 * r][column] = low[lane];
             }
         }
     }
-    for (int lane = 0; lane < kWarpSize; lane++)
-        for (int e = 0; e < 4; e++) {
+    for (int e = 0; e < 4; e++)
+        for (int lane = 0; lane < kWarpSize; lane++) {
             double& c = sums[lane / 4 + 8 * (e / 2)][2 * (lane % 4) + e % 2];
             if (kHalfSum) {
                 c = decode(f16{(uint16_t)(w.src<uint32_t>(at_c[e / 2])[lane] >> (16 * (e % 2)))});
@@ -63,9 +69,13 @@ void run_mma(Warp& w, const Instruction& in, Mask lanes) {
                 c = w.src<float>(at_c[e])[lane];
             }
         }
-    for (int row = 0; row < 16; row++)
+    for (int row = 0; row < 16; row++) {
+        double total[8];
+        for (int column = 0; column < 8; column++) total[column] = sums[row][column];
         for (int k = 0; k < K; k++)
-            for (int column = 0; column < 8; column++) sums[row][column] += a[row][k] * b[k][column];
+            for (int column = 0; column < 8; column++) total[column] += a[row][k] * b[k][column];
+        for (int column = 0; column < 8; column++) sums[row][column] = total[column];
+    }
     for (int r = 0; r < kD; r++) {
         uint32_t values[kWarpSize];
         for (int lane = 0; lane < kWarpSize; lane++) {
@@ -73,7 +83,8 @@ void run_mma(Warp& w, const Instruction& in, Mask lanes) {
                 const double* pair = &sums[lane / 4 + 8 * r][2 * (lane % 4)];
                 values[lane] = (uint32_t)to_half<f16>(pair[1]).bits << 16 | to_half<f16>(pair[0]).bits;
             } else {
-                values[lane] = std::bit_cast<uint32_t>((float)sums[lane / 4 + 8 * (r / 2)][2 * (lane % 4) + r % 2]);
+                values[lane] =
+                    std::bit_cast<uint32_t>((float)sums[lane / 4 + 8 * (r / 2)][2 * (lane % 4) + r % 2]);
             }
         }
         put(w.reg<uint32_t>(in.o[r]), values, lanes);
@@ -99,7 +110,8 @@ Handler by_sums(const std::string& d, const std::string& c) {
 // mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
 bool find_mma(const Statement& s, Instruction* in) {
     const std::vector<std::string>& m = s.modifiers;
-    if (m.size() != 9 || m[0] != "sync" || m[1] != "aligned" || m[3] != "row" || m[4] != "col" || m[6] != m[7])
+    if (m.size() != 9 || m[0] != "sync" || m[1] != "aligned" || m[3] != "row" || m[4] != "col" ||
+        m[6] != m[7])
         return false;
     const std::string &shape = m[2], &d = m[5], &type = m[6], &c = m[8];
     if (type == "bf16" && shape == "m16n8k16") in->run = by_sums<kBf16, 16>(d, c);

@@ -25,13 +25,16 @@ void initialize(const Module& m, const VariableDeclaration& v, const VariableInf
         uint64_t bits = value.bits;
         if (!value.symbol.empty()) {
             auto it = m.variables.find(value.symbol);
-            if (m.text.functions.count(value.symbol)) continue;  // calls through pointers are refused by decode()
+            if (m.text.functions.count(value.symbol))
+                continue;  // calls through pointers are refused by decode()
             if (it == m.variables.end())
-                throw std::runtime_error(m.text.name + ": " + v.name + " is initialised with unknown " + value.symbol);
+                throw std::runtime_error(m.text.name + ": " + v.name + " is initialised with unknown " +
+                                         value.symbol);
             bits += it->second.address;
             if (value.mask_shift >= 0) bits >>= value.mask_shift;
         }
-        if ((i + 1) * width > at.bytes) throw std::runtime_error(m.text.name + ": too many values for " + v.name);
+        if ((i + 1) * width > at.bytes)
+            throw std::runtime_error(m.text.name + ": too many values for " + v.name);
         memcpy(to + i * width, &bits, width);
     }
 }
@@ -41,14 +44,18 @@ void initialize(const Module& m, const VariableDeclaration& v, const VariableInf
 Module* load_module(const std::string& ptx, const std::string& name) {
     auto m = std::make_unique<Module>();
     m->text = parse(ptx, name);
-    auto is_memory = [](const VariableDeclaration& v) { return v.space == Space::global || v.space == Space::constant; };
+    auto is_memory = [](const VariableDeclaration& v) {
+        return v.space == Space::global || v.space == Space::constant;
+    };
     for (const VariableDeclaration& v : m->text.variables) {
         if (!is_memory(v)) continue;
-        if (v.is_extern) throw std::runtime_error(name + ": extern variable " + v.name + " (no separate compilation)");
+        if (v.is_extern)
+            throw std::runtime_error(name + ": extern variable " + v.name + " (no separate compilation)");
         size_t bytes = (size_t)type_bytes(v.type) * (size_t)v.count;
         const char* kind = v.space == Space::constant ? "__constant__ " : "__device__ ";
-        uint64_t address = memory::allocate(std::max<size_t>(bytes, 1), v.is_managed ? MemoryKind::managed : MemoryKind::device,
-                                            kind + v.name, true);
+        uint64_t address =
+            memory::allocate(std::max<size_t>(bytes, 1),
+                             v.is_managed ? MemoryKind::managed : MemoryKind::device, kind + v.name, true);
         if (!address) throw std::runtime_error(name + ": no memory for variable " + v.name);
         m->variables[v.name] = {address, bytes};
     }

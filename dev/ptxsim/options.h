@@ -8,15 +8,15 @@ namespace ptxsim {
 enum class Order { forward, reversed, random };  // of blocks, warps and turns
 
 struct Options {
-    bool bounds = true;      // [no]bounds: accesses against allocations, alignment
-    bool uninit = true;      // [no]uninit
-    bool race = true;        // [no]race
-    bool leak = true;        // [no]leak: at exit
-    bool host = true;        // [no]host: host code that touches device memory
+    bool bounds = true;            // [no]bounds: accesses against allocations, alignment
+    bool uninit = true;            // [no]uninit
+    bool race = true;              // [no]race
+    bool leak = true;              // [no]leak: at exit
+    bool host = true;              // [no]host: host code that touches device memory
     Order order = Order::forward;  // order=forward|reversed, seed=N (random)
     uint64_t seed = 0;
-    bool lazy = false;       // lazy: streams run as late as their rules allow, in an order given by the seed
-    std::string figures;     // figures, figures=FILE.json: at exit, as a table on stderr, or as JSON
+    bool lazy = false;    // lazy: streams run as late as their rules allow, in an order given by the seed
+    std::string figures;  // figures, figures=FILE.json: at exit, as a table on stderr, or as JSON
     uint64_t memory = 80ull << 30;  // memory=BYTES (with K, M or G): of the device
     int64_t fail_allocation = 0;    // fail-allocation=N: the N-th cudaMalloc from now says out of memory
 };

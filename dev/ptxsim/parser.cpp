@@ -9,9 +9,9 @@ namespace ptxsim {
 
 int type_bytes(const std::string& type) {
     static const std::map<std::string, int> bytes = {
-        {"pred", 1}, {"b8", 1},   {"u8", 1},   {"s8", 1},     {"b16", 2},    {"u16", 2},  {"s16", 2}, {"f16", 2},
-        {"bf16", 2}, {"b32", 4},  {"u32", 4},  {"s32", 4},    {"f32", 4},    {"tf32", 4}, {"b64", 8}, {"u64", 8},
-        {"s64", 8},  {"f64", 8},  {"f16x2", 4}, {"bf16x2", 4}, {"b128", 16},
+        {"pred", 1}, {"b8", 1},   {"u8", 1},  {"s8", 1},  {"b16", 2},   {"u16", 2},    {"s16", 2},
+        {"f16", 2},  {"bf16", 2}, {"b32", 4}, {"u32", 4}, {"s32", 4},   {"f32", 4},    {"tf32", 4},
+        {"b64", 8},  {"u64", 8},  {"s64", 8}, {"f64", 8}, {"f16x2", 4}, {"bf16x2", 4}, {"b128", 16},
     };
     auto it = bytes.find(type);
     return it == bytes.end() ? 0 : it->second;
@@ -57,7 +57,8 @@ std::vector<Token> tokenize(std::string_view text) {
                 i++;
             tokens.push_back({Token::number, text.substr(start, i - start), line});
         } else if (is_word(c)) {
-            while (i < text.size() && (is_word(text[i]) || text.substr(i, 2) == "::")) i += text[i] == ':' ? 2 : 1;
+            while (i < text.size() && (is_word(text[i]) || text.substr(i, 2) == "::"))
+                i += text[i] == ':' ? 2 : 1;
             tokens.push_back({Token::word, text.substr(start, i - start), line});
         } else {
             i++;
@@ -70,7 +71,9 @@ std::vector<Token> tokenize(std::string_view text) {
 
 class Parser {
   public:
-    Parser(const std::string& text, const std::string& name) : tokens_(tokenize(text)) { module_.name = name; }
+    Parser(const std::string& text, const std::string& name) : tokens_(tokenize(text)) {
+        module_.name = name;
+    }
 
     ModuleText run() {
         while (now().kind != Token::end) top_level();
@@ -128,8 +131,8 @@ class Parser {
     Operand number() {
         Operand o;
         std::string_view text = now().text;
-        bool is_hex_float =
-            text.size() > 2 && text[0] == '0' && strchr("fFdD", text[1]) && (text.size() == 10 || text.size() == 18);
+        bool is_hex_float = text.size() > 2 && text[0] == '0' && strchr("fFdD", text[1]) &&
+                            (text.size() == 10 || text.size() == 18);
         if (now().kind == Token::number && is_hex_float) {
             o.kind = text[1] == 'f' || text[1] == 'F' ? Operand::float32 : Operand::float64;
             o.value = (int64_t)strtoull(std::string(text.substr(2)).c_str(), nullptr, 16);
@@ -160,7 +163,8 @@ class Parser {
             while (!accept(";")) next();
         } else {
             bool is_extern = false;
-            while (is(".visible") || is(".extern") || is(".weak") || is(".common")) is_extern |= next().text == ".extern";
+            while (is(".visible") || is(".extern") || is(".weak") || is(".common"))
+                is_extern |= next().text == ".extern";
             if (accept(".entry")) {
                 function(true);
             } else if (accept(".func")) {
@@ -193,9 +197,9 @@ class Parser {
     }
 
     VariableDeclaration declaration_head() {
-        static const std::map<std::string, Space> spaces = {{".global", Space::global}, {".const", Space::constant},
-                                                            {".shared", Space::shared}, {".local", Space::local},
-                                                            {".param", Space::param},   {".reg", Space::generic}};
+        static const std::map<std::string, Space> spaces = {
+            {".global", Space::global}, {".const", Space::constant}, {".shared", Space::shared},
+            {".local", Space::local},   {".param", Space::param},    {".reg", Space::generic}};
         VariableDeclaration v;
         auto space = spaces.find(std::string(now().text));
         if (space == spaces.end()) fail("a state space");
@@ -302,7 +306,8 @@ class Parser {
                 f.required_threads = directive == ".reqntid";
                 f.max_threads = (int)integer();
                 while (accept(",")) f.max_threads *= (int)integer();
-            } else if (directive == ".minnctapersm" || directive == ".maxnreg" || directive == ".maxnctapersm") {
+            } else if (directive == ".minnctapersm" || directive == ".maxnreg" ||
+                       directive == ".maxnctapersm") {
                 integer();
             } else if (directive != ".noreturn") {
                 at_--;

@@ -1,8 +1,8 @@
 // What is executed: kernels with every call inlined, operands as places in a warp's registers, an instruction
 // as a handler that runs over the 32 lanes of a warp.
 //
-// A register is 32 lanes of its width (16, 32, 64 or 128 bits); a predicate is a Mask. Constants are registers,
-// too, in memory that all warps share.
+// A register is 32 lanes of its width (16, 32, 64 or 128 bits); a predicate is a Mask. Constants are
+// registers, too, in memory that all warps share.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -31,19 +31,19 @@ constexpr uint64_t kSharedWindow = 0x7000'0000'0000'0000, kLocalWindow = 0x7100'
 
 // How the warp's loop treats an instruction.
 enum class Flow : uint8_t {
-    plain,      // the handler does all
-    sync,       // first the lanes that its mask names have to be there (o[sync_mask])
-    branch,     // to imm
-    table,      // to targets[o[0]]
-    barrier,    // bar.sync, bar.red, bar.arrive
+    plain,    // the handler does all
+    sync,     // first the lanes that its mask names have to be there (o[sync_mask])
+    branch,   // to imm
+    table,    // to targets[o[0]]
+    barrier,  // bar.sync, bar.red, bar.arrive
     exit,
     trap,
 };
 
 struct MemoryAccess {
     Space space = Space::generic;
-    uint8_t bytes = 4;      // of an element
-    uint8_t elements = 1;   // of a vector
+    uint8_t bytes = 4;     // of an element
+    uint8_t elements = 1;  // of a vector
     bool is_signed = false;
     bool ordered = false;   // volatile, or .acquire, .release: no race with another such
     bool releases = false;  // as if a fence were before it
@@ -56,10 +56,10 @@ struct Instruction {
     Handler run = nullptr;
     Flow flow = Flow::plain;
     bool guard_negated = false;
-    int32_t guard = -1;    // place of the predicate
-    int32_t sync_mask = 0; // place of the membership mask; kConvergedLanes for .aligned ones
-    // Places of registers and immediate values, vectors flattened; addresses are at kAddress and kAddress + 1,
-    // plus imm and aux. A place is the offset of a register, or ~offset of a constant; kIgnored for "_".
+    int32_t guard = -1;     // place of the predicate
+    int32_t sync_mask = 0;  // place of the membership mask; kConvergedLanes for .aligned ones
+    // Places of registers and immediate values, vectors flattened; addresses are at kAddress and kAddress +
+    // 1, plus imm and aux. A place is the offset of a register, or ~offset of a constant; kIgnored for "_".
     int32_t o[16] = {};
     int64_t imm = 0;  // offset of an address, target of a branch, ...
     int32_t aux = 0;
@@ -73,9 +73,37 @@ constexpr int kAddress = 14;
 constexpr int32_t kIgnored = INT32_MIN, kConvergedLanes = INT32_MIN + 1;
 
 enum class Special : uint8_t {
-    tid_x, tid_y, tid_z, ntid_x, ntid_y, ntid_z, ctaid_x, ctaid_y, ctaid_z, nctaid_x, nctaid_y, nctaid_z,
-    laneid, warpid, nwarpid, smid, nsmid, gridid, lanemask_eq, lanemask_le, lanemask_lt, lanemask_ge, lanemask_gt,
-    clock, clock_hi, clock64, globaltimer, dynamic_smem_size, total_smem_size, grid_workspace_hi, grid_workspace_lo,
+    tid_x,
+    tid_y,
+    tid_z,
+    ntid_x,
+    ntid_y,
+    ntid_z,
+    ctaid_x,
+    ctaid_y,
+    ctaid_z,
+    nctaid_x,
+    nctaid_y,
+    nctaid_z,
+    laneid,
+    warpid,
+    nwarpid,
+    smid,
+    nsmid,
+    gridid,
+    lanemask_eq,
+    lanemask_le,
+    lanemask_lt,
+    lanemask_ge,
+    lanemask_gt,
+    clock,
+    clock_hi,
+    clock64,
+    globaltimer,
+    dynamic_smem_size,
+    total_smem_size,
+    grid_workspace_hi,
+    grid_workspace_lo,
     zero,
 };
 
@@ -102,10 +130,10 @@ struct Kernel {
     std::vector<Instruction> code;
     std::vector<std::string> mnemonics;
     std::vector<std::byte> constants;
-    size_t register_bytes = 0;                 // a warp
-    std::vector<Variable> shared;              // static
-    size_t shared_bytes = 0;                   // static ones with the gaps between them
-    size_t local_bytes = 0;                    // a thread
+    size_t register_bytes = 0;                          // a warp
+    std::vector<Variable> shared;                       // static
+    size_t shared_bytes = 0;                            // static ones with the gaps between them
+    size_t local_bytes = 0;                             // a thread
     std::vector<std::pair<Special, int32_t>> specials;  // registers that hold one from the start
     std::vector<std::unique_ptr<std::vector<int32_t>>> tables;
     mutable Figures figures;
@@ -128,10 +156,11 @@ struct AluEntry {
 };
 const AluEntry* find_alu(const std::string& mnemonic);  // null where there is none
 // cvt with the widths of its registers in bytes, which may be more than those of its types.
-Handler find_conversion(const std::vector<std::string>& modifiers, Instruction* in, int from_bytes, int to_bytes);
+Handler find_conversion(const std::vector<std::string>& modifiers, Instruction* in, int from_bytes,
+                        int to_bytes);
 
-// Sets run, flow and memory of an instruction that touches memory or other lanes, its operands being in place.
-// False where there is no such instruction.
+// Sets run, flow and memory of an instruction that touches memory or other lanes, its operands being in
+// place. False where there is no such instruction.
 bool find_memory(const Statement& s, Instruction* in);
 bool find_warp(const Statement& s, Instruction* in);
 

@@ -1,5 +1,5 @@
-// PTX as it is written (PTX ISA 9.0): what the parser makes of a module's text. decode.cpp turns it into what is
-// executed.
+// PTX as it is written (PTX ISA 9.0): what the parser makes of a module's text. decode.cpp turns it into what
+// is executed.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -11,11 +11,11 @@ namespace ptxsim {
 
 struct Operand {
     enum Kind { name, integer, float32, float64, address, vector, ignored } kind = name;
-    std::string text;            // name: of a register, variable, label or function; address: its base, or empty
-    int64_t value = 0;           // integer; address: the offset; float32 and float64: the bits
-    bool negated = false;        // !%p
-    bool lane_predicate = false; // the second of a pair %r1|%p1
-    std::vector<Operand> parts;  // vector; a list in parentheses
+    std::string text;      // name: of a register, variable, label or function; address: its base, or empty
+    int64_t value = 0;     // integer; address: the offset; float32 and float64: the bits
+    bool negated = false;  // !%p
+    bool lane_predicate = false;  // the second of a pair %r1|%p1
+    std::vector<Operand> parts;   // vector; a list in parentheses
 };
 
 // Where a statement comes from: the CUDA source, by .loc.

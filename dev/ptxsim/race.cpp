@@ -103,10 +103,12 @@ bool check_race(Warp& w, const Instruction& in, int lane, uint64_t address, int 
     if (is_atomic(kind)) synchronize(w, lane, address | (uint64_t)is_shared << 63, event, in.memory.releases);
     if (kind == AccessKind::write) w.clock.fenced &= ~(1u << lane);
     auto conflict = [&](const Access& earlier, unsigned part, bool is_read) {
-        if (earlier.event == 0 || !g.races.events.knows(earlier.event) || !(earlier.bytes & part)) return false;
+        if (earlier.event == 0 || !g.races.events.knows(earlier.event) || !(earlier.bytes & part))
+            return false;
         if (earlier.atomic && is_atomic(kind)) return false;
         // The toolkit's own loops around atom.cas begin with a plain read.
-        if (is_atomic(kind) && is_read && of_toolkit(g, *g.races.events[earlier.event].instruction)) return false;
+        if (is_atomic(kind) && is_read && of_toolkit(g, *g.races.events[earlier.event].instruction))
+            return false;
         if (!writes(kind) && earlier.atomic && of_toolkit(g, in)) return false;
         if (earlier.event == event) {
             repeated |= (int)earlier.lane != lane && kind == AccessKind::write;
@@ -123,8 +125,11 @@ bool check_race(Warp& w, const Instruction& in, int lane, uint64_t address, int 
                                                      : "lane " + std::to_string(earlier.lane);
         const char* now = !writes(kind) ? "reads" : kind == AccessKind::atomic ? "updates" : "writes";
         report_at(Fault::race, w, in, lane,
-                  std::string(now) + (is_shared ? " shared" : " global") + " memory that " + who + " of the same " +
-                      (e.block != w.block->number ? "grid" : e.warp != w.index ? "block" : "warp") +
+                  std::string(now) + (is_shared ? " shared" : " global") + " memory that " + who +
+                      " of the same " +
+                      (e.block != w.block->number ? "grid"
+                       : e.warp != w.index        ? "block"
+                                                  : "warp") +
                       (earlier_writes ? " wrote" : " read") + ", and nothing orders the two",
                   e.instruction);
     };
@@ -135,7 +140,8 @@ bool check_race(Warp& w, const Instruction& in, int lane, uint64_t address, int 
         AccessRecord* r = is_shared ? w.block->shared_races.record(at) : g.races.record(at);
         if (conflict(r->write, part, false)) tell(r->write, true);
         Access now;
-        now.event = event, now.lane = lane & 31, now.bytes = part & 3, now.atomic = is_atomic(kind), now.many = 0;
+        now.event = event, now.lane = lane & 31, now.bytes = part & 3, now.atomic = is_atomic(kind),
+        now.many = 0;
         if (!writes(kind)) {
             // Keep reads of two different warps, the newest of each.
             Access& first = r->reads[0];

@@ -36,7 +36,7 @@ inline bool is_atomic(AccessKind k) {
 constexpr int kMaxWarps = 32;  // of a block
 
 struct RaceClock {
-    std::array<uint64_t, kMaxWarps> seen = {};             // by warp of this block
+    std::array<uint64_t, kMaxWarps> seen = {};                             // by warp of this block
     std::unordered_map<uint64_t, std::array<uint64_t, kMaxWarps>> blocks;  // by other blocks
     uint64_t synced = 0;                                   // last event before a bar.warp.sync of all lanes
     std::unique_ptr<std::array<uint64_t, 32 * 32>> pairs;  // the same by two lanes, where masks were smaller
@@ -103,8 +103,8 @@ class GlobalRaces {
     AccessRecord* last_ = nullptr;
 };
 
-// Looks at one lane's access and keeps it; reports a race. `event` is the warp's instruction's. True where another
-// lane has written these bytes in this very instruction, which is a race if the values differ.
+// Looks at one lane's access and keeps it; reports a race. `event` is the warp's instruction's. True where
+// another lane has written these bytes in this very instruction, which is a race if the values differ.
 bool check_race(Warp& warp, const Instruction& in, int lane, uint64_t address, int bytes, AccessKind kind,
                 bool is_shared, uint64_t event);
 

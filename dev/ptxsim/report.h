@@ -7,19 +7,19 @@
 namespace ptxsim {
 
 enum class Fault {
-    out_of_bounds,    // an access outside of every allocation, variable or parameter; also after free
-    misaligned,       // an address that is no multiple of the access's size
-    uninitialized,    // a read of memory that nobody has written
-    race,             // two accesses of one word, one of them a write, that nothing orders
-    barrier,          // threads of a block that wait for each other in vain: divergence, early exit, deadlock
-    warp_mask,        // shfl, vote, match, redux or bar.warp.sync with a mask that does not fit the lanes
-    missing_wait,     // a read of shared memory that cp.async has not been waited for
-    trap,             // trap, or a failed assert
-    launch,           // a launch outside the device's limits
-    host_access,      // host code touched device memory, or device code memory of the host
-    leak,             // an allocation that is there at exit
-    use_after_free,   // an access to freed memory, or a second free
-    unordered_copy,   // host or stream work that touched memory in use by unfinished work of another stream
+    out_of_bounds,   // an access outside of every allocation, variable or parameter; also after free
+    misaligned,      // an address that is no multiple of the access's size
+    uninitialized,   // a read of memory that nobody has written
+    race,            // two accesses of one word, one of them a write, that nothing orders
+    barrier,         // threads of a block that wait for each other in vain: divergence, early exit, deadlock
+    warp_mask,       // shfl, vote, match, redux or bar.warp.sync with a mask that does not fit the lanes
+    missing_wait,    // a read of shared memory that cp.async has not been waited for
+    trap,            // trap, or a failed assert
+    launch,          // a launch outside the device's limits
+    host_access,     // host code touched device memory, or device code memory of the host
+    leak,            // an allocation that is there at exit
+    use_after_free,  // an access to freed memory, or a second free
+    unordered_copy,  // host or stream work that touched memory in use by unfinished work of another stream
 };
 const char* name(Fault fault);  // "out-of-bounds", ...
 

@@ -1,10 +1,11 @@
-// A warp: which of its lanes run, which wait. Lanes at the lowest instruction go first, so that those that went
-// different ways meet again.
+// A warp: which of its lanes run, which wait. Lanes at the lowest instruction go first, so that those that
+// went different ways meet again.
 #include "dev/ptxsim/warp.h"
 
 #include <algorithm>
 
 #include "dev/ptxsim/lanes.h"
+#include "llmc/error.h"
 
 namespace ptxsim {
 
@@ -12,7 +13,7 @@ namespace {
 
 std::string lane_list(Mask lanes) {
     std::string text;
-    each(lanes, [&](int i) { text += (text.empty() ? "" : ",") + std::to_string(i); });
+    each(lanes, [&](int i) { text += str(text.empty() ? "" : ",", i); });
     return (lanes & (lanes - 1) ? "lanes " : "lane ") + text;
 }
 
@@ -26,7 +27,8 @@ void Warp::insert(Split split) {
         bool at_barrier = splits[i].state == Split::at_barrier;
         if (at_barrier != (split.state == Split::at_barrier)) continue;
         splits[i].lanes |= split.lanes;
-        if (!at_barrier && split.state == Split::ready) splits[i].state = Split::ready;  // look again at its mask
+        if (!at_barrier && split.state == Split::ready)
+            splits[i].state = Split::ready;  // look again at its mask
         return;
     }
     splits.insert(splits.begin() + k, split);
@@ -50,7 +52,8 @@ bool Warp::run(int budget) {
 }
 
 bool Warp::all_at_barrier() const {
-    return std::all_of(splits.begin(), splits.end(), [](const Split& s) { return s.state == Split::at_barrier; });
+    return std::all_of(splits.begin(), splits.end(),
+                       [](const Split& s) { return s.state == Split::at_barrier; });
 }
 
 void Warp::leave(Mask lanes, const Instruction& in) {
@@ -151,7 +154,8 @@ void Warp::run_split(size_t k, int* budget) {
                 if (!waits) insert({pc + 1, active});
                 Split s{pc, active};
                 s.state = Split::at_barrier;
-                s.barrier = in.o[1] == kIgnored ? 0 : (int)(src<uint32_t>(in.o[1])[__builtin_ctz(active)] & 15);
+                s.barrier =
+                    in.o[1] == kIgnored ? 0 : (int)(src<uint32_t>(in.o[1])[__builtin_ctz(active)] & 15);
                 if (waits) insert(s);
                 block->arrive(*this, in, active);
                 return;
@@ -181,7 +185,9 @@ Mask Warp::run_sync(const Instruction& in, Mask active, Mask* wanted) {
             *wanted = live;
             return active;
         }
-        if (live != kAllLanes) complain(live, "an instruction of the whole warp, of which only " + lane_list(live) + " are there");
+        if (live != kAllLanes)
+            complain(live,
+                     "an instruction of the whole warp, of which only " + lane_list(live) + " are there");
         in.run(*this, in, active);
         return 0;
     }
@@ -214,8 +220,8 @@ void Warp::resolve() {
     const Instruction& in = code[splits[first].pc];
     Mask wanted = splits[first].wanted, together = 0;
     for (const Split& s : splits)
-        if (s.state == Split::at_sync && code[s.pc].run == in.run && code[s.pc].sync_mask != kConvergedLanes &&
-            s.wanted == wanted && in.o[0] == in.sync_mask)
+        if (s.state == Split::at_sync && code[s.pc].run == in.run &&
+            code[s.pc].sync_mask != kConvergedLanes && s.wanted == wanted && in.o[0] == in.sync_mask)
             together |= s.lanes;
     if (in.o[0] == in.sync_mask && (wanted & live & ~together) == 0) {
         in.run(*this, in, together);

@@ -22,8 +22,8 @@ struct Split {
     uint32_t pc;
     Mask lanes;
     enum { ready, at_sync, at_barrier } state = ready;
-    Mask wanted = 0;      // at_sync: the lanes that its mask names
-    int barrier = -1;     // at_barrier: its number
+    Mask wanted = 0;   // at_sync: the lanes that its mask names
+    int barrier = -1;  // at_barrier: its number
 };
 
 // What is known of a byte of shared or local memory.
@@ -38,16 +38,16 @@ struct PendingCopy {  // of cp.async, by one lane
 
 struct Warp {
     Block* block = nullptr;
-    int index = 0;                // in the block
+    int index = 0;  // in the block
     std::byte* regs = nullptr;
     const std::byte* constants = nullptr;
-    Mask present = 0;             // lanes that the block has threads for
-    Mask live = 0;                // those that have not returned
-    Mask carry = 0;               // the condition code of add.cc and its like
-    std::vector<Split> splits;    // by pc, no two alike while ready
+    Mask present = 0;           // lanes that the block has threads for
+    Mask live = 0;              // those that have not returned
+    Mask carry = 0;             // the condition code of add.cc and its like
+    std::vector<Split> splits;  // by pc, no two alike while ready
     std::vector<std::byte> registers;
-    std::vector<std::byte> local;         // (32,local_bytes)
-    std::vector<uint8_t> local_known;     // (32,local_bytes)
+    std::vector<std::byte> local;      // (32,local_bytes)
+    std::vector<uint8_t> local_known;  // (32,local_bytes)
     std::array<std::vector<PendingCopy>, kWarpSize> copies;
     std::array<uint32_t, kWarpSize> copy_groups = {};  // committed
     Mask has_copies = 0;
@@ -73,8 +73,8 @@ struct Warp {
   private:
     // Goes on with splits[k] until it meets another, waits, or `budget` is used up.
     void run_split(size_t k, int* budget);
-    // An instruction whose mask names lanes: runs it for the groups of lanes that are complete. Returns the lanes
-    // that have to wait for others, and in *wanted those that they wait for.
+    // An instruction whose mask names lanes: runs it for the groups of lanes that are complete. Returns the
+    // lanes that have to wait for others, and in *wanted those that they wait for.
     Mask run_sync(const Instruction& in, Mask active, Mask* wanted);
     // No split is ready, and not all are at barriers. Finds the fault, or what goes together, and goes on.
     void resolve();

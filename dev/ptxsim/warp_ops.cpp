@@ -1,5 +1,5 @@
-// Instructions in which lanes see each other (shfl, vote, match, redux, barriers), and the few that are neither
-// arithmetic nor memory: printf, assert, clocks, packing.
+// Instructions in which lanes see each other (shfl, vote, match, redux, barriers), and the few that are
+// neither arithmetic nor memory: printf, assert, clocks, packing.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -19,7 +19,8 @@ enum ShuffleMode { kUp, kDown, kButterfly, kIndex };
 // o: d, p, a, b, c. A lane that does not take part gives all ones.
 template <ShuffleMode kMode>
 void run_shuffle(Warp& w, const Instruction& in, Mask lanes) {
-    const uint32_t *a = w.src<uint32_t>(in.o[2]), *b = w.src<uint32_t>(in.o[3]), *c = w.src<uint32_t>(in.o[4]);
+    const uint32_t *a = w.src<uint32_t>(in.o[2]), *b = w.src<uint32_t>(in.o[3]),
+                   *c = w.src<uint32_t>(in.o[4]);
     uint32_t values[kWarpSize];
     Mask valid = 0;
     for (int lane = 0; lane < kWarpSize; lane++) {
@@ -30,7 +31,9 @@ void run_shuffle(Warp& w, const Instruction& in, Mask lanes) {
             from = lane - distance;
             ok = from >= last;
         } else {
-            from = kMode == kDown ? lane + distance : kMode == kButterfly ? lane ^ distance : first | (distance & ~segment);
+            from = kMode == kDown        ? lane + distance
+                   : kMode == kButterfly ? lane ^ distance
+                                         : first | (distance & ~segment);
             ok = from <= last;
         }
         if (!ok) from = lane;
@@ -202,8 +205,9 @@ void run_printf(Warp& w, const Instruction& in, Mask lanes) {
 // __assertfail(message, file, line, function, character size)
 void run_assert(Warp& w, const Instruction& in, Mask lanes) {
     int i = __builtin_ctz(lanes);
-    std::string text = fetch_text(w, i, argument(w, in, i, 1)) + ":" + std::to_string(argument(w, in, i, 2, false)) +
-                       ": assertion `" + fetch_text(w, i, argument(w, in, i, 0)) + "' failed";
+    std::string text = fetch_text(w, i, argument(w, in, i, 1)) + ":" +
+                       std::to_string(argument(w, in, i, 2, false)) + ": assertion `" +
+                       fetch_text(w, i, argument(w, in, i, 0)) + "' failed";
     report_at(Fault::trap, w, in, i, text);
     if (!w.block->grid->stopped()) w.block->grid->result = LaunchResult::assert_failed;
 }
@@ -338,7 +342,8 @@ bool find_warp(const Statement& s, Instruction* in) {
     }
     if (s.op == "redux" && s.modifiers.size() == 3) {
         bool is_signed = s.modifiers[2] == "s32";
-        return sync(is_signed ? find_reduce<int32_t>(s.modifiers[1]) : find_reduce<uint32_t>(s.modifiers[1]), in->o[2]);
+        return sync(is_signed ? find_reduce<int32_t>(s.modifiers[1]) : find_reduce<uint32_t>(s.modifiers[1]),
+                    in->o[2]);
     }
     if (s.op == "elect") {
         split_pair(s, in);
