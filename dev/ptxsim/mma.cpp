@@ -12,6 +12,8 @@ namespace ptxsim {
 
 namespace {
 
+typedef double Row __attribute__((vector_size(64)));  // 8 columns
+
 enum Element { kTf32, kF16, kBf16 };
 
 float half_value(Element type, uint16_t bits) {
@@ -27,7 +29,8 @@ void run_mma(Warp& w, const Instruction& in, Mask lanes) {
     constexpr bool kIsHalf = kType != kTf32;
     constexpr int kA = kIsHalf ? K / 4 : K / 2, kB = kA / 2;  // registers
     constexpr int kD = kHalfResult ? 2 : 4;
-    double a[16][K], b[K][8], sums[16][8];
+    float a[16][K];
+    Row b[K], sums[16];
     const int32_t *at_a = in.o + kD, *at_b = at_a + kA, *at_c = at_b + kB;
     alignas(64) float low[kWarpSize], high[kWarpSize];  // of a register's two elements; or its only one
     auto unpack = [&](const uint32_t* x) {
@@ -62,25 +65,24 @@ void run_mma(Warp& w, const Instruction& in, Mask lanes) {
     }
     for (int e = 0; e < 4; e++)
         for (int lane = 0; lane < kWarpSize; lane++) {
-            double& c = sums[lane / 4 + 8 * (e / 2)][2 * (lane % 4) + e % 2];
+            int row = lane / 4 + 8 * (e / 2), column = 2 * (lane % 4) + e % 2;
             if (kHalfSum) {
-                c = decode(f16{(uint16_t)(w.src<uint32_t>(at_c[e / 2])[lane] >> (16 * (e % 2)))});
+                sums[row][column] =
+                    decode(f16{(uint16_t)(w.src<uint32_t>(at_c[e / 2])[lane] >> (16 * (e % 2)))});
             } else {
-                c = w.src<float>(at_c[e])[lane];
+                sums[row][column] = w.src<float>(at_c[e])[lane];
             }
         }
     for (int row = 0; row < 16; row++) {
-        double total[8];
-        for (int column = 0; column < 8; column++) total[column] = sums[row][column];
-        for (int k = 0; k < K; k++)
-            for (int column = 0; column < 8; column++) total[column] += a[row][k] * b[k][column];
-        for (int column = 0; column < 8; column++) sums[row][column] = total[column];
+        Row total = sums[row];
+        for (int k = 0; k < K; k++) total += (double)a[row][k] * b[k];
+        sums[row] = total;
     }
     for (int r = 0; r < kD; r++) {
         uint32_t values[kWarpSize];
         for (int lane = 0; lane < kWarpSize; lane++) {
             if (kHalfResult) {
-                const double* pair = &sums[lane / 4 + 8 * r][2 * (lane % 4)];
+                const double* pair = (const double*)&sums[lane / 4 + 8 * r] + 2 * (lane % 4);
                 values[lane] = (uint32_t)to_half<f16>(pair[1]).bits << 16 | to_half<f16>(pair[0]).bits;
             } else {
                 values[lane] =
