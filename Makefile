@@ -118,7 +118,7 @@ quickstart: ## set up, tokenise Shakespeare, train a small GPT with polynomial a
 	@dev/quickstart.sh
 
 test: ## set up, build and run all tests
-	@dev/setup.sh
+	@dev/setup.sh cuda
 	@$(MAKE) --no-print-directory -j$$(nproc) build-tests
 	@$(MAKE) --no-print-directory run-tests
 
@@ -130,7 +130,7 @@ run-tests:
 	@tests/run.sh $(programs)
 
 ptxsim-bench: ## how fast CUDA code runs on this processor, with and without the checks
-	@dev/setup.sh
+	@dev/setup.sh cuda
 	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/ptxsim/bench
 	$(BUILD)/ptxsim/bench
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what building, testing and data preparation need and this machine lacks: system packages by apt (with sudo
-# where not root), Python packages into .venv. `dev/setup.sh torch` adds PyTorch, for benchmarks and golden files.
-# Does nothing, quickly, where everything is there.
+# where not root), Python packages into .venv. `dev/setup.sh torch` adds PyTorch, for benchmarks and golden files,
+# `dev/setup.sh cuda` nvcc, for the tests of CUDA code. Does nothing, quickly, where everything is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -50,4 +50,44 @@ fi
 if [ "${1:-}" = torch ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     echo "installing PyTorch into .venv (about 3 GB)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check torch
+fi
+
+# Into .venv/cuda, laid out as any toolkit. pip itself would mix these packages with those that PyTorch brings. Without
+# nvcc the tests of CUDA code are skipped, so not to get it is no failure.
+get_nvcc() {
+    mkdir -p .venv/cuda-new/wheels &&
+        TMPDIR=$PWD/.venv/cuda-new/wheels .venv/bin/python -m pip download --quiet --disable-pip-version-check \
+            --no-cache-dir --retries 2 --only-binary :all: --no-deps -r requirements-cuda.txt -d .venv/cuda-new/wheels &&
+        .venv/bin/python - .venv/cuda-new <<'EOF' &&
+import pathlib, sys, zipfile
+
+root = pathlib.Path(sys.argv[1])
+for path in root.glob("wheels/*.whl"):
+    wheel = zipfile.ZipFile(path)
+    for name in wheel.namelist():
+        parts = name.split("/")[2:]  # nvidia/cu13/bin/nvcc
+        if not name.endswith("/") and parts and parts[0] in ("bin", "include", "nvvm"):
+            file = root.joinpath(*parts)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(wheel.read(name))
+            file.chmod(0o755 if "bin" in parts else 0o644)
+EOF
+        rm -rf .venv/cuda-new/wheels .venv/cuda &&
+        cp requirements-cuda.txt .venv/cuda-new/installed-requirements.txt &&
+        mv .venv/cuda-new .venv/cuda
+}
+if [ "${1:-}" = cuda ] && [ -z "${NVCC:-}" ] && ! command -v nvcc >/dev/null && [ ! -x /usr/local/cuda/bin/nvcc ] &&
+    ! cmp -s requirements-cuda.txt .venv/cuda/installed-requirements.txt; then
+    skipped="so the tests of CUDA code will be skipped"
+    if [ "$(uname -sm)" != "Linux x86_64" ]; then
+        echo "setup: this machine has no nvcc, and requirements-cuda.txt is for Linux on x86_64, $skipped"
+    else
+        echo "installing nvcc and CUDA headers into .venv/cuda (725 MB to download, 210 MB kept)"
+        log=$(mktemp)
+        if ! get_nvcc >"$log" 2>&1; then
+            why=$(grep -om1 "\[Errno[^')]*" "$log" || tail -n 1 "$log")
+            echo "setup: nvcc could not be installed (${why:-no reason given}), $skipped"
+        fi
+        rm -rf "$log" .venv/cuda-new
+    fi
 fi

@@ -1,7 +1,10 @@
 // ptxsim: a tiled matrix product as CUDA programs have it, under every schedule, and figures against those
 // counted by hand. More sample programs are in ptxsim_programs.cu.
 #include <cuda_bf16.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
+#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "dev/ptxsim/device.h"
@@ -285,6 +288,35 @@ TEST_CASE("ptxsim: figures of the matrix product") {
     CHECK_FIGURE(f, "mma", products);
     CHECK_FIGURE(f, "tensor_flops", products * 2 * 16 * 8 * 16);
     CHECK_FIGURE(f, "global_store_bytes", kM * kN * 4);
+}
+
+TEST_CASE("ptxsim: a process that ends writes its figures, reports its leaks and says so by its status") {
+    const std::string path = "/tmp/ptxsim_figures_" + std::to_string(getpid()) + ".json";
+    for (bool leaks : {false, true}) {
+        const pid_t child = fork();
+        REQUIRE(child >= 0);
+        if (child == 0) {
+            if (!freopen("/dev/null", "w", stderr)) _exit(1);
+            ptxsim::take_reports();
+            ptxsim::options().figures = path;
+            float* data;
+            if (cudaMalloc(&data, 4096) != cudaSuccess || cudaMemset(data, 0, 4096) != cudaSuccess) _exit(1);
+            samples::copy_float<<<2, 128>>>(data, data + 512);
+            if (cudaDeviceSynchronize() != cudaSuccess) _exit(1);
+            if (!leaks) cudaFree(data);
+            exit(0);
+        }
+        int status;
+        REQUIRE(waitpid(child, &status, 0) == child);
+        CHECK(WIFEXITED(status));
+        CHECK(WEXITSTATUS(status) == (leaks ? ptxsim::kReportStatus : 0));
+        std::ifstream file(path);
+        const auto figures = nlohmann::json::parse(file, nullptr, false);
+        REQUIRE(figures.is_object());
+        CHECK(std::any_of(figures["kernels"].begin(), figures["kernels"].end(),
+                          [](auto& kernel) { return kernel["name"] == "samples::copy_float"; }));
+        unlink(path.c_str());
+    }
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ namespace ptxsim {
 namespace {
 
 std::vector<std::unique_ptr<Module>>& modules() {
-    static std::vector<std::unique_ptr<Module>> all;
+    static auto& all = *new std::vector<std::unique_ptr<Module>>;  // figures are written when the process ends
     return all;
 }
 
