@@ -45,7 +45,7 @@ to_ptx   := -gencode arch=compute_80,code=compute_80 -Xfatbin -compress=false
 sim      := $(patsubst dev/ptxsim/%.cpp,$(BUILD)/ptxsim/%.o,$(wildcard dev/ptxsim/*.cpp))
 simtests := $(patsubst tests/%.cu,$(BUILD)/%.o,$(wildcard tests/ptxsim_*.cu)) $(BUILD)/ptxsim_libraries.o
 
-.PHONY: all quickstart test bench bench-quick ptxsim-bench format clean help
+.PHONY: all quickstart test bench bench-quick gpu-test ptxsim-bench format clean help
 all: train_gpt
 
 # In this order: of an inline function that several objects have, the linker takes the first, which must run on all
@@ -100,6 +100,11 @@ $(BUILD)/ptxsim_libraries.o: tests/ptxsim_libraries.cpp $(BUILD)/flags
 $(BUILD)/ptxsim/tests: $(BUILD)/main.o $(simtests) $(BUILD)/libptxsim.a
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
+# The same objects on hardware, whose driver compiles their PTX: all but what is about the simulator's own reports.
+$(BUILD)/gpu-tests: $(BUILD)/main.o $(filter-out %_faults.o %_streams.o %_samples.o %_libraries.o,$(simtests)) \
+    $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
+	$(CXX) $(flags) $^ -o $@ -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcudart
+
 $(BUILD)/ptxsim/bench: dev/ptxsim/bench.cu $(BUILD)/libptxsim.a
 	$(NVCC) $(cuda) $(to_ptx) -c $< -o $@.o
 	$(CXX) $(flags) $@.o $(BUILD)/libptxsim.a -o $@ $(libs)
@@ -128,6 +133,11 @@ build-tests: train_gpt $(programs) $(BUILD)/fault_preload.so
 run-tests:
 	$(if $(NVCC),,@echo 'skipped: the tests of CUDA code, for there is no nvcc')
 	@tests/run.sh $(programs)
+
+gpu-test: ## the tests of CUDA code on this machine's NVIDIA GPU instead of the simulator
+	@dev/setup.sh
+	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/gpu-tests
+	$(BUILD)/gpu-tests
 
 ptxsim-bench: ## how fast CUDA code runs on this processor, with and without the checks
 	@dev/setup.sh cuda
