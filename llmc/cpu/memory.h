@@ -1,15 +1,13 @@
-// Memory for floats: one aligned array, and a plan that lays many named buffers into one.
+// Aligned memory for floats, and where a MemoryPlan of the CPU lies.
 #pragma once
 #include <cmath>
 #include <cstddef>
 #include <cstdlib>
-#include <functional>
 #include <memory>
-#include <string>
-#include <vector>
 
 #include "llmc/cpu/isa.h"
 #include "llmc/error.h"
+#include "llmc/memory_plan.h"
 
 namespace cpu::inline LLMC_ISA {
 
@@ -40,44 +38,18 @@ inline bool all_finite(const Real* x, size_t n) {
     return true;
 }
 
-// Buffers of floats and bf16 are added with the pointer that will hold them, their number known and printed
-// before anything is allocated; allocate() then sets the pointers, which must not move in between. A buffer
-// with a name holds its value until the step ends; one without is used again before.
-class MemoryPlan {
-  public:
+struct HostMemory {
+    static constexpr size_t kAlignment = cpu::kAlignment;
+    Floats floats;
+    char* allocate(size_t bytes) {
+        floats = Floats(bytes / sizeof(float));
+        return (char*)floats.get();
+    }
     template <class Real>
-    void add(Real*& slot, size_t size, const std::string& name = "") {
-        size_t offset = bytes_;
-        bytes_ += (size * sizeof(Real) + kAlignment - 1) / kAlignment * kAlignment;
-        settings_.push_back([&slot, offset](char* memory) { slot = (Real*)(memory + offset); });
-        if (!name.empty()) kept_.push_back({name, [&slot, size] { return all_finite(slot, size); }});
+    bool finite(const Real* x, size_t n) const {
+        return all_finite(x, n);
     }
-    // `slot` will be where `other` is, which was added before.
-    template <class Real>
-    void alias(Real*& slot, Real*& other) {
-        settings_.push_back([&slot, &other](char*) { slot = other; });
-    }
-    void allocate() {
-        memory_ = Floats(bytes_ / sizeof(float));
-        for (const auto& set : settings_) set((char*)memory_.get());
-    }
-    size_t bytes() const { return bytes_; }
-    // The name of the first buffer that holds a NaN or Inf; "" where none does.
-    std::string first_nonfinite() const {
-        for (const Kept& buffer : kept_)
-            if (!buffer.finite()) return buffer.name;
-        return "";
-    }
-
-  private:
-    struct Kept {
-        std::string name;
-        std::function<bool()> finite;
-    };
-    std::vector<std::function<void(char*)>> settings_;
-    std::vector<Kept> kept_;
-    size_t bytes_ = 0;
-    Floats memory_;
 };
+using MemoryPlan = ::MemoryPlan<HostMemory>;
 
 }  // namespace cpu

@@ -1,0 +1,76 @@
+// Where a MemoryPlan of the GPU lies, and copies to and from there.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "llmc/cuda/common.h"
+#include "llmc/memory_plan.h"
+
+namespace gpu {
+
+// *found = 1 where a value is NaN or Inf.
+template <class Real>
+__global__ void find_nonfinite_kernel(int* found, const Real* x, size_t n) {
+    bool any = false;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
+        any |= !isfinite(to_float(x[i]));
+    if (__syncthreads_or(any) && threadIdx.x == 0) atomicExch(found, 1);
+}
+
+// Waits for all work before.
+template <class Real>
+inline bool all_finite(const Real* x, size_t n) {
+    int *found, result = 0;
+    check(cudaMalloc(&found, sizeof(int)));
+    check(cudaMemset(found, 0, sizeof(int)));
+    unsigned blocks = (unsigned)std::min<size_t>(ceil_div<size_t>(n, 256), 1024);
+    if (n) find_nonfinite_kernel<<<blocks, 256>>>(found, x, n);
+    check_launch();
+    check(cudaMemcpy(&result, found, sizeof(int), cudaMemcpyDeviceToHost));
+    check(cudaFree(found));
+    return result == 0;
+}
+
+class DeviceMemory {
+  public:
+    static constexpr size_t kAlignment = 256;  // bytes: more than any load or cuBLASLt asks for
+
+    DeviceMemory() = default;
+    DeviceMemory(const DeviceMemory&) = delete;
+    DeviceMemory& operator=(const DeviceMemory&) = delete;
+    ~DeviceMemory() { cudaFree(data_); }
+
+    char* allocate(size_t bytes) {
+        size_t free = 0, total = 0;
+        check(cudaMemGetInfo(&free, &total));
+        cudaError_t status = cudaMalloc(&data_, bytes ? bytes : kAlignment);
+        if (status == cudaErrorMemoryAllocation) {
+            cudaGetLastError();  // not a sticky one
+            fail("out of GPU memory: ", bytes >> 20, " MiB asked for, ", free >> 20, " of ", total >> 20,
+                 " MiB free: expected a smaller --batch or --seq, --dtype bf16 or --recompute block");
+        }
+        check(status);
+        return data_;
+    }
+    template <class Real>
+    bool finite(const Real* x, size_t n) const {
+        return all_finite(x, n);
+    }
+
+  private:
+    char* data_ = nullptr;
+};
+using MemoryPlan = ::MemoryPlan<DeviceMemory>;
+
+template <class T>
+inline void copy_to_device(T* to, const T* from, size_t n, cudaStream_t stream) {
+    check(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyHostToDevice, stream));
+}
+// Waits for the stream.
+template <class T>
+inline void copy_to_host(T* to, const T* from, size_t n, cudaStream_t stream) {
+    check(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDeviceToHost, stream));
+    check(cudaStreamSynchronize(stream));
+}
+
+}  // namespace gpu
