@@ -40,10 +40,15 @@ lesser   := $(if $(filter 1,$(DISPATCH)),avx2 $(if $(filter avx512vl,$(shell cat
 # is that of the system, or the one that dev/setup.sh has put into .venv.
 NVCC     ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc .venv/cuda/bin/nvcc))
 CUDA     ?= $(if $(NVCC),$(realpath $(dir $(realpath $(NVCC)))..))
-cuda     := -std=c++20 -O3 -lineinfo -I. -ccbin $(firstword $(CXX)) -Xcompiler -Wall,-Wextra
+comma    := ,
+cuda     := -std=c++20 -O3 -lineinfo -I. -ccbin $(firstword $(CXX)) -Xcompiler -Wall,-Wextra$(if $(findstring clang,$(CXX)),$(comma)-Wno-unused-function),-fopenmp
+# For hardware; the PTX of compute_80, which goes with it, is for the simulator and for what is newer than these.
+GPU_ARCH ?= 80 90
+to_gpu   := $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_80,code=compute_80 \
+            -Xfatbin -compress=false
 to_ptx   := -gencode arch=compute_80,code=compute_80 -Xfatbin -compress=false
 sim      := $(patsubst dev/ptxsim/%.cpp,$(BUILD)/ptxsim/%.o,$(wildcard dev/ptxsim/*.cpp))
-simtests := $(patsubst tests/%.cu,$(BUILD)/%.o,$(wildcard tests/ptxsim_*.cu)) $(BUILD)/ptxsim_libraries.o
+cutests  := $(patsubst tests/%.cu,$(BUILD)/%.o,$(wildcard tests/*.cu))
 
 .PHONY: all quickstart test bench bench-quick gpu-test ptxsim-bench format clean help
 all: train_gpt
@@ -91,17 +96,17 @@ $(BUILD)/libptxsim.a: $(sim)
 	@rm -f $@
 	ar rcs $@ $^
 
-$(BUILD)/ptxsim_%.o: tests/ptxsim_%.cu $(BUILD)/flags
+$(cutests): $(BUILD)/%.o: tests/%.cu $(BUILD)/flags
 	$(NVCC) $(cuda) $(to_ptx) -MMD -MP -c $< -o $@
 
 $(BUILD)/ptxsim_libraries.o: tests/ptxsim_libraries.cpp $(BUILD)/flags
 	$(CXX) $(flags) $(native) -isystem $(CUDA)/include -c $< -o $@
 
-$(BUILD)/ptxsim/tests: $(BUILD)/main.o $(simtests) $(BUILD)/libptxsim.a
+$(BUILD)/ptxsim/tests: $(BUILD)/main.o $(cutests) $(BUILD)/ptxsim_libraries.o $(BUILD)/libptxsim.a
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 # The same objects on hardware, whose driver compiles their PTX: all but what is about the simulator's own reports.
-$(BUILD)/gpu-tests: $(BUILD)/main.o $(filter-out %_faults.o %_streams.o %_samples.o %_libraries.o,$(simtests)) \
+$(BUILD)/gpu-tests: $(BUILD)/main.o $(filter-out %_faults.o %_streams.o %_samples.o,$(cutests)) \
     $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
 	$(CXX) $(flags) $^ -o $@ -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcudart
 

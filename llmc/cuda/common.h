@@ -34,7 +34,7 @@ inline void check_launch(std::source_location where = std::source_location::curr
 }
 
 template <class Int>
-constexpr Int ceil_div(Int n, Int by) {
+__host__ __device__ constexpr Int ceil_div(Int n, Int by) {
     return (n + by - 1) / by;
 }
 

@@ -1,7 +1,7 @@
 // Where a MemoryPlan of the GPU lies, and copies to and from there.
 #pragma once
-#include <string>
-#include <vector>
+#include <algorithm>
+#include <utility>
 
 #include "llmc/cuda/common.h"
 #include "llmc/memory_plan.h"
@@ -39,6 +39,7 @@ class DeviceMemory {
     DeviceMemory(const DeviceMemory&) = delete;
     DeviceMemory& operator=(const DeviceMemory&) = delete;
     ~DeviceMemory() { cudaFree(data_); }
+    void swap(DeviceMemory& other) { std::swap(data_, other.data_); }
 
     char* allocate(size_t bytes) {
         size_t free = 0, total = 0;
@@ -61,6 +62,39 @@ class DeviceMemory {
     char* data_ = nullptr;
 };
 using MemoryPlan = ::MemoryPlan<DeviceMemory>;
+
+// n numbers of its own, of no particular value.
+template <class T>
+class DeviceArray {
+  public:
+    DeviceArray() = default;
+    explicit DeviceArray(size_t n) : size_(n) {
+        if (n) data_ = (T*)memory_.allocate(n * sizeof(T));
+    }
+    DeviceArray(DeviceArray&& other) noexcept { *this = std::move(other); }
+    DeviceArray& operator=(DeviceArray&& other) noexcept {
+        std::swap(data_, other.data_);
+        std::swap(size_, other.size_);
+        memory_.swap(other.memory_);
+        return *this;
+    }
+    T* get() const { return data_; }
+    size_t size() const { return size_; }
+
+    // Room for n numbers; those that are there stay. Waits for the stream where it has to move.
+    void grow(size_t n, cudaStream_t stream) {
+        if (n <= size_) return;
+        DeviceArray larger(std::max(n, 2 * size_));
+        if (size_) check(cudaMemcpyAsync(larger.data_, data_, size_ * sizeof(T), cudaMemcpyDeviceToDevice, stream));
+        check(cudaStreamSynchronize(stream));
+        *this = std::move(larger);
+    }
+
+  private:
+    T* data_ = nullptr;
+    size_t size_ = 0;
+    DeviceMemory memory_;
+};
 
 template <class T>
 inline void copy_to_device(T* to, const T* from, size_t n, cudaStream_t stream) {

@@ -1,0 +1,194 @@
+// AdamW (arXiv 1711.05101), the norm of the gradient and the factor that clips it, which never leave the
+// device.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "llmc/cuda/columns.h"
+#include "llmc/cuda/rng.h"
+#include "llmc/parameters.h"
+
+namespace gpu {
+
+// The weight decay from element `begin`, a multiple of 4, to the next range's.
+struct DecayRange {
+    size_t begin;
+    float weight_decay;
+};
+
+// Of all tensors of an array, neighbours with the same decay in one; the first begins at 0.
+inline std::vector<DecayRange> decay_ranges(const ParameterTable& table, float weight_decay) {
+    std::vector<DecayRange> ranges;
+    for (const ParameterTensor& t : table.tensors) {
+        float decay = t.weight_decay ? weight_decay : 0.0f;
+        if (ranges.empty() || ranges.back().weight_decay != decay) ranges.push_back({t.offset, decay});
+    }
+    return ranges;
+}
+
+// The upper half of x's bits after 16 random bits are added to the lower: the two neighbours of x in bf16 are
+// taken with the probabilities that make their mean x.
+__device__ inline bf16 round_stochastically(float x, uint32_t random16) {
+    uint32_t bits = __float_as_uint(x);
+    if ((bits & 0x7F800000u) == 0x7F800000u) return from_float<bf16>(x);
+    return __ushort_as_bfloat16((unsigned short)((bits + random16) >> 16));
+}
+
+struct AdamwStep {
+    float learning_rate, beta1, beta2, eps, step_size, v_scale;
+    bool stochastic;
+    uint64_t seed, step;
+};
+
+constexpr int kAdamwThreads = 256, kAdamwTurns = 4;  // packs a thread
+constexpr int kAdamwTile = kAdamwThreads * 4 * kAdamwTurns;
+
+template <class Real, class Gradient>
+__global__ void __launch_bounds__(kAdamwThreads)
+    adamw_kernel(float* __restrict__ param, Real* __restrict__ copy, const Gradient* __restrict__ grad,
+                 float* __restrict__ m, float* __restrict__ v, size_t n,
+                 const DecayRange* __restrict__ ranges, int range_count, const float* __restrict__ grad_scale,
+                 AdamwStep o) {
+    size_t begin = (size_t)blockIdx.x * kAdamwTile;
+    int range = 0;  // the last one that begins at or before `begin`
+    for (int end = range_count; range + 1 < end;) {
+        int middle = (range + end) / 2;
+        (ranges[middle].begin <= begin ? range : end) = middle;
+    }
+    float decay = ranges[range].weight_decay, scale = *grad_scale;
+    size_t next = range + 1 < range_count ? ranges[range + 1].begin : n;
+#pragma unroll 1
+    for (int turn = 0; turn < kAdamwTurns; turn++) {
+        size_t i = begin + (turn * kAdamwThreads + threadIdx.x) * 4;
+        if (i >= n) return;
+        while (i >= next) {
+            range++;
+            decay = ranges[range].weight_decay;
+            next = range + 1 < range_count ? ranges[range + 1].begin : n;
+        }
+        size_t count = n - i;
+        Floats<4> p = load_floats<4>(param + i, count), g = load_floats<4>(grad + i, count);
+        Floats<4> mi = load_floats<4>(m + i, count), vi = load_floats<4>(v + i, count);
+        float keep = 1.0f - o.learning_rate * decay;
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            float gk = g[k] * scale;
+            mi[k] = o.beta1 * mi[k] + (1.0f - o.beta1) * gk;
+            vi[k] = o.beta2 * vi[k] + (1.0f - o.beta2) * gk * gk;
+            p[k] = p[k] * keep - o.step_size * mi[k] / (sqrtf(vi[k]) * o.v_scale + o.eps);
+        }
+        store_floats<4>(param + i, p, count);
+        store_floats<4>(m + i, mi, count);
+        store_floats<4>(v + i, vi, count);
+        if constexpr (!std::is_same_v<Real, float>) {
+            if (o.stochastic) {
+                uint4 bits = random_block(o.seed, o.step, i / 4);
+                uint32_t random[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+                for (int k = 0; k < 4; k++) p[k] = to_float(round_stochastically(p[k], random[k] >> 16));
+            }
+            store_floats<4>(copy + i, p, count);
+        }
+    }
+}
+
+// One step over all tensors in one pass over memory: m and v are the moving averages of the gradient times
+// *grad_scale (the clip factor) and of its square, bias-corrected by `step`, which counts from 1; weight
+// decay is decoupled. The bf16 copy is rounded to nearest, or stochastically with bits that depend on seed,
+// step and index alone.
+template <class Real, class Gradient>
+void adamw_update(float* param,          // (n)
+                  Real* copy,            // (n): the new param in bf16, or null where Real is float
+                  const Gradient* grad,  // (n)
+                  float* m,              // (n)
+                  float* v,              // (n)
+                  size_t n, float learning_rate, float beta1, float beta2, float eps,
+                  const DecayRange* ranges,  // (range_count), on the device
+                  int range_count,
+                  const float* grad_scale,  // (1), on the device
+                  int step, bool stochastic, uint64_t seed, cudaStream_t stream) {
+    float step_size = (float)(learning_rate / (1 - std::pow((double)beta1, step)));
+    float v_scale = (float)(1 / std::sqrt(1 - std::pow((double)beta2, step)));
+    AdamwStep o{learning_rate, beta1, beta2, eps, step_size, v_scale, stochastic, seed, (uint64_t)step};
+    unsigned blocks = (unsigned)ceil_div(n, (size_t)kAdamwTile);
+    adamw_kernel<<<blocks, kAdamwThreads, 0, stream>>>(param, copy, grad, m, v, n, ranges, range_count,
+                                                       grad_scale, o);
+    check_launch();
+}
+
+// ----------------------------------------------------------------------------------------- sum_of_squares
+
+constexpr int kSquaresThreads = 256, kSquaresTurns = 4, kSquaresBlocks = 6 * kMultiprocessors;
+constexpr int kSquaresTile = kSquaresThreads * 4 * kSquaresTurns;
+
+__device__ inline double block_sum_of_doubles(double x, double* shared /*(warps)*/) {
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
+    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
+    __syncthreads();
+    double total = 0;
+    for (int w = 0; w < (int)blockDim.x / kWarp; w++) total += shared[w];
+    return total;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kSquaresThreads)
+    sum_of_squares_kernel(double* partial, const T* __restrict__ x, size_t n) {
+    __shared__ double shared[kSquaresThreads / kWarp];
+    double total = 0;
+    for (size_t tile = blockIdx.x * (size_t)kSquaresTile; tile < n;
+         tile += gridDim.x * (size_t)kSquaresTile) {
+        Floats<4> values[kSquaresTurns];
+#pragma unroll
+        for (int turn = 0; turn < kSquaresTurns; turn++) {
+            size_t i = tile + (turn * kSquaresThreads + threadIdx.x) * 4;
+            if (i < n) values[turn] = load_floats<4>(x + i, n - i);
+        }
+#pragma unroll
+        for (int turn = 0; turn < kSquaresTurns; turn++)
+#pragma unroll
+            for (int k = 0; k < 4; k++) total += (double)values[turn][k] * values[turn][k];
+    }
+    total = block_sum_of_doubles(total, shared);
+    if (threadIdx.x == 0) partial[blockIdx.x] = total;
+}
+
+static __global__ void __launch_bounds__(kSquaresThreads)
+    add_squares_kernel(double* sum, const double* __restrict__ partial, int parts) {
+    __shared__ double shared[kSquaresThreads / kWarp];
+    double total = 0;
+    for (int i = threadIdx.x; i < parts; i += kSquaresThreads) total += partial[i];
+    total = block_sum_of_doubles(total, shared);
+    if (threadIdx.x == 0) *sum = total;
+}
+
+// In double, over blocks of a fixed number and then over the blocks.
+template <class T>
+void sum_of_squares(double* sum,      // (1), on the device
+                    double* scratch,  // (kSquaresBlocks)
+                    const T* x,       // (n)
+                    size_t n, cudaStream_t stream) {
+    int blocks = (int)std::min(ceil_div(n, (size_t)kSquaresTile), (size_t)kSquaresBlocks);
+    if (blocks > 0) {
+        sum_of_squares_kernel<<<blocks, kSquaresThreads, 0, stream>>>(scratch, x, n);
+        check_launch();
+    }
+    add_squares_kernel<<<1, kSquaresThreads, 0, stream>>>(sum, scratch, blocks);
+    check_launch();
+}
+
+static __global__ void clip_factor_kernel(float* grad_scale, const double* sum, double max_norm) {
+    double norm = sqrt(*sum);
+    *grad_scale = max_norm > 0 && norm > max_norm ? (float)(max_norm / norm) : 1.0f;
+}
+
+// What a gradient with this sum of squares is multiplied with so that its norm is at most max_norm; 0: not
+// clipped.
+inline void clip_factor(float* grad_scale,  // (1), on the device
+                        const double* sum,  // (1), on the device
+                        double max_norm, cudaStream_t stream) {
+    clip_factor_kernel<<<1, 1, 0, stream>>>(grad_scale, sum, max_norm);
+    check_launch();
+}
+
+}  // namespace gpu

@@ -1,0 +1,281 @@
+// What the attention kernels for bf16 are made of: tiles of 64 rows in shared memory, copied there by cp.async
+// and read by ldmatrix, and products of them by mma.sync.m16n8k16. And the tables of numbers by which attention
+// scales its rows and fades with distance, which all precisions share.
+//
+// A warp's products have 16 rows; of a fragment's 16 x 8 results a lane has those in rows g and g+8, columns 2t
+// and 2t+1, where g = lane / 4 and t = lane % 4.
+#pragma once
+#include <cmath>
+#include <utility>
+
+#include "llmc/attention_scale.h"
+#include "llmc/config.h"
+#include "llmc/cuda/common.h"
+
+namespace gpu {
+
+constexpr int kAttentionTile = 64;      // queries, and keys
+constexpr int kAttentionThreads = 128;  // four warps of 16 rows each
+
+// ---------------------------------------------------------------------------------------------- fragments
+
+struct FragmentA {
+    uint32_t r[4];  // 16 x 16
+};
+struct FragmentB {
+    uint32_t r[4];  // 16 x 16: two of mma's 16 x 8
+};
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+    return (uint32_t)__cvta_generic_to_shared(pointer);
+}
+
+__device__ inline void ldmatrix(uint32_t (&r)[4], const bf16* at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(at))
+                 : "memory");
+}
+__device__ inline void ldmatrix_transposed(uint32_t (&r)[4], const bf16* at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(at))
+                 : "memory");
+}
+
+__device__ inline void mma(float (&c)[4], const FragmentA& a, uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1));
+}
+// Two neighbouring results of 16 x 8.
+__device__ inline void mma(float (&left)[4], float (&right)[4], const FragmentA& a, const FragmentB& b) {
+    mma(left, a, b.r[0], b.r[1]);
+    mma(right, a, b.r[2], b.r[3]);
+}
+
+__device__ inline uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<uint32_t*>(&pair);
+}
+
+// Results of two products as the factor of the next: they lie in a lane's registers as mma wants them.
+__device__ inline FragmentA as_factor(const float (&left)[4], const float (&right)[4]) {
+    return {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]), pack_bf16(right[0], right[1]),
+            pack_bf16(right[2], right[3])};
+}
+
+// -------------------------------------------------------------------------------------------------- tiles
+
+
+// 64 rows of kD numbers in shared memory. The chunks of 16 bytes of a row are permuted by the row's number, so
+// that any eight rows that follow each other have their chunks of one column in different banks.
+template <int kD>
+struct Tile {
+    static constexpr int kChunks = kD / 8, size = kAttentionTile * kD;
+    static_assert(kD % 16 == 0);
+
+    __device__ static int permutation(int row) {
+        return kChunks % 8 == 0 ? row & 7 : kChunks % 4 == 0 ? row >> 1 & 3 : row >> 2 & 1;
+    }
+    __device__ static int offset(int row, int chunk) { return (row * kChunks + (chunk ^ permutation(row))) * 8; }
+
+    // Rows `row`.. +15, a multiple of 16, and columns 16 k.. +15, as the first factor.
+    __device__ static FragmentA a(const bf16* tile, int row, int k) {
+        int lane = threadIdx.x % kWarp;
+        FragmentA f;
+        ldmatrix(f.r, tile + row * kD + offset(lane & 15, 2 * k + (lane >> 4)));
+        return f;
+    }
+    // The same rows and columns, transposed, as the second factor.
+    __device__ static FragmentB b_transposed(const bf16* tile, int row, int k) {
+        int lane = threadIdx.x % kWarp;
+        FragmentB f;
+        ldmatrix(f.r, tile + row * kD + offset((lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
+        return f;
+    }
+    // The same rows and columns as the second factor.
+    __device__ static FragmentB b(const bf16* tile, int row, int k) {
+        int lane = threadIdx.x % kWarp;
+        FragmentB f;
+        ldmatrix_transposed(f.r, tile + row * kD + offset(lane & 15, 2 * k + (lane >> 4)));
+        return f;
+    }
+};
+
+// 16 bytes, or zeros.
+__device__ inline void copy_async(bf16* to, const bf16* from, bool present) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(present ? 16 : 0)
+                 : "memory");
+}
+__device__ inline void commit_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Until all but the `kLeft` latest groups of this thread are there.
+template <int kLeft>
+__device__ inline void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// Starts the copy of `rows` rows of D numbers, with zeros around them. Where D is no multiple of 8, rows do not
+// begin at 16-byte addresses and go element by element.
+template <int kD>
+__device__ inline void load_tile(bf16* tile, const bf16* from, size_t stride, int rows, int D) {
+    const bool aligned = D % 8 == 0;
+#pragma unroll
+    for (int i = threadIdx.x; i < Tile<kD>::size / 8; i += kAttentionThreads) {
+        int row = i / Tile<kD>::kChunks, chunk = i % Tile<kD>::kChunks;
+        bf16* to = tile + Tile<kD>::offset(row, chunk);
+        if (aligned) {
+            bool present = row < rows && chunk * 8 < D;
+            copy_async(to, present ? from + row * stride + chunk * 8 : from, present);
+        } else {
+            Pack<bf16> pack;
+            for (int e = 0; e < 8; e++)
+                pack[e] = row < rows && chunk * 8 + e < D ? from[row * stride + chunk * 8 + e]
+                                                          : __float2bfloat16_rn(0);
+            store_pack(to, pack);
+        }
+    }
+}
+
+// Writes a warp's 16 rows of results, by way of its own rows of a tile that nothing else needs any more, so that
+// stores are of 16 bytes.
+//   rows: how many of the tile's 64 there are; factor: of rows g and g+8
+template <int kD>
+__device__ inline void store_rows(bf16* to, size_t stride, bf16* tile, const float (&x)[kD / 8][4],
+                                  float factor0, float factor1, int rows, int D) {
+    int lane = threadIdx.x % kWarp, row0 = threadIdx.x / kWarp * 16, g = lane / 4, t = lane % 4;
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < kD / 8; n++) {
+        auto put = [&](int row, uint32_t pair) {
+            *reinterpret_cast<uint32_t*>(tile + Tile<kD>::offset(row, n) + 2 * t) = pair;
+        };
+        put(row0 + g, pack_bf16(x[n][0] * factor0, x[n][1] * factor0));
+        put(row0 + g + 8, pack_bf16(x[n][2] * factor1, x[n][3] * factor1));
+    }
+    __syncwarp();
+    for (int i = lane; i < 16 * Tile<kD>::kChunks; i += kWarp) {
+        int row = row0 + i / Tile<kD>::kChunks, chunk = i % Tile<kD>::kChunks;
+        if (row >= rows || chunk * 8 >= D) continue;
+        Pack<bf16> pack = load_pack(tile + Tile<kD>::offset(row, chunk));
+        bf16* at = to + row * stride + chunk * 8;
+        if (D % 8 == 0) {
+            store_pack(at, pack);
+        } else {
+            for (int e = 0; e < 8 && chunk * 8 + e < D; e++) at[e] = pack[e];
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------- tables
+
+// One for all heads where there is no decay, one a head otherwise. Filled on the device, for a learned decay is
+// known nowhere else.
+struct AttentionTables {
+    float* c = nullptr;     // (heads,T): c_i / sqrt(D)^p of a polynomial; without c_i for `sum`
+    float* fade = nullptr;  // (heads,T): gamma^n
+    // (heads,T): the distance e_i at which a term of row i has no part in the gradient of log gamma, for what
+    // gamma takes from it there c_i gives back.
+    float* neutral = nullptr;
+    float* log_gamma = nullptr;  // (heads)
+    int stride = 0;              // from one head to the next: T, or 0
+
+    static size_t size(int T, int H) { return (3 * (size_t)T + 1) * H; }
+
+    AttentionTables(float* scratch /*(size)*/, bool decays, int T, int H) : stride(decays ? T : 0) {
+        size_t n = (size_t)T * (decays ? H : 1);
+        c = std::exchange(scratch, scratch + n);
+        if (!decays) return;
+        fade = std::exchange(scratch, scratch + n);
+        neutral = std::exchange(scratch, scratch + n);
+        log_gamma = scratch;
+    }
+};
+
+// 1 / (e^y - 1) - 1 / y.
+__device__ inline double smooth_part(double y) {
+    if (y < 0.1) {
+        double z = y * y;
+        return -0.5 + y * (1.0 / 12 - z * (1.0 / 720 - z * (1.0 / 30240 - z * (1.0 / 1209600))));
+    }
+    return 1 / expm1(y) - 1 / y;
+}
+
+// By index of row and distance. factor: what c_i has for all rows; kind: the rest of it.
+template <bool kPolynomial>
+__global__ void attention_tables(AttentionTables tables, const float* decay /*(H), or null*/, ScaleKind kind,
+                                 double factor, int T) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x, h = blockIdx.y;
+    if (i >= T) return;
+    double delta = decay ? (double)decay[h] : 0;
+    double log_g = !decay ? 0 : delta > 0 ? -log1p(exp(-delta)) : delta - log1p(exp(delta));
+    size_t at = (size_t)h * T + i;
+    double length = i + 1;  // n_i
+    if (kPolynomial && kind == ScaleKind::row && log_g != 0) length = expm1(2 * length * log_g) / expm1(2 * log_g);
+    double c = kind == ScaleKind::row ? factor / sqrt(length) : kind == ScaleKind::mean ? factor / (i + 1) : factor;
+    tables.c[at] = (float)c;
+    if (!decay) return;
+    tables.fade[at] = (float)exp(i * log_g);
+    // The derivative of log n_i in 2 log gamma, without the 1 / (2 log gamma) that its two terms share.
+    bool gives_back = kPolynomial && kind == ScaleKind::row;
+    tables.neutral[at] =
+        gives_back ? (float)(smooth_part(-2 * log_g) - (i + 1) * smooth_part(-2 * (i + 1) * log_g)) : 0.0f;
+    if (i == 0) tables.log_gamma[h] = (float)log_g;
+}
+
+inline void make_tables(const AttentionTables& tables, const float* decay, const AttentionConfig& config, int T,
+                        int H, int D, cudaStream_t stream) {
+    if (config.softmax() && !decay) return;
+    double factor = std::pow((double)D, -0.5 * config.power), m = gaussian_moment(config.power, D);
+    if (config.scale == ScaleKind::row || config.scale == ScaleKind::mean) factor /= std::sqrt(m);
+    if (config.scale == ScaleKind::context) factor /= std::sqrt((double)config.context);
+    if (config.scale == ScaleKind::constant) factor *= config.constant;
+    auto kernel = config.softmax() ? &attention_tables<false> : &attention_tables<true>;
+    kernel<<<dim3(ceil_div(T, 128), decay ? H : 1), 128, 0, stream>>>(tables, decay, config.scale, factor, T);
+    check_launch();
+}
+
+// ---------------------------------------------------------------------------------- gradient of the decay
+
+__device__ inline double warp_total(double x) {
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
+    return x;
+}
+// *to = the sum over a block of kAttentionThreads.
+__device__ inline void block_total(double x, double* of_warps /*(4)*/, double* to) {
+    x = warp_total(x);
+    if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = x;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    double total = 0;
+    for (int warp = 0; warp < kAttentionThreads / kWarp; warp++) total += of_warps[warp];
+    *to = total;
+}
+
+// One warp a head.
+template <int kLanes = kWarp>
+__global__ void attention_decay_gradient(float* ddecay,             // (H) +=
+                                         const double* dlog_gamma,  // (B,H,tiles)
+                                         const float* decay,        // (H)
+                                         int B, int tiles, int H) {
+    int h = blockIdx.x;
+    double total = 0;
+    for (int i = threadIdx.x; i < B * tiles; i += kLanes)
+        total += dlog_gamma[((size_t)(i / tiles) * H + h) * tiles + i % tiles];
+    total = warp_total(total);
+    // d log sigmoid(delta) = 1 - sigmoid(delta)
+    if (threadIdx.x == 0) ddecay[h] += (float)(total / (1 + exp((double)decay[h])));
+}
+
+inline void add_decay_gradient(float* ddecay, const double* dlog_gamma, const float* decay, int B, int tiles,
+                               int H, cudaStream_t stream) {
+    attention_decay_gradient<><<<H, kWarp, 0, stream>>>(ddecay, dlog_gamma, decay, B, tiles, H);
+    check_launch();
+}
+
+}  // namespace gpu

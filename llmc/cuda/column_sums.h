@@ -1,0 +1,81 @@
+// Sums of the rows of a matrix, for gradients of biases, gains and convolution weights. Without atomics: sums of
+// blocks of rows first, then of these, so that the order of additions is that of the sizes alone.
+#pragma once
+#include <algorithm>
+
+#include "llmc/cuda/common.h"
+#include "llmc/cuda/vector.h"
+
+namespace gpu {
+
+constexpr int kColumnLanes = 8;      // threads side by side
+constexpr int kColumnRows = 32;      // rows that a block reads at a time
+constexpr int kColumnBlocks = 512;   // that fill a GPU
+constexpr size_t kColumnSumsScratch = (size_t)kColumnBlocks * kColumnLanes * Pack<bf16>::size;
+
+// Block (x, y) sums `rows` rows from y * rows on of a few columns into row y of out, or adds them to it.
+template <class Real, int kWidth, bool kAdds>
+__global__ void __launch_bounds__(kColumnLanes* kColumnRows)
+    column_sums_kernel(float* out,       // (gridDim.y,C)
+                       const Real* inp,  // (N,C)
+                       int rows, int N, int C) {
+    constexpr int kWarps = kColumnLanes * kColumnRows / kWarp, kColumns = kColumnLanes * kWidth;
+    __shared__ float shared[kWarps][kColumns];
+    int lane = threadIdx.x % kColumnLanes, c = blockIdx.x * kColumns + lane * kWidth;
+    int begin = blockIdx.y * rows, end = min(N, begin + rows);
+    float sum[kWidth] = {};
+    if (c < C) {
+#pragma unroll 4
+        for (int n = begin + threadIdx.x / kColumnLanes; n < end; n += kColumnRows) {
+            float x[kWidth];
+            load_floats(x, inp + (size_t)n * C + c);
+#pragma unroll
+            for (int i = 0; i < kWidth; i++) sum[i] += x[i];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) {
+        for (int offset = kColumnLanes; offset < kWarp; offset *= 2)
+            sum[i] += __shfl_xor_sync(0xFFFFFFFFu, sum[i], offset);
+        if (threadIdx.x % kWarp < kColumnLanes) shared[threadIdx.x / kWarp][lane * kWidth + i] = sum[i];
+    }
+    __syncthreads();
+    c = blockIdx.x * kColumns + threadIdx.x;
+    if (threadIdx.x >= kColumns || c >= C) return;
+    float total = 0;
+    for (int w = 0; w < kWarps; w++) total += shared[w][threadIdx.x];
+    float& to = out[(size_t)blockIdx.y * C + c];
+    to = kAdds ? to + total : total;
+}
+
+// out += the sum of the rows of inp.
+template <class Real>
+void add_column_sums(float* out,       // (C) +=
+                     float* scratch,   // (kColumnSumsScratch)
+                     const Real* inp,  // (N,C)
+                     int N, int C, cudaStream_t stream) {
+    auto run = [&](auto width) {
+        constexpr int kWidth = width();
+        constexpr int kThreads = kColumnLanes * kColumnRows;
+        int blocks = ceil_div(C, kColumnLanes * kWidth);
+        int parts = std::clamp(kColumnBlocks / blocks, 1, ceil_div(N, 4 * kColumnRows));
+        if (parts == 1) {
+            column_sums_kernel<Real, kWidth, true><<<blocks, kThreads, 0, stream>>>(out, inp, N, N, C);
+            return check_launch();
+        }
+        int rows = ceil_div(N, parts);
+        column_sums_kernel<Real, kWidth, false>
+            <<<dim3(blocks, parts), kThreads, 0, stream>>>(scratch, inp, rows, N, C);
+        check_launch();
+        column_sums_kernel<float, 1, true><<<ceil_div(C, kColumnLanes), kThreads, 0, stream>>>(
+            out, scratch, parts, parts, C);
+        check_launch();
+    };
+    if (in_packs<Real>(C, inp)) {
+        run(std::integral_constant<int, Pack<Real>::size>());
+    } else {
+        run(std::integral_constant<int, 1>());
+    }
+}
+
+}  // namespace gpu

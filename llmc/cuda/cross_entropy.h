@@ -1,0 +1,119 @@
+// Softmax cross-entropy over the vocabulary, loss and gradient in one pass: a block reads its row of logits once,
+// keeps it in shared memory where it fits, and writes the gradient in its place.
+#pragma once
+#include <algorithm>
+
+#include "llmc/cuda/common.h"
+#include "llmc/cuda/vector.h"
+
+namespace gpu {
+
+constexpr int kCrossEntropyThreads = 1024;
+
+// One block a row. kKeeps: the row is kept in shared memory, otherwise it is read again.
+template <class Real, int kWidth, bool kKeeps>
+__global__ void __launch_bounds__(kCrossEntropyThreads)
+    cross_entropy_kernel(float* losses, Real* dlogits, const Real* logits, const int* targets, float dloss, int V,
+                         int Vp) {
+    extern __shared__ __align__(16) unsigned char row_memory[];
+    __shared__ float shared[2][kWarp];
+    Real* kept = reinterpret_cast<Real*>(row_memory);
+    const Real* row = logits + (size_t)blockIdx.x * Vp;
+    int target = targets[blockIdx.x], begin = threadIdx.x * kWidth, step = blockDim.x * kWidth;
+    float target_logit = threadIdx.x == 0 ? to_float(row[target]) : 0.0f;  // before its gradient takes its place
+
+    // This thread's largest logit so far, and the sum of exponentials relative to it.
+    float most = -INFINITY, total = 0;
+    for (int v = begin; v < V; v += step) {
+        float x[kWidth];
+        load_floats(x, row + v);
+        if constexpr (kKeeps) store_floats(kept + v, x);
+        float pack_most = x[0];
+#pragma unroll
+        for (int i = 1; i < kWidth; i++)
+            if (v + i < V) pack_most = fmaxf(pack_most, x[i]);
+        if (pack_most > most) {
+            total *= expf(most - pack_most);
+            most = pack_most;
+        }
+#pragma unroll
+        for (int i = 0; i < kWidth; i++)
+            if (v + i < V) total += expf(x[i] - most);
+    }
+    float largest = block_max(most, shared[0]);
+    total = block_sum(total == 0 ? 0.0f : total * expf(most - largest), shared[1]);
+    if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + (largest - target_logit);
+    if (dloss == 0) return;
+
+    float factor = dloss / total;
+    Real* drow = dlogits + (size_t)blockIdx.x * Vp;
+    for (int v = begin; v < Vp; v += step) {
+        float x[kWidth] = {};
+        if (v < V) load_floats(x, (kKeeps ? kept : row) + v);
+#pragma unroll
+        for (int i = 0; i < kWidth; i++) {
+            x[i] = v + i < V ? expf(x[i] - largest) * factor : 0.0f;
+            if (v + i == target) x[i] -= dloss;
+        }
+        store_floats(drow + v, x);
+    }
+}
+
+// losses = -log softmax(logits[:V])[target]. Where dloss != 0, dlogits is the gradient times dloss, zero in the
+// padding V..Vp.
+template <class Real>
+void cross_entropy(float* losses,       // (N)
+                   Real* dlogits,       // (N,Vp), where dloss != 0; may be logits
+                   const Real* logits,  // (N,Vp)
+                   const int* targets,  // (N)
+                   float dloss, int N, int V, int Vp, cudaStream_t stream) {
+    int device = 0, limit = 0;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    int bytes = Vp * (int)sizeof(Real), own = 2 * kWarp * (int)sizeof(float);
+    auto run = [&](auto width, auto keeps) {
+        constexpr int kWidth = width();
+        auto kernel = cross_entropy_kernel<Real, kWidth, keeps()>;
+        int threads = std::min(kCrossEntropyThreads, ceil_div(ceil_div(Vp, kWidth), kWarp) * kWarp);
+        if (keeps()) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+        kernel<<<N, threads, keeps() ? bytes : 0, stream>>>(losses, dlogits, logits, targets, dloss, V, Vp);
+        check_launch();
+    };
+    auto choose = [&](auto width) {
+        if (bytes + own <= limit) {
+            run(width, std::true_type());
+        } else {
+            run(width, std::false_type());
+        }
+    };
+    if (in_packs<Real>(Vp, logits, dlogits)) {
+        choose(std::integral_constant<int, Pack<Real>::size>());
+    } else {
+        choose(std::integral_constant<int, 1>());
+    }
+}
+
+constexpr int kMeanLossThreads = 1024;
+
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) mean_loss_kernel(double* mean, const float* losses, int N) {
+    __shared__ double shared[kThreads];
+    double sum = 0;
+    for (int n = threadIdx.x; n < N; n += kThreads) sum += losses[n];
+    shared[threadIdx.x] = sum;
+    for (int half = kThreads / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0) *mean = shared[0] / N;
+}
+
+// Left on the device, for whoever wants to know.
+inline void mean_loss(double* mean,         // (1)
+                      const float* losses,  // (N)
+                      int N, cudaStream_t stream) {
+    mean_loss_kernel<kMeanLossThreads><<<1, kMeanLossThreads, 0, stream>>>(mean, losses, N);
+    check_launch();
+}
+
+}  // namespace gpu

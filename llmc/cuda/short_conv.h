@@ -1,0 +1,207 @@
+// A causal depthwise convolution over time: z_t = sum_{s<K} weight[s] inp_{t-s}, zero before the first token.
+//
+// A thread goes through some rows of a pack of channels with the last K rows in its registers, so that each row is
+// read about once. That is for K up to kConvTaps; wider ones read rows again, which are in the caches.
+#pragma once
+#include <algorithm>
+#include <cstddef>
+
+#include "llmc/cuda/column_sums.h"
+#include "llmc/cuda/common.h"
+#include "llmc/cuda/vector.h"
+
+namespace gpu {
+
+constexpr int kConvTaps = 4;
+constexpr int kConvLanes = 32, kConvRuns = 8;  // a block: threads along the channels, and along time
+
+// Rows that a thread goes through.
+inline int short_conv_rows(int T) {
+    return std::clamp(ceil_div(T, kConvRuns), 1, 32);
+}
+inline int short_conv_parts(int T) {
+    return ceil_div(T, short_conv_rows(T) * kConvRuns);
+}
+
+template <class Real, int kWidth, int K>
+__global__ void __launch_bounds__(kConvLanes* kConvRuns)
+    short_conv_forward_kernel(Real* out, const Real* inp, const float* weight, int rows, int T, int W) {
+    int w = (blockIdx.x * kConvLanes + threadIdx.x) * kWidth;
+    int begin = (blockIdx.y * kConvRuns + threadIdx.y) * rows, end = min(T, begin + rows);
+    if (w >= W || begin >= T) return;
+    size_t at = (size_t)blockIdx.z * T * W + w;
+    float taps[K][kWidth], x[K][kWidth] = {};  // x[s] is row t - s
+#pragma unroll
+    for (int s = 0; s < K; s++) {
+        load_floats(taps[s], weight + (size_t)s * W + w);
+        if (s < K - 1 && begin - 1 - s >= 0) load_floats(x[s], inp + at + (size_t)(begin - 1 - s) * W);
+    }
+#pragma unroll K
+    for (int t = begin; t < end; t++) {
+#pragma unroll
+        for (int s = K - 1; s > 0; s--)
+#pragma unroll
+            for (int i = 0; i < kWidth; i++) x[s][i] = x[s - 1][i];
+        load_floats(x[0], inp + at + (size_t)t * W);
+        float sum[kWidth] = {};
+#pragma unroll
+        for (int s = 0; s < K; s++)
+#pragma unroll
+            for (int i = 0; i < kWidth; i++) sum[i] += taps[s][i] * x[s][i];
+        store_floats(out + at + (size_t)t * W, sum);
+    }
+}
+
+// The gradients for the taps from `first` on, K of them at most; dinp only where it is not null. A block's sums of
+// the weights' gradients go to its row of partial.
+template <class Real, int kWidth, int K>
+__global__ void __launch_bounds__(kConvLanes* kConvRuns)
+    short_conv_backward_kernel(Real* dinp,
+                               float* partial,  // (gridDim.z,gridDim.y,taps,W)
+                               const Real* dout, const Real* inp, const float* weight, int first, int taps, int rows,
+                               int T, int W) {
+    __shared__ float shared[kConvRuns][kConvLanes * kWidth];
+    int w = (blockIdx.x * kConvLanes + threadIdx.x) * kWidth;
+    int begin = (blockIdx.y * kConvRuns + threadIdx.y) * rows, end = min(T, begin + rows);
+    size_t at = (size_t)blockIdx.z * T * W + w;
+    float dtaps[K][kWidth] = {};
+    if (w < W && begin < T) {
+        float weights[K][kWidth], d[K][kWidth] = {};  // d[s] is row t + first + s
+#pragma unroll
+        for (int s = 0; s < K; s++) {
+            if (dinp) load_floats(weights[s], weight + (size_t)s * W + w);
+            if (s > 0 && begin + first + s - 1 < T)
+                load_floats(d[s], dout + at + (size_t)(begin + first + s - 1) * W);
+        }
+        for (int t = begin; t < end; t++) {
+#pragma unroll
+            for (int s = 0; s < K - 1; s++)
+#pragma unroll
+                for (int i = 0; i < kWidth; i++) d[s][i] = d[s + 1][i];
+            int last = t + first + K - 1;
+            if (last < T) {
+                load_floats(d[K - 1], dout + at + (size_t)last * W);
+            } else {
+#pragma unroll
+                for (int i = 0; i < kWidth; i++) d[K - 1][i] = 0;
+            }
+            float x[kWidth];
+            load_floats(x, inp + at + (size_t)t * W);
+#pragma unroll
+            for (int s = 0; s < K; s++)
+#pragma unroll
+                for (int i = 0; i < kWidth; i++) dtaps[s][i] += x[i] * d[s][i];
+            if (!dinp) continue;
+            float dx[kWidth] = {};
+#pragma unroll
+            for (int s = 0; s < K; s++)
+#pragma unroll
+                for (int i = 0; i < kWidth; i++) dx[i] += weights[s][i] * d[s][i];
+            store_floats(dinp + at + (size_t)t * W, dx);
+        }
+    }
+    float* to = partial + (size_t)(blockIdx.z * gridDim.y + blockIdx.y) * taps * W;
+    int thread = threadIdx.y * kConvLanes + threadIdx.x;
+#pragma unroll
+    for (int s = 0; s < K; s++) {
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kWidth; i++) shared[threadIdx.y][i * kConvLanes + threadIdx.x] = dtaps[s][i];
+        __syncthreads();
+        // Column `lane` of the block's is element lane % kWidth of a thread's pack.
+        int column = blockIdx.x * kConvLanes * kWidth + thread;
+        if (thread >= kConvLanes * kWidth || column >= W || first + s >= taps) continue;
+        float sum = 0;
+        for (int run = 0; run < kConvRuns; run++)
+            sum += shared[run][thread % kWidth * kConvLanes + thread / kWidth];
+        to[(size_t)(first + s) * W + column] = sum;
+    }
+}
+
+// Any K, one pack of one row a thread: the convolution, or where kReversed its transpose, which makes dinp of dout.
+template <class Real, int kWidth, bool kReversed>
+__global__ void short_conv_wide_kernel(Real* out, const Real* inp, const float* weight, int T, int W, int K) {
+    int w = (blockIdx.x * kConvLanes + threadIdx.x) * kWidth, t = blockIdx.y * kConvRuns + threadIdx.y;
+    if (w >= W || t >= T) return;
+    size_t at = ((size_t)blockIdx.z * T + t) * W + w;
+    float sum[kWidth] = {};
+    for (int s = 0; s < K && (kReversed ? t + s < T : s <= t); s++) {
+        float x[kWidth], tap[kWidth];
+        load_floats(x, kReversed ? inp + at + (size_t)s * W : inp + at - (size_t)s * W);
+        load_floats(tap, weight + (size_t)s * W + w);
+#pragma unroll
+        for (int i = 0; i < kWidth; i++) sum[i] += tap[i] * x[i];
+    }
+    store_floats(out + at, sum);
+}
+
+// Calls run(width, taps): taps is K, or kConvTaps where K is more.
+template <class Real, class Run>
+void choose_short_conv(bool packs, int K, Run run) {
+    auto with_width = [&](auto width) {
+        if (K == 1) return run(width, std::integral_constant<int, 1>());
+        if (K == 2) return run(width, std::integral_constant<int, 2>());
+        if (K == 3) return run(width, std::integral_constant<int, 3>());
+        run(width, std::integral_constant<int, kConvTaps>());
+    };
+    if (packs) {
+        with_width(std::integral_constant<int, Pack<Real>::size>());
+    } else {
+        with_width(std::integral_constant<int, 1>());
+    }
+}
+
+template <class Real>
+void short_conv_forward(Real* out,            // (B,T,W)
+                        const Real* inp,      // (B,T,W)
+                        const float* weight,  // (K,W)
+                        int B, int T, int W, int K, cudaStream_t stream) {
+    choose_short_conv<Real>(in_packs<Real>(W, out, inp, weight), K, [&](auto width, auto taps) {
+        constexpr int kWidth = width();
+        dim3 block(kConvLanes, kConvRuns);
+        int columns = ceil_div(W, kConvLanes * kWidth);
+        if (K <= kConvTaps) {
+            short_conv_forward_kernel<Real, kWidth, taps()>
+                <<<dim3(columns, short_conv_parts(T), B), block, 0, stream>>>(out, inp, weight, short_conv_rows(T),
+                                                                              T, W);
+        } else {
+            short_conv_wide_kernel<Real, kWidth, false>
+                <<<dim3(columns, ceil_div(T, kConvRuns), B), block, 0, stream>>>(out, inp, weight, T, W, K);
+        }
+        check_launch();
+    });
+}
+
+// Floats.
+inline size_t short_conv_scratch(int B, int T, int W, int K) {
+    return kColumnSumsScratch + (size_t)B * short_conv_parts(T) * K * W;
+}
+
+template <class Real>
+void short_conv_backward(Real* dinp,           // (B,T,W)
+                         float* dweight,       // (K,W) +=
+                         float* scratch,       // (short_conv_scratch)
+                         const Real* dout,     // (B,T,W)
+                         const Real* inp,      // (B,T,W)
+                         const float* weight,  // (K,W)
+                         int B, int T, int W, int K, cudaStream_t stream) {
+    float* partial = scratch + kColumnSumsScratch;
+    int parts = short_conv_parts(T);
+    choose_short_conv<Real>(in_packs<Real>(W, dinp, dout, inp, weight), K, [&](auto width, auto taps) {
+        constexpr int kWidth = width();
+        dim3 block(kConvLanes, kConvRuns);
+        int columns = ceil_div(W, kConvLanes * kWidth);
+        for (int first = 0; first < K; first += taps()) {
+            short_conv_backward_kernel<Real, kWidth, taps()><<<dim3(columns, parts, B), block, 0, stream>>>(
+                K <= kConvTaps ? dinp : nullptr, partial, dout, inp, weight, first, K, short_conv_rows(T), T, W);
+            check_launch();
+        }
+        if (K <= kConvTaps) return;
+        short_conv_wide_kernel<Real, kWidth, true>
+            <<<dim3(columns, ceil_div(T, kConvRuns), B), block, 0, stream>>>(dinp, dout, weight, T, W, K);
+        check_launch();
+    });
+    add_column_sums(dweight, scratch, partial, B * parts, K * W, stream);
+}
+
+}  // namespace gpu

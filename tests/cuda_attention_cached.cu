@@ -1,0 +1,56 @@
+// Generation's attention against the oracle.
+#include "llmc/cuda/attention_cached.h"
+
+#include "tests/cuda_helpers.h"
+
+using namespace cuda_test;
+
+namespace {
+
+template <class Real>
+void check_cached(const AttentionConfig& config, bool decays, int start, int n, int H, int D) {
+    const int T = start + n, C = H * D;
+    CAPTURE(config.power);
+    CAPTURE(decays);
+    CAPTURE(start);
+    CAPTURE(n);
+    std::vector<Real> qkv = convert<Real>(reference::normal((size_t)T * 3 * C, 1));
+    Floats delta;
+    for (int h = 0; h < H && decays; h++) delta.push_back(1.0f + h);
+    Vector all = reference::attention_forward(to_double(qkv), to_double(delta), config, 1, T, H, D).out;
+    std::vector<Real> cache;
+    for (int t = 0; t < T; t++)
+        cache.insert(cache.end(), qkv.begin() + (size_t)t * 3 * C + C, qkv.begin() + (size_t)(t + 1) * 3 * C);
+    Floats scales;
+    for (int t = start; t < T; t++)
+        for (int h = 0; h < H; h++)
+            scales.push_back(config.softmax() || config.has_row_sum()
+                                 ? NAN
+                                 : (float)row_scale(config, t, decays ? log_gamma(delta[h]) : 0, D));
+    Device<Real> d_qkv(std::vector<Real>(qkv.begin() + (size_t)start * 3 * C, qkv.end())), d_cache(cache);
+    Device<float> d_delta(delta), d_scales(scales);
+    Vector expected(all.begin() + (size_t)start * C, all.end());
+    check_layer({expect<Real>("out", expected)}, [&](auto& out) {
+        Device<float> scores((size_t)n * H * T);
+        gpu::attention_cached_forward<Real>(out["out"], scores.get(), d_qkv.get(), d_cache.get(),
+                                            decays ? d_delta.get() : nullptr, d_scales.get(), config, start, n, H,
+                                            D, nullptr);
+        gpu::check(cudaDeviceSynchronize());
+    });
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("attention on the GPU: a few new tokens after those in the cache", Real, float, gpu::bf16) {
+    for (int power = 0; power <= 4; power++)
+        for (ScaleKind scale :
+             {ScaleKind::row, ScaleKind::context, ScaleKind::mean, ScaleKind::sum, ScaleKind::constant})
+            for (bool decays : {false, true}) {
+                if (power == 0 && scale != ScaleKind::row) continue;
+                AttentionConfig config;
+                config.power = power, config.scale = scale, config.constant = -0.35, config.context = 300;
+                check_cached<Real>(config, decays, 0, 1, 1, 8);
+                check_cached<Real>(config, decays, 65, 2, 3, 9);
+                check_cached<Real>(config, decays, 140, 1, 2, 64);
+            }
+}

@@ -1,0 +1,622 @@
+// The CUDA trainer. This file is the model, as train_gpt.cpp is for the CPU: the same forward pass, backward pass
+// and update, in the same order. The layers are in llmc/cuda/, a header each, twins of those in llmc/cpu/; the
+// loop, the command line, files and all else are in llmc/ and are those of the CPU trainer.
+//
+// Real, float or bf16, is what the matrix products multiply and most activations are kept in; the residual
+// stream, all statistics, weights, gradients and moments are float.
+//
+//   make train_gptcu && ./train_gptcu train --data data/shakespeare --out out/run --attention poly3
+//   make train_gptcu_sim: the same object on dev/ptxsim, for machines without a GPU
+#include <chrono>
+#include <cmath>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "llmc/config.h"
+#include "llmc/cuda/adamw.h"
+#include "llmc/cuda/attention.h"
+#include "llmc/cuda/attention_cached.h"
+#include "llmc/cuda/classifier.h"
+#include "llmc/cuda/embedding.h"
+#include "llmc/cuda/gelu.h"
+#include "llmc/cuda/layernorm.h"
+#include "llmc/cuda/matmul.h"
+#include "llmc/cuda/memory.h"
+#include "llmc/cuda/qk_norm_rope.h"
+#include "llmc/cuda/short_conv.h"
+#include "llmc/main.h"
+#include "llmc/model.h"
+#include "llmc/parameters.h"
+
+namespace gpu {
+
+// What the forward pass leaves for the backward pass. Where an option is off its output is its input.
+template <class Real>
+struct LayerActivations {
+    Real* ln_1;            // (B,T,C)
+    float* ln_1_mean;      // (B,T)
+    float* ln_1_rstd;      // (B,T)
+    Real* qkv;             // (B,T,3C)
+    Real* conv;            // (B,T,3C): after the short convolution
+    Real* heads;           // (B,T,3C): after qk-norm and RoPE
+    float* qk_rstd;        // (B,T,2H)
+    Real* attn;            // (B,T,C)
+    float* attn_stats;     // (stats_size)
+    float* residual_attn;  // (B,T,C): residual stream after attention
+    Real* ln_2;            // (B,T,C)
+    float* ln_2_mean;      // (B,T)
+    float* ln_2_rstd;      // (B,T)
+    Real* fc;              // (B,T,4C)
+    Real* gelu;            // (B,T,4C)
+    float* residual_mlp;   // (B,T,C): residual stream after the MLP
+};
+
+template <class Real>
+struct Activations {
+    int* inputs;      // (B,T)
+    int* targets;     // (B,T)
+    float* embedded;  // (B,T,C)
+    std::vector<LayerActivations<Real>> h;
+    Real* ln_f;        // (B,T,C)
+    float* ln_f_mean;  // (B,T)
+    float* ln_f_rstd;  // (B,T)
+    Real* delta;       // (B,T,C): what a block adds to the residual stream; reused
+    Real* logits;      // (classifier_rows,Vp), then their gradient; reused
+    float* losses;     // (B,T)
+};
+
+// Gradients of activations, reused from layer to layer.
+template <class Real>
+struct ActivationGradients {
+    float* residual;      // (B,T,C)
+    Real* residual_real;  // (B,T,C): the same for matrix products
+    Real* norm;           // (B,T,C): of a LayerNorm's output, or of attention's
+    Real* qkv;            // (B,T,3C)
+    Real* conv;           // (B,T,3C), with short_conv
+    Real* fc;             // (B,T,4C)
+};
+
+// What generation keeps of the tokens so far.
+template <class Real>
+struct Cache {
+    int length = 0;                         // tokens
+    std::vector<DeviceArray<Real>> kv;      // (L): (length,2C) and room for more
+    std::vector<DeviceArray<Real>> before;  // (L): (K-1,3C), the last rows into the short convolution
+    DeviceArray<float> scores;              // (n,H,length+n): reused
+    DeviceArray<float> row_scale;           // (n,H): reused
+};
+
+template <class Real>
+struct GPT : Model {
+    static constexpr bool kIsFloat = std::is_same_v<Real, float>;
+
+    AttentionConfig attention;
+    int L, H, D, C, V, Vp;
+    Tensors weights, gradients;
+    Activations<Real> acts;
+    ActivationGradients<Real> grads;
+    float* scratch;      // of the layers' partial sums and tables, one after the other
+    float* fixed_decay;  // (H), with decay fixed
+    float* rope;         // (T,D), with RoPE: of the positions of the tokens now in the model
+    Cache<Real> cache;
+
+    GPT(const GPTConfig& config, const ModelOptions& options)
+        : Model(config, padded_vocabulary(config)),
+          attention(config.attention()),
+          L(config.layers),
+          H(config.heads),
+          D(config.head_size()),
+          C(config.channels),
+          V(config.vocab_size),
+          Vp(padded_vocabulary(config)),
+          options(options),
+          training(options.purpose == Purpose::training) {
+        if (options.kernel == AttentionKernel::linear)
+            usage_error("--attention-kernel linear: the CUDA trainer has the tiled kernels: expected auto or tiled");
+        if (options.cache == CacheKind::state)
+            usage_error("--cache state: the CUDA trainer keeps keys and values: expected auto or kv");
+        if (D > 128) usage_error("heads of ", D, " channels: the CUDA trainer has kernels for at most 128");
+        state_plan.add(array(Store::weights), table.size, "weights");
+        if (!kIsFloat) state_plan.add(weights_real, table.size, "weights in bf16");
+        if (training) {
+            state_plan.add(array(Store::gradients), table.size, "gradients");
+            state_plan.add(array(Store::m), table.size, "AdamW's m");
+            state_plan.add(array(Store::v), table.size, "AdamW's v");
+        }
+        decode_rows = std::min(256, options.batch * options.seq);
+        plan_activations();
+    }
+
+    ~GPT() override {
+        if (stream) cudaStreamDestroy(stream);
+    }
+
+    double forward(const int* inputs, const int* targets, int B, int T, float dloss,
+                   AttentionNorms* norms = nullptr) override {
+        if (norms) fail("--norms-every: the CUDA trainer does not measure norms; train_gpt does");
+        int N = B * T;
+        copy_to_device(acts.targets, targets, N, stream);
+        forward_blocks(inputs, B, T, nullptr);
+        classifier(acts.losses, dloss != 0 ? grads.norm : nullptr, dloss != 0 ? gradients.wte : nullptr,
+                   acts.logits, acts.ln_f, real(weights.wte), acts.targets, dloss / N, accumulates, N, C, V, Vp,
+                   *matmuls, stream);
+        losses.resize(N);
+        copy_to_host(losses.data(), acts.losses, N, stream);
+        double total = 0;
+        for (float loss : losses) total += loss;
+        return total / N;
+    }
+
+    // From tokens (B,T) to the output of the last LayerNorm. With a cache (B = 1) the tokens follow those in
+    // it.
+    void forward_blocks(const int* tokens, int B, int T, Cache<Real>* cache) {
+        int start = cache ? cache->length : 0, N = B * T;
+        copy_to_device(acts.inputs, tokens, N, stream);
+        if (config.rope() && (cache || rope_end != T)) {
+            std::vector<float> angles = rope_table(T, D, start);
+            copy_to_device(rope, angles.data(), angles.size(), stream);
+            check(cudaStreamSynchronize(stream));
+            rope_end = cache ? -1 : T;
+        }
+        embedding_forward(acts.embedded, acts.inputs, weights.wte,
+                          weights.wpe ? weights.wpe + (size_t)start * C : nullptr, B, T, C, stream);
+        float* residual = acts.embedded;
+        for (int l = 0; l < L; l++) {
+            LayerActivations<Real>& a = acts.h[l];
+            LayerTensors& w = weights.h[l];
+            if (l == 0)
+                layernorm_forward(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N, C,
+                                  stream);
+            forward_to_gelu(l, residual, B, T, cache);
+            matmul_forward(acts.delta, a.gelu, real(w.fc_proj_weight), real(w.fc_proj_bias), N, 4 * C, C,
+                           *matmuls, stream);
+            // The addition to the residual stream goes together with the LayerNorm that reads it next.
+            bool last = l + 1 == L;
+            residual_layernorm_forward(a.residual_mlp, last ? acts.ln_f : acts.h[l + 1].ln_1,
+                                       last ? acts.ln_f_mean : acts.h[l + 1].ln_1_mean,
+                                       last ? acts.ln_f_rstd : acts.h[l + 1].ln_1_rstd, a.residual_attn,
+                                       acts.delta, last ? weights.ln_f_weight : weights.h[l + 1].ln_1_weight,
+                                       last ? weights.ln_f_bias : weights.h[l + 1].ln_1_bias, N, C, stream);
+            residual = a.residual_mlp;
+        }
+        if (cache) cache->length += T;
+    }
+
+    // One block from its first LayerNorm's output to the input of its last matrix product. residual (B,T,C)
+    // is what goes into the block.
+    void forward_to_gelu(int l, const float* residual, int B, int T, Cache<Real>* cache) {
+        LayerActivations<Real>& a = acts.h[l];
+        LayerTensors& w = weights.h[l];
+        int N = B * T;
+        matmul_forward(a.qkv, a.ln_1, real(w.attn_weight), real(w.attn_bias), N, C, 3 * C, *matmuls, stream);
+        if (config.short_conv) short_conv(a, w, B, T, cache ? &cache->before[l] : nullptr);
+        if (config.qk_norm || config.rope())
+            qk_norm_rope_forward(a.heads, a.qk_rstd, a.conv, w.q_gain, angles(), B, T, H, D, stream);
+        if (cache) {
+            attention_with_cache(l, a, *cache, T);
+        } else {
+            attention_forward(a.attn, a.attn_stats, scratch, a.heads, decay(l), attention, B, T, H, D, stream);
+        }
+        matmul_forward(acts.delta, a.attn, real(w.attn_proj_weight), real(w.attn_proj_bias), N, C, C, *matmuls,
+                       stream);
+        residual_layernorm_forward(a.residual_attn, a.ln_2, a.ln_2_mean, a.ln_2_rstd, residual, acts.delta,
+                                   w.ln_2_weight, w.ln_2_bias, N, C, stream);
+        if (gelu_fuses(4 * C)) {
+            matmul_gelu_forward(a.gelu, a.fc, a.ln_2, real(w.fc_weight), real(w.fc_bias), N, C, 4 * C, *matmuls,
+                                stream);
+        } else {
+            matmul_forward(a.fc, a.ln_2, real(w.fc_weight), real(w.fc_bias), N, C, 4 * C, *matmuls, stream);
+            gelu_forward(a.gelu, a.fc, (size_t)N * 4 * C, stream);
+        }
+    }
+
+    // Follows forward(), which left the gradient of ln_f's output in grads.norm and the output projection's
+    // share of the gradients.
+    void backward(const int*, int B, int T) override {
+        int N = B * T;
+        check(cudaMemsetAsync(grads.residual, 0, (size_t)N * C * sizeof(float), stream));
+        layernorm_backward(grads.residual, copy_of_residual(), gradients.ln_f_weight, gradients.ln_f_bias, scratch,
+                           grads.norm, acts.h[L - 1].residual_mlp, acts.ln_f_mean, acts.ln_f_rstd,
+                           weights.ln_f_weight, N, C, stream);
+        for (int l = L - 1; l >= 0; l--) {
+            LayerActivations<Real>& a = acts.h[l];
+            LayerTensors& w = weights.h[l];
+            LayerTensors& d = gradients.h[l];
+            const float* residual = l > 0 ? acts.h[l - 1].residual_mlp : acts.embedded;
+            recompute(l, residual, B, T);
+            matmul_backward(grads.fc, d.fc_proj_weight, d.fc_proj_bias, grads.residual_real, a.gelu,
+                            real(w.fc_proj_weight), accumulates, N, 4 * C, C, *matmuls, stream);
+            gelu_backward(grads.fc, d.fc_bias, scratch, grads.fc, a.fc, N, 4 * C, stream);
+            matmul_backward(grads.norm, d.fc_weight, nullptr, grads.fc, a.ln_2, real(w.fc_weight), accumulates, N,
+                            C, 4 * C, *matmuls, stream);
+            layernorm_backward(grads.residual, copy_of_residual(), d.ln_2_weight, d.ln_2_bias, scratch, grads.norm,
+                               a.residual_attn, a.ln_2_mean, a.ln_2_rstd, w.ln_2_weight, N, C, stream);
+            matmul_backward(grads.norm, d.attn_proj_weight, d.attn_proj_bias, grads.residual_real, a.attn,
+                            real(w.attn_proj_weight), accumulates, N, C, C, *matmuls, stream);
+            attention_backward(grads.qkv, d.decay, scratch, grads.norm, a.attn, a.attn_stats, a.heads, decay(l),
+                               attention, B, T, H, D, stream);
+            if (config.qk_norm || config.rope())
+                qk_norm_rope_backward(grads.qkv, d.q_gain, scratch, grads.qkv, a.conv, a.qk_rstd, w.q_gain,
+                                      angles(), B, T, H, D, stream);
+            Real* dqkv = grads.qkv;
+            if (config.short_conv) {
+                short_conv_backward(grads.conv, d.conv_weight, scratch, grads.qkv, a.qkv, w.conv_weight, B, T,
+                                    3 * C, config.short_conv, stream);
+                dqkv = grads.conv;
+            }
+            matmul_backward(grads.norm, d.attn_weight, d.attn_bias, dqkv, a.ln_1, real(w.attn_weight),
+                            accumulates, N, C, 3 * C, *matmuls, stream);
+            layernorm_backward(grads.residual, copy_of_residual(), d.ln_1_weight, d.ln_1_bias, scratch, grads.norm,
+                               residual, a.ln_1_mean, a.ln_1_rstd, w.ln_1_weight, N, C, stream);
+        }
+        embedding_backward(gradients.wte, gradients.wpe, scratch, grads.residual, acts.inputs, B, T, C, V, stream);
+        accumulates = true;
+    }
+
+    // What forward() did not keep of block l. residual (B,T,C) is what goes into the block.
+    void recompute(int l, const float* residual, int B, int T) {
+        LayerActivations<Real>& a = acts.h[l];
+        LayerTensors& w = weights.h[l];
+        int N = B * T;
+        bool shared = l + 1 < L;  // later blocks have overwritten it
+        if (options.recompute == Recompute::block && shared) {
+            layernorm_forward(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N, C,
+                              stream);
+            forward_to_gelu(l, residual, B, T, nullptr);
+        } else if (options.recompute != Recompute::none && shared) {
+            gelu_forward(a.gelu, a.fc, (size_t)N * 4 * C, stream);
+            if (options.recompute == Recompute::layernorm) {
+                layernorm_recompute(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N, C,
+                                    stream);
+                layernorm_recompute(a.ln_2, a.ln_2_mean, a.ln_2_rstd, a.residual_attn, w.ln_2_weight,
+                                    w.ln_2_bias, N, C, stream);
+            }
+        }
+    }
+
+    // The gradients of the matrices are assigned by the first backward pass, so only the rest is zeroed.
+    void zero_gradients() override {
+        accumulates = false;
+        for (const ParameterTensor& t : table.tensors)
+            if (!t.weight_decay || t.name == "wpe.weight")
+                check(cudaMemsetAsync(array(Store::gradients) + t.offset, 0, t.size * sizeof(float), stream));
+    }
+
+    double gradient_norm(int layer = -1) const override {
+        const float *begin = array(Store::gradients), *end = begin + table.size;
+        if (layer >= 0) {
+            begin = gradients.h[layer].ln_1_weight;
+            end = layer + 1 < L ? gradients.h[layer + 1].ln_1_weight : gradients.ln_f_weight;
+        }
+        double total;
+        sum_of_squares(squares, squares + 1, begin, end - begin, stream);
+        copy_to_host(&total, squares, 1, stream);
+        return std::sqrt(total);
+    }
+
+    void update(const AdamW& o, double learning_rate, double grad_scale, int step) override {
+        std::vector<DecayRange> ranges = decay_ranges(table, (float)o.weight_decay);
+        if (decays.size() != ranges.size()) decays = DeviceArray<DecayRange>(ranges.size());
+        copy_to_device(decays.get(), ranges.data(), ranges.size(), stream);
+        float factor = (float)grad_scale;
+        copy_to_device(scale, &factor, 1, stream);
+        adamw_update(array(Store::weights), weights_real, array(Store::gradients), array(Store::m),
+                     array(Store::v), table.size, (float)learning_rate, (float)o.beta1, (float)o.beta2,
+                     (float)o.eps, decays.get(), (int)ranges.size(), scale, step, false, 0, stream);
+    }
+
+    const float* decode(const int* tokens, int n) override {
+        for (int done = 0; done < n;) {
+            int count = std::min(n - done, decode_rows);
+            forward_blocks(tokens + done, 1, count, &cache);
+            done += count;
+            if (done == n) last_logits(acts.ln_f + (size_t)(count - 1) * C);
+        }
+        return host_logits.data();
+    }
+
+    void clear_cache() override {
+        cache = Cache<Real>();
+        cache.kv.resize(L);
+        size_t rows = (size_t)std::max(0, config.short_conv - 1) * 3 * C;
+        for (int l = 0; l < L; l++) {
+            cache.before.emplace_back(rows);
+            check(cudaMemsetAsync(cache.before[l].get(), 0, rows * sizeof(Real), stream));
+        }
+    }
+
+    void all_logits(float* out, const int* inputs, int B, int T) override {
+        forward_blocks(inputs, B, T, nullptr);
+        for (int n = 0; n < B * T; n++) {
+            last_logits(acts.ln_f + (size_t)n * C);
+            std::copy_n(host_logits.begin(), V, out + (size_t)n * V);
+        }
+    }
+
+    void read(Store store, const ParameterTensor& t, float* out) const override {
+        copy_to_host(out, array(store) + t.offset, t.size, stream);
+    }
+    void write(Store store, const ParameterTensor& t, const float* in) override {
+        copy_to_device(array(store) + t.offset, in, t.size, stream);
+        if (!kIsFloat && store == Store::weights) {
+            std::vector<Real> rounded(t.size);
+            for (size_t i = 0; i < t.size; i++) rounded[i] = Real(in[i]);
+            copy_to_device(weights_real + t.offset, rounded.data(), t.size, stream);
+            check(cudaStreamSynchronize(stream));
+        }
+        check(cudaStreamSynchronize(stream));
+    }
+
+    // Weights and moments, then activations in the order of the forward pass, then gradients in that of the
+    // backward pass.
+    std::string first_nonfinite() const override {
+        check(cudaStreamSynchronize(stream));
+        for (const ParameterTensor& t : table.tensors)
+            for (auto [store, what] :
+                 {std::pair(Store::weights, "weight "), std::pair(Store::m, "AdamW's m of "),
+                  std::pair(Store::v, "AdamW's v of ")})
+                if (array(store) && !all_finite(array(store) + t.offset, t.size)) return what + t.name;
+        std::string activation = activation_plan.first_nonfinite();
+        if (!activation.empty()) return "activation " + activation;
+        for (size_t i = training ? table.tensors.size() : 0; i-- > 0;) {
+            const ParameterTensor& t = table.tensors[i];
+            if (!all_finite(array(Store::gradients) + t.offset, t.size)) return "gradient of " + t.name;
+        }
+        return "";
+    }
+
+    std::vector<MemoryGroup> memory() const override {
+        return {{"weights and optimizer", state_plan.bytes()}, {"activations", activation_plan.bytes()}};
+    }
+
+    void allocate() override {
+        check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        state_plan.allocate();
+        activation_plan.allocate();
+        for (Store store : {Store::weights, Store::gradients, Store::m, Store::v})
+            if (array(store)) check(cudaMemsetAsync(array(store), 0, table.size * sizeof(float), stream));
+        weights = table.view(array(Store::weights));
+        if (training) gradients = table.view(array(Store::gradients));
+        if constexpr (kIsFloat) {
+            weights_real = nullptr;
+            grads.residual_real = grads.residual;
+        } else {
+            check(cudaMemsetAsync(weights_real, 0, table.size * sizeof(Real), stream));
+        }
+        matmuls = std::make_unique<MatmulContext>(workspace);
+        if (config.decay == DecayKind::fixed) {
+            std::vector<float> delta;
+            for (int h = 0; h < H; h++) delta.push_back(initial_decay(h, H));
+            copy_to_device(fixed_decay, delta.data(), H, stream);
+            check(cudaStreamSynchronize(stream));
+        }
+    }
+
+  private:
+    ModelOptions options;
+    bool training;
+    cudaStream_t stream = nullptr;
+    std::unique_ptr<MatmulContext> matmuls;
+    char* workspace;           // (kMatmulWorkspace) bytes: cuBLASLt's
+    double* squares;           // (1 + kSquaresBlocks): the norm's
+    float* scale;              // (1): what the gradients are multiplied with
+    DeviceArray<DecayRange> decays;
+    int rope_end = -1;         // rope is that of positions 0 .. rope_end-1; -1: of others
+    int decode_rows;           // tokens of a prompt that go through decode() at a time
+    bool accumulates = false;  // the gradients of matrices hold those of earlier micro-batches
+    std::vector<float> losses, host_logits;  // (N), (V): on the host
+    float* arrays[4] = {};     // (table.size) each, by Store
+    Real* weights_real;        // (table.size): weights in bf16; null where Real is float
+    MemoryPlan state_plan, activation_plan;
+
+    static int padded_vocabulary(const GPTConfig& config) { return (config.vocab_size + 15) / 16 * 16; }
+
+    float*& array(Store store) { return arrays[(int)store]; }
+    float* array(Store store) const { return arrays[(int)store]; }
+
+    // A tensor of the weights as matrix products take it.
+    const Real* real(const float* weight) const {
+        if constexpr (kIsFloat) {
+            return weight;
+        } else {
+            return weights_real + (weight - array(Store::weights));
+        }
+    }
+    Real* copy_of_residual() const { return kIsFloat ? nullptr : grads.residual_real; }
+
+    // Activations are kept for each layer where a backward pass reads them, and shared by all layers
+    // otherwise.
+    void plan_activations() {
+        size_t B = options.batch, T = options.seq, N = B * T;
+        acts.h.resize(L);
+        activation_plan.add(acts.inputs, N);
+        activation_plan.add(acts.targets, N);
+        activation_plan.add(acts.embedded, N * C, "embedded");
+        for (int l = 0; l < L; l++) {
+            LayerActivations<Real>& a = acts.h[l];
+            LayerActivations<Real>& first = acts.h[0];
+            std::string h = str("h.", l, ".");
+            // In memory of its own, or in the first layer's where this much is recomputed.
+            auto add = [&](auto& slot, auto& shared, size_t size, const char* name, Recompute from) {
+                bool shares = !training || options.recompute >= from;
+                if (shares && l > 0) {
+                    activation_plan.alias(slot, shared);
+                } else {
+                    activation_plan.add(slot, size, shares ? "" : h + name);
+                }
+            };
+            auto block = Recompute::block;
+            add(a.ln_1, first.ln_1, N * C, "ln_1", Recompute::layernorm);
+            add(a.ln_1_mean, first.ln_1_mean, N, "ln_1 mean", block);
+            add(a.ln_1_rstd, first.ln_1_rstd, N, "ln_1 rstd", block);
+            add(a.qkv, first.qkv, N * 3 * C, "attn.qkv", block);
+            a.conv = a.heads = nullptr, a.qk_rstd = a.attn_stats = nullptr;
+            if (config.short_conv) {
+                add(a.conv, first.conv, N * 3 * C, "attn.conv", block);
+            } else {
+                activation_plan.alias(a.conv, a.qkv);
+            }
+            if (config.qk_norm) add(a.qk_rstd, first.qk_rstd, N * 2 * H, "attn.qk rstd", block);
+            if (config.qk_norm || config.rope()) {
+                add(a.heads, first.heads, N * 3 * C, "attn.heads", block);
+            } else {
+                activation_plan.alias(a.heads, a.conv);
+            }
+            if (size_t size = stats_size<Real>(attention, B, T, H, D))
+                add(a.attn_stats, first.attn_stats, size, "attn.stats", block);
+            add(a.attn, first.attn, N * C, "attn.out", block);
+            add(a.residual_attn, first.residual_attn, N * C, "attn.residual", block);
+            add(a.ln_2, first.ln_2, N * C, "ln_2", Recompute::layernorm);
+            add(a.ln_2_mean, first.ln_2_mean, N, "ln_2 mean", block);
+            add(a.ln_2_rstd, first.ln_2_rstd, N, "ln_2 rstd", block);
+            add(a.fc, first.fc, N * 4 * C, "mlp.fc", block);
+            add(a.gelu, first.gelu, N * 4 * C, "mlp.gelu", Recompute::gelu);
+            if (training || l == 0) {
+                activation_plan.add(a.residual_mlp, N * C, h + "mlp.residual");
+            } else {
+                activation_plan.alias(a.residual_mlp, first.residual_mlp);
+            }
+        }
+        activation_plan.add(acts.ln_f, N * C, "ln_f");
+        activation_plan.add(acts.ln_f_mean, N, "ln_f mean");
+        activation_plan.add(acts.ln_f_rstd, N, "ln_f rstd");
+        activation_plan.add(acts.losses, N, "losses");
+        activation_plan.add(acts.delta, N * C);
+        activation_plan.add(acts.logits, (size_t)classifier_rows((int)N, Vp) * Vp);
+        activation_plan.add(workspace, kMatmulWorkspace);
+        activation_plan.add(squares, 1 + kSquaresBlocks);
+        activation_plan.add(scale, 1);
+        activation_plan.add(fixed_decay, H);
+        if (config.rope()) activation_plan.add(rope, T * D);
+        activation_plan.add(scratch, scratch_size((int)B, (int)T));
+        if (!training) return;
+        activation_plan.add(grads.residual, N * C);
+        if (!kIsFloat) activation_plan.add(grads.residual_real, N * C);
+        activation_plan.add(grads.norm, N * C);
+        activation_plan.add(grads.qkv, N * 3 * C);
+        if (config.short_conv) activation_plan.add(grads.conv, N * 3 * C);
+        activation_plan.add(grads.fc, N * 4 * C);
+    }
+
+    // Floats: the most that a layer wants.
+    size_t scratch_size(int B, int T) const {
+        int N = B * T;
+        size_t size = attention_forward_scratch(T, H);
+        if (!training) return size;
+        return std::max({size, attention_backward_scratch(B, T, H), embedding_backward_scratch(B, T, C),
+                         layernorm_backward_scratch(N, C), gelu_backward_scratch(N, 4 * C),
+                         config.qk_norm ? qk_norm_rope_scratch(B, T, H) : 0,
+                         config.short_conv ? short_conv_scratch(B, T, 3 * C, config.short_conv) : 0});
+    }
+
+    // delta (H) of layer l, or null without decay.
+    const float* decay(int l) const {
+        return config.decay == DecayKind::fixed ? fixed_decay : weights.h[l].decay;
+    }
+
+    // RoPE's (T,D), or null without.
+    const float* angles() const { return config.rope() ? rope : nullptr; }
+
+    // The logits (V) of one row (C) of the last LayerNorm's output, on the host.
+    void last_logits(const Real* row) {
+        matmul(acts.logits, row, real(weights.wte), 1, Vp, C, false, true, false, {}, *matmuls, stream);
+        std::vector<Real> logits(V);
+        copy_to_host(logits.data(), acts.logits, V, stream);
+        host_logits.assign(logits.begin(), logits.end());
+    }
+
+    // a.attn of T new tokens, whose keys and values join those in the cache.
+    void attention_with_cache(int l, LayerActivations<Real>& a, Cache<Real>& cache, int T) {
+        int start = cache.length, length = start + T;
+        DeviceArray<Real>& kv = cache.kv[l];
+        kv.grow((size_t)length * 2 * C, stream);
+        check(cudaMemcpy2DAsync(kv.get() + (size_t)start * 2 * C, 2 * C * sizeof(Real), a.heads + C,
+                                3 * C * sizeof(Real), 2 * C * sizeof(Real), T, cudaMemcpyDeviceToDevice, stream));
+        if (l == 0) {  // the same for all layers but where the decay is learned
+            cache.scores.grow((size_t)T * H * length, stream);
+            cache.row_scale.grow((size_t)T * H, stream);
+        }
+        if (l == 0 || config.decay == DecayKind::learned) {
+            std::vector<float> delta(H), scales;
+            if (decay(l)) copy_to_host(delta.data(), decay(l), H, stream);
+            for (int t = start; t < length; t++)
+                for (int h = 0; h < H; h++) {
+                    bool own = config.attention().softmax() || attention.has_row_sum();
+                    scales.push_back(own ? 1 : (float)row_scale(attention, t, decay(l) ? log_gamma(delta[h]) : 0, D));
+                }
+            copy_to_device(cache.row_scale.get(), scales.data(), scales.size(), stream);
+            check(cudaStreamSynchronize(stream));
+        }
+        attention_cached_forward(a.attn, cache.scores.get(), a.heads, kv.get(), decay(l), cache.row_scale.get(),
+                                 attention, start, T, H, D, stream);
+    }
+
+    // a.conv from a.qkv. While generating, the rows before these come from `before`, and the last ones go
+    // there.
+    void short_conv(LayerActivations<Real>& a, const LayerTensors& w, int B, int T, DeviceArray<Real>* before) {
+        size_t K = config.short_conv, W = 3 * C;
+        if (!before) return short_conv_forward(a.conv, a.qkv, w.conv_weight, B, T, (int)W, (int)K, stream);
+        size_t rows = K - 1 + T;
+        DeviceArray<Real> joined(rows * W), out(rows * W);
+        auto copy = [&](Real* to, const Real* from, size_t n) {
+            check(cudaMemcpyAsync(to, from, n * W * sizeof(Real), cudaMemcpyDeviceToDevice, stream));
+        };
+        copy(joined.get(), before->get(), K - 1);
+        copy(joined.get() + (K - 1) * W, a.qkv, T);
+        short_conv_forward(out.get(), joined.get(), w.conv_weight, 1, (int)rows, (int)W, (int)K, stream);
+        copy(a.conv, out.get() + (K - 1) * W, T);
+        copy(before->get(), joined.get() + T * W, K - 1);
+        check(cudaStreamSynchronize(stream));  // before the two arrays go
+    }
+};
+
+// On the simulator, too, within a second: the matrices grow until a product takes a millisecond.
+inline double measured_peak(Precision precision) {
+    auto measure = [](auto type) {
+        using Real = decltype(type);
+        DeviceArray<char> workspace(kMatmulWorkspace);
+        MatmulContext context(workspace.get());
+        double best = 0, seconds = 0;
+        for (int n = 512; n <= 8192 && seconds < 1e-3; n *= 2) {
+            DeviceArray<Real> a((size_t)n * n), b((size_t)n * n), c((size_t)n * n);
+            for (DeviceArray<Real>* x : {&a, &b}) check(cudaMemset(x->get(), 0, x->size() * sizeof(Real)));
+            for (int repetition = 0; repetition < 5; repetition++) {  // the first finds the algorithm
+                check(cudaDeviceSynchronize());
+                auto start = std::chrono::steady_clock::now();
+                matmul(c.get(), a.get(), b.get(), n, n, n, false, false, false, {}, context, nullptr);
+                check(cudaDeviceSynchronize());
+                seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+                best = std::max(best, 2.0 * n * n * n / seconds);
+            }
+        }
+        return best;
+    };
+    return precision == Precision::bf16 ? measure(bf16()) : measure(float());
+}
+
+// The host's threads do nothing but wait.
+inline int set_threads(int) {
+    return 1;
+}
+
+inline std::unique_ptr<Model> make_model(const GPTConfig& config, const ModelOptions& options) {
+    if (options.precision == Precision::bf16) return std::make_unique<GPT<bf16>>(config, options);
+    return std::make_unique<GPT<float>>(config, options);
+}
+
+inline Backend backend() {
+    cudaDeviceProp properties;
+    int device;
+    check(cudaGetDevice(&device));
+    check(cudaGetDeviceProperties(&properties, device));
+    return {properties.name, make_model, set_threads, measured_peak};
+}
+
+}  // namespace gpu
+
+#ifndef LLMC_TESTING  // tests include this file
+int main(int argc, char** argv) {
+    return run("train_gptcu", gpu::backend, argc, argv);
+}
+#endif
