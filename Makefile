@@ -48,6 +48,7 @@ to_gpu   := $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -ge
             -Xfatbin -compress=false
 to_ptx   := -gencode arch=compute_80,code=compute_80 -Xfatbin -compress=false
 sim      := $(patsubst dev/ptxsim/%.cpp,$(BUILD)/ptxsim/%.o,$(wildcard dev/ptxsim/*.cpp))
+# Tests of the simulator (ptxsim_*) and of the CUDA trainer (cuda_*), which run on it.
 cutests  := $(patsubst tests/%.cu,$(BUILD)/%.o,$(wildcard tests/*.cu))
 
 .PHONY: all quickstart test bench bench-quick gpu-test ptxsim-bench format clean help
@@ -99,16 +100,33 @@ $(BUILD)/libptxsim.a: $(sim)
 $(cutests): $(BUILD)/%.o: tests/%.cu $(BUILD)/flags
 	$(NVCC) $(cuda) $(to_ptx) -MMD -MP -c $< -o $@
 
-$(BUILD)/ptxsim_libraries.o: tests/ptxsim_libraries.cpp $(BUILD)/flags
+$(BUILD)/ptxsim_libraries.o $(BUILD)/cuda_model.o: $(BUILD)/%.o: tests/%.cpp $(BUILD)/flags
 	$(CXX) $(flags) $(native) -isystem $(CUDA)/include -c $< -o $@
 
-$(BUILD)/ptxsim/tests: $(BUILD)/main.o $(cutests) $(BUILD)/ptxsim_libraries.o $(BUILD)/libptxsim.a
+$(BUILD)/ptxsim/tests: $(BUILD)/main.o $(cutests) $(BUILD)/ptxsim_libraries.o $(BUILD)/cuda_model.o \
+    $(BUILD)/train_gptcu_ptx.o $(BUILD)/libptxsim.a
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 # The same objects on hardware, whose driver compiles their PTX: all but what is about the simulator's own reports.
 $(BUILD)/gpu-tests: $(BUILD)/main.o $(filter-out %_faults.o %_streams.o %_samples.o,$(cutests)) \
-    $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
-	$(CXX) $(flags) $^ -o $@ -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcudart
+    $(BUILD)/cuda_model.o $(BUILD)/train_gptcu.o $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
+	$(CXX) $(flags) $^ -o $@ $(libs) -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcudart -lcublasLt
+
+# The CUDA trainer for hardware; and for this processor, where the PTX alone is enough and takes half the time.
+$(BUILD)/train_gptcu.o: train_gpt.cu $(BUILD)/flags
+	$(NVCC) $(cuda) $(to_gpu) -MMD -MP -c $< -o $@
+
+$(BUILD)/train_gptcu_ptx.o: train_gpt.cu $(BUILD)/flags
+	$(NVCC) $(cuda) $(to_ptx) -MMD -MP -c $< -o $@
+
+$(BUILD)/train_gptcu_main.o: llmc/cuda/main.cpp $(BUILD)/flags
+	$(CXX) $(flags) -c $< -o $@
+
+train_gptcu: $(BUILD)/train_gptcu.o $(BUILD)/train_gptcu_main.o
+	$(CXX) $(flags) $^ -o $@ $(libs) -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcudart -lcublasLt
+
+train_gptcu_sim: $(BUILD)/train_gptcu_ptx.o $(BUILD)/train_gptcu_main.o $(BUILD)/libptxsim.a
+	$(CXX) $(flags) $^ -o $@ $(libs)
 
 $(BUILD)/ptxsim/bench: dev/ptxsim/bench.cu $(BUILD)/libptxsim.a
 	$(NVCC) $(cuda) $(to_ptx) -c $< -o $@.o
@@ -160,12 +178,13 @@ bench-quick: ## the same on a small model, under 2 minutes
 	$(PYTHON) dev/bench/bench.py --train-gpt ./train_gpt --attention $(BUILD)/attention --quick
 
 format: ## clang-format all C++
-	clang-format -i *.cpp llmc/*.h llmc/cpu/*.h tests/*.cpp tests/*.h tests/*.cu dev/bench/*.cpp dev/ptxsim/*.h dev/ptxsim/*.cpp dev/ptxsim/*.cu
+	clang-format -i *.cpp llmc/*.h llmc/cpu/*.h tests/*.cpp tests/*.h train_gpt.cu llmc/cuda/*.h llmc/cuda/*.cpp tests/*.cu dev/bench/*.cpp dev/ptxsim/*.h dev/ptxsim/*.cpp dev/ptxsim/*.cu
 
 clean: ## remove what was built (not .venv, data or out)
-	rm -rf $(BUILD) train_gpt
+	rm -rf $(BUILD) train_gpt train_gptcu train_gptcu_sim
 
 help: ## this list
+	@echo 'make train_gptcu   the CUDA trainer (GPU_ARCH="80 90"); make train_gptcu_sim: the same on this processor'
 	@echo 'make               build train_gpt (SANITIZE=1: with ASan and UBSan; ONEDNN=0: without oneDNN)'
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F'\t' '{ printf "make %-13s %s\n", $$1, $$2 }'
 

@@ -25,7 +25,6 @@
 #include "llmc/cuda/memory.h"
 #include "llmc/cuda/qk_norm_rope.h"
 #include "llmc/cuda/short_conv.h"
-#include "llmc/main.h"
 #include "llmc/model.h"
 #include "llmc/parameters.h"
 
@@ -605,7 +604,8 @@ inline std::unique_ptr<Model> make_model(const GPTConfig& config, const ModelOpt
     return std::make_unique<GPT<float>>(config, options);
 }
 
-inline Backend backend() {
+// For llmc/cuda/main.cpp.
+Backend backend() {
     cudaDeviceProp properties;
     int device;
     check(cudaGetDevice(&device));
@@ -614,9 +614,3 @@ inline Backend backend() {
 }
 
 }  // namespace gpu
-
-#ifndef LLMC_TESTING  // tests include this file
-int main(int argc, char** argv) {
-    return run("train_gptcu", gpu::backend, argc, argv);
-}
-#endif

@@ -38,23 +38,26 @@ void check_embedding(int B, int T, int C, int V, const std::vector<int>& tokens)
 }  // namespace
 
 TEST_CASE("cuda embedding: shapes") {
-    const int sizes[][3] = {{1, 1, 1},   {1, 7, 7},    {9, 8, 32},  {5, 13, 64},
+    const int sizes[][3] = {{1, 1, 1},   {1, 7, 7},    {9, 8, 32},  {19, 2, 130}, {5, 13, 64},
                             {2, 32, 65}, {1, 64, 100}, {1, 7, 768}, {2, 3, 1030}};
     for (auto [B, T, C] : sizes)
         for (int V : {1, 5, 131}) check_embedding(B, T, C, V, reference::random_ints((size_t)B * T, V, 4));
 }
 
 TEST_CASE("cuda embedding: runs of one token over many chunks, vocabularies of one, two and three digits") {
-    for (int V : {3, 256, 257, 50257, 70001}) {
+    for (int V : {3, 100, 256, 257, 50257, 70001}) {
         int T = 1500;
         std::vector<int> tokens = reference::random_ints(T, V, 5);
         for (int i = 0; i < T; i++)
             if (i % 3) tokens[i] = V - 1;  // 1000 of one token
-        check_embedding(1, T, 2, V, tokens);
+        for (int C : {3, 4})
+            if (C == 4 || V < 300) check_embedding(1, T, C, V, tokens);
     }
     int T = 2 * 32 * 33;  // more chunks of one token than a warp has lanes
-    check_embedding(1, T, 4, 3, std::vector<int>(T, 1));
-    std::vector<int> ends_with_chunks(96);  // runs that begin and end where chunks do
+    for (int C : {1, 4}) check_embedding(1, T, C, 3, std::vector<int>(T, 1));
+    check_embedding(1, 8500, 1, 300,
+                    reference::random_ints(8500, 300, 6));  // more than one batch of loads a warp
+    std::vector<int> ends_with_chunks(96);                  // runs that begin and end where chunks do
     for (int i = 0; i < 96; i++) ends_with_chunks[i] = i / 32 == 2 ? 5 : i / 32;
     check_embedding(1, 96, 8, 6, ends_with_chunks);
 }

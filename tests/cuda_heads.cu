@@ -12,7 +12,12 @@ namespace {
 
 template <class Real>
 void check_heads(int B, int T, int H, int D, bool norm, bool rope) {
-    CAPTURE(B); CAPTURE(T); CAPTURE(H); CAPTURE(D); CAPTURE(norm); CAPTURE(rope);
+    CAPTURE(B);
+    CAPTURE(T);
+    CAPTURE(H);
+    CAPTURE(D);
+    CAPTURE(norm);
+    CAPTURE(rope);
     size_t size = (size_t)B * T * 3 * H * D;
     auto inp = cuda_test::convert<Real>(reference::normal(size, 1)),
          dout = cuda_test::convert<Real>(reference::normal(size, 2));
@@ -28,7 +33,8 @@ void check_heads(int B, int T, int H, int D, bool norm, bool rope) {
     std::vector<Expected> outputs{expect<Real>("out", y.out)};
     if (norm) outputs.push_back(expect<float>("rstd", y.rstd));
     check_layer(outputs, [&](auto& out) {
-        gpu::qk_norm_rope_forward<Real>(out["out"], out["rstd"], x_device.get(), g, angles, B, T, H, D, nullptr);
+        gpu::qk_norm_rope_forward<Real>(out["out"], out["rstd"], x_device.get(), g, angles, B, T, H, D,
+                                        nullptr);
     });
 
     auto d = reference::qk_norm_rope_backward(cuda_test::to_double(dout), x, gain, rope, B, T, H, D);
@@ -45,8 +51,8 @@ void check_heads(int B, int T, int H, int D, bool norm, bool rope) {
     check_layer(outputs, [&](auto& out) {  // in place
         Real* dinp = out["dinp"];
         gpu::check(cudaMemcpy(dinp, dout.data(), size * sizeof(Real), cudaMemcpyHostToDevice));
-        gpu::qk_norm_rope_backward<Real>(dinp, out["dq_gain"], scratch.get(), dinp, x_device.get(), rstd.get(), g,
-                                         angles, B, T, H, D, nullptr);
+        gpu::qk_norm_rope_backward<Real>(dinp, out["dq_gain"], scratch.get(), dinp, x_device.get(),
+                                         rstd.get(), g, angles, B, T, H, D, nullptr);
     });
 }
 
@@ -62,13 +68,17 @@ void check_all_heads() {
     check_heads<Real>(3, 17, 7, 32, true, true);
     check_heads<Real>(1, 65, 2, 16, true, true);
     check_heads<Real>(1, 1, 1, 2, true, true);
+    for (int mode = 0; mode < 4; mode++) check_heads<Real>(1, 2, 7, 30, mode & 1, mode & 2);
     check_heads<Real>(1, 2, 1, 258, true, true);   // several channels a lane
     check_heads<Real>(1, 2, 1, 1024, true, true);  // too wide for packs of floats
 }
 
 template <class Real>
 void check_conv(int B, int T, int W, int K) {
-    CAPTURE(B); CAPTURE(T); CAPTURE(W); CAPTURE(K);
+    CAPTURE(B);
+    CAPTURE(T);
+    CAPTURE(W);
+    CAPTURE(K);
     size_t size = (size_t)B * T * W;
     auto inp = cuda_test::convert<Real>(reference::normal(size, 1)),
          dout = cuda_test::convert<Real>(reference::normal(size, 2));
@@ -80,10 +90,11 @@ void check_conv(int B, int T, int W, int K) {
         gpu::short_conv_forward<Real>(out["out"], x_device.get(), w_device.get(), B, T, W, K, nullptr);
     });
     auto d = reference::short_conv_backward(cuda_test::to_double(dout), x, w, B, T, W, K);
-    check_layer({expect<Real>("dinp", d.dinp), expect<float>("dweight", d.dweight, 1e-5, true)}, [&](auto& out) {
-        gpu::short_conv_backward<Real>(out["dinp"], out["dweight"], scratch.get(), dout_device.get(),
-                                       x_device.get(), w_device.get(), B, T, W, K, nullptr);
-    });
+    check_layer(
+        {expect<Real>("dinp", d.dinp), expect<float>("dweight", d.dweight, 1e-5, true)}, [&](auto& out) {
+            gpu::short_conv_backward<Real>(out["dinp"], out["dweight"], scratch.get(), dout_device.get(),
+                                           x_device.get(), w_device.get(), B, T, W, K, nullptr);
+        });
 }
 
 template <class Real>
@@ -95,7 +106,8 @@ void check_all_convs() {
             K = K % 7 + 1;
         }
     for (int K : {1, 2, 3, 4, 5, 9}) check_conv<Real>(2, 65, 24, K);
-    check_conv<Real>(1, 300, 8, 4);  // more than a block of rows
+    for (int K : {1, 2, 3, 4})  // more than a block of rows
+        for (int W : {8, 3}) check_conv<Real>(1, 300, W, K);
     check_conv<Real>(1, 300, 3, 64);
 }
 
@@ -110,9 +122,9 @@ TEST_CASE("cuda heads: qk-norm and RoPE, bf16") {
 }
 
 TEST_CASE("cuda heads: heads that are too wide are refused") {
-    CHECK_THROWS_AS(gpu::qk_norm_rope_forward<float>(nullptr, nullptr, nullptr, nullptr, nullptr, 1, 1, 1, 2000,
-                                                     nullptr),
-                    Error);
+    CHECK_THROWS_AS(
+        gpu::qk_norm_rope_forward<float>(nullptr, nullptr, nullptr, nullptr, nullptr, 1, 1, 1, 2000, nullptr),
+        Error);
 }
 
 TEST_CASE("cuda heads: short convolution, float") {

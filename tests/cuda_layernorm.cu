@@ -86,11 +86,14 @@ TEST_CASE_TEMPLATE("cuda layernorm: shapes", Real, float, gpu::bf16) {
     check_layernorm<Real>(64, 32);
     check_layernorm<Real>(7, 384);
     check_layernorm<Real>(7, 768);
+    check_layernorm<Real>(2, 250);
+    check_layernorm<Real>(2, 1020);
     check_layernorm<Real>(3, 1030);
-    check_layernorm<Real>(2, 1536);
-    check_layernorm<Real>(2, 2180);
+    check_layernorm<Real>(2, 2044);
+    check_layernorm<Real>(2, 2308);
     check_layernorm<Real>(2, 5000);
     check_layernorm<Real>(1, 16384);
+    check_layernorm<Real>(1, 16383);
 }
 
 TEST_CASE("cuda layernorm: more rows than a grid has warps") {

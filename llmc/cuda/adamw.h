@@ -120,14 +120,17 @@ void adamw_update(float* param,          // (n)
 // ----------------------------------------------------------------------------------------- sum_of_squares
 
 constexpr int kSquaresThreads = 256, kSquaresTurns = 4, kSquaresBlocks = 6 * kMultiprocessors;
+constexpr int kSquaresAddThreads = 1024;
+static_assert(kSquaresBlocks <= kSquaresAddThreads);
 constexpr int kSquaresTile = kSquaresThreads * 4 * kSquaresTurns;
 
-__device__ inline double block_sum_of_doubles(double x, double* shared /*(warps)*/) {
+template <int kThreads>
+__device__ double block_sum_of_doubles(double x, double* shared /*(warps)*/) {
     for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
     if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
     __syncthreads();
     double total = 0;
-    for (int w = 0; w < (int)blockDim.x / kWarp; w++) total += shared[w];
+    for (int w = 0; w < kThreads / kWarp; w++) total += shared[w];
     return total;
 }
 
@@ -149,16 +152,15 @@ __global__ void __launch_bounds__(kSquaresThreads)
 #pragma unroll
             for (int k = 0; k < 4; k++) total += (double)values[turn][k] * values[turn][k];
     }
-    total = block_sum_of_doubles(total, shared);
+    total = block_sum_of_doubles<kSquaresThreads>(total, shared);
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
-static __global__ void __launch_bounds__(kSquaresThreads)
+static __global__ void __launch_bounds__(kSquaresAddThreads)
     add_squares_kernel(double* sum, const double* __restrict__ partial, int parts) {
-    __shared__ double shared[kSquaresThreads / kWarp];
-    double total = 0;
-    for (int i = threadIdx.x; i < parts; i += kSquaresThreads) total += partial[i];
-    total = block_sum_of_doubles(total, shared);
+    __shared__ double shared[kSquaresAddThreads / kWarp];
+    double total = (int)threadIdx.x < parts ? partial[threadIdx.x] : 0.0;
+    total = block_sum_of_doubles<kSquaresAddThreads>(total, shared);
     if (threadIdx.x == 0) *sum = total;
 }
 
@@ -173,7 +175,7 @@ void sum_of_squares(double* sum,      // (1), on the device
         sum_of_squares_kernel<<<blocks, kSquaresThreads, 0, stream>>>(scratch, x, n);
         check_launch();
     }
-    add_squares_kernel<<<1, kSquaresThreads, 0, stream>>>(sum, scratch, blocks);
+    add_squares_kernel<<<1, kSquaresAddThreads, 0, stream>>>(sum, scratch, blocks);
     check_launch();
 }
 

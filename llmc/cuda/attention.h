@@ -1,17 +1,18 @@
 // Causal attention, softmax and polynomial, forward and backward: the twin of llmc/cpu/attention.h, where the
 // formulas and the contents of stats are. bf16 on tensor cores here, float in attention_float.h.
 //
-// A block has 64 queries (or keys) and walks through the tiles of 64 keys (or queries) that they see; its four
-// warps have 16 rows each. The next tile comes by cp.async while one is worked on; scores and weights never
-// leave registers. What lies above the diagonal is not computed, on the diagonal in steps of 16. Head sizes 32,
-// 64, 80, 96 and 128 have kernels of their own, others up to 128 go with the next of these, padded with zeros.
+// A block has 64 queries (or keys) and walks through the tiles of 64 keys (or queries) that they see; its
+// four warps have 16 rows each. The next tile comes by cp.async while one is worked on; scores and weights
+// never leave registers. What lies above the diagonal is not computed, on the diagonal in steps of 16. Head
+// sizes 32, 64, 80, 96 and 128 have kernels of their own, others up to 128 go with the next of these, padded
+// with zeros.
 //
-// An activation is a small struct. One with kOnline = false is a function of the single score, with value() and
-// slope(): its kernels have no row maximum, no rescaling, no log-sum-exp and no dO . O.
+// An activation is a small struct. One with kOnline = false is a function of the single score, with value()
+// and slope(): its kernels have no row maximum, no rescaling, no log-sum-exp and no dO . O.
 //
-// Backward: one kernel over tiles of keys for dk and dv, one over tiles of queries for dq, which makes the scores
-// once more: 7 products instead of 5. So nothing is added up across blocks: the result is the same bits always,
-// without atomics, without blocks that wait for others and without a buffer that grows with T^2.
+// Backward: one kernel over tiles of keys for dk and dv, one over tiles of queries for dq, which makes the
+// scores once more: 7 products instead of 5. So nothing is added up across blocks: the result is the same
+// bits always, without atomics, without blocks that wait for others and without a buffer that grows with T^2.
 #pragma once
 #include "llmc/cuda/attention_float.h"
 #include "llmc/cuda/attention_kernels.h"
@@ -43,11 +44,11 @@ void with_head_size(int D, F f) {
         if (D <= 64) return f(std::integral_constant<int, 64>());
         if (D <= 128) return f(std::integral_constant<int, 128>());
     } else {
-    if (D <= 32) return f(std::integral_constant<int, 32>());
-    if (D <= 64) return f(std::integral_constant<int, 64>());
-    if (D <= 80) return f(std::integral_constant<int, 80>());
-    if (D <= 96) return f(std::integral_constant<int, 96>());
-    if (D <= 128) return f(std::integral_constant<int, 128>());
+        if (D <= 32) return f(std::integral_constant<int, 32>());
+        if (D <= 64) return f(std::integral_constant<int, 64>());
+        if (D <= 80) return f(std::integral_constant<int, 80>());
+        if (D <= 96) return f(std::integral_constant<int, 96>());
+        if (D <= 128) return f(std::integral_constant<int, 128>());
     }
     fail("attention: head size ", D, ", the CUDA kernels go up to 128");
 }
@@ -98,11 +99,12 @@ void attention_forward(Real* out,           // (B,T,C)
             constexpr int kD = size;
             if constexpr (std::is_same_v<Real, float>) {
                 size_t shared = (3 * FloatTile<kD>::size + FloatWeights::size) * sizeof(float);
-                launch_attention(attention_forward_float_kernel<A, kD>, grid, shared, stream, out, stats, qkv, shape);
+                launch_attention(attention_forward_float_kernel<A, kD>, grid, shared, stream, out, stats, qkv,
+                                 shape);
             } else {
                 size_t shared = 5 * Tile<kD>::size * sizeof(bf16) + kAttentionTile * sizeof(float);
-                launch_attention(attention_forward_kernel<A, kD>, grid, shared, stream, out, stats, exact, qkv,
-                                 shape);
+                launch_attention(attention_forward_kernel<A, kD>, grid, shared, stream, out, stats, exact,
+                                 qkv, shape);
             }
         });
     });
@@ -145,16 +147,16 @@ void attention_backward(Real* dqkv,          // (B,T,3C)
             constexpr int kD = size;
             if constexpr (std::is_same_v<Real, float>) {
                 size_t shared = (4 * FloatTile<kD>::size + FloatWeights::size) * sizeof(float);
-                launch_attention(attention_backward_keys_float_kernel<A, kD>, grid, shared, stream, dqkv, dout,
-                                 stats, dot, qkv, shape);
+                launch_attention(attention_backward_keys_float_kernel<A, kD>, grid, shared, stream, dqkv,
+                                 dout, stats, dot, qkv, shape);
                 launch_attention(attention_backward_queries_float_kernel<A, kD>, grid, shared, stream, dqkv,
                                  dlog_gamma, dout, stats, dot, qkv, shape);
             } else {
                 size_t shared = 6 * Tile<kD>::size * sizeof(bf16), floats = kAttentionTile * sizeof(float);
-                launch_attention(attention_backward_keys_kernel<A, kD>, grid, shared + 5 * floats, stream, dqkv,
-                                 dout, stats, dot, qkv, shape);
-                launch_attention(attention_backward_queries_kernel<A, kD>, grid, shared + floats, stream, dqkv,
-                                 dlog_gamma, dout, stats, dot, qkv, shape);
+                launch_attention(attention_backward_keys_kernel<A, kD>, grid, shared + 5 * floats, stream,
+                                 dqkv, dout, stats, dot, qkv, shape);
+                launch_attention(attention_backward_queries_kernel<A, kD>, grid, shared + floats, stream,
+                                 dqkv, dlog_gamma, dout, stats, dot, qkv, shape);
             }
         });
     });

@@ -1,8 +1,8 @@
-// Attention in float32, for --dtype fp32: plain multiply-adds on tiles of 32 rows in shared memory. Goes as the
-// kernels for bf16 do (attention.h), with the same activations.
+// Attention in float32, for --dtype fp32: plain multiply-adds on tiles of 32 rows in shared memory. Goes as
+// the kernels for bf16 do (attention.h), with the same activations.
 //
-// Eight threads have two rows: of 32 x 32 scores a thread has columns x, x+8, x+16 and x+24 of both, of a row of D
-// results the four from 4 x on in every 32.
+// Eight threads have two rows: of 32 x 32 scores a thread has columns x, x+8, x+16 and x+24 of both, of a row
+// of D results the four from 4 x on in every 32.
 #pragma once
 #include "llmc/cuda/attention_kernels.h"
 
@@ -131,9 +131,9 @@ __device__ inline float sum_of_row(float x) {
 
 // Blocks: (B H, tiles of queries), the last, longest, first.
 template <class A, int kD>
-__global__ __launch_bounds__(kAttentionThreads, 2) void attention_forward_float_kernel(float* out, float* stats,
-                                                                                    const float* qkv,
-                                                                                    AttentionShape shape) {
+__global__ __launch_bounds__(kAttentionThreads,
+                             2) void attention_forward_float_kernel(float* out, float* stats,
+                                                                    const float* qkv, AttentionShape shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = FloatTile<kD>;
     float *q = reinterpret_cast<float*>(attention_shared), *k = q + Tiles::size, *v = k + Tiles::size;
@@ -200,13 +200,14 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_forward_float_
             if (shape.row_sum) factor /= stat;
         }
         o.scale(r, factor);
-        if ((A::kOnline || shape.row_sum) && x == 0 && row + r < T) stats[(size_t)blockIdx.x * T + row + r] = stat;
+        if ((A::kOnline || shape.row_sum) && x == 0 && row + r < T)
+            stats[(size_t)blockIdx.x * T + row + r] = stat;
     }
     o.store(out + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
 }
 
-// The weights and gradients of scores whose rows and columns are given by a function: place(r, m) is the pair of
-// their query and key.
+// The weights and gradients of scores whose rows and columns are given by a function: place(r, m) is the pair
+// of their query and key.
 template <class A, class Place, class Terms>
 __device__ void float_gradients(float (&s)[2][4], float (&da)[2][4], const AttentionShape& shape, int h,
                                 float slope2, Place place, Terms terms) {
@@ -227,14 +228,19 @@ __device__ void float_gradients(float (&s)[2][4], float (&da)[2][4], const Atten
                 w[m] *= fade[max(0, min(distance, shape.T - 1))];
             }
         }
-        score_gradients<A>(s[r], da[r], w, dot, visible, shape.row_sum, shape.scale * kLog2e);
+        with_row_sum<A>(shape.row_sum, [&](auto row_sum) {
+            score_gradients<A, decltype(row_sum)::value>(s[r], da[r], w, dot, visible, shape.scale * kLog2e);
+        });
     }
 }
 
 // dk and dv. Blocks: (B H, tiles of keys), the first, longest, first.
 template <class A, int kD>
-__global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_keys_float_kernel(
-    float* dqkv, const float* dout, const float* stats, const float* dot, const float* qkv, AttentionShape shape) {
+__global__ __launch_bounds__(kAttentionThreads,
+                             2) void attention_backward_keys_float_kernel(float* dqkv, const float* dout,
+                                                                          const float* stats,
+                                                                          const float* dot, const float* qkv,
+                                                                          AttentionShape shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = FloatTile<kD>;
     float *k = reinterpret_cast<float*>(attention_shared), *v = k + Tiles::size;
@@ -274,8 +280,8 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_keys_
     dv.store(to + C, stride, T - j0, D);
 }
 
-// dq, and each block's share of the gradient of log gamma where it is wanted. Blocks: (B H, tiles of queries),
-// the last, longest, first.
+// dq, and each block's share of the gradient of log gamma where it is wanted. Blocks: (B H, tiles of
+// queries), the last, longest, first.
 template <class A, int kD>
 __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queries_float_kernel(
     float* dqkv, double* dlog_gamma /*(B,H,tiles), or null*/, const float* dout, const float* stats,
@@ -298,7 +304,8 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
     float neutral[2] = {0, 0};
     for (int r = 0; r < 2; r++) {
         of_rows[r] = row_terms<A>(stats, dot, shape, blockIdx.x, row + r);
-        if (dlog_gamma && row + r < T) neutral[r] = shape.tables.neutral[(size_t)h * shape.tables.stride + row + r];
+        if (dlog_gamma && row + r < T)
+            neutral[r] = shape.tables.neutral[(size_t)h * shape.tables.stride + row + r];
     }
     FloatSums<kD> dq;
     double ddecay = 0;

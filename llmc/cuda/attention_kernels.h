@@ -32,7 +32,7 @@ struct AttentionShape {
     int T, H, D;
     bool row_sum;  // scale `sum`
     bool decays;
-    float scale;   // 1 / sqrt(D)
+    float scale;  // 1 / sqrt(D)
     AttentionTables tables;
 
     __device__ int C() const { return H * D; }
@@ -58,8 +58,8 @@ struct ForwardRows {
 //   last: the last column, less 2t, that rows g and g+8 see on the diagonal
 //   slope: what a score loses with each token of distance; distance: that of column 2t
 template <bool kDiagonal, int kD>
-__device__ void online_weights(float (&s)[8][4], float (&o)[kD / 8][4], ForwardRows& rows, const int (&last)[2],
-                               bool decays, float slope, int distance, float scale2) {
+__device__ void online_weights(float (&s)[8][4], float (&o)[kD / 8][4], ForwardRows& rows,
+                               const int (&last)[2], bool decays, float slope, int distance, float scale2) {
     if (decays) {
         float base[2] = {distance * slope, (distance + 8) * slope};
 #pragma unroll
@@ -127,9 +127,9 @@ __device__ void plain_weights(float (&s)[8][4], ForwardRows& rows, const int (&l
 
 // Blocks: (B H, tiles of queries), the last, longest, first.
 template <class A, int kD>
-__global__ __launch_bounds__(kAttentionThreads, 2) void attention_forward_kernel(bf16* out, float* stats,
-                                                                              float* exact, const bf16* qkv,
-                                                                              AttentionShape shape) {
+__global__ __launch_bounds__(kAttentionThreads,
+                             2) void attention_forward_kernel(bf16* out, float* stats, float* exact,
+                                                              const bf16* qkv, AttentionShape shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = Tile<kD>;
     bf16* q_tile = reinterpret_cast<bf16*>(attention_shared);
@@ -258,14 +258,16 @@ __global__ void attention_dots(float* dot,        // (B,H,T)
         if (packs) {
             Pack<Real> x[sizeof(Real) / 2];
             Pack<Out> y[sizeof(Out) / 2];
-            for (int i = 0; i < (int)sizeof(Real) / 2; i++) x[i] = load_pack(dout + at + i * Pack<Real>::size);
+            for (int i = 0; i < (int)sizeof(Real) / 2; i++)
+                x[i] = load_pack(dout + at + i * Pack<Real>::size);
             for (int i = 0; i < (int)sizeof(Out) / 2; i++) y[i] = load_pack(out + at + i * Pack<Out>::size);
 #pragma unroll
             for (int e = 0; e < 8; e++)
                 sum += to_float(x[e / Pack<Real>::size][e % Pack<Real>::size]) *
                        to_float(y[e / Pack<Out>::size][e % Pack<Out>::size]);
         } else {
-            for (int e = 0; e < 8 && c * 8 + e < D; e++) sum += to_float(dout[at + e]) * to_float(out[at + e]);
+            for (int e = 0; e < 8 && c * 8 + e < D; e++)
+                sum += to_float(dout[at + e]) * to_float(out[at + e]);
         }
     }
     for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
@@ -279,7 +281,8 @@ struct RowTerms {
     float dot = 0;     // dO_i . O_i, for `sum` times the weight
 };
 template <class A>
-__device__ RowTerms row_terms(const float* stats, const float* dot, const AttentionShape& shape, int bh, int i) {
+__device__ RowTerms row_terms(const float* stats, const float* dot, const AttentionShape& shape, int bh,
+                              int i) {
     RowTerms terms;
     if (i >= shape.T) return terms;
     size_t at = (size_t)bh * shape.T + i;
@@ -298,9 +301,9 @@ __device__ RowTerms row_terms(const float* stats, const float* dot, const Attent
 
 // Of four scores and dO V^T, the weights and the gradients of the scores, but for softmax's 1/sqrt(D).
 //   w: their rows' weights with the decay in them
-template <class A>
+template <class A, bool kRowSum>
 __device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[4], const float (&dot)[4],
-                                const bool (&visible)[4], bool row_sum, float scale2) {
+                                const bool (&visible)[4], float scale2) {
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         if constexpr (A::kOnline) {
@@ -311,9 +314,19 @@ __device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[
             s[e] = visible[e] ? A::value(x) * w[e] : 0;
             da[e] *= w[e];
             // Of |value(x)|, whose derivative has the sign of the value.
-            if (row_sum) da[e] -= A::value(x) > 0 ? dot[e] : A::value(x) < 0 ? -dot[e] : 0;
+            if (kRowSum) da[e] -= A::value(x) > 0 ? dot[e] : A::value(x) < 0 ? -dot[e] : 0;
             da[e] = visible[e] ? A::slope(x) * da[e] : 0;
         }
+    }
+}
+
+// Calls f with whether the scale is `sum`, as a constant: no other scale shall pay for it.
+template <class A, class F>
+__device__ void with_row_sum(bool row_sum, F f) {
+    if (!A::kOnline && row_sum) {
+        f(std::true_type());
+    } else {
+        f(std::false_type());
     }
 }
 
@@ -321,11 +334,13 @@ __device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[
 template <int kD>
 constexpr int kBackwardStep = kD <= 64 ? 64 : 32;
 
-// dk and dv. A warp has 16 keys; its scores are transposed, their columns queries. Blocks: (B H, tiles of keys),
-// the first, longest, first.
+// dk and dv. A warp has 16 keys; its scores are transposed, their columns queries. Blocks: (B H, tiles of
+// keys), the first, longest, first.
 template <class A, int kD>
-__global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_keys_kernel(
-    bf16* dqkv, const bf16* dout, const float* stats, const float* dot, const bf16* qkv, AttentionShape shape) {
+__global__ __launch_bounds__(kAttentionThreads,
+                             2) void attention_backward_keys_kernel(bf16* dqkv, const bf16* dout,
+                                                                    const float* stats, const float* dot,
+                                                                    const bf16* qkv, AttentionShape shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = Tile<kD>;
     constexpr int kStep = kBackwardStep<kD>;
@@ -390,32 +405,35 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_keys_
                         mma(da[2 * n], da[2 * n + 1], v, Tiles::b_transposed(d_o, q0 + 16 * n, d));
                     }
             }
+            with_row_sum<A>(shape.row_sum, [&](auto row_sum) {
+                constexpr bool kRowSum = decltype(row_sum)::value;
 #pragma unroll
-            for (int n = 0; n < kStep / 8; n++) {
-                const int column = q0 + 8 * n;
-                const float2 weight = *reinterpret_cast<const float2*>(weights + column);
-                float w[4] = {weight.x, weight.y, weight.x, weight.y}, row_dot[4] = {};
-                if (A::kOnline || shape.row_sum) {
-                    const float2 both = *reinterpret_cast<const float2*>(dots + column);
-                    row_dot[0] = row_dot[2] = both.x, row_dot[1] = row_dot[3] = both.y;
-                }
-                bool visible[4];
+                for (int n = 0; n < kStep / 8; n++) {
+                    const int column = q0 + 8 * n;
+                    const float2 weight = *reinterpret_cast<const float2*>(weights + column);
+                    float w[4] = {weight.x, weight.y, weight.x, weight.y}, row_dot[4] = {};
+                    if (A::kOnline || kRowSum) {
+                        const float2 both = *reinterpret_cast<const float2*>(dots + column);
+                        row_dot[0] = row_dot[2] = both.x, row_dot[1] = row_dot[3] = both.y;
+                    }
+                    bool visible[4];
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    visible[e] = !kDiagonal || column + 2 * t + e % 2 >= key + e / 2 * 8;
-                if (shape.decays) {
+                    for (int e = 0; e < 4; e++)
+                        visible[e] = !kDiagonal || column + 2 * t + e % 2 >= key + e / 2 * 8;
+                    if (shape.decays) {
 #pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        int from_key = column + 2 * t + e % 2 - e / 2 * 8;  // beyond `distance`
-                        if constexpr (A::kOnline) {
-                            w[e] = fmaf(distance + from_key, slope2, w[e]);
-                        } else {
-                            w[e] *= kDiagonal ? near[max(0, from_key - key)] : far[e / 2];
+                        for (int e = 0; e < 4; e++) {
+                            int from_key = column + 2 * t + e % 2 - e / 2 * 8;  // beyond `distance`
+                            if constexpr (A::kOnline) {
+                                w[e] = fmaf(distance + from_key, slope2, w[e]);
+                            } else {
+                                w[e] *= kDiagonal ? near[max(0, from_key - key)] : far[e / 2];
+                            }
                         }
                     }
+                    score_gradients<A, kRowSum>(s[n], da[n], w, row_dot, visible, scale2);
                 }
-                score_gradients<A>(s[n], da[n], w, row_dot, visible, shape.row_sum, scale2);
-            }
+            });
 #pragma unroll
             for (int n = 0; n < kStep / 16; n++)
                 if (sees(n)) {
@@ -444,8 +462,8 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_keys_
     store_rows<kD>(to + C, stride, v_tile, dv, 1.0f, 1.0f, T - j0, D);
 }
 
-// dq, and each block's share of the gradient of log gamma where it is wanted. Blocks: (B H, tiles of queries),
-// the last, longest, first.
+// dq, and each block's share of the gradient of log gamma where it is wanted. Blocks: (B H, tiles of
+// queries), the last, longest, first.
 template <class A, int kD>
 __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queries_kernel(
     bf16* dqkv, double* dlog_gamma /*(B,H,tiles), or null*/, const bf16* dout, const float* stats,
@@ -461,7 +479,8 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
     const int b = blockIdx.x / shape.H, h = blockIdx.x % shape.H;
     const int tile = gridDim.y - 1 - blockIdx.y, i0 = tile * kAttentionTile;
     const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
-    const size_t stride = 3 * (size_t)C, head_at = b * T * stride + h * D, table = (size_t)h * shape.tables.stride;
+    const size_t stride = 3 * (size_t)C, head_at = b * T * stride + h * D,
+                 table = (size_t)h * shape.tables.stride;
     const bf16* head = qkv + head_at;
     const float* fade = shape.tables.fade + table;
     const int query = 16 * warp + g;
@@ -485,7 +504,8 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
     float neutral[2] = {0, 0};
     for (int r = 0; r < 2; r++) {
         row[r] = row_terms<A>(stats, dot, shape, blockIdx.x, i0 + query + 8 * r);
-        if (dlog_gamma && i0 + query + 8 * r < T) neutral[r] = shape.tables.neutral[table + i0 + query + 8 * r];
+        if (dlog_gamma && i0 + query + 8 * r < T)
+            neutral[r] = shape.tables.neutral[table + i0 + query + 8 * r];
     }
 
     float dq[kD / 8][4] = {};
@@ -513,44 +533,48 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
                         mma(da[2 * n], da[2 * n + 1], d_o, Tiles::b_transposed(v, k0 + 16 * n, d));
                     }
             }
+            with_row_sum<A>(shape.row_sum, [&](auto row_sum) {
+                constexpr bool kRowSum = decltype(row_sum)::value;
 #pragma unroll
-            for (int n = 0; n < kStep / 8; n++) {
-                const int column = k0 + 8 * n + 2 * t;
-                float w[4], row_dot[4], before[4];
-                bool visible[4];
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    w[e] = row[e / 2].weight, row_dot[e] = row[e / 2].dot, before[e] = da[n][e];
-                    visible[e] = !kDiagonal || column + e % 2 <= query + e / 2 * 8;
-                }
-                if (shape.decays) {
+                for (int n = 0; n < kStep / 8; n++) {
+                    const int column = k0 + 8 * n + 2 * t;
+                    float w[4], row_dot[4], before[4];
+                    bool visible[4];
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
-                        int key = column + e % 2;
-                        if constexpr (A::kOnline) {
-                            w[e] = fmaf(distance + e / 2 * 8 - key, slope2, w[e]);
-                        } else if constexpr (kDiagonal) {
-                            w[e] *= near[max(0, query + e / 2 * 8 - key)];
-                        } else {
-                            w[e] = far[e / 2] * near[kAttentionTile - 1 - key];
+                        w[e] = row[e / 2].weight, row_dot[e] = row[e / 2].dot, before[e] = da[n][e];
+                        visible[e] = !kDiagonal || column + e % 2 <= query + e / 2 * 8;
+                    }
+                    if (shape.decays) {
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            int key = column + e % 2;
+                            if constexpr (A::kOnline) {
+                                w[e] = fmaf(distance + e / 2 * 8 - key, slope2, w[e]);
+                            } else if constexpr (kDiagonal) {
+                                w[e] *= near[max(0, query + e / 2 * 8 - key)];
+                            } else {
+                                w[e] = far[e / 2] * near[kAttentionTile - 1 - key];
+                            }
+                        }
+                    }
+                    score_gradients<A, kRowSum>(s[n], da[n], w, row_dot, visible, scale2);
+                    if (dlog_gamma) {
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            float term = A::kOnline ? da[n][e] : s[n][e] * before[e];
+                            tile_ddecay += term * (distance + e / 2 * 8 - column - e % 2 - neutral[e / 2]);
                         }
                     }
                 }
-                score_gradients<A>(s[n], da[n], w, row_dot, visible, shape.row_sum, scale2);
-                if (dlog_gamma) {
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        float term = A::kOnline ? da[n][e] : s[n][e] * before[e];
-                        tile_ddecay += term * (distance + e / 2 * 8 - column - e % 2 - neutral[e / 2]);
-                    }
-                }
-            }
+            });
 #pragma unroll
             for (int n = 0; n < kStep / 16; n++)
                 if (seen(n)) {
                     FragmentA dx = as_factor(da[2 * n], da[2 * n + 1]);
 #pragma unroll
-                    for (int d = 0; d < kD / 16; d++) mma(dq[2 * d], dq[2 * d + 1], dx, Tiles::b(k, k0 + 16 * n, d));
+                    for (int d = 0; d < kD / 16; d++)
+                        mma(dq[2 * d], dq[2 * d + 1], dx, Tiles::b(k, k0 + 16 * n, d));
                 }
         }
         ddecay += tile_ddecay;

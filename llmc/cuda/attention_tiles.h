@@ -1,9 +1,9 @@
-// What the attention kernels for bf16 are made of: tiles of 64 rows in shared memory, copied there by cp.async
-// and read by ldmatrix, and products of them by mma.sync.m16n8k16. And the tables of numbers by which attention
-// scales its rows and fades with distance, which all precisions share.
+// What the attention kernels for bf16 are made of: tiles of 64 rows in shared memory, copied there by
+// cp.async and read by ldmatrix, and products of them by mma.sync.m16n8k16. And the tables of numbers by
+// which attention scales its rows and fades with distance, which all precisions share.
 //
-// A warp's products have 16 rows; of a fragment's 16 x 8 results a lane has those in rows g and g+8, columns 2t
-// and 2t+1, where g = lane / 4 and t = lane % 4.
+// A warp's products have 16 rows; of a fragment's 16 x 8 results a lane has those in rows g and g+8, columns
+// 2t and 2t+1, where g = lane / 4 and t = lane % 4.
 #pragma once
 #include <cmath>
 #include <utility>
@@ -69,9 +69,8 @@ __device__ inline FragmentA as_factor(const float (&left)[4], const float (&righ
 
 // -------------------------------------------------------------------------------------------------- tiles
 
-
-// 64 rows of kD numbers in shared memory. The chunks of 16 bytes of a row are permuted by the row's number, so
-// that any eight rows that follow each other have their chunks of one column in different banks.
+// 64 rows of kD numbers in shared memory. The chunks of 16 bytes of a row are permuted by the row's number,
+// so that any eight rows that follow each other have their chunks of one column in different banks.
 template <int kD>
 struct Tile {
     static constexpr int kChunks = kD / 8, size = kAttentionTile * kD;
@@ -80,7 +79,9 @@ struct Tile {
     __device__ static int permutation(int row) {
         return kChunks % 8 == 0 ? row & 7 : kChunks % 4 == 0 ? row >> 1 & 3 : row >> 2 & 1;
     }
-    __device__ static int offset(int row, int chunk) { return (row * kChunks + (chunk ^ permutation(row))) * 8; }
+    __device__ static int offset(int row, int chunk) {
+        return (row * kChunks + (chunk ^ permutation(row))) * 8;
+    }
 
     // Rows `row`.. +15, a multiple of 16, and columns 16 k.. +15, as the first factor.
     __device__ static FragmentA a(const bf16* tile, int row, int k) {
@@ -120,30 +121,44 @@ __device__ inline void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-// Starts the copy of `rows` rows of D numbers, with zeros around them. Where D is no multiple of 8, rows do not
-// begin at 16-byte addresses and go element by element.
+// Starts the copy of `rows` rows of D numbers, with zeros around them. Where D is no multiple of 8, rows do
+// not begin at 16-byte addresses and go element by element.
 template <int kD>
 __device__ inline void load_tile(bf16* tile, const bf16* from, size_t stride, int rows, int D) {
-    const bool aligned = D % 8 == 0;
-#pragma unroll
-    for (int i = threadIdx.x; i < Tile<kD>::size / 8; i += kAttentionThreads) {
-        int row = i / Tile<kD>::kChunks, chunk = i % Tile<kD>::kChunks;
-        bf16* to = tile + Tile<kD>::offset(row, chunk);
-        if (aligned) {
-            bool present = row < rows && chunk * 8 < D;
-            copy_async(to, present ? from + row * stride + chunk * 8 : from, present);
-        } else {
+    if (D % 8 != 0) {
+        for (int i = threadIdx.x; i < Tile<kD>::size / 8; i += kAttentionThreads) {
+            const int row = i / Tile<kD>::kChunks, chunk = i % Tile<kD>::kChunks;
             Pack<bf16> pack;
             for (int e = 0; e < 8; e++)
                 pack[e] = row < rows && chunk * 8 + e < D ? from[row * stride + chunk * 8 + e]
                                                           : __float2bfloat16_rn(0);
-            store_pack(to, pack);
+            store_pack(tile + Tile<kD>::offset(row, chunk), pack);
+        }
+    } else if constexpr (kAttentionThreads % Tile<kD>::kChunks == 0) {  // a thread's chunks are in one column
+        constexpr int kStep = kAttentionThreads / Tile<kD>::kChunks;
+        static_assert(kStep % 8 == 0);
+        const int row0 = threadIdx.x / Tile<kD>::kChunks, column = threadIdx.x % Tile<kD>::kChunks * 8;
+        const int present_rows = column < D ? rows - row0 : 0;
+        bf16* to = tile + Tile<kD>::offset(row0, column / 8);
+        const bf16* at = from + row0 * stride + column;
+#pragma unroll
+        for (int row = 0; row < kAttentionTile; row += kStep) {
+            copy_async(to + row * kD, row < present_rows ? at : from, row < present_rows);
+            at += kStep * stride;
+        }
+    } else {
+#pragma unroll
+        for (int i = threadIdx.x; i < Tile<kD>::size / 8; i += kAttentionThreads) {
+            const int row = i / Tile<kD>::kChunks, chunk = i % Tile<kD>::kChunks;
+            const bool present = row < rows && chunk * 8 < D;
+            copy_async(tile + Tile<kD>::offset(row, chunk), present ? from + row * stride + chunk * 8 : from,
+                       present);
         }
     }
 }
 
-// Writes a warp's 16 rows of results, by way of its own rows of a tile that nothing else needs any more, so that
-// stores are of 16 bytes.
+// Writes a warp's 16 rows of results, by way of its own rows of a tile that nothing else needs any more, so
+// that stores are of 16 bytes.
 //   rows: how many of the tile's 64 there are; factor: of rows g and g+8
 template <int kD>
 __device__ inline void store_rows(bf16* to, size_t stride, bf16* tile, const float (&x)[kD / 8][4],
@@ -174,8 +189,8 @@ __device__ inline void store_rows(bf16* to, size_t stride, bf16* tile, const flo
 
 // ------------------------------------------------------------------------------------------------- tables
 
-// One for all heads where there is no decay, one a head otherwise. Filled on the device, for a learned decay is
-// known nowhere else.
+// One for all heads where there is no decay, one a head otherwise. Filled on the device, for a learned decay
+// is known nowhere else.
 struct AttentionTables {
     float* c = nullptr;     // (heads,T): c_i / sqrt(D)^p of a polynomial; without c_i for `sum`
     float* fade = nullptr;  // (heads,T): gamma^n
@@ -216,8 +231,11 @@ __global__ void attention_tables(AttentionTables tables, const float* decay /*(H
     double log_g = !decay ? 0 : delta > 0 ? -log1p(exp(-delta)) : delta - log1p(exp(delta));
     size_t at = (size_t)h * T + i;
     double length = i + 1;  // n_i
-    if (kPolynomial && kind == ScaleKind::row && log_g != 0) length = expm1(2 * length * log_g) / expm1(2 * log_g);
-    double c = kind == ScaleKind::row ? factor / sqrt(length) : kind == ScaleKind::mean ? factor / (i + 1) : factor;
+    if (kPolynomial && kind == ScaleKind::row && log_g != 0)
+        length = expm1(2 * length * log_g) / expm1(2 * log_g);
+    double c = kind == ScaleKind::row    ? factor / sqrt(length)
+               : kind == ScaleKind::mean ? factor / (i + 1)
+                                         : factor;
     tables.c[at] = (float)c;
     if (!decay) return;
     tables.fade[at] = (float)exp(i * log_g);
@@ -228,8 +246,8 @@ __global__ void attention_tables(AttentionTables tables, const float* decay /*(H
     if (i == 0) tables.log_gamma[h] = (float)log_g;
 }
 
-inline void make_tables(const AttentionTables& tables, const float* decay, const AttentionConfig& config, int T,
-                        int H, int D, cudaStream_t stream) {
+inline void make_tables(const AttentionTables& tables, const float* decay, const AttentionConfig& config,
+                        int T, int H, int D, cudaStream_t stream) {
     if (config.softmax() && !decay) return;
     double factor = std::pow((double)D, -0.5 * config.power), m = gaussian_moment(config.power, D);
     if (config.scale == ScaleKind::row || config.scale == ScaleKind::mean) factor /= std::sqrt(m);

@@ -1,5 +1,5 @@
-// The end of the model: output projection tied to the token embedding, and cross-entropy, in chunks of rows, so
-// that the logits of a whole batch never exist.
+// The end of the model: output projection tied to the token embedding, and cross-entropy, in chunks of rows,
+// so that the logits of a whole batch never exist.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -9,13 +9,14 @@
 
 namespace gpu {
 
-// Rows of logits at a time. Each chunk reads and writes all of dwte, which 128 Mi logits hide behind the product.
+// Rows of logits at a time. Each chunk reads and writes all of dwte, which 128 Mi logits hide behind the
+// product.
 inline int classifier_rows(int N, int Vp) {
     return std::min(N, std::max(128, (128 << 20) / Vp / 128 * 128));
 }
 
-// losses of every row. Where dloss != 0 also dinp and dwte, for the gradient of the sum of losses times dloss.
-// A chunk is of `rows` rows.
+// losses of every row. Where dloss != 0 also dinp and dwte, for the gradient of the sum of losses times
+// dloss. A chunk is of `rows` rows.
 template <class Real, class Gradient>
 void classifier(float* losses,       // (N)
                 Real* dinp,          // (N,C), where dloss != 0
@@ -47,8 +48,8 @@ void classifier(float* losses,       // (N)
                 const int* targets,  // (N)
                 float dloss, bool accumulate, int N, int C, int V, int Vp, MatmulContext& context,
                 cudaStream_t stream) {
-    classifier(losses, dinp, dwte, logits, inp, wte, targets, dloss, accumulate, classifier_rows(N, Vp), N, C, V, Vp,
-               context, stream);
+    classifier(losses, dinp, dwte, logits, inp, wte, targets, dloss, accumulate, classifier_rows(N, Vp), N, C,
+               V, Vp, context, stream);
 }
 
 }  // namespace gpu

@@ -1,5 +1,5 @@
-// Sums of the rows of a matrix, for gradients of biases, gains and convolution weights. Without atomics: sums of
-// blocks of rows first, then of these, so that the order of additions is that of the sizes alone.
+// Sums of the rows of a matrix, for gradients of biases, gains and convolution weights. Without atomics: sums
+// of blocks of rows first, then of these, so that the order of additions is that of the sizes alone.
 #pragma once
 #include <algorithm>
 
@@ -8,19 +8,20 @@
 
 namespace gpu {
 
-constexpr int kColumnLanes = 8;      // threads side by side
-constexpr int kColumnRows = 32;      // rows that a block reads at a time
-constexpr int kColumnBlocks = 512;   // that fill a GPU
+constexpr int kColumnLanes = 8;     // threads side by side
+constexpr int kColumnRows = 32;     // rows that a block reads at a time
+constexpr int kColumnBlocks = 512;  // that fill a GPU
 constexpr size_t kColumnSumsScratch = (size_t)kColumnBlocks * kColumnLanes * Pack<bf16>::size;
 
 // Block (x, y) sums `rows` rows from y * rows on of a few columns into row y of out, or adds them to it.
 template <class Real, int kWidth, bool kAdds>
-__global__ void __launch_bounds__(kColumnLanes* kColumnRows)
-    column_sums_kernel(float* out,       // (gridDim.y,C)
-                       const Real* inp,  // (N,C)
-                       int rows, int N, int C) {
+__global__ void __launch_bounds__(kColumnLanes* kColumnRows) column_sums_kernel(float* out,  // (gridDim.y,C)
+                                                                                const Real* inp,  // (N,C)
+                                                                                int rows, int N, int C) {
     constexpr int kWarps = kColumnLanes * kColumnRows / kWarp, kColumns = kColumnLanes * kWidth;
-    __shared__ float shared[kWarps][kColumns];
+    // Element i of a lane is at i * kStride + lane: no two that a warp writes or reads at once share a bank.
+    constexpr int kStride = kWidth == 8 ? kColumnLanes + 4 : kColumnLanes;
+    __shared__ float shared[kWarps][kWidth * kStride];
     int lane = threadIdx.x % kColumnLanes, c = blockIdx.x * kColumns + lane * kWidth;
     int begin = blockIdx.y * rows, end = min(N, begin + rows);
     float sum[kWidth] = {};
@@ -37,13 +38,14 @@ __global__ void __launch_bounds__(kColumnLanes* kColumnRows)
     for (int i = 0; i < kWidth; i++) {
         for (int offset = kColumnLanes; offset < kWarp; offset *= 2)
             sum[i] += __shfl_xor_sync(0xFFFFFFFFu, sum[i], offset);
-        if (threadIdx.x % kWarp < kColumnLanes) shared[threadIdx.x / kWarp][lane * kWidth + i] = sum[i];
+        if (threadIdx.x % kWarp < kColumnLanes) shared[threadIdx.x / kWarp][i * kStride + lane] = sum[i];
     }
     __syncthreads();
     c = blockIdx.x * kColumns + threadIdx.x;
     if (threadIdx.x >= kColumns || c >= C) return;
+    int at = threadIdx.x % kWidth * kStride + threadIdx.x / kWidth;
     float total = 0;
-    for (int w = 0; w < kWarps; w++) total += shared[w][threadIdx.x];
+    for (int w = 0; w < kWarps; w++) total += shared[w][at];
     float& to = out[(size_t)blockIdx.y * C + c];
     to = kAdds ? to + total : total;
 }
@@ -67,8 +69,8 @@ void add_column_sums(float* out,       // (C) +=
         column_sums_kernel<Real, kWidth, false>
             <<<dim3(blocks, parts), kThreads, 0, stream>>>(scratch, inp, rows, N, C);
         check_launch();
-        column_sums_kernel<float, 1, true><<<ceil_div(C, kColumnLanes), kThreads, 0, stream>>>(
-            out, scratch, parts, parts, C);
+        column_sums_kernel<float, 1, true>
+            <<<ceil_div(C, kColumnLanes), kThreads, 0, stream>>>(out, scratch, parts, parts, C);
         check_launch();
     };
     if (in_packs<Real>(C, inp)) {

@@ -101,7 +101,7 @@ struct ColumnSums {
 constexpr int kSumColumns = 32, kSumSlots = 32, kSumThreads = kSumColumns / 4 * kSumSlots;
 
 static __global__ void __launch_bounds__(kSumThreads)
-    add_column_sums_kernel(ColumnSums to, const float* __restrict__ partial, int parts, int C) {
+    add_partial_sums_kernel(ColumnSums to, const float* __restrict__ partial, int parts, int C) {
     __shared__ alignas(16) float slots[kSumSlots][kSumColumns];
     int padded = padded_columns(C), slot = threadIdx.x / (kSumColumns / 4);
     int c = threadIdx.x % (kSumColumns / 4) * 4, begin = blockIdx.x * kSumColumns;
@@ -126,10 +126,10 @@ static __global__ void __launch_bounds__(kSumThreads)
 
 // first (C), and second (C) unless it is null, += the sum of partial (parts, one or two, padded C) over the
 // parts.
-inline void add_column_sums(float* first, float* second, const float* partial, int parts, int C,
-                            cudaStream_t stream) {
+inline void add_partial_sums(float* first, float* second, const float* partial, int parts, int C,
+                             cudaStream_t stream) {
     dim3 grid(ceil_div(C, kSumColumns), second ? 2 : 1);
-    add_column_sums_kernel<<<grid, kSumThreads, 0, stream>>>({{first, second}}, partial, parts, C);
+    add_partial_sums_kernel<<<grid, kSumThreads, 0, stream>>>({{first, second}}, partial, parts, C);
     check_launch();
 }
 

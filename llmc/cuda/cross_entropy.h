@@ -1,5 +1,5 @@
-// Softmax cross-entropy over the vocabulary, loss and gradient in one pass: a block reads its row of logits once,
-// keeps it in shared memory where it fits, and writes the gradient in its place.
+// Softmax cross-entropy over the vocabulary, loss and gradient in one pass: a block reads its row of logits
+// once, keeps it in shared memory where it fits, and writes the gradient in its place.
 #pragma once
 #include <algorithm>
 
@@ -13,14 +13,15 @@ constexpr int kCrossEntropyThreads = 1024;
 // One block a row. kKeeps: the row is kept in shared memory, otherwise it is read again.
 template <class Real, int kWidth, bool kKeeps>
 __global__ void __launch_bounds__(kCrossEntropyThreads)
-    cross_entropy_kernel(float* losses, Real* dlogits, const Real* logits, const int* targets, float dloss, int V,
-                         int Vp) {
+    cross_entropy_kernel(float* losses, Real* dlogits, const Real* logits, const int* targets, float dloss,
+                         int V, int Vp) {
     extern __shared__ __align__(16) unsigned char row_memory[];
     __shared__ float shared[2][kWarp];
     Real* kept = reinterpret_cast<Real*>(row_memory);
     const Real* row = logits + (size_t)blockIdx.x * Vp;
     int target = targets[blockIdx.x], begin = threadIdx.x * kWidth, step = blockDim.x * kWidth;
-    float target_logit = threadIdx.x == 0 ? to_float(row[target]) : 0.0f;  // before its gradient takes its place
+    float target_logit =
+        threadIdx.x == 0 ? to_float(row[target]) : 0.0f;  // before its gradient takes its place
 
     // This thread's largest logit so far, and the sum of exponentials relative to it.
     float most = -INFINITY, total = 0;
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
     }
 }
 
-// losses = -log softmax(logits[:V])[target]. Where dloss != 0, dlogits is the gradient times dloss, zero in the
-// padding V..Vp.
+// losses = -log softmax(logits[:V])[target]. Where dloss != 0, dlogits is the gradient times dloss, zero in
+// the padding V..Vp.
 template <class Real>
 void cross_entropy(float* losses,       // (N)
                    Real* dlogits,       // (N,Vp), where dloss != 0; may be logits

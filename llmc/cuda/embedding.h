@@ -161,10 +161,9 @@ __global__ void __launch_bounds__(kWarp)
 #pragma unroll
             for (int k = 0; k < 4; k++) sum[k] += d[u][k];
             if (!(ends >> e & 1)) continue;
+            if (e == tail) break;  // the last
             if (e == head) {
                 columns.store(partial_head, tile, sum);
-            } else if (e == tail) {
-                columns.store(partial_head + padded, tile, sum);
             } else {
 #pragma unroll
                 for (int k = 0; k < 4; k++) old[u][k] += sum[k];
@@ -173,6 +172,7 @@ __global__ void __launch_bounds__(kWarp)
             sum = {};
         }
     }
+    if (tail >= 0) columns.store(partial_head + padded, tile, sum);
 }
 
 // Of each run that goes over the end of the chunk in which it begins: its tail there and the heads that

@@ -101,7 +101,7 @@ void gelu_backward(Real* dinp,        // (N,C), may be dout
     auto kernel = C % kPack == 0 ? gelu_backward_kernel<Real, true> : gelu_backward_kernel<Real, false>;
     kernel<<<grid, kGeluThreads, 0, stream>>>(dinp, scratch, dout, inp, N, C);
     check_launch();
-    add_column_sums(dbias, nullptr, scratch, (int)grid.y, C, stream);
+    add_partial_sums(dbias, nullptr, scratch, (int)grid.y, C, stream);
 }
 
 }  // namespace gpu

@@ -183,7 +183,8 @@ __global__ void __launch_bounds__(kNormBackwardThreads)
     }
     for (int row = blockIdx.x; row < N; row += gridDim.x, turn ^= 1) {
         size_t begin = (size_t)row * C;
-        // Offsets of columns that are computed before the loop and kept would take more registers than there are.
+        // Offsets of columns that are computed before the loop and kept would take more registers than there
+        // are.
         if constexpr (!kHeld) asm volatile("" : "+r"(columns.lane));
         Floats<4> d[kHeld ? kGroups : 1], x[kHeld ? kGroups : 1], dx[kHeld ? kGroups : 1];
         if constexpr (kHeld) {
@@ -277,7 +278,7 @@ void layernorm_backward(float* dinp,          // (N,C) +=
                                                   : layernorm_backward_kernel<Real, 8, false, true>;
     kernel<<<blocks, threads, 0, stream>>>(dinp, dinp_copy, scratch, dout, inp, mean, rstd, weight, N, C);
     check_launch();
-    add_column_sums(dweight, dbias, scratch, blocks, C, stream);
+    add_partial_sums(dweight, dbias, scratch, blocks, C, stream);
 }
 
 }  // namespace gpu

@@ -1,6 +1,6 @@
-// Matrix products of row-major matrices by cuBLASLt, and the linear layer on top of them. Factors are float or
-// bf16, sums are float, and the product is stored as either. What follows a product element by element (bias,
-// GELU, its derivative) is done in its epilogue, before the product is in memory.
+// Matrix products of row-major matrices by cuBLASLt, and the linear layer on top of them. Factors are float
+// or bf16, sums are float, and the product is stored as either. What follows a product element by element
+// (bias, GELU, its derivative) is done in its epilogue, before the product is in memory.
 #pragma once
 #include <cublasLt.h>
 
@@ -16,7 +16,8 @@ namespace gpu {
 
 constexpr size_t kMatmulWorkspace = 32 << 20;  // bytes, which NVIDIA recommends for Hopper
 
-// What is done to c = a b before it is stored. Vectors and matrices are of c's type: cuBLASLt has nothing else.
+// What is done to c = a b before it is stored. Vectors and matrices are of c's type: cuBLASLt has nothing
+// else.
 template <class Result>
 struct Epilogue {
     const Result* bias = nullptr;   // (N): added to each row
@@ -24,21 +25,22 @@ struct Epilogue {
     const Result* dgelu = nullptr;  // (M,N): c = a b times the derivative of gelu at these
 };
 
-// Whether rows of this many columns can have an epilogue with a GELU, whose second matrix cuBLASLt wants in whole
-// packs of 8. Otherwise gelu_forward and gelu_backward follow the product.
+// Whether rows of this many columns can have an epilogue with a GELU, whose second matrix cuBLASLt wants in
+// whole packs of 8. Otherwise gelu_forward and gelu_backward follow the product.
 inline bool gelu_fuses(int columns) {
     return columns % 8 == 0;
 }
 
-// cuBLASLt's handle, the workspace, and the algorithms found so far. All products go to one stream, because they
-// share the workspace.
+// cuBLASLt's handle, the workspace, and the algorithms found so far. All products go to one stream, because
+// they share the workspace.
 class MatmulContext {
   public:
     // tf32: products of floats may round their factors to 10 bits of mantissa.
     explicit MatmulContext(void* workspace /*(kMatmulWorkspace) bytes*/, bool tf32 = false)
         : workspace_(workspace), tf32_(tf32) {
         cublasStatus_t status = cublasLtCreate(&handle_);
-        if (status != CUBLAS_STATUS_SUCCESS) fail("cuBLASLt: ", cublasLtGetStatusName(status), " at its start");
+        if (status != CUBLAS_STATUS_SUCCESS)
+            fail("cuBLASLt: ", cublasLtGetStatusName(status), " at its start");
     }
     ~MatmulContext() { cublasLtDestroy(handle_); }
     MatmulContext(const MatmulContext&) = delete;
@@ -48,18 +50,27 @@ class MatmulContext {
     size_t algorithms() const { return plans_.size(); }
 
     template <class Result, class Factor>
-    void multiply(Result* c, const Factor* a, const Factor* b, int M, int N, int K, bool trans_a, bool trans_b,
-                  bool accumulate, const Epilogue<Result>& epilogue, cudaStream_t stream) {
+    void multiply(Result* c, const Factor* a, const Factor* b, int M, int N, int K, bool trans_a,
+                  bool trans_b, bool accumulate, const Epilogue<Result>& epilogue, cudaStream_t stream) {
         // cuBLASLt takes matrices by columns, and with epilogues only those: it computes c^T = b^T a^T.
-        Problem p{.m = N, .n = M, .k = K, .trans_a = trans_b, .trans_b = trans_a, .factor = type<Factor>(),
-                  .result = type<Result>(), .epilogue = kind(epilogue), .alignment_a = alignment(b),
-                  .alignment_b = alignment(a), .alignment_d = alignment(c)};
+        Problem p{.m = N,
+                  .n = M,
+                  .k = K,
+                  .trans_a = trans_b,
+                  .trans_b = trans_a,
+                  .factor = type<Factor>(),
+                  .result = type<Result>(),
+                  .epilogue = kind(epilogue),
+                  .alignment_a = alignment(b),
+                  .alignment_b = alignment(a),
+                  .alignment_d = alignment(c)};
         if ((epilogue.pre_gelu || epilogue.dgelu) && !gelu_fuses(N))
             fail("cuBLASLt: ", text(p), ": a GELU in the epilogue needs a multiple of 8 columns");
         auto found = plans_.find(p);
         if (found == plans_.end()) found = plans_.emplace(p, make_plan(p)).first;
         Plan& plan = found->second;
-        if (epilogue.bias) set(p, plan.description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, (const void*)epilogue.bias);
+        if (epilogue.bias)
+            set(p, plan.description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, (const void*)epilogue.bias);
         const void* aux = epilogue.pre_gelu ? epilogue.pre_gelu : epilogue.dgelu;
         if (aux) set(p, plan.description, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, aux);
         float alpha = 1, beta = accumulate ? 1 : 0;
@@ -117,8 +128,8 @@ class MatmulContext {
                                : p.epilogue == CUBLASLT_EPILOGUE_BIAS          ? "bias"
                                                                                : "none";
         return str("product (", p.n, ",", p.m, ") = (", p.n, ",", p.k, ")", p.trans_b ? " transposed" : "",
-                   " times (", p.k, ",", p.m, ")", p.trans_a ? " transposed" : "", ", ", name(p.factor), " to ",
-                   name(p.result), ", epilogue ", epilogue);
+                   " times (", p.k, ",", p.m, ")", p.trans_a ? " transposed" : "", ", ", name(p.factor),
+                   " to ", name(p.result), ", epilogue ", epilogue);
     }
 
     static void check(const Problem& p, const char* what, cublasStatus_t status) {
@@ -137,14 +148,15 @@ class MatmulContext {
         Plan plan{};
         bool rounds = tf32_ && p.factor == CUDA_R_32F;
         check(p, "the description",
-              cublasLtMatmulDescInit(&plan.description, rounds ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F,
-                                     CUDA_R_32F));
+              cublasLtMatmulDescInit(&plan.description,
+                                     rounds ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F));
         set(p, plan.description, CUBLASLT_MATMUL_DESC_TRANSA, p.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
         set(p, plan.description, CUBLASLT_MATMUL_DESC_TRANSB, p.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
         set(p, plan.description, CUBLASLT_MATMUL_DESC_EPILOGUE, p.epilogue);
         if (p.epilogue != CUBLASLT_EPILOGUE_DEFAULT && p.epilogue != CUBLASLT_EPILOGUE_BIAS)
             set(p, plan.description, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)p.m);
-        auto layout = [&](cublasLtMatrixLayoutOpaque_t& to, cudaDataType type, bool trans, int rows, int columns) {
+        auto layout = [&](cublasLtMatrixLayoutOpaque_t& to, cudaDataType type, bool trans, int rows,
+                          int columns) {
             if (trans) std::swap(rows, columns);
             check(p, "a layout", cublasLtMatrixLayoutInit(&to, type, rows, columns, rows));
         };
@@ -165,9 +177,8 @@ class MatmulContext {
         prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, p.alignment_d);
         cublasLtMatmulHeuristicResult_t result{};
         int count = 0;
-        cublasStatus_t status =
-            cublasLtMatmulAlgoGetHeuristic(handle_, &plan.description, &plan.a, &plan.b, &plan.d, &plan.d,
-                                           &preference, 1, &result, &count);
+        cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+            handle_, &plan.description, &plan.a, &plan.b, &plan.d, &plan.d, &preference, 1, &result, &count);
         if (status == CUBLAS_STATUS_SUCCESS && count > 0) status = result.state;
         if (status != CUBLAS_STATUS_SUCCESS || count == 0)
             fail("cuBLASLt finds no algorithm (", cublasLtGetStatusName(status), ") for the ", text(p));
@@ -181,8 +192,8 @@ template <class Result, class Factor>
 void matmul(Result* c,        // (M,N)
             const Factor* a,  // (M,K), or (K,M) where trans_a
             const Factor* b,  // (K,N), or (N,K) where trans_b
-            int M, int N, int K, bool trans_a, bool trans_b, bool accumulate, const Epilogue<Result>& epilogue,
-            MatmulContext& context, cudaStream_t stream) {
+            int M, int N, int K, bool trans_a, bool trans_b, bool accumulate,
+            const Epilogue<Result>& epilogue, MatmulContext& context, cudaStream_t stream) {
     context.multiply(c, a, b, M, N, K, trans_a, trans_b, accumulate, epilogue, stream);
 }
 
@@ -204,10 +215,12 @@ void matmul_gelu_forward(Real* out,           // (N,OC)
                          const Real* weight,  // (IC,OC)
                          const Real* bias,    // (OC), or null
                          int N, int IC, int OC, MatmulContext& context, cudaStream_t stream) {
-    matmul(out, inp, weight, N, OC, IC, false, false, false, {.bias = bias, .pre_gelu = pre_gelu}, context, stream);
+    matmul(out, inp, weight, N, OC, IC, false, false, false, {.bias = bias, .pre_gelu = pre_gelu}, context,
+           stream);
 }
 
-// Of a linear layer whose input is gelu(pre_gelu): dinp is the gradient of pre_gelu. Gradient is float or bf16.
+// Of a linear layer whose input is gelu(pre_gelu): dinp is the gradient of pre_gelu. Gradient is float or
+// bf16.
 template <class Real, class Gradient>
 void matmul_gelu_backward(Real* dinp,            // (N,IC), or null: not wanted
                           Gradient* dweight,     // (IC,OC) += or, where not `accumulate`, =
@@ -216,9 +229,9 @@ void matmul_gelu_backward(Real* dinp,            // (N,IC), or null: not wanted
                           const Real* inp,       // (N,IC)
                           const Real* weight,    // (IC,OC)
                           const Real* pre_gelu,  // (N,IC) where gelu_fuses(IC), or null: no GELU
-                          bool accumulate, int N, int IC, int OC, MatmulContext& context, cudaStream_t stream) {
-    if (dinp)
-        matmul(dinp, dout, weight, N, IC, OC, false, true, false, {.dgelu = pre_gelu}, context, stream);
+                          bool accumulate, int N, int IC, int OC, MatmulContext& context,
+                          cudaStream_t stream) {
+    if (dinp) matmul(dinp, dout, weight, N, IC, OC, false, true, false, {.dgelu = pre_gelu}, context, stream);
     matmul(dweight, inp, dout, IC, OC, N, true, false, accumulate, {}, context, stream);
     // Not an epilogue: those overwrite, and want the gradient in the type of dweight.
     if (dbias) add_column_sums(dbias, context.scratch(), dout, N, OC, stream);

@@ -1,9 +1,9 @@
-// What stands between the qkv projection and attention, in one pass: RMS norm of q and k a head, with a learned
-// gain a head on q, then rotary positions (arXiv 2104.09864), pairing channel i with i + D/2. Each is optional. A
-// row of qkv is q (H,D), k (H,D), v (H,D); v passes through.
+// What stands between the qkv projection and attention, in one pass: RMS norm of q and k a head, with a
+// learned gain a head on q, then rotary positions (arXiv 2104.09864), pairing channel i with i + D/2. Each is
+// optional. A row of qkv is q (H,D), k (H,D), v (H,D); v passes through.
 //
-// A warp takes a row, so that it reads the row's angles once. A few lanes share a head, several heads go at a time;
-// a lane has the same channels of both halves of a head.
+// A warp takes a row, so that it reads the row's angles once. A few lanes share a head, several heads go at a
+// time; a lane has the same channels of both halves of a head.
 #pragma once
 #include <bit>
 #include <cstddef>
@@ -97,8 +97,8 @@ __device__ inline float group_sum(float x, int lanes) {
 
 template <class Real, int kWidth, int kChunks>
 __global__ void __launch_bounds__(kHeadThreads)
-    qk_norm_rope_forward_kernel(Real* out, float* rstd, const Real* inp, const float* q_gain, const float* rope,
-                                int lanes, int N, int T, int H, int D) {
+    qk_norm_rope_forward_kernel(Real* out, float* rstd, const Real* inp, const float* q_gain,
+                                const float* rope, int lanes, int N, int T, int H, int D) {
     using Share = HeadShare<kWidth, kChunks>;
     int bt = (blockIdx.x * kHeadThreads + threadIdx.x) / kWarp;
     if (bt >= N) return;
@@ -189,8 +189,8 @@ void qk_norm_rope_forward(Real* out,            // (B,T,3C)
     bool packs = D % 2 == 0 && in_packs<Real>(D, out, inp) && (uintptr_t)rope % 16 == 0;
     choose_head_share<Real>(D, packs, [&](auto width, auto chunks, int lanes) {
         qk_norm_rope_forward_kernel<Real, width(), chunks()>
-            <<<ceil_div(B * T, kHeadThreads / kWarp), kHeadThreads, 0, stream>>>(out, rstd, inp, q_gain, rope, lanes,
-                                                                                 B * T, T, H, D);
+            <<<ceil_div(B * T, kHeadThreads / kWarp), kHeadThreads, 0, stream>>>(out, rstd, inp, q_gain, rope,
+                                                                                 lanes, B * T, T, H, D);
         check_launch();
     });
 }

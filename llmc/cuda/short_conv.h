@@ -1,7 +1,7 @@
 // A causal depthwise convolution over time: z_t = sum_{s<K} weight[s] inp_{t-s}, zero before the first token.
 //
-// A thread goes through some rows of a pack of channels with the last K rows in its registers, so that each row is
-// read about once. That is for K up to kConvTaps; wider ones read rows again, which are in the caches.
+// A thread goes through some rows of a pack of channels with the last K rows in its registers, so that each
+// row is read about once. That is for K up to kConvTaps; wider ones read rows again, which are in the caches.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -23,19 +23,51 @@ inline int short_conv_parts(int T) {
     return ceil_div(T, short_conv_rows(T) * kConvRuns);
 }
 
+// What the threads of a row of a block have in shared memory: kWidth numbers of each lane. The stride keeps
+// both orders, by lanes and by channels, free of bank conflicts.
+template <int kWidth>
+struct ConvRow {
+    static constexpr int kStride = kConvLanes + kConvLanes / kWidth;
+    float values[kWidth * kStride];
+    __device__ float& at(int i, int lane) { return values[i * kStride + lane]; }
+    __device__ void put(const float (&x)[kWidth]) {
+#pragma unroll
+        for (int i = 0; i < kWidth; i++) at(i, threadIdx.x) = x[i];
+    }
+    __device__ void take(float (&x)[kWidth]) {
+#pragma unroll
+        for (int i = 0; i < kWidth; i++) x[i] = at(i, threadIdx.x);
+    }
+};
+
+// The taps of a block's channels, read once for all its rows.
+template <int kWidth, int K>
+__device__ void load_taps(float (&taps)[K][kWidth], ConvRow<kWidth>* shared, const float* weight, int w,
+                          int W) {
+    static_assert(K <= kConvRuns);
+    if (w < W && threadIdx.y < K) {
+        load_floats(taps[0], weight + (size_t)threadIdx.y * W + w);
+        shared[threadIdx.y].put(taps[0]);
+    }
+    __syncthreads();
+    if (w >= W) return;
+#pragma unroll
+    for (int s = 0; s < K; s++) shared[s].take(taps[s]);
+}
+
 template <class Real, int kWidth, int K>
-__global__ void __launch_bounds__(kConvLanes* kConvRuns)
+__global__ void __launch_bounds__(kConvLanes* kConvRuns, 1)
     short_conv_forward_kernel(Real* out, const Real* inp, const float* weight, int rows, int T, int W) {
     int w = (blockIdx.x * kConvLanes + threadIdx.x) * kWidth;
     int begin = (blockIdx.y * kConvRuns + threadIdx.y) * rows, end = min(T, begin + rows);
+    __shared__ ConvRow<kWidth> shared[K];
+    float taps[K][kWidth], x[K][kWidth] = {};  // x[s] is row t - s
+    load_taps(taps, shared, weight, w, W);
     if (w >= W || begin >= T) return;
     size_t at = (size_t)blockIdx.z * T * W + w;
-    float taps[K][kWidth], x[K][kWidth] = {};  // x[s] is row t - s
 #pragma unroll
-    for (int s = 0; s < K; s++) {
-        load_floats(taps[s], weight + (size_t)s * W + w);
-        if (s < K - 1 && begin - 1 - s >= 0) load_floats(x[s], inp + at + (size_t)(begin - 1 - s) * W);
-    }
+    for (int s = 0; s < K - 1; s++)
+        if (begin - 1 - s >= 0) load_floats(x[s], inp + at + (size_t)(begin - 1 - s) * W);
 #pragma unroll K
     for (int t = begin; t < end; t++) {
 #pragma unroll
@@ -52,27 +84,25 @@ __global__ void __launch_bounds__(kConvLanes* kConvRuns)
     }
 }
 
-// The gradients for the taps from `first` on, K of them at most; dinp only where it is not null. A block's sums of
-// the weights' gradients go to its row of partial.
+// The gradients for the taps from `first` on, K of them at most; dinp only where it is not null. A block's
+// sums of the weights' gradients go to its row of partial.
 template <class Real, int kWidth, int K>
-__global__ void __launch_bounds__(kConvLanes* kConvRuns)
+__global__ void __launch_bounds__(kConvLanes* kConvRuns, 1)
     short_conv_backward_kernel(Real* dinp,
                                float* partial,  // (gridDim.z,gridDim.y,taps,W)
-                               const Real* dout, const Real* inp, const float* weight, int first, int taps, int rows,
-                               int T, int W) {
-    __shared__ float shared[kConvRuns][kConvLanes * kWidth];
+                               const Real* dout, const Real* inp, const float* weight, int first, int taps,
+                               int rows, int T, int W) {
+    __shared__ ConvRow<kWidth> shared[kConvRuns];
     int w = (blockIdx.x * kConvLanes + threadIdx.x) * kWidth;
     int begin = (blockIdx.y * kConvRuns + threadIdx.y) * rows, end = min(T, begin + rows);
     size_t at = (size_t)blockIdx.z * T * W + w;
-    float dtaps[K][kWidth] = {};
+    float weights[K][kWidth], dtaps[K][kWidth] = {};
+    if (dinp) load_taps(weights, shared, weight, w, W);
     if (w < W && begin < T) {
-        float weights[K][kWidth], d[K][kWidth] = {};  // d[s] is row t + first + s
+        float d[K][kWidth] = {};  // d[s] is row t + first + s
 #pragma unroll
-        for (int s = 0; s < K; s++) {
-            if (dinp) load_floats(weights[s], weight + (size_t)s * W + w);
-            if (s > 0 && begin + first + s - 1 < T)
-                load_floats(d[s], dout + at + (size_t)(begin + first + s - 1) * W);
-        }
+        for (int s = 1; s < K; s++)
+            if (begin + first + s - 1 < T) load_floats(d[s], dout + at + (size_t)(begin + first + s - 1) * W);
         for (int t = begin; t < end; t++) {
 #pragma unroll
             for (int s = 0; s < K - 1; s++)
@@ -105,20 +135,18 @@ __global__ void __launch_bounds__(kConvLanes* kConvRuns)
 #pragma unroll
     for (int s = 0; s < K; s++) {
         __syncthreads();
-#pragma unroll
-        for (int i = 0; i < kWidth; i++) shared[threadIdx.y][i * kConvLanes + threadIdx.x] = dtaps[s][i];
+        shared[threadIdx.y].put(dtaps[s]);
         __syncthreads();
-        // Column `lane` of the block's is element lane % kWidth of a thread's pack.
         int column = blockIdx.x * kConvLanes * kWidth + thread;
         if (thread >= kConvLanes * kWidth || column >= W || first + s >= taps) continue;
         float sum = 0;
-        for (int run = 0; run < kConvRuns; run++)
-            sum += shared[run][thread % kWidth * kConvLanes + thread / kWidth];
+        for (int run = 0; run < kConvRuns; run++) sum += shared[run].at(thread % kWidth, thread / kWidth);
         to[(size_t)(first + s) * W + column] = sum;
     }
 }
 
-// Any K, one pack of one row a thread: the convolution, or where kReversed its transpose, which makes dinp of dout.
+// Any K, one pack of one row a thread: the convolution, or where kReversed its transpose, which makes dinp of
+// dout.
 template <class Real, int kWidth, bool kReversed>
 __global__ void short_conv_wide_kernel(Real* out, const Real* inp, const float* weight, int T, int W, int K) {
     int w = (blockIdx.x * kConvLanes + threadIdx.x) * kWidth, t = blockIdx.y * kConvRuns + threadIdx.y;
@@ -162,8 +190,8 @@ void short_conv_forward(Real* out,            // (B,T,W)
         int columns = ceil_div(W, kConvLanes * kWidth);
         if (K <= kConvTaps) {
             short_conv_forward_kernel<Real, kWidth, taps()>
-                <<<dim3(columns, short_conv_parts(T), B), block, 0, stream>>>(out, inp, weight, short_conv_rows(T),
-                                                                              T, W);
+                <<<dim3(columns, short_conv_parts(T), B), block, 0, stream>>>(out, inp, weight,
+                                                                              short_conv_rows(T), T, W);
         } else {
             short_conv_wide_kernel<Real, kWidth, false>
                 <<<dim3(columns, ceil_div(T, kConvRuns), B), block, 0, stream>>>(out, inp, weight, T, W, K);
@@ -193,7 +221,8 @@ void short_conv_backward(Real* dinp,           // (B,T,W)
         int columns = ceil_div(W, kConvLanes * kWidth);
         for (int first = 0; first < K; first += taps()) {
             short_conv_backward_kernel<Real, kWidth, taps()><<<dim3(columns, parts, B), block, 0, stream>>>(
-                K <= kConvTaps ? dinp : nullptr, partial, dout, inp, weight, first, K, short_conv_rows(T), T, W);
+                K <= kConvTaps ? dinp : nullptr, partial, dout, inp, weight, first, K, short_conv_rows(T), T,
+                W);
             check_launch();
         }
         if (K <= kConvTaps) return;
