@@ -1,6 +1,6 @@
-// The CUDA trainer. This file is the model, as train_gpt.cpp is for the CPU: the same forward pass, backward pass
-// and update, in the same order. The layers are in llmc/cuda/, a header each, twins of those in llmc/cpu/; the
-// loop, the command line, files and all else are in llmc/ and are those of the CPU trainer.
+// The CUDA trainer. This file is the model, as train_gpt.cpp is for the CPU: the same forward pass, backward
+// pass and update, in the same order. The layers are in llmc/cuda/, a header each, twins of those in
+// llmc/cpu/; the loop, the command line, files and all else are in llmc/ and are those of the CPU trainer.
 //
 // Real, float or bf16, is what the matrix products multiply and most activations are kept in; the residual
 // stream, all statistics, weights, gradients and moments are float.
@@ -112,7 +112,8 @@ struct GPT : Model {
           options(options),
           training(options.purpose == Purpose::training) {
         if (options.kernel == AttentionKernel::linear)
-            usage_error("--attention-kernel linear: the CUDA trainer has the tiled kernels: expected auto or tiled");
+            usage_error(
+                "--attention-kernel linear: the CUDA trainer has the tiled kernels: expected auto or tiled");
         if (options.cache == CacheKind::state)
             usage_error("--cache state: the CUDA trainer keeps keys and values: expected auto or kv");
         if (D > 128) usage_error("heads of ", D, " channels: the CUDA trainer has kernels for at most 128");
@@ -138,8 +139,8 @@ struct GPT : Model {
         copy_to_device(acts.targets, targets, N, stream);
         forward_blocks(inputs, B, T, nullptr);
         classifier(acts.losses, dloss != 0 ? grads.norm : nullptr, dloss != 0 ? gradients.wte : nullptr,
-                   acts.logits, acts.ln_f, real(weights.wte), acts.targets, dloss / N, accumulates, N, C, V, Vp,
-                   *matmuls, stream);
+                   acts.logits, acts.ln_f, real(weights.wte), acts.targets, dloss / N, accumulates, N, C, V,
+                   Vp, *matmuls, stream);
         losses.resize(N);
         copy_to_host(losses.data(), acts.losses, N, stream);
         double total = 0;
@@ -165,8 +166,8 @@ struct GPT : Model {
             LayerActivations<Real>& a = acts.h[l];
             LayerTensors& w = weights.h[l];
             if (l == 0)
-                layernorm_forward(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N, C,
-                                  stream);
+                layernorm_forward(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N,
+                                  C, stream);
             forward_to_gelu(l, residual, B, T, cache);
             matmul_forward(acts.delta, a.gelu, real(w.fc_proj_weight), real(w.fc_proj_bias), N, 4 * C, C,
                            *matmuls, stream);
@@ -195,15 +196,16 @@ struct GPT : Model {
         if (cache) {
             attention_with_cache(l, a, *cache, T);
         } else {
-            attention_forward(a.attn, a.attn_stats, scratch, a.heads, decay(l), attention, B, T, H, D, stream);
+            attention_forward(a.attn, a.attn_stats, scratch, a.heads, decay(l), attention, B, T, H, D,
+                              stream);
         }
-        matmul_forward(acts.delta, a.attn, real(w.attn_proj_weight), real(w.attn_proj_bias), N, C, C, *matmuls,
-                       stream);
+        matmul_forward(acts.delta, a.attn, real(w.attn_proj_weight), real(w.attn_proj_bias), N, C, C,
+                       *matmuls, stream);
         residual_layernorm_forward(a.residual_attn, a.ln_2, a.ln_2_mean, a.ln_2_rstd, residual, acts.delta,
                                    w.ln_2_weight, w.ln_2_bias, N, C, stream);
         if (gelu_fuses(4 * C)) {
-            matmul_gelu_forward(a.gelu, a.fc, a.ln_2, real(w.fc_weight), real(w.fc_bias), N, C, 4 * C, *matmuls,
-                                stream);
+            matmul_gelu_forward(a.gelu, a.fc, a.ln_2, real(w.fc_weight), real(w.fc_bias), N, C, 4 * C,
+                                *matmuls, stream);
         } else {
             matmul_forward(a.fc, a.ln_2, real(w.fc_weight), real(w.fc_bias), N, C, 4 * C, *matmuls, stream);
             gelu_forward(a.gelu, a.fc, (size_t)N * 4 * C, stream);
@@ -215,8 +217,8 @@ struct GPT : Model {
     void backward(const int*, int B, int T) override {
         int N = B * T;
         check(cudaMemsetAsync(grads.residual, 0, (size_t)N * C * sizeof(float), stream));
-        layernorm_backward(grads.residual, copy_of_residual(), gradients.ln_f_weight, gradients.ln_f_bias, scratch,
-                           grads.norm, acts.h[L - 1].residual_mlp, acts.ln_f_mean, acts.ln_f_rstd,
+        layernorm_backward(grads.residual, copy_of_residual(), gradients.ln_f_weight, gradients.ln_f_bias,
+                           scratch, grads.norm, acts.h[L - 1].residual_mlp, acts.ln_f_mean, acts.ln_f_rstd,
                            weights.ln_f_weight, N, C, stream);
         for (int l = L - 1; l >= 0; l--) {
             LayerActivations<Real>& a = acts.h[l];
@@ -227,14 +229,15 @@ struct GPT : Model {
             matmul_backward(grads.fc, d.fc_proj_weight, d.fc_proj_bias, grads.residual_real, a.gelu,
                             real(w.fc_proj_weight), accumulates, N, 4 * C, C, *matmuls, stream);
             gelu_backward(grads.fc, d.fc_bias, scratch, grads.fc, a.fc, N, 4 * C, stream);
-            matmul_backward(grads.norm, d.fc_weight, nullptr, grads.fc, a.ln_2, real(w.fc_weight), accumulates, N,
-                            C, 4 * C, *matmuls, stream);
-            layernorm_backward(grads.residual, copy_of_residual(), d.ln_2_weight, d.ln_2_bias, scratch, grads.norm,
-                               a.residual_attn, a.ln_2_mean, a.ln_2_rstd, w.ln_2_weight, N, C, stream);
+            matmul_backward(grads.norm, d.fc_weight, nullptr, grads.fc, a.ln_2, real(w.fc_weight),
+                            accumulates, N, C, 4 * C, *matmuls, stream);
+            layernorm_backward(grads.residual, copy_of_residual(), d.ln_2_weight, d.ln_2_bias, scratch,
+                               grads.norm, a.residual_attn, a.ln_2_mean, a.ln_2_rstd, w.ln_2_weight, N, C,
+                               stream);
             matmul_backward(grads.norm, d.attn_proj_weight, d.attn_proj_bias, grads.residual_real, a.attn,
                             real(w.attn_proj_weight), accumulates, N, C, C, *matmuls, stream);
-            attention_backward(grads.qkv, d.decay, scratch, grads.norm, a.attn, a.attn_stats, a.heads, decay(l),
-                               attention, B, T, H, D, stream);
+            attention_backward(grads.qkv, d.decay, scratch, grads.norm, a.attn, a.attn_stats, a.heads,
+                               decay(l), attention, B, T, H, D, stream);
             if (config.qk_norm || config.rope())
                 qk_norm_rope_backward(grads.qkv, d.q_gain, scratch, grads.qkv, a.conv, a.qk_rstd, w.q_gain,
                                       angles(), B, T, H, D, stream);
@@ -246,10 +249,11 @@ struct GPT : Model {
             }
             matmul_backward(grads.norm, d.attn_weight, d.attn_bias, dqkv, a.ln_1, real(w.attn_weight),
                             accumulates, N, C, 3 * C, *matmuls, stream);
-            layernorm_backward(grads.residual, copy_of_residual(), d.ln_1_weight, d.ln_1_bias, scratch, grads.norm,
-                               residual, a.ln_1_mean, a.ln_1_rstd, w.ln_1_weight, N, C, stream);
+            layernorm_backward(grads.residual, copy_of_residual(), d.ln_1_weight, d.ln_1_bias, scratch,
+                               grads.norm, residual, a.ln_1_mean, a.ln_1_rstd, w.ln_1_weight, N, C, stream);
         }
-        embedding_backward(gradients.wte, gradients.wpe, scratch, grads.residual, acts.inputs, B, T, C, V, stream);
+        embedding_backward(gradients.wte, gradients.wpe, scratch, grads.residual, acts.inputs, B, T, C, V,
+                           stream);
         accumulates = true;
     }
 
@@ -266,8 +270,8 @@ struct GPT : Model {
         } else if (options.recompute != Recompute::none && shared) {
             gelu_forward(a.gelu, a.fc, (size_t)N * 4 * C, stream);
             if (options.recompute == Recompute::layernorm) {
-                layernorm_recompute(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N, C,
-                                    stream);
+                layernorm_recompute(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N,
+                                    C, stream);
                 layernorm_recompute(a.ln_2, a.ln_2_mean, a.ln_2_rstd, a.residual_attn, w.ln_2_weight,
                                     w.ln_2_bias, N, C, stream);
             }
@@ -397,16 +401,16 @@ struct GPT : Model {
     bool training;
     cudaStream_t stream = nullptr;
     std::unique_ptr<MatmulContext> matmuls;
-    char* workspace;           // (kMatmulWorkspace) bytes: cuBLASLt's
-    double* squares;           // (1 + kSquaresBlocks): the norm's
-    float* scale;              // (1): what the gradients are multiplied with
+    char* workspace;  // (kMatmulWorkspace) bytes: cuBLASLt's
+    double* squares;  // (1 + kSquaresBlocks): the norm's
+    float* scale;     // (1): what the gradients are multiplied with
     DeviceArray<DecayRange> decays;
-    int rope_end = -1;         // rope is that of positions 0 .. rope_end-1; -1: of others
-    int decode_rows;           // tokens of a prompt that go through decode() at a time
-    bool accumulates = false;  // the gradients of matrices hold those of earlier micro-batches
+    int rope_end = -1;                       // rope is that of positions 0 .. rope_end-1; -1: of others
+    int decode_rows;                         // tokens of a prompt that go through decode() at a time
+    bool accumulates = false;                // the gradients of matrices hold those of earlier micro-batches
     std::vector<float> losses, host_logits;  // (N), (V): on the host
-    float* arrays[4] = {};     // (table.size) each, by Store
-    Real* weights_real;        // (table.size): weights in bf16; null where Real is float
+    float* arrays[4] = {};                   // (table.size) each, by Store
+    Real* weights_real;                      // (table.size): weights in bf16; null where Real is float
     MemoryPlan state_plan, activation_plan;
 
     static int padded_vocabulary(const GPTConfig& config) { return (config.vocab_size + 15) / 16 * 16; }
@@ -531,7 +535,8 @@ struct GPT : Model {
         DeviceArray<Real>& kv = cache.kv[l];
         kv.grow((size_t)length * 2 * C, stream);
         check(cudaMemcpy2DAsync(kv.get() + (size_t)start * 2 * C, 2 * C * sizeof(Real), a.heads + C,
-                                3 * C * sizeof(Real), 2 * C * sizeof(Real), T, cudaMemcpyDeviceToDevice, stream));
+                                3 * C * sizeof(Real), 2 * C * sizeof(Real), T, cudaMemcpyDeviceToDevice,
+                                stream));
         if (l == 0) {  // the same for all layers but where the decay is learned
             cache.scores.grow((size_t)T * H * length, stream);
             cache.row_scale.grow((size_t)T * H, stream);
@@ -542,18 +547,20 @@ struct GPT : Model {
             for (int t = start; t < length; t++)
                 for (int h = 0; h < H; h++) {
                     bool own = config.attention().softmax() || attention.has_row_sum();
-                    scales.push_back(own ? 1 : (float)row_scale(attention, t, decay(l) ? log_gamma(delta[h]) : 0, D));
+                    scales.push_back(
+                        own ? 1 : (float)row_scale(attention, t, decay(l) ? log_gamma(delta[h]) : 0, D));
                 }
             copy_to_device(cache.row_scale.get(), scales.data(), scales.size(), stream);
             check(cudaStreamSynchronize(stream));
         }
-        attention_cached_forward(a.attn, cache.scores.get(), a.heads, kv.get(), decay(l), cache.row_scale.get(),
-                                 attention, start, T, H, D, stream);
+        attention_cached_forward(a.attn, cache.scores.get(), a.heads, kv.get(), decay(l),
+                                 cache.row_scale.get(), attention, start, T, H, D, stream);
     }
 
     // a.conv from a.qkv. While generating, the rows before these come from `before`, and the last ones go
     // there.
-    void short_conv(LayerActivations<Real>& a, const LayerTensors& w, int B, int T, DeviceArray<Real>* before) {
+    void short_conv(LayerActivations<Real>& a, const LayerTensors& w, int B, int T,
+                    DeviceArray<Real>* before) {
         size_t K = config.short_conv, W = 3 * C;
         if (!before) return short_conv_forward(a.conv, a.qkv, w.conv_weight, B, T, (int)W, (int)K, stream);
         size_t rows = K - 1 + T;

@@ -9,7 +9,8 @@
 #include <vector>
 
 // Buffers are added with the pointer that will hold them; allocate() then sets the pointers, which must not
-// move in between. A buffer with a name holds its value until the step ends; one without is used again before.
+// move in between. A buffer with a name holds its value until the step ends; one without is used again
+// before.
 template <class Memory>
 class MemoryPlan {
   public:
@@ -19,7 +20,8 @@ class MemoryPlan {
         size_t offset = bytes_;
         bytes_ += (size * sizeof(Real) + kAlignment - 1) / kAlignment * kAlignment;
         settings_.push_back([&slot, offset](char* memory) { slot = (Real*)(memory + offset); });
-        if (!name.empty()) kept_.push_back({name, [this, &slot, size] { return memory_.finite(slot, size); }});
+        if (!name.empty())
+            kept_.push_back({name, [this, &slot, size] { return memory_.finite(slot, size); }});
     }
     // `slot` will be where `other` is, which was added before.
     template <class Real>

@@ -134,13 +134,16 @@ template <class Real>
 constexpr int kEdge = gpu::attention_tile<Real>;
 
 TEST_CASE_TEMPLATE("cuda attention: every kind at every small size, and every size", Real, float, gpu::bf16) {
-    const std::vector<Size> large = {{1, 64, 2, 64},   {1, 65, 2, 64}, {1, 130, 1, 80}, {1, 100, 1, 96},
-                                     {1, 129, 1, 128}, {1, 70, 3, 40}, {1, 33, 1, 7},   {1, 32, 2, 20},
-                                     {2, 31, 1, 100},  {1, 1, 1, 32}};
+    const std::vector<Size> of_bf16 = {{1, 64, 2, 64},   {1, 65, 2, 64}, {1, 130, 1, 80}, {1, 100, 1, 96},
+                                       {1, 129, 1, 128}, {1, 70, 3, 40}, {1, 33, 1, 7},   {1, 32, 2, 20},
+                                       {2, 31, 1, 100},  {1, 1, 1, 32}};
+    const std::vector<Size> of_floats = {{1, 32, 2, 64}, {1, 65, 1, 64}, {1, 40, 1, 80}, {1, 33, 1, 128},
+                                         {1, 34, 3, 40}, {1, 33, 1, 7},  {2, 31, 1, 99}, {1, 1, 1, 32}};
+    const std::vector<Size>& large = kIsFloat<Real> ? of_floats : of_bf16;
     const std::vector<Kind> kinds = all_kinds();
     for (size_t i = 0; i < kinds.size(); i++) {
-        check_attention<Real>(kinds[i], {2, 7, 3, 32});
-        check_attention<Real>(kinds[i], {1, kEdge<Real> + 2, 1, 32});
+        check_attention<Real>(kinds[i], {2, 7, kIsFloat<Real> ? 2 : 3, kIsFloat<Real> ? 8 : 32});
+        check_attention<Real>(kinds[i], {1, kEdge<Real> + 2, 1, kIsFloat<Real> ? 8 : 32});
         if (i % 3 == i / 3 % 3) check_attention<Real>(kinds[i], large[i / 3 % large.size()]);
     }
 }
@@ -162,7 +165,8 @@ TEST_CASE_TEMPLATE("cuda attention: extreme decays, from forgetting at once to n
     const Floats delta = {-30.0f, -3.0f, 12.0f, 40.0f};
     for (const Kind& kind : all_kinds())
         if (kind.decay == DecayKind::fixed && one_of_each_scale(kind))
-            for (int T : {1, kEdge<Real> + 6}) check_attention(kind, {1, T, 4, 8}, random_qkv<Real>({1, T, 4, 8}), delta);
+            for (int T : {1, kEdge<Real> + 6})
+                check_attention(kind, {1, T, 4, 8}, random_qkv<Real>({1, T, 4, 8}), delta);
 }
 
 TEST_CASE_TEMPLATE("cuda attention: rows of zeros", Real, float, gpu::bf16) {

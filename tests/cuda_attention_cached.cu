@@ -33,15 +33,16 @@ void check_cached(const AttentionConfig& config, bool decays, int start, int n, 
     check_layer({expect<Real>("out", expected)}, [&](auto& out) {
         Device<float> scores((size_t)n * H * T);
         gpu::attention_cached_forward<Real>(out["out"], scores.get(), d_qkv.get(), d_cache.get(),
-                                            decays ? d_delta.get() : nullptr, d_scales.get(), config, start, n, H,
-                                            D, nullptr);
+                                            decays ? d_delta.get() : nullptr, d_scales.get(), config, start,
+                                            n, H, D, nullptr);
         gpu::check(cudaDeviceSynchronize());
     });
 }
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("attention on the GPU: a few new tokens after those in the cache", Real, float, gpu::bf16) {
+TEST_CASE_TEMPLATE("attention on the GPU: a few new tokens after those in the cache", Real, float,
+                   gpu::bf16) {
     for (int power = 0; power <= 4; power++)
         for (ScaleKind scale :
              {ScaleKind::row, ScaleKind::context, ScaleKind::mean, ScaleKind::sum, ScaleKind::constant})

@@ -1,5 +1,5 @@
-// The CUDA model, executed by dev/ptxsim, against the CPU's: the same weights and batch must give the same loss
-// and the same gradient of every tensor.
+// The CUDA model, executed by dev/ptxsim, against the CPU's: the same weights and batch must give the same
+// loss and the same gradient of every tensor.
 #define LLMC_TESTING
 #include "dev/ptxsim/report.h"
 #include "tests/reference.h"
@@ -13,10 +13,14 @@ namespace {
 
 using reference::Vector;
 
+// LLMC_THOROUGH=1: every configuration, instead of a sample.
+bool thorough() {
+    return std::getenv("LLMC_THOROUGH") != nullptr;
+}
+
 std::string describe(const GPTConfig& c) {
-    return str(kAttentionNames[c.power], ", scale ", c.attention_scale, ", ",
-               c.rope() ? "rope" : "learned", c.qk_norm ? ", qk-norm" : "", ", decay ", (int)c.decay, ", conv ",
-               c.short_conv);
+    return str(kAttentionNames[c.power], ", scale ", c.attention_scale, ", ", c.rope() ? "rope" : "learned",
+               c.qk_norm ? ", qk-norm" : "", ", decay ", (int)c.decay, ", conv ", c.short_conv);
 }
 
 // Weights like those after some training: noise on all that starts as zero or one.
@@ -36,9 +40,10 @@ Vector gradient(const Model& model, const ParameterTensor& t) {
     return Vector(values.begin(), values.end());
 }
 
-// Two micro-batches through both models. In bf16 both round, each in its own places: single tensors may be further
-// apart than all of them together.
-void compare(const GPTConfig& config, ModelOptions options, double loss_tolerance, double gradient_tolerance) {
+// Two micro-batches through both models. In bf16 both round, each in its own places: single tensors may be
+// further apart than all of them together.
+void compare(const GPTConfig& config, ModelOptions options, double loss_tolerance,
+             double gradient_tolerance) {
     INFO(describe(config));
     const int B = options.batch, T = options.seq;
     auto cpu = cpu::make_model(config, options), gpu = gpu::backend().make_model(config, options);
@@ -60,7 +65,8 @@ void compare(const GPTConfig& config, ModelOptions options, double loss_toleranc
     CHECK(gpu->gradient_norm() == doctest::Approx(cpu->gradient_norm()).epsilon(gradient_tolerance));
     CHECK(gpu->gradient_norm(1) == doctest::Approx(cpu->gradient_norm(1)).epsilon(gradient_tolerance));
     double all = cpu->gradient_norm(), squares = 0;
-    double tensor_tolerance = options.precision == Precision::bf16 ? 4 * gradient_tolerance : gradient_tolerance;
+    double tensor_tolerance =
+        options.precision == Precision::bf16 ? 2 * gradient_tolerance : gradient_tolerance;
     for (const ParameterTensor& t : cpu->table.tensors) {
         INFO(t.name);
         Vector expected = gradient(*cpu, t);
@@ -77,8 +83,8 @@ void compare(const GPTConfig& config, ModelOptions options, double loss_toleranc
         std::vector<float> got(t.size), expected(t.size);
         gpu->read(Store::weights, t, got.data());
         cpu->read(Store::weights, t, expected.data());
-        CHECK(reference::relative_error(Vector(got.begin(), got.end()), Vector(expected.begin(), expected.end())) <
-              10 * gradient_tolerance);
+        CHECK(reference::relative_error(Vector(got.begin(), got.end()),
+                                        Vector(expected.begin(), expected.end())) < 10 * gradient_tolerance);
     }
     CHECK(gpu->first_nonfinite() == "");
     gpu.reset();
@@ -119,14 +125,17 @@ std::vector<GPTConfig> configs() {
 }  // namespace
 
 TEST_CASE("the CUDA model against the CPU's: losses, gradients and updates, float32") {
+    int number = 0;
     for (const GPTConfig& config : configs())
-        compare(config, {Purpose::training, 2, 23, Precision::fp32}, 1e-6, 1e-4);
+        if (thorough() || number++ % 2 == 0)
+            compare(config, {Purpose::training, 2, 23, Precision::fp32}, 1e-6, 1e-4);
 }
 
 TEST_CASE("the CUDA model against the CPU's: losses, gradients and updates, bf16") {
     int number = 0;
-    for (const GPTConfig& config : configs())  // a third of them: it takes time
-        if (number++ % 3 == 0) compare(config, {Purpose::training, 2, 23, Precision::bf16}, 3e-3, 3e-2);
+    for (const GPTConfig& config : configs())
+        if (thorough() || number++ % 6 == 0)
+            compare(config, {Purpose::training, 2, 23, Precision::bf16}, 3e-3, 5e-2);
 }
 
 TEST_CASE("the CUDA model against the CPU's: what is computed again in the backward pass is the same") {
@@ -136,14 +145,15 @@ TEST_CASE("the CUDA model against the CPU's: what is computed again in the backw
             config.power = 3, config.qk_norm = true, config.positions = PositionKind::rope;
             bool exact = precision == Precision::fp32;
             compare(config, {Purpose::training, 2, 23, precision, recompute}, exact ? 1e-6 : 3e-3,
-                    exact ? 1e-4 : 3e-2);
+                    exact ? 1e-4 : 5e-2);
         }
 }
 
 TEST_CASE("the CUDA model against the CPU's: tokens one after another from a cache") {
     for (int power : {0, 3}) {
         GPTConfig config = small();
-        config.power = power, config.positions = PositionKind::rope, config.qk_norm = true, config.short_conv = 3;
+        config.power = power, config.positions = PositionKind::rope, config.qk_norm = true,
+        config.short_conv = 3;
         config.decay = DecayKind::learned;
         ModelOptions options{Purpose::inference, 1, 8};
         auto cpu = cpu::make_model(config, options), gpu = gpu::backend().make_model(config, options);
@@ -157,8 +167,10 @@ TEST_CASE("the CUDA model against the CPU's: tokens one after another from a cac
             CAPTURE(at);
             int n = at == 0 ? 11 : 1;  // a prompt that is longer than the model takes at once
             const float* logits[2];
-            for (Model* model : {cpu.get(), gpu.get()}) logits[model == gpu.get()] = model->decode(&tokens[at], n);
-            Vector expected(logits[0], logits[0] + config.vocab_size), got(logits[1], logits[1] + config.vocab_size);
+            for (Model* model : {cpu.get(), gpu.get()})
+                logits[model == gpu.get()] = model->decode(&tokens[at], n);
+            Vector expected(logits[0], logits[0] + config.vocab_size),
+                got(logits[1], logits[1] + config.vocab_size);
             CHECK(reference::relative_error(got, expected) < 1e-5);
             at += n;
         }

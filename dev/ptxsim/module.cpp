@@ -10,7 +10,8 @@ namespace ptxsim {
 namespace {
 
 std::vector<std::unique_ptr<Module>>& modules() {
-    static auto& all = *new std::vector<std::unique_ptr<Module>>;  // figures are written when the process ends
+    static auto& all =
+        *new std::vector<std::unique_ptr<Module>>;  // figures are written when the process ends
     return all;
 }
 

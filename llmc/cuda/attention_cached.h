@@ -1,5 +1,5 @@
-// Attention of a few new tokens to all before them, whose keys and values are kept: generation. The formulas are
-// those of attention.h; a token costs O(T), and its output is that of attention_forward to rounding.
+// Attention of a few new tokens to all before them, whose keys and values are kept: generation. The formulas
+// are those of attention.h; a token costs O(T), and its output is that of attention_forward to rounding.
 #pragma once
 #include "llmc/attention_scale.h"
 #include "llmc/config.h"
@@ -42,7 +42,9 @@ __global__ void attention_cached_kernel(Real* out, float* scores, const Real* qk
     }
     total = block_sum(total, shared);
     __syncthreads();  // scores of other threads are read from here on
-    float scale = power == 0 ? 1.0f / total : row_sum ? 1.0f / (total + (float)kRowSumEps) : row_scale[t * H + h];
+    float scale = power == 0 ? 1.0f / total
+                  : row_sum  ? 1.0f / (total + (float)kRowSumEps)
+                             : row_scale[t * H + h];
     for (int d = thread; d < D; d += blockDim.x) {
         float sum = 0;
         for (int j = 0; j <= i; j++) sum += a[j] * to_float(cache[(size_t)j * 2 * C + C + h * D + d]);
@@ -50,19 +52,20 @@ __global__ void attention_cached_kernel(Real* out, float* scores, const Real* qk
     }
 }
 
-// scores (n,H,start+n) is scratch. row_scale (n,H): c_i of the new rows, read only for the scales row, context,
-// mean and a constant.
+// scores (n,H,start+n) is scratch. row_scale (n,H): c_i of the new rows, read only for the scales row,
+// context, mean and a constant.
 template <class Real>
-inline void attention_cached_forward(Real* out,          // (n,C)
-                                     float* scores,      // (n,H,start+n)
-                                     const Real* qkv,    // (n,3C): of tokens start .. start+n-1; only q is read
-                                     const Real* cache,  // (start+n,2C): k and v of every token so far
+inline void attention_cached_forward(Real* out,        // (n,C)
+                                     float* scores,    // (n,H,start+n)
+                                     const Real* qkv,  // (n,3C): of tokens start .. start+n-1; only q is read
+                                     const Real* cache,       // (start+n,2C): k and v of every token so far
                                      const float* decay,      // (H), or null
                                      const float* row_scale,  // (n,H)
                                      const AttentionConfig& config, int start, int n, int H, int D,
                                      cudaStream_t stream) {
-    attention_cached_kernel<<<dim3(n, H), 128, 0, stream>>>(out, scores, qkv, cache, decay, row_scale, config.power,
-                                                            config.has_row_sum(), start, start + n, H, D);
+    attention_cached_kernel<<<dim3(n, H), 128, 0, stream>>>(out, scores, qkv, cache, decay, row_scale,
+                                                            config.power, config.has_row_sum(), start,
+                                                            start + n, H, D);
     check_launch();
 }
 

@@ -16,13 +16,13 @@ struct Poly {
     __device__ static float value(float x) {
         if constexpr (P == 1) return x;
         if constexpr (P == 2) return x * x;
-        if constexpr (P == 3) return x * x * x;
+        if constexpr (P == 3) return x * (x * x);
         if constexpr (P == 4) return (x * x) * (x * x);
     }
     __device__ static float slope(float x) {
         if constexpr (P == 1) return 1.0f;
         if constexpr (P == 2) return 2.0f * x;
-        if constexpr (P == 3) return 3.0f * x * x;
+        if constexpr (P == 3) return 3.0f * (x * x);
         if constexpr (P == 4) return 4.0f * x * (x * x);
     }
 };
@@ -343,7 +343,7 @@ __global__ __launch_bounds__(kAttentionThreads,
                                                                     const bf16* qkv, AttentionShape shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = Tile<kD>;
-    constexpr int kStep = kBackwardStep<kD>;
+    constexpr int kStep = kD > 96 ? 16 : kBackwardStep<kD>;  // here dk and dv take registers
     bf16 *k_tile = reinterpret_cast<bf16*>(attention_shared), *v_tile = k_tile + Tiles::size;
     bf16* query_tiles = v_tile + Tiles::size;  // two stages of q and dO
     float* near = reinterpret_cast<float*>(query_tiles + 4 * Tiles::size);

@@ -1,9 +1,9 @@
 // What all kernels share: errors, 128-bit loads and stores, sums over a warp and a block.
 //
-// Layers are templates over Real, float or bf16: what activations are kept in. Statistics, sums and gradients of
-// weights are float. Every function takes a stream, launches there and does not wait. Arrays that kernels read in
-// packs begin at 16-byte addresses (all buffers of MemoryPlan do); where a row's length is no multiple of a pack
-// the rest goes element by element.
+// Layers are templates over Real, float or bf16: what activations are kept in. Statistics, sums and gradients
+// of weights are float. Every function takes a stream, launches there and does not wait. Arrays that kernels
+// read in packs begin at 16-byte addresses (all buffers of MemoryPlan do); where a row's length is no
+// multiple of a pack the rest goes element by element.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -82,8 +82,8 @@ __device__ inline float warp_max(float x) {
     return x;
 }
 
-// Of all threads, in all threads; the block is of whole warps, at most 32. `shared` (32) may be used again after
-// the next barrier.
+// Of all threads, in all threads; the block is of whole warps, at most 32. `shared` (32) may be used again
+// after the next barrier.
 __device__ inline float block_sum(float x, float* shared) {
     int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
     x = warp_sum(x);

@@ -1,4 +1,5 @@
-// The program around train_gpt.cu, apart from it because nvcc takes long over the libraries that this includes.
+// The program around train_gpt.cu, apart from it because nvcc takes long over the libraries that this
+// includes.
 #include "llmc/main.h"
 
 namespace gpu {

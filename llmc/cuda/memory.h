@@ -85,7 +85,8 @@ class DeviceArray {
     void grow(size_t n, cudaStream_t stream) {
         if (n <= size_) return;
         DeviceArray larger(std::max(n, 2 * size_));
-        if (size_) check(cudaMemcpyAsync(larger.data_, data_, size_ * sizeof(T), cudaMemcpyDeviceToDevice, stream));
+        if (size_)
+            check(cudaMemcpyAsync(larger.data_, data_, size_ * sizeof(T), cudaMemcpyDeviceToDevice, stream));
         check(cudaStreamSynchronize(stream));
         *this = std::move(larger);
     }
