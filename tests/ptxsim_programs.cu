@@ -296,4 +296,65 @@ TEST_CASE("ptxsim: a multi-stream pipeline, and its graph, under every schedule"
     });
 }
 
+// What fences, flags and counters order is no race, within a block and between blocks.
+__global__ void flag_in_block(int* out) {
+    __shared__ int data[32];
+    __shared__ volatile int flag;
+    if (threadIdx.x == 0) flag = 0;
+    __syncthreads();
+    const int lane = threadIdx.x % 32;
+    if (threadIdx.x < 32) {
+        data[lane] = 3 * lane;
+        __threadfence_block();
+        __syncwarp();
+        if (lane == 0) flag = 1;
+    } else {
+        while (flag == 0) {
+        }
+        __threadfence_block();
+        out[lane] = data[lane];
+    }
+}
+__device__ unsigned arrived;
+__global__ void last_block(int* out, int* parts) {  // every thread fences, one counts
+    __shared__ bool last;
+    __shared__ int unrelated;
+    parts[blockIdx.x * blockDim.x + threadIdx.x] = 1;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        unrelated = 1;
+        last = atomicAdd(&arrived, unrelated) == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (!last) return;
+    int sum = 0;
+    for (unsigned i = threadIdx.x; i < gridDim.x * blockDim.x; i += blockDim.x) sum += parts[i];
+    atomicAdd(out, sum);
+}
+__global__ void part_of_a_warp(int* out) {  // a named barrier counts whole warps
+    __shared__ int data[48];
+    data[threadIdx.x] = threadIdx.x;
+    asm volatile("bar.sync 1, 64;" ::: "memory");
+    out[threadIdx.x] = data[47 - threadIdx.x];
+}
+
+TEST_CASE("ptxsim: flags, fences and counters order what they should, under every schedule") {
+    every_schedule([] {
+        Device<int> out(std::vector<int>(64)), parts(20 * 64);
+        flag_in_block<<<1, 64>>>(out.get());
+        expect_success();
+        for (int i = 0; i < 32; i++) CHECK(out.host()[i] == 3 * i);
+        part_of_a_warp<<<1, 48>>>(out.get());
+        expect_success();
+        for (int i = 0; i < 48; i++) CHECK(out.host()[i] == 47 - i);
+        const int zero = 0;
+        CUDA_OK(cudaMemcpyToSymbol(arrived, &zero, sizeof zero));
+        CUDA_OK(cudaMemset(out.get(), 0, 4));
+        last_block<<<20, 64>>>(out.get(), parts.get());
+        expect_success();
+        CHECK(out.host()[0] == 20 * 64);
+    });
+}
+
 }  // namespace

@@ -90,7 +90,8 @@ int Block::arrive(Warp& w, const Instruction& in, Mask lanes) {
         report_at(Fault::barrier, w, in, lane,
                   "comes to barrier " + std::to_string(number) + " for " + std::to_string(count) +
                       " threads: expected a multiple of 32 that the block has");
-    b.arrived += __builtin_popcount(lanes);
+    // A barrier of so many threads counts whole warps, also one that the block does not fill.
+    b.arrived += count && lanes == w.live ? kWarpSize : __builtin_popcount(lanes);
     if (in.o[3] != kIgnored) {
         Mask p = *w.src<Mask>(in.o[3]);
         if (in.aux & 1 << 8) p = ~p;
@@ -336,7 +337,7 @@ void Grid::run() {
     };
     // One block after the other, as far as they get; more at a time where the order is random, where the
     // launch is cooperative, and where a block takes so long that it may wait for others.
-    constexpr int kPatience = 200;
+    constexpr int kPatience = 20;
     uint64_t resident = launch.cooperative ? count : o.order == Order::random ? 4 : 1;
     std::vector<std::unique_ptr<Block>> blocks;
     while ((admitted < count || !blocks.empty()) && !stopped()) {
@@ -346,7 +347,8 @@ void Grid::run() {
         for (size_t n = o.order == Order::random ? 1 : blocks.size(); n > 0 && !stopped(); n--, k++) {
             Block& b = *blocks[k];
             b.turn();
-            if (b.turns > kPatience && resident < 132 && blocks.size() == resident) resident++, b.turns = 0;
+            if (b.turns > kPatience && resident < 132 && blocks.size() == resident)
+                resident *= 2, b.turns = 0;
             if (!b.finished()) continue;
             spare_.push_back(std::move(blocks[k]));
             blocks.erase(blocks.begin() + (ptrdiff_t)k);

@@ -552,8 +552,9 @@ void run_matrix(Warp& w, const Instruction& in, Mask lanes) {
 }
 
 // __threadfence(): what the lanes wrote so far goes with their next atomic.
-void run_fence(Warp& w, const Instruction&, Mask lanes) {
-    w.clock.fenced |= lanes;
+void run_fence(Warp& w, const Instruction&, Mask) {
+    for (int i = 0; i < kMaxWarps; i++) w.clock.at_fence[i] = std::max(w.clock.at_fence[i], w.clock.seen[i]);
+    w.clock.at_fence[w.index] = w.block->grid->races.events.last();
 }
 
 bool is_one_of(const std::string& m, std::initializer_list<const char*> names) {

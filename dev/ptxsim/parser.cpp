@@ -56,8 +56,10 @@ std::vector<Token> tokenize(std::string_view text) {
                                         text.substr(start, 2) != "0d")))
                 i++;
             tokens.push_back({Token::number, text.substr(start, i - start), line});
-        } else if (is_word(c)) {
-            while (i < text.size() && (is_word(text[i]) || text.substr(i, 2) == "::"))
+        } else if (is_word(c)) {  // a directive ends at the next dot: ".reg.b16" is two
+            i++;
+            while (i < text.size() && (is_word(text[i]) || text.substr(i, 2) == "::") &&
+                   !(c == '.' && text[i] == '.'))
                 i += text[i] == ':' ? 2 : 1;
             tokens.push_back({Token::word, text.substr(start, i - start), line});
         } else {

@@ -20,7 +20,10 @@ void Events::clear() {
 }
 
 void RaceClock::join(const RaceClock& other) {
-    for (int i = 0; i < kMaxWarps; i++) seen[i] = std::max(seen[i], other.seen[i]);
+    for (int i = 0; i < kMaxWarps; i++) {
+        seen[i] = std::max(seen[i], other.seen[i]);
+        at_fence[i] = std::max(at_fence[i], other.at_fence[i]);
+    }
     for (auto& [block, known] : other.blocks) {
         auto& mine = blocks[block];
         for (int i = 0; i < kMaxWarps; i++) mine[i] = std::max(mine[i], known[i]);
@@ -73,23 +76,21 @@ bool ordered(const Warp& w, int lane, const Access& earlier, const Event& event)
 }
 
 // After a fence an atomic hands on what its lane's warp and block know; any atomic takes what was handed on.
-void synchronize(Warp& w, int lane, uint64_t address, uint64_t event, bool releases) {
+void synchronize(Warp& w, uint64_t address, uint64_t event, bool releases) {
     auto& races = w.block->grid->races;
     auto it = races.released.find(address);
     if (it != races.released.end())
         for (auto& [block, known] : it->second) {
-            if (block == w.block->number) continue;
-            auto& mine = w.clock.blocks[block];
+            auto& mine = block == w.block->number ? w.clock.seen : w.clock.blocks[block];
             for (int i = 0; i < kMaxWarps; i++) mine[i] = std::max(mine[i], known[i]);
         }
-    if (!releases && !(w.clock.fenced >> lane & 1)) return;
     auto& at = races.released[address];
     auto put = [&](uint64_t block, const std::array<uint64_t, kMaxWarps>& known) {
         auto& there = at[block];
         for (int i = 0; i < kMaxWarps; i++) there[i] = std::max(there[i], known[i]);
     };
-    std::array<uint64_t, kMaxWarps> mine = w.clock.seen;
-    mine[w.index] = event - 1;
+    std::array<uint64_t, kMaxWarps> mine = releases ? w.clock.seen : w.clock.at_fence;
+    if (releases) mine[w.index] = event - 1;
     put(w.block->number, mine);
     for (auto& [block, known] : w.clock.blocks) put(block, known);
 }
@@ -100,8 +101,7 @@ bool check_race(Warp& w, const Instruction& in, int lane, uint64_t address, int 
                 bool is_shared, uint64_t event) {
     Grid& g = *w.block->grid;
     bool repeated = false, found = false;
-    if (is_atomic(kind)) synchronize(w, lane, address | (uint64_t)is_shared << 63, event, in.memory.releases);
-    if (kind == AccessKind::write) w.clock.fenced &= ~(1u << lane);
+    if (is_atomic(kind)) synchronize(w, address | (uint64_t)is_shared << 63, event, in.memory.releases);
     auto conflict = [&](const Access& earlier, unsigned part, bool is_read) {
         if (earlier.event == 0 || !g.races.events.knows(earlier.event) || !(earlier.bytes & part))
             return false;

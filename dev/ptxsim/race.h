@@ -40,7 +40,7 @@ struct RaceClock {
     std::unordered_map<uint64_t, std::array<uint64_t, kMaxWarps>> blocks;  // by other blocks
     uint64_t synced = 0;                                   // last event before a bar.warp.sync of all lanes
     std::unique_ptr<std::array<uint64_t, 32 * 32>> pairs;  // the same by two lanes, where masks were smaller
-    uint32_t fenced = 0;                                   // lanes with a fence since their last access
+    std::array<uint64_t, kMaxWarps> at_fence = {};         // what fences have made visible to all
 
     void join(const RaceClock& other);
     void sync_lanes(uint32_t lanes, uint32_t live, uint64_t event);
