@@ -9,23 +9,13 @@
 
 #include "llmc/cpu/isa.h"
 #include "llmc/cpu/vector.h"
+#include "llmc/rope.h"
 
 namespace cpu::inline LLMC_ISA {
 
 constexpr float kQkNormEps = 1e-6f;
 
-// (T,D), for the positions from `first` on: the row of position t is cos(t w_i) for i < D/2, then sin(t w_i),
-// with w_i = 10000^(-2i/D).
-inline std::vector<float> rope_table(int T, int D, int first = 0) {
-    std::vector<float> table((size_t)T * D);
-    for (int t = 0; t < T; t++)
-        for (int i = 0; i < D / 2; i++) {
-            double angle = (first + t) * std::pow(10000.0, -2.0 * i / D);
-            table[(size_t)t * D + i] = (float)std::cos(angle);
-            table[(size_t)t * D + D / 2 + i] = (float)std::sin(angle);
-        }
-    return table;
-}
+using ::rope_table;
 
 // out may not be inp. rstd is left alone where there is no norm.
 template <class Real>
