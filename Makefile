@@ -49,7 +49,6 @@ to_gpu   := $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -ge
 to_ptx   := -gencode arch=compute_80,code=compute_80 -Xfatbin -compress=false
 sim      := $(patsubst dev/ptxsim/%.cpp,$(BUILD)/ptxsim/%.o,$(wildcard dev/ptxsim/*.cpp))
 # Tests of the simulator (ptxsim_*) and of the CUDA trainer (cuda_*), which run on it.
-# -O1 is for the host alone, and builds faster.
 cutests  := $(patsubst tests/%.cu,$(BUILD)/%.o,$(wildcard tests/*.cu))
 
 .PHONY: all quickstart test bench bench-quick gpu-test ptxsim-bench format clean help
@@ -68,8 +67,11 @@ $(BUILD)/avx512.o $(BUILD)/avx512_bf16.o: train_gpt.cpp $(BUILD)/flags
 	$(CXX) $(flags) $(isa) -c $< -o $@
 	@if nm $@ | grep _GLOBAL__sub_I; then echo '$@: has static initialisers' >&2; rm $@; false; fi
 
+# What tests files, options and programs builds faster at -O1 and runs as fast.
+$(filter-out $(layers) $(BUILD)/test_model.o $(BUILD)/test_reference.o,$(tests)): quick := -O1
+
 $(BUILD)/%.o: tests/%.cpp $(BUILD)/flags
-	$(CXX) $(flags) $(native) -c $< -o $@
+	$(CXX) $(flags) $(quick) $(native) -c $< -o $@
 
 $(BUILD)/tests: $(tests)
 	$(CXX) $(flags) $^ -o $@ $(libs)
@@ -99,6 +101,7 @@ $(BUILD)/libptxsim.a: $(sim)
 	@rm -f $@
 	ar rcs $@ $^
 
+# -O1 is for the host alone, and builds faster.
 $(cutests): $(BUILD)/%.o: tests/%.cu $(BUILD)/flags
 	$(NVCC) $(cuda:-O3=-O1) $(to_ptx) -MMD -MP -c $< -o $@
 
@@ -153,8 +156,10 @@ test: ## set up, build and run all tests
 	@$(MAKE) --no-print-directory run-tests
 
 programs := $(BUILD)/tests $(lesser:%=$(BUILD)/%/tests) $(if $(NVCC),$(BUILD)/ptxsim/tests)
+# What takes longest, first, so that no core waits for it at the end.
+long     := $(if $(NVCC),$(addprefix $(BUILD)/,train_gptcu_ptx.o cuda_attention.o))
 .PHONY: build-tests run-tests
-build-tests: train_gpt $(programs) $(BUILD)/fault_preload.so
+build-tests: $(long) train_gpt $(programs) $(BUILD)/fault_preload.so
 run-tests:
 	$(if $(NVCC),,@echo 'skipped: the tests of CUDA code, for there is no nvcc')
 	@tests/run.sh $(programs)

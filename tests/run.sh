@@ -10,11 +10,24 @@ export LLMC_TRAIN_GPT=./train_gpt LLMC_FAULT_PRELOAD=build/fault_preload.so
 log=$(mktemp -d)
 trap 'rm -rf "$log"' EXIT
 
+# The first program starts others and waits for them; the rest run beside it, each into a file of its own.
 passed=0 failed=0
+declare -A beside
+for tests in "${@:2}"; do
+    "$tests" >"$log/${tests//\//_}" 2>&1 &
+    beside[$tests]=$!
+done
+trap 'kill "${beside[@]}" 2>/dev/null; rm -rf "$log"' EXIT
 for tests in "$@"; do
     echo "== $tests"
-    "$tests" 2>&1 | tee "$log/cpp"
-    status=${PIPESTATUS[0]}
+    if [ -n "${beside[$tests]:-}" ]; then
+        wait "${beside[$tests]}"
+        status=$?
+        tee "$log/cpp" <"$log/${tests//\//_}"
+    else
+        "$tests" 2>&1 | tee "$log/cpp"
+        status=${PIPESTATUS[0]}
+    fi
     # "[doctest] test cases: 50 | 49 passed | 1 failed | 0 skipped"; a crash prints no such line, and is one failure.
     counts=$(sed -n 's/^\[doctest\] test cases: *[0-9]* *| *\([0-9]*\) passed *| *\([0-9]*\) failed.*/\1 \2/p' "$log/cpp")
     read -r good bad <<<"${counts:-0 1}"
