@@ -13,11 +13,6 @@ namespace {
 
 using reference::Vector;
 
-// LLMC_THOROUGH=1: every configuration, instead of a sample.
-bool thorough() {
-    return std::getenv("LLMC_THOROUGH") != nullptr;
-}
-
 std::string describe(const GPTConfig& c) {
     return str(kAttentionNames[c.power], ", scale ", c.attention_scale, ", ", c.rope() ? "rope" : "learned",
                c.qk_norm ? ", qk-norm" : "", ", decay ", (int)c.decay, ", conv ", c.short_conv);
@@ -40,14 +35,51 @@ Vector gradient(const Model& model, const ParameterTensor& t) {
     return Vector(values.begin(), values.end());
 }
 
-// Two micro-batches through both models. In bf16 both round, each in its own places: single tensors may be
-// further apart than all of them together.
-void compare(const GPTConfig& config, ModelOptions options, double loss_tolerance,
-             double gradient_tolerance) {
+// How far the gradients of a model are from those of another: all of them together, and each tensor. One
+// whose gradient is next to nothing is held against a share of the whole.
+struct Distance {
+    double all = 0;
+    std::map<std::string, double> tensors;
+    double worst() const {
+        double most = 0;
+        for (auto& [name, distance] : tensors) most = std::max(most, distance);
+        return most;
+    }
+};
+Distance distance(const Model& model, const Model& from) {
+    double norm = from.gradient_norm(), squares = 0;
+    Distance d;
+    for (const ParameterTensor& t : from.table.tensors) {
+        Vector got = gradient(model, t), expected = gradient(from, t);
+        for (size_t i = 0; i < got.size(); i++) squares += (got[i] - expected[i]) * (got[i] - expected[i]);
+        d.tensors[t.name] = reference::relative_error(got, expected, 1e-2 * norm);
+    }
+    d.all = std::sqrt(squares) / norm;
+    return d;
+}
+
+struct Means {
+    double cpu = 0, gpu = 0;  // sums of the distances
+    int count = 0;
+};
+
+// Two micro-batches and two updates. In float32 the CUDA model is held against the CPU's. In bf16 both round,
+// each in its own places, and high powers raise what was rounded: both are held against the CPU's in float32,
+// and the CUDA model must be within the bound or at most twice as far off as the CPU's. A gradient of a few
+// numbers (q_gain, decay) is too much a matter of chance for that: means_of_few gathers how far off each
+// model is.
+void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few = nullptr) {
     INFO(describe(config));
     const int B = options.batch, T = options.seq;
-    auto cpu = cpu::make_model(config, options), gpu = gpu::backend().make_model(config, options);
-    for (Model* model : {cpu.get(), gpu.get()}) {
+    const bool is_bf16 = options.precision == Precision::bf16;
+    const double loss_bound = is_bf16 ? 3e-3 : 1e-6, gradient_bound = is_bf16 ? 3e-2 : 1e-4;
+    ModelOptions exact_options = options;
+    exact_options.precision = Precision::fp32;
+    auto exact = cpu::make_model(config, exact_options), gpu = gpu::backend().make_model(config, options);
+    auto cpu = is_bf16 ? cpu::make_model(config, options) : nullptr;
+    std::vector<Model*> models = {exact.get(), gpu.get()};
+    if (is_bf16) models.push_back(cpu.get());
+    for (Model* model : models) {
         model->allocate();
         fill(*model);
         model->zero_gradients();
@@ -55,36 +87,42 @@ void compare(const GPTConfig& config, ModelOptions options, double loss_toleranc
     for (int micro_batch = 0; micro_batch < 2; micro_batch++) {
         std::vector<int> inputs = reference::random_ints((size_t)B * T, config.vocab_size, 10 + micro_batch),
                          targets = reference::random_ints((size_t)B * T, config.vocab_size, 20 + micro_batch);
-        double losses[2];
-        for (Model* model : {cpu.get(), gpu.get()}) {
-            losses[model == gpu.get()] = model->forward(inputs.data(), targets.data(), B, T, 0.5f);
+        std::vector<double> losses;
+        for (Model* model : models) {
+            losses.push_back(model->forward(inputs.data(), targets.data(), B, T, 0.5f));
             model->backward(inputs.data(), B, T);
         }
-        CHECK(std::abs(losses[1] - losses[0]) < loss_tolerance * losses[0]);
+        CHECK(std::abs(losses[1] - losses[0]) < loss_bound * losses[0]);
     }
-    CHECK(gpu->gradient_norm() == doctest::Approx(cpu->gradient_norm()).epsilon(gradient_tolerance));
-    CHECK(gpu->gradient_norm(1) == doctest::Approx(cpu->gradient_norm(1)).epsilon(gradient_tolerance));
-    double all = cpu->gradient_norm(), squares = 0;
-    double tensor_tolerance =
-        options.precision == Precision::bf16 ? 3 * gradient_tolerance : gradient_tolerance;
-    for (const ParameterTensor& t : cpu->table.tensors) {
+    Distance got = distance(*gpu, *exact), usual;
+    if (is_bf16) usual = distance(*cpu, *exact);
+    CHECK(got.all < std::max(gradient_bound, 2 * usual.all));
+    for (const ParameterTensor& t : exact->table.tensors) {
         INFO(t.name);
-        Vector expected = gradient(*cpu, t);
-        // A tensor whose gradient is next to nothing is held against a share of the whole.
-        Vector got = gradient(*gpu, t);
-        CHECK(reference::relative_error(got, expected, 1e-2 * all) < tensor_tolerance);
-        for (size_t i = 0; i < got.size(); i++) squares += (got[i] - expected[i]) * (got[i] - expected[i]);
+        double error = got.tensors[t.name];
+        if (is_bf16 && (int)t.size == config.heads) {
+            if (!means_of_few) continue;
+            means_of_few->cpu += usual.tensors[t.name];
+            means_of_few->gpu += error;
+            means_of_few->count++;
+        } else {
+            CHECK(error < std::max(gradient_bound, 2 * usual.worst()));
+        }
     }
-    CHECK(std::sqrt(squares) < gradient_tolerance * all);
+    if (!is_bf16) {
+        CHECK(gpu->gradient_norm() == doctest::Approx(exact->gradient_norm()).epsilon(1e-4));
+        CHECK(gpu->gradient_norm(1) == doctest::Approx(exact->gradient_norm(1)).epsilon(1e-4));
+    }
+    // AdamW's first steps are of one size, whatever the gradient's: a tensor moves by what its signs are.
     for (int step = 1; step <= 2; step++)
-        for (Model* model : {cpu.get(), gpu.get()}) model->update(AdamW(), 1e-3, 0.5, step);
-    for (const ParameterTensor& t : cpu->table.tensors) {
+        for (Model* model : models) model->update(AdamW(), 1e-3, 0.5, step);
+    for (const ParameterTensor& t : exact->table.tensors) {
         INFO(t.name);
-        std::vector<float> got(t.size), expected(t.size);
-        gpu->read(Store::weights, t, got.data());
-        cpu->read(Store::weights, t, expected.data());
-        CHECK(reference::relative_error(Vector(got.begin(), got.end()),
-                                        Vector(expected.begin(), expected.end())) < 10 * gradient_tolerance);
+        std::vector<float> updated(t.size), expected(t.size);
+        gpu->read(Store::weights, t, updated.data());
+        exact->read(Store::weights, t, expected.data());
+        CHECK(reference::relative_error(Vector(updated.begin(), updated.end()),
+                                        Vector(expected.begin(), expected.end())) < (is_bf16 ? 3e-2 : 1e-3));
     }
     CHECK(gpu->first_nonfinite() == "");
     gpu.reset();
@@ -125,17 +163,17 @@ std::vector<GPTConfig> configs() {
 }  // namespace
 
 TEST_CASE("the CUDA model against the CPU's: losses, gradients and updates, float32") {
-    int number = 0;
-    for (const GPTConfig& config : configs())
-        if (thorough() || number++ % 2 == 0)
-            compare(config, {Purpose::training, 2, 23, Precision::fp32}, 1e-6, 1e-4);
+    for (const GPTConfig& config : configs()) compare(config, {Purpose::training, 2, 23, Precision::fp32});
 }
 
 TEST_CASE("the CUDA model against the CPU's: losses, gradients and updates, bf16") {
-    int number = 0;
+    Means few;
     for (const GPTConfig& config : configs())
-        if (thorough() || number++ % 6 == 0)
-            compare(config, {Purpose::training, 2, 23, Precision::bf16}, 3e-3, 5e-2);
+        if (thorough() || number++ % 4 == 0)
+            compare(config, {Purpose::training, 2, 23, Precision::bf16}, &few);
+    REQUIRE(few.count > 20);
+    CHECK(few.gpu < 1.5 * few.cpu);
+    CHECK(few.gpu / few.count < 3e-2);
 }
 
 TEST_CASE("the CUDA model against the CPU's: what is computed again in the backward pass is the same") {
@@ -143,9 +181,7 @@ TEST_CASE("the CUDA model against the CPU's: what is computed again in the backw
         for (Precision precision : {Precision::fp32, Precision::bf16}) {
             GPTConfig config = small();
             config.power = 3, config.qk_norm = true, config.positions = PositionKind::rope;
-            bool exact = precision == Precision::fp32;
-            compare(config, {Purpose::training, 2, 23, precision, recompute}, exact ? 1e-6 : 3e-3,
-                    exact ? 1e-4 : 5e-2);
+            compare(config, {Purpose::training, 2, 23, precision, recompute});
         }
 }
 

@@ -40,8 +40,7 @@ __global__ void attention_cached_kernel(Real* out, float* scores, const Real* qk
         __syncthreads();
         for (int j = thread; j <= i; j += blockDim.x) total += a[j] = expf(a[j] - largest);
     }
-    total = block_sum(total, shared);
-    __syncthreads();  // scores of other threads are read from here on
+    total = block_sum(total, shared);  // whose barrier is also between the scores and those who read them
     float scale = power == 0 ? 1.0f / total
                   : row_sum  ? 1.0f / (total + (float)kRowSumEps)
                              : row_scale[t * H + h];
