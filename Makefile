@@ -48,6 +48,10 @@ to_gpu   := $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -ge
             -Xfatbin -compress=false
 to_ptx   := -gencode arch=compute_80,code=compute_80 -Xfatbin -compress=false
 sim      := $(patsubst dev/ptxsim/%.cpp,$(BUILD)/ptxsim/%.o,$(wildcard dev/ptxsim/*.cpp))
+# The CUDA trainer's objects. Attention is apart because its kernels take longer to build than all the rest.
+vpath %.cu llmc/cuda
+on_gpu   := $(addprefix $(BUILD)/gpu/,attention.o train_gpt.o)
+on_sim   := $(addprefix $(BUILD)/ptx/,attention.o train_gpt.o)
 # Tests of the simulator (ptxsim_*) and of the CUDA trainer (cuda_*), which run on it.
 cutests  := $(patsubst tests/%.cu,$(BUILD)/%.o,$(wildcard tests/*.cu))
 
@@ -109,28 +113,30 @@ $(BUILD)/ptxsim_libraries.o $(BUILD)/cuda_model.o: $(BUILD)/%.o: tests/%.cpp $(B
 	$(CXX) $(flags) -O1 $(native) -isystem $(CUDA)/include -c $< -o $@
 
 $(BUILD)/ptxsim/tests: $(BUILD)/main.o $(cutests) $(BUILD)/ptxsim_libraries.o $(BUILD)/cuda_model.o \
-    $(BUILD)/train_gptcu_ptx.o $(BUILD)/libptxsim.a
+    $(on_sim) $(BUILD)/libptxsim.a
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 # The same objects on hardware, whose driver compiles their PTX: all but what is about the simulator's own reports.
 $(BUILD)/gpu-tests: $(BUILD)/main.o $(filter-out %_faults.o %_streams.o %_samples.o,$(cutests)) \
-    $(BUILD)/cuda_model.o $(BUILD)/train_gptcu.o $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
+    $(BUILD)/cuda_model.o $(on_gpu) $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
 	$(CXX) $(flags) $^ -o $@ $(libs) -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcudart -lcublasLt
 
 # The CUDA trainer for hardware; and for this processor, where the PTX alone is enough and takes half the time.
-$(BUILD)/train_gptcu.o: train_gpt.cu $(BUILD)/flags
+$(BUILD)/gpu/%.o: %.cu $(BUILD)/flags
+	@mkdir -p $(@D)
 	$(NVCC) $(cuda) $(to_gpu) -MMD -MP -c $< -o $@
 
-$(BUILD)/train_gptcu_ptx.o: train_gpt.cu $(BUILD)/flags
+$(BUILD)/ptx/%.o: %.cu $(BUILD)/flags
+	@mkdir -p $(@D)
 	$(NVCC) $(cuda) $(to_ptx) -MMD -MP -c $< -o $@
 
 $(BUILD)/train_gptcu_main.o: llmc/cuda/main.cpp $(BUILD)/flags
 	$(CXX) $(flags) -c $< -o $@
 
-train_gptcu: $(BUILD)/train_gptcu.o $(BUILD)/train_gptcu_main.o
+train_gptcu: $(on_gpu) $(BUILD)/train_gptcu_main.o
 	$(CXX) $(flags) $^ -o $@ $(libs) -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcudart -lcublasLt
 
-train_gptcu_sim: $(BUILD)/train_gptcu_ptx.o $(BUILD)/train_gptcu_main.o $(BUILD)/libptxsim.a
+train_gptcu_sim: $(on_sim) $(BUILD)/train_gptcu_main.o $(BUILD)/libptxsim.a
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 $(BUILD)/ptxsim/bench: dev/ptxsim/bench.cu $(BUILD)/libptxsim.a
@@ -157,7 +163,7 @@ test: ## set up, build and run all tests
 
 programs := $(BUILD)/tests $(lesser:%=$(BUILD)/%/tests) $(if $(NVCC),$(BUILD)/ptxsim/tests)
 # What takes longest, first, so that no core waits for it at the end.
-long     := $(if $(NVCC),$(addprefix $(BUILD)/,train_gptcu_ptx.o cuda_attention.o))
+long     := $(if $(NVCC),$(on_sim))
 .PHONY: build-tests run-tests
 build-tests: $(long) train_gpt $(programs) $(BUILD)/fault_preload.so
 run-tests:

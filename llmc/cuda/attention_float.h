@@ -8,8 +8,6 @@
 
 namespace gpu {
 
-constexpr int kFloatTile = 32;
-
 // Rows are 4 floats longer than they need be, so that eight rows' packs of one column are in different banks.
 template <int kD>
 struct FloatTile {

@@ -15,7 +15,11 @@
 namespace gpu {
 
 constexpr int kAttentionTile = 64;      // queries, and keys
+constexpr int kFloatTile = 32;          // the same of float's kernels
 constexpr int kAttentionThreads = 128;  // four warps of 16 rows each
+
+template <class Real>
+constexpr int attention_tile = std::is_same_v<Real, float> ? kFloatTile : kAttentionTile;
 
 // ---------------------------------------------------------------------------------------------- fragments
 
