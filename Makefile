@@ -23,10 +23,10 @@ endif
 
 native   := -march=native
 ifeq ($(DISPATCH),1)
-main     := -march=x86-64-v3 -DLLMC_ISA=avx2 -DLLMC_DISPATCH -DLLMC_MAIN
+model    := -march=x86-64-v3 -DLLMC_ISA=avx2 -DLLMC_DISPATCH
 more     := $(BUILD)/avx512.o $(BUILD)/avx512_bf16.o
 else
-main     := $(native) -DLLMC_MAIN
+model    := $(native)
 endif
 $(BUILD)/avx512.o: isa := -march=x86-64-v4 -DLLMC_ISA=avx512
 $(BUILD)/avx512_bf16.o: isa := -march=x86-64-v4 -mavx512bf16 -DLLMC_ISA=avx512_bf16
@@ -60,11 +60,17 @@ all: train_gpt
 
 # In this order: of an inline function that several objects have, the linker takes the first, which must run on all
 # processors.
-train_gpt: $(BUILD)/train_gpt.o $(more)
+train_gpt: $(BUILD)/train_gpt_main.o $(BUILD)/train_gpt.o $(more)
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 $(BUILD)/train_gpt.o: train_gpt.cpp $(BUILD)/flags
-	$(CXX) $(flags) $(main) -c $< -o $@
+	$(CXX) $(flags) $(model) -c $< -o $@
+
+# Of both trainers all but the model.
+$(BUILD)/train_gpt_main.o: llmc/cpu/main.cpp
+$(BUILD)/train_gptcu_main.o: llmc/cuda/main.cpp
+$(BUILD)/train_gpt_main.o $(BUILD)/train_gptcu_main.o: $(BUILD)/flags
+	$(CXX) $(flags) -O1 $(if $(findstring LLMC_DISPATCH,$(model)),-DLLMC_DISPATCH) -c $(filter %.cpp,$^) -o $@
 
 # What runs before main() would run on processors without this instruction set.
 $(BUILD)/avx512.o $(BUILD)/avx512_bf16.o: train_gpt.cpp $(BUILD)/flags
@@ -130,9 +136,6 @@ $(BUILD)/ptx/%.o: %.cu $(BUILD)/flags
 	@mkdir -p $(@D)
 	$(NVCC) $(cuda) $(to_ptx) -MMD -MP -c $< -o $@
 
-$(BUILD)/train_gptcu_main.o: llmc/cuda/main.cpp $(BUILD)/flags
-	$(CXX) $(flags) -c $< -o $@
-
 train_gptcu: $(on_gpu) $(BUILD)/train_gptcu_main.o
 	$(CXX) $(flags) $^ -o $@ $(libs) -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcudart -lcublasLt
 
@@ -146,7 +149,7 @@ $(BUILD)/ptxsim/bench: dev/ptxsim/bench.cu $(BUILD)/libptxsim.a
 # Changes, and so has everything built again, when the compiler or its flags do.
 $(BUILD)/flags: FORCE
 	@mkdir -p $(BUILD)
-	@echo '$(CXX) $(flags) $(main) $(libs)' | cmp -s - $@ || echo '$(CXX) $(flags) $(main) $(libs)' > $@
+	@echo '$(CXX) $(flags) $(model) $(libs)' | cmp -s - $@ || echo '$(CXX) $(flags) $(model) $(libs)' > $@
 FORCE:
 
 # Kills or fails a program at its n-th write, fsync or rename (tests/test_resume.cpp).

@@ -14,6 +14,7 @@
 #include <memory>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "llmc/config.h"
@@ -123,6 +124,10 @@ struct GPT : Model {
                     ": expected poly1, poly2, or poly3 with heads of at most 32, and no scale sum with odd "
                     "powers");
         };
+        if (options.precision == Precision::tf32)
+            usage_error("--dtype tf32: the CPU has no such products: expected fp32 or bf16");
+        if (options.cuda_graph) usage_error("--cuda-graph: only train_gptcu has it");
+        if (options.stochastic_rounding) usage_error("--stochastic-rounding: only train_gptcu has it");
         require_linear_form(options.kernel == AttentionKernel::linear, "--attention-kernel linear");
         require_linear_form(options.cache == CacheKind::state, "--cache state");
         for (int h = 0; h < H && config.decay == DecayKind::fixed; h++)
@@ -138,16 +143,18 @@ struct GPT : Model {
         plan_activations();
     }
 
-    double forward(const int* inputs, const int* targets, int B, int T, float dloss,
-                   AttentionNorms* norms = nullptr) override {
+    void start_forward(const int* inputs, const int* targets, int B, int T, float dloss,
+                       AttentionNorms* norms = nullptr) override {
         forward_blocks(inputs, B, T, nullptr, norms);
         classifier(acts.losses, dloss != 0 ? grads.norm : nullptr, dloss != 0 ? gradients.wte : nullptr,
                    acts.logits, acts.dlogits, acts.ln_f, real(weights.wte), targets, dloss / (B * T),
                    accumulates, B * T, C, V, Vp);
         double total = 0;
         for (int bt = 0; bt < B * T; bt++) total += acts.losses[bt];
-        return total / (B * T);
+        loss += total / (B * T);
     }
+
+    double take_loss() override { return std::exchange(loss, 0.0); }
 
     // From tokens (B,T) to the output of the last LayerNorm. With a cache (B = 1) the tokens follow those in
     // it.
@@ -289,7 +296,9 @@ struct GPT : Model {
         return std::sqrt(sum_of_squares(begin, end - begin));
     }
 
-    void update(const AdamW& o, double learning_rate, double grad_scale, int step) override {
+    double update(const AdamW& o, double learning_rate, double max_norm, int step) override {
+        double norm = gradient_norm(), grad_scale = max_norm > 0 && norm > max_norm ? max_norm / norm : 1;
+        if (!std::isfinite(norm)) return norm;
 #pragma omp parallel
         for (const ParameterTensor& t : table.tensors)
             adamw_update(array(Store::weights) + t.offset, weights_real + t.offset,
@@ -297,6 +306,7 @@ struct GPT : Model {
                          array(Store::v) + t.offset, t.size, (float)learning_rate, (float)o.beta1,
                          (float)o.beta2, (float)o.eps, t.weight_decay ? (float)o.weight_decay : 0.0f,
                          (float)grad_scale, step);
+        return norm;
     }
 
     const float* decode(const int* tokens, int n) override {
@@ -381,14 +391,21 @@ struct GPT : Model {
     int rope_end = -1;         // rope is that of positions 0 .. rope_end-1; -1: of others
     int decode_rows;           // tokens of a prompt that go through decode() at a time
     bool accumulates = false;  // the gradients of matrices hold those of earlier micro-batches
+    double loss = 0;           // of the forward passes since it was asked for
     float* arrays[4] = {};     // (table.size) each, by Store
     Real* weights_real;        // (table.size): weights in bf16; null where Real is float
     MemoryPlan state_plan, activation_plan;
 
-    static int padded_vocabulary(const GPTConfig& config) { return (config.vocab_size + 15) / 16 * 16; }
+    static int padded_vocabulary(const GPTConfig& config) {
+        return (config.vocab_size + 15) / 16 * 16;
+    }
 
-    float*& array(Store store) { return arrays[(int)store]; }
-    float* array(Store store) const { return arrays[(int)store]; }
+    float*& array(Store store) {
+        return arrays[(int)store];
+    }
+    float* array(Store store) const {
+        return arrays[(int)store];
+    }
 
     // A tensor of the weights as matrix products take it.
     const Real* real(const float* weight) const {
@@ -479,7 +496,9 @@ struct GPT : Model {
     }
 
     // RoPE's (T,D), or null without.
-    const float* angles() const { return config.rope() ? rope.data() : nullptr; }
+    const float* angles() const {
+        return config.rope() ? rope.data() : nullptr;
+    }
 
     // Goes over from keys and values to the state.
     void hand_over() {
@@ -547,13 +566,5 @@ inline std::unique_ptr<Model> make_model(const GPTConfig& config, const ModelOpt
 template <>
 Backend cpu::backend<cpu::Isa::LLMC_ISA>() {
     return {"CPU", make_model, set_threads, measured_peak};
-}
-#endif
-
-#ifdef LLMC_MAIN  // one copy is the program, too
-#include "llmc/main.h"
-
-int main(int argc, char** argv) {
-    return run("train_gpt", cpu::choose_backend, argc, argv);
 }
 #endif

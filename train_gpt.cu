@@ -9,6 +9,8 @@
 //   make train_gptcu_sim: the same object on dev/ptxsim, for machines without a GPU
 #include <chrono>
 #include <cmath>
+#include <compare>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -116,6 +118,9 @@ struct GPT : Model {
                 "--attention-kernel linear: the CUDA trainer has the tiled kernels: expected auto or tiled");
         if (options.cache == CacheKind::state)
             usage_error("--cache state: the CUDA trainer keeps keys and values: expected auto or kv");
+        if (options.stochastic_rounding && kIsFloat)
+            usage_error(
+                "--stochastic-rounding: there is no copy of the weights to round without --dtype bf16");
         if (D > 128) usage_error("heads of ", D, " channels: the CUDA trainer has kernels for at most 128");
         state_plan.add(array(Store::weights), table.size, "weights");
         if (!kIsFloat) state_plan.add(weights_real, table.size, "weights in bf16");
@@ -129,36 +134,49 @@ struct GPT : Model {
     }
 
     ~GPT() override {
+        for (auto& [pass, graph] : graphs)
+            if (graph) cudaGraphExecDestroy(graph);
         if (stream) cudaStreamDestroy(stream);
     }
 
-    double forward(const int* inputs, const int* targets, int B, int T, float dloss,
-                   AttentionNorms* norms = nullptr) override {
+    void start_forward(const int* inputs, const int* targets, int B, int T, float dloss,
+                       AttentionNorms* norms = nullptr) override {
         if (norms) fail("--norms-every: the CUDA trainer does not measure norms; train_gpt does");
         int N = B * T;
         copy_to_device(acts.targets, targets, N, stream);
-        forward_blocks(inputs, B, T, nullptr);
-        classifier(acts.losses, dloss != 0 ? grads.norm : nullptr, dloss != 0 ? gradients.wte : nullptr,
-                   acts.logits, acts.ln_f, real(weights.wte), acts.targets, dloss / N, accumulates, N, C, V,
-                   Vp, *matmuls, stream);
-        losses.resize(N);
-        copy_to_host(losses.data(), acts.losses, N, stream);
-        double total = 0;
-        for (float loss : losses) total += loss;
-        return total / N;
+        place_tokens(inputs, B, T, nullptr);
+        launch({.backward = false, .B = B, .T = T, .dloss = dloss, .accumulates = accumulates}, [&] {
+            forward_blocks(B, T, nullptr);
+            classifier(acts.losses, dloss != 0 ? grads.norm : nullptr, dloss != 0 ? gradients.wte : nullptr,
+                       acts.logits, acts.ln_f, real(weights.wte), acts.targets, dloss / N, accumulates, N, C,
+                       V, Vp, *matmuls, stream);
+            add_mean_loss(loss, acts.losses, N, stream);
+        });
     }
 
-    // From tokens (B,T) to the output of the last LayerNorm. With a cache (B = 1) the tokens follow those in
-    // it.
-    void forward_blocks(const int* tokens, int B, int T, Cache<Real>* cache) {
-        int start = cache ? cache->length : 0, N = B * T;
-        copy_to_device(acts.inputs, tokens, N, stream);
+    double take_loss() override {
+        double total;
+        copy_to_host(&total, loss, 1, stream);
+        check(cudaMemsetAsync(loss, 0, sizeof total, stream));
+        return total;
+    }
+
+    // Tokens (B,T) and what depends on their positions, to the device. With a cache (B = 1) the tokens follow
+    // those in it.
+    void place_tokens(const int* tokens, int B, int T, const Cache<Real>* cache) {
+        int start = cache ? cache->length : 0;
+        copy_to_device(acts.inputs, tokens, (size_t)B * T, stream);
         if (config.rope() && (cache || rope_end != T)) {
             std::vector<float> angles = rope_table(T, D, start);
             copy_to_device(rope, angles.data(), angles.size(), stream);
             check(cudaStreamSynchronize(stream));
             rope_end = cache ? -1 : T;
         }
+    }
+
+    // From the tokens to the output of the last LayerNorm.
+    void forward_blocks(int B, int T, Cache<Real>* cache) {
+        int start = cache ? cache->length : 0, N = B * T;
         embedding_forward(acts.embedded, acts.inputs, weights.wte,
                           weights.wpe ? weights.wpe + (size_t)start * C : nullptr, B, T, C, stream);
         float* residual = acts.embedded;
@@ -215,6 +233,12 @@ struct GPT : Model {
     // Follows forward(), which left the gradient of ln_f's output in grads.norm and the output projection's
     // share of the gradients.
     void backward(const int*, int B, int T) override {
+        launch({.backward = true, .B = B, .T = T, .dloss = 0, .accumulates = accumulates},
+               [&] { backward_blocks(B, T); });
+        accumulates = true;
+    }
+
+    void backward_blocks(int B, int T) {
         int N = B * T;
         check(cudaMemsetAsync(grads.residual, 0, (size_t)N * C * sizeof(float), stream));
         layernorm_backward(grads.residual, copy_of_residual(), gradients.ln_f_weight, gradients.ln_f_bias,
@@ -226,11 +250,13 @@ struct GPT : Model {
             LayerTensors& d = gradients.h[l];
             const float* residual = l > 0 ? acts.h[l - 1].residual_mlp : acts.embedded;
             recompute(l, residual, B, T);
-            matmul_backward(grads.fc, d.fc_proj_weight, d.fc_proj_bias, grads.residual_real, a.gelu,
-                            real(w.fc_proj_weight), accumulates, N, 4 * C, C, *matmuls, stream);
-            gelu_backward(grads.fc, d.fc_bias, scratch, grads.fc, a.fc, N, 4 * C, stream);
-            matmul_backward(grads.norm, d.fc_weight, nullptr, grads.fc, a.ln_2, real(w.fc_weight),
-                            accumulates, N, C, 4 * C, *matmuls, stream);
+            bool fuses = gelu_fuses(4 * C);
+            matmul_gelu_backward(grads.fc, d.fc_proj_weight, d.fc_proj_bias, grads.residual_real, a.gelu,
+                                 real(w.fc_proj_weight), fuses ? a.fc : nullptr, accumulates, N, 4 * C, C,
+                                 *matmuls, stream);
+            if (!fuses) gelu_backward(grads.fc, d.fc_bias, scratch, grads.fc, a.fc, N, 4 * C, stream);
+            matmul_backward(grads.norm, d.fc_weight, fuses ? d.fc_bias : nullptr, grads.fc, a.ln_2,
+                            real(w.fc_weight), accumulates, N, C, 4 * C, *matmuls, stream);
             layernorm_backward(grads.residual, copy_of_residual(), d.ln_2_weight, d.ln_2_bias, scratch,
                                grads.norm, a.residual_attn, a.ln_2_mean, a.ln_2_rstd, w.ln_2_weight, N, C,
                                stream);
@@ -254,7 +280,6 @@ struct GPT : Model {
         }
         embedding_backward(gradients.wte, gradients.wpe, scratch, grads.residual, acts.inputs, B, T, C, V,
                            stream);
-        accumulates = true;
     }
 
     // What forward() did not keep of block l. residual (B,T,C) is what goes into the block.
@@ -298,21 +323,26 @@ struct GPT : Model {
         return std::sqrt(total);
     }
 
-    void update(const AdamW& o, double learning_rate, double grad_scale, int step) override {
+    double update(const AdamW& o, double learning_rate, double max_norm, int step) override {
         std::vector<DecayRange> ranges = decay_ranges(table, (float)o.weight_decay);
         if (decays.size() != ranges.size()) decays = DeviceArray<DecayRange>(ranges.size());
         copy_to_device(decays.get(), ranges.data(), ranges.size(), stream);
-        float factor = (float)grad_scale;
-        copy_to_device(scale, &factor, 1, stream);
+        sum_of_squares(squares, squares + 1, array(Store::gradients), table.size, stream);
+        clip_factor(scale, squares, max_norm, stream);
         adamw_update(array(Store::weights), weights_real, array(Store::gradients), array(Store::m),
                      array(Store::v), table.size, (float)learning_rate, (float)o.beta1, (float)o.beta2,
-                     (float)o.eps, decays.get(), (int)ranges.size(), scale, step, false, 0, stream);
+                     (float)o.eps, decays.get(), (int)ranges.size(), scale, step, options.stochastic_rounding,
+                     options.seed, stream);
+        double total;
+        copy_to_host(&total, squares, 1, stream);
+        return std::sqrt(total);
     }
 
     const float* decode(const int* tokens, int n) override {
         for (int done = 0; done < n;) {
             int count = std::min(n - done, decode_rows);
-            forward_blocks(tokens + done, 1, count, &cache);
+            place_tokens(tokens + done, 1, count, &cache);
+            forward_blocks(1, count, &cache);
             done += count;
             if (done == n) last_logits(acts.ln_f + (size_t)(count - 1) * C);
         }
@@ -330,7 +360,8 @@ struct GPT : Model {
     }
 
     void all_logits(float* out, const int* inputs, int B, int T) override {
-        forward_blocks(inputs, B, T, nullptr);
+        place_tokens(inputs, B, T, nullptr);
+        forward_blocks(B, T, nullptr);
         for (int n = 0; n < B * T; n++) {
             last_logits(acts.ln_f + (size_t)n * C);
             std::copy_n(host_logits.begin(), V, out + (size_t)n * V);
@@ -387,7 +418,8 @@ struct GPT : Model {
         } else {
             check(cudaMemsetAsync(weights_real, 0, table.size * sizeof(Real), stream));
         }
-        matmuls = std::make_unique<MatmulContext>(workspace);
+        matmuls = std::make_unique<MatmulContext>(workspace, options.precision == Precision::tf32);
+        check(cudaMemsetAsync(loss, 0, sizeof *loss, stream));
         if (config.decay == DecayKind::fixed) {
             std::vector<float> delta;
             for (int h = 0; h < H; h++) delta.push_back(initial_decay(h, H));
@@ -397,20 +429,49 @@ struct GPT : Model {
     }
 
   private:
+    // What the launches of a pass depend on.
+    struct Pass {
+        bool backward;
+        int B, T;
+        float dloss;
+        bool accumulates;
+        auto operator<=>(const Pass&) const = default;
+    };
+
+    // What enqueue() puts into the stream. With --cuda-graph it does so the first time, when algorithms are
+    // still looked for, is captured the second time, and from then on the graph is launched instead.
+    template <class F>
+    void launch(const Pass& pass, F enqueue) {
+        if (!options.cuda_graph) return enqueue();
+        auto [found, is_new] = graphs.try_emplace(pass, nullptr);
+        if (is_new) return enqueue();
+        if (!found->second) {
+            cudaGraph_t graph;
+            check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+            enqueue();
+            check(cudaStreamEndCapture(stream, &graph));
+            check(cudaGraphInstantiate(&found->second, graph, 0));
+            check(cudaGraphDestroy(graph));
+        }
+        check(cudaGraphLaunch(found->second, stream));
+    }
+
     ModelOptions options;
     bool training;
     cudaStream_t stream = nullptr;
     std::unique_ptr<MatmulContext> matmuls;
+    std::map<Pass, cudaGraphExec_t> graphs;
     char* workspace;  // (kMatmulWorkspace) bytes: cuBLASLt's
     double* squares;  // (1 + kSquaresBlocks): the norm's
     float* scale;     // (1): what the gradients are multiplied with
+    double* loss;     // (1): the sum of the mean losses of the forward passes since it was taken
     DeviceArray<DecayRange> decays;
-    int rope_end = -1;                       // rope is that of positions 0 .. rope_end-1; -1: of others
-    int decode_rows;                         // tokens of a prompt that go through decode() at a time
-    bool accumulates = false;                // the gradients of matrices hold those of earlier micro-batches
-    std::vector<float> losses, host_logits;  // (N), (V): on the host
-    float* arrays[4] = {};                   // (table.size) each, by Store
-    Real* weights_real;                      // (table.size): weights in bf16; null where Real is float
+    int rope_end = -1;               // rope is that of positions 0 .. rope_end-1; -1: of others
+    int decode_rows;                 // tokens of a prompt that go through decode() at a time
+    bool accumulates = false;        // the gradients of matrices hold those of earlier micro-batches
+    std::vector<float> host_logits;  // (V): on the host
+    float* arrays[4] = {};           // (table.size) each, by Store
+    Real* weights_real;              // (table.size): weights in bf16; null where Real is float
     MemoryPlan state_plan, activation_plan;
 
     static int padded_vocabulary(const GPTConfig& config) { return (config.vocab_size + 15) / 16 * 16; }
@@ -490,6 +551,7 @@ struct GPT : Model {
         activation_plan.add(workspace, kMatmulWorkspace);
         activation_plan.add(squares, 1 + kSquaresBlocks);
         activation_plan.add(scale, 1);
+        activation_plan.add(loss, 1);
         activation_plan.add(fixed_decay, H);
         if (config.rope()) activation_plan.add(rope, T * D);
         activation_plan.add(scratch, scratch_size((int)B, (int)T));
@@ -579,10 +641,10 @@ struct GPT : Model {
 
 // On the simulator, too, within a second: the matrices grow until a product takes a millisecond.
 inline double measured_peak(Precision precision) {
-    auto measure = [](auto type) {
+    auto measure = [=](auto type) {
         using Real = decltype(type);
         DeviceArray<char> workspace(kMatmulWorkspace);
-        MatmulContext context(workspace.get());
+        MatmulContext context(workspace.get(), precision == Precision::tf32);
         double best = 0, seconds = 0;
         for (int n = 512; n <= 8192 && seconds < 1e-3; n *= 2) {
             DeviceArray<Real> a((size_t)n * n), b((size_t)n * n), c((size_t)n * n);

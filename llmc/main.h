@@ -10,10 +10,12 @@
 #include "llmc/options.h"
 #include "llmc/trainer.h"
 
-inline int run(const char* program, Backend (*choose_backend)(), int argc, char** argv) {
+// train_dtype: what `train` takes without --dtype.
+inline int run(const char* program, Backend (*choose_backend)(), const char* train_dtype, int argc,
+               char** argv) {
     try {
         Options options;
-        bool help = !parse_options(argc, argv, program, options);
+        bool help = !parse_options(argc, argv, program, train_dtype, options);
         int status = kExitDone;
         Backend backend = choose_backend();
         if (!help) switch (options.command) {

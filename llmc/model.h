@@ -21,7 +21,7 @@ enum class Store { weights, gradients, m, v };  // m, v: AdamW's moments
 enum class Purpose { training, inference };
 
 // Of the matrix products and of most activations. Weights, gradients and moments are float32 with both.
-enum class Precision { fp32, bf16 };
+enum class Precision { fp32, bf16, tf32 };
 
 // What is not kept for the backward pass but computed again there: nothing; the GELU's output; that and the
 // LayerNorms' outputs; all of a block but what goes into it. Results are the same bits.
@@ -35,7 +35,7 @@ enum class AttentionKernel { automatic, tiled, linear };
 // recurrence. automatic begins with the first and goes over to the second where that is smaller.
 enum class CacheKind { automatic, kv, state };
 
-inline constexpr const char* kPrecisionNames[] = {"fp32", "bf16"};
+inline constexpr const char* kPrecisionNames[] = {"fp32", "bf16", "tf32"};
 inline constexpr const char* kRecomputeNames[] = {"none", "gelu", "layernorm", "block"};
 inline constexpr const char* kKernelNames[] = {"auto", "tiled", "linear"};
 inline constexpr const char* kCacheNames[] = {"auto", "kv", "state"};
@@ -47,6 +47,9 @@ struct ModelOptions {
     Recompute recompute = Recompute::none;
     AttentionKernel kernel = AttentionKernel::automatic;
     CacheKind cache = CacheKind::automatic;
+    bool cuda_graph = false;           // launch forward and backward passes as graphs
+    bool stochastic_rounding = false;  // of the weights' copy in bf16; with seed
+    uint64_t seed = 1;
 };
 
 struct MemoryGroup {
@@ -68,17 +71,27 @@ class Model {
     virtual std::vector<MemoryGroup> memory() const = 0;
     virtual void allocate() = 0;
 
-    // Mean loss of inputs and targets (B,T). dloss != 0: backward() follows, for the gradient of dloss *
-    // loss. norms (L,H), or null: measures of the attention on the way.
-    virtual double forward(const int* inputs, const int* targets, int B, int T, float dloss,
-                           AttentionNorms* norms = nullptr) = 0;
+    // Of inputs and targets (B,T). dloss != 0: backward() follows, for the gradient of dloss * loss. norms
+    // (L,H), or null: measures of the attention on the way. May return before the work is done, as
+    // backward() may.
+    virtual void start_forward(const int* inputs, const int* targets, int B, int T, float dloss,
+                               AttentionNorms* norms = nullptr) = 0;
+    // The sum of the mean losses of all forward passes since it was last asked for. Waits for them.
+    virtual double take_loss() = 0;
+    // One forward pass and its mean loss.
+    double forward(const int* inputs, const int* targets, int B, int T, float dloss,
+                   AttentionNorms* norms = nullptr) {
+        start_forward(inputs, targets, B, T, dloss, norms);
+        return take_loss();
+    }
     // Adds the gradients of the last forward().
     virtual void backward(const int* inputs, int B, int T) = 0;
     virtual void zero_gradients() = 0;
     // Of the gradients of all tensors (-1), or of those of one layer.
     virtual double gradient_norm(int layer = -1) const = 0;
-    // One AdamW step on the gradients times grad_scale; step counts from 1.
-    virtual void update(const AdamW& adamw, double learning_rate, double grad_scale, int step) = 0;
+    // One AdamW step on the gradients, scaled so that their norm is at most max_norm (0: not scaled); step
+    // counts from 1. Returns their norm before. Where that is not finite, weights and moments stay.
+    virtual double update(const AdamW& adamw, double learning_rate, double max_norm, int step) = 0;
 
     // Copies a tensor of the table out, and in.
     virtual void read(Store store, const ParameterTensor& tensor, float* out) const = 0;

@@ -92,6 +92,7 @@ struct TrainOptions {
     uint64_t seed = 1;
     ComputeFlags compute;
     std::string recompute = "none";
+    bool cuda_graph = false, stochastic_rounding = false;
     int threads = 0;  // 0: all
     int val_every = 100, val_batches = 20, sample_every = 500, sample_tokens = 128, checkpoint_every = 500;
     int norms_every = 0;
@@ -102,6 +103,9 @@ struct TrainOptions {
     ModelOptions model_options() const {
         ModelOptions options = compute.model_options(Purpose::training, batch, seq);
         options.recompute = (Recompute)index_of_name(recompute, kRecomputeNames, "--recompute");
+        options.cuda_graph = cuda_graph;
+        options.stochastic_rounding = stochastic_rounding;
+        options.seed = seed;
         return options;
     }
 
@@ -245,7 +249,7 @@ namespace options_detail {
 constexpr int kMostInt = std::numeric_limits<int>::max();
 
 inline void add_compute(CLI::App& app, ComputeFlags& o, const char* group) {
-    app.add_option("--dtype", o.dtype, "of the matrix products and most activations")
+    app.add_option("--dtype", o.dtype, "of the matrix products and most activations (tf32: train_gptcu)")
         ->group(group)
         ->capture_default_str()
         ->check(one_of(kPrecisionNames));
@@ -330,6 +334,12 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
                  ->capture_default_str()
                  ->check(one_of(kRecomputeNames)),
              o.recompute, false);
+    remember(app.add_flag("--stochastic-rounding", o.stochastic_rounding,
+                          "of the weights to bf16, rather than to the nearest (train_gptcu)")
+                 ->group("Compute"),
+             o.stochastic_rounding, false);
+    app.add_flag("--cuda-graph", o.cuda_graph, "launch forward and backward passes as graphs (train_gptcu)")
+        ->group("Compute");
     app.add_option("--threads", o.threads, "0: all")
         ->group("Run")
         ->capture_default_str()
@@ -414,7 +424,9 @@ inline void add_dump(CLI::App& app, DumpOptions& o) {
 
 // Fills `options`. Returns false where there is nothing to do, because help was asked for and has been
 // printed.
-inline bool parse_options(int argc, char** argv, const char* program, Options& options) {
+inline bool parse_options(int argc, char** argv, const char* program, const char* train_dtype,
+                          Options& options) {
+    options.train.compute.dtype = train_dtype;
     CLI::App app("Trains GPT models, with softmax or polynomial attention.", program);
     app.require_subcommand(1);
     CLI::App* train = app.add_subcommand("train", "train a model");

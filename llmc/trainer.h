@@ -259,27 +259,23 @@ class Trainer {
     void step(DataLoader& loader, MetricsLog& metrics) {
         auto start = std::chrono::steady_clock::now();
         int micro_batches = (int)(o.total_batch / ((int64_t)o.batch * o.seq));
-        double loss = 0;
         std::vector<AttentionNorms> norms;  // (L,H), on the first micro-batch
         if (o.norms_every > 0 && (state.step == 0 || (state.step + 1) % o.norms_every == 0))
             norms.resize((size_t)model->config.layers * model->config.heads);
         model->zero_gradients();
         for (int i = 0; i < micro_batches; i++) {
             loader.batch(state.samples + (int64_t)i * o.batch, o.batch, inputs.data(), targets.data());
-            double micro_loss =
-                model->forward(inputs.data(), targets.data(), o.batch, o.seq, 1.0f / micro_batches,
-                               i == 0 && !norms.empty() ? norms.data() : nullptr);
-            if (!std::isfinite(micro_loss)) diverged(state.step + 1, str("the loss is ", micro_loss));
-            loss += micro_loss / micro_batches;
+            model->start_forward(inputs.data(), targets.data(), o.batch, o.seq, 1.0f / micro_batches,
+                                 i == 0 && !norms.empty() ? norms.data() : nullptr);
             model->backward(inputs.data(), o.batch, o.seq);
         }
-        double norm = model->gradient_norm();
-        if (!std::isfinite(norm)) diverged(state.step + 1, str("the gradient norm is ", norm));
-        double scale = o.grad_clip > 0 && norm > o.grad_clip ? o.grad_clip / norm : 1;
         int step = state.step + 1;
         double rate =
             learning_rate_at(o.schedule, step, o.steps, o.warmup, o.learning_rate, o.final_lr_fraction);
-        model->update(o.adamw, rate, scale, step);
+        double norm = model->update(o.adamw, rate, o.grad_clip, step);
+        double loss = model->take_loss() / micro_batches;
+        if (!std::isfinite(loss)) diverged(step, str("the loss is ", loss));
+        if (!std::isfinite(norm)) diverged(step, str("the gradient norm is ", norm));
         state.step = step;
         state.samples += (int64_t)micro_batches * o.batch;
 

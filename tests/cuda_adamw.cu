@@ -159,3 +159,25 @@ TEST_CASE_TEMPLATE("cuda sum_of_squares and clip_factor", Real, float, gpu::bf16
         }
     }
 }
+
+TEST_CASE("cuda adamw: a gradient whose norm is not finite changes nothing") {
+    for (double norm : {(double)INFINITY, (double)NAN}) {
+        const Device<double> sum(std::vector<double>{norm});
+        const Device<float> scale(1);
+        for (double max_norm : {0.0, 1.0}) {
+            gpu::clip_factor(scale.get(), sum.get(), max_norm, 0);
+            CHECK(reference::is_nan(scale.host()[0]));
+        }
+        Device<float> x(reference::normal(1000, 1)), m(reference::normal(1000, 2)),
+            v(reference::normal(1000, 3, 1, 2)), grad(Floats(1000, NAN));
+        Device<gpu::bf16> copy(convert<gpu::bf16>(reference::normal(1000, 4)));
+        const Device<gpu::DecayRange> ranges(std::vector<gpu::DecayRange>{{0, 0.1f}});
+        const Floats before[] = {x.host(), m.host(), v.host()};
+        const Vector copy_before = to_double(copy.host());
+        gpu::adamw_update(x.get(), copy.get(), grad.get(), m.get(), v.get(), 1000, 0.1f, 0.9f, 0.95f, 1e-8f,
+                          ranges.get(), 1, scale.get(), 1, false, 0, nullptr);
+        CHECK((x.host() == before[0] && m.host() == before[1] && v.host() == before[2]));
+        CHECK(to_double(copy.host()) == copy_before);
+    }
+    CHECK(ptxsim::take_reports().empty());
+}

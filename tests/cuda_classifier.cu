@@ -141,16 +141,16 @@ TEST_CASE("cuda classifier: a NaN among the logits shows in the loss") {
     CHECK(got[2] == doctest::Approx(std::log(256.0)));
 }
 
-TEST_CASE("cuda classifier: the mean of the losses") {
+TEST_CASE("cuda classifier: the mean of the losses is added") {
     for (int N : {1, 3, 1000, 5000}) {
         Floats losses = reference::normal(N, 1, 1, 3);
         double sum = 0;
         for (float x : losses) sum += x;
         Device<float> x(losses);
         under_every_schedule([&] {
-            Device<double> mean(1);
-            gpu::mean_loss(mean.get(), x.get(), N, nullptr);
-            CHECK(mean.host()[0] == doctest::Approx(sum / N).epsilon(1e-12));
+            Device<double> total(std::vector<double>{0.25});
+            gpu::add_mean_loss(total.get(), x.get(), N, nullptr);
+            CHECK(total.host()[0] == doctest::Approx(0.25 + sum / N).epsilon(1e-12));
         });
     }
     CHECK(ptxsim::take_reports().empty());

@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kAdamwThreads)
         (ranges[middle].begin <= begin ? range : end) = middle;
     }
     float decay = ranges[range].weight_decay, scale = *grad_scale;
+    if (isnan(scale)) return;
     size_t next = range + 1 < range_count ? ranges[range + 1].begin : n;
 #pragma unroll 1
     for (int turn = 0; turn < kAdamwTurns; turn++) {
@@ -95,8 +96,8 @@ __global__ void __launch_bounds__(kAdamwThreads)
 
 // One step over all tensors in one pass over memory: m and v are the moving averages of the gradient times
 // *grad_scale (the clip factor) and of its square, bias-corrected by `step`, which counts from 1; weight
-// decay is decoupled. The bf16 copy is rounded to nearest, or stochastically with bits that depend on seed,
-// step and index alone.
+// decay is decoupled. Nothing changes where the factor is NaN. The bf16 copy is rounded to nearest, or
+// stochastically with bits that depend on seed, step and index alone.
 template <class Real, class Gradient>
 void adamw_update(float* param,          // (n)
                   Real* copy,            // (n): the new param in bf16, or null where Real is float
@@ -181,11 +182,11 @@ void sum_of_squares(double* sum,      // (1), on the device
 
 static __global__ void clip_factor_kernel(float* grad_scale, const double* sum, double max_norm) {
     double norm = sqrt(*sum);
-    *grad_scale = max_norm > 0 && norm > max_norm ? (float)(max_norm / norm) : 1.0f;
+    *grad_scale = !isfinite(norm) ? NAN : max_norm > 0 && norm > max_norm ? (float)(max_norm / norm) : 1.0f;
 }
 
 // What a gradient with this sum of squares is multiplied with so that its norm is at most max_norm; 0: not
-// clipped.
+// clipped. NaN where that is not finite.
 inline void clip_factor(float* grad_scale,  // (1), on the device
                         const double* sum,  // (1), on the device
                         double max_norm, cudaStream_t stream) {

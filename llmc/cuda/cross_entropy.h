@@ -97,23 +97,23 @@ void cross_entropy(float* losses,       // (N)
 constexpr int kMeanLossThreads = 1024;
 
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads) mean_loss_kernel(double* mean, const float* losses, int N) {
+__global__ void __launch_bounds__(kThreads) mean_loss_kernel(double* sum, const float* losses, int N) {
     __shared__ double shared[kThreads];
-    double sum = 0;
-    for (int n = threadIdx.x; n < N; n += kThreads) sum += losses[n];
-    shared[threadIdx.x] = sum;
+    double total = 0;
+    for (int n = threadIdx.x; n < N; n += kThreads) total += losses[n];
+    shared[threadIdx.x] = total;
     for (int half = kThreads / 2; half > 0; half /= 2) {
         __syncthreads();
         if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
     }
-    if (threadIdx.x == 0) *mean = shared[0] / N;
+    if (threadIdx.x == 0) *sum += shared[0] / N;
 }
 
 // Left on the device, for whoever wants to know.
-inline void mean_loss(double* mean,         // (1)
-                      const float* losses,  // (N)
-                      int N, cudaStream_t stream) {
-    mean_loss_kernel<kMeanLossThreads><<<1, kMeanLossThreads, 0, stream>>>(mean, losses, N);
+inline void add_mean_loss(double* sum,          // (1) +=
+                          const float* losses,  // (N)
+                          int N, cudaStream_t stream) {
+    mean_loss_kernel<kMeanLossThreads><<<1, kMeanLossThreads, 0, stream>>>(sum, losses, N);
     check_launch();
 }
 
