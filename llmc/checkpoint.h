@@ -18,7 +18,7 @@
 #include <system_error>
 #include <vector>
 
-#include "llmc/config.h"
+#include "llmc/config_json.h"
 #include "llmc/error.h"
 #include "llmc/files.h"
 #include "llmc/model.h"
@@ -116,7 +116,7 @@ inline std::string write_checkpoint(const std::string& out, const Model& model, 
         fs::create_directories(temporary, error);
         if (error) fail(temporary, ": cannot create: ", error.message());
         std::vector<Written> files;
-        files.push_back(write_file(temporary, "config.json", model.config.to_json().dump(2) + "\n"));
+        files.push_back(write_file(temporary, "config.json", config_to_json(model.config).dump(2) + "\n"));
         files.push_back(write_tensors(temporary, "model.safetensors", model, {{"", Store::weights}}));
         if (!tokenizer.empty()) files.push_back(write_file(temporary, "tokenizer.json", tokenizer));
         files.push_back(
@@ -180,7 +180,7 @@ class Checkpoint {
         std::string path = join_path(folder, "trainer.json");
         if (std::filesystem::exists(path)) read_trainer(path);
         path = join_path(folder, "config.json");
-        config = GPTConfig::from_json(read_json(path), path);
+        config = config_from_json(read_json(path), path);
     }
 
     // Weights into `model`, whose config is this one's.

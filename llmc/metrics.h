@@ -10,6 +10,7 @@
 
 #include "llmc/error.h"
 #include "llmc/files.h"
+#include "llmc/norms.h"
 
 class MetricsLog {
   public:
@@ -50,3 +51,17 @@ class MetricsLog {
     std::string path_;
     Descriptor file_{-1};
 };
+
+// Appends what `norms` says of this kind of attention to a line of metrics.jsonl. NaN and Inf become null.
+inline void append_norms(nlohmann::ordered_json& line, const AttentionNorms& norms,
+                         const AttentionConfig& config) {
+    line["attention_norm"] = norms.norm;
+    line["jacobian_norm"] = norms.jacobian_norm;
+    line["max_weight"] = norms.max_weight;
+    line["negative_mass"] = norms.negative_mass;
+    line["effective_keys"] = norms.effective_keys;
+    if (config.softmax()) line["entropy"] = norms.entropy;
+    line["score_std"] = norms.score_std;
+    line["max_score"] = norms.max_score;
+    if (!config.softmax()) line["moment_excess"] = norms.moment_excess;
+}

@@ -8,7 +8,6 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
-#include <nlohmann/json.hpp>
 #include <optional>
 
 #include "llmc/attention_scale.h"
@@ -25,20 +24,6 @@ struct AttentionNorms {
     double max_score;       // largest |x_ij|
     double moment_excess;   // poly<p>: the mean of x_ij^(2p) over pairs, over m_p, minus 1; otherwise 0
 };
-
-// Appends what `norms` says of this kind of attention to a line of metrics.jsonl. NaN and Inf become null.
-inline void append_norms(nlohmann::ordered_json& line, const AttentionNorms& norms,
-                         const AttentionConfig& config) {
-    line["attention_norm"] = norms.norm;
-    line["jacobian_norm"] = norms.jacobian_norm;
-    line["max_weight"] = norms.max_weight;
-    line["negative_mass"] = norms.negative_mass;
-    line["effective_keys"] = norms.effective_keys;
-    if (config.softmax()) line["entropy"] = norms.entropy;
-    line["score_std"] = norms.score_std;
-    line["max_score"] = norms.max_score;
-    if (!config.softmax()) line["moment_excess"] = norms.moment_excess;
-}
 
 struct GaussianNorms {
     double norm, jacobian_norm;

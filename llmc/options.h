@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "llmc/config.h"
+#include "llmc/config_json.h"
 #include "llmc/error.h"
 #include "llmc/model.h"
 #include "llmc/sampler.h"
@@ -57,7 +57,7 @@ struct ModelFlags {
 
     // A model that exists, from `file`: flags that say something else are refused.
     void require_same(const GPTConfig& existing, const std::string& file) const {
-        nlohmann::ordered_json wanted = over(existing).to_json(), found = existing.to_json();
+        nlohmann::ordered_json wanted = config_to_json(over(existing)), found = config_to_json(existing);
         for (const auto& [key, value] : wanted.items())
             if (value != found[key])
                 usage_error("the command line asks for ", key, " ", value.dump(), ", but ", file, " has ",

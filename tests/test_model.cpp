@@ -66,7 +66,7 @@ std::vector<GoldenCase> golden_cases() {
     std::vector<GoldenCase> cases;
     for (const auto& entry : read_json(kGolden + "cases.json"))
         cases.push_back({entry["name"], kGolden + entry["file"].get<std::string>(),
-                         GPTConfig::from_json(entry["config"], "cases.json")});
+                         config_from_json(entry["config"], "cases.json")});
     return cases;
 }
 

@@ -1,7 +1,5 @@
 // llmc/norms.h and attention_norms of llmc/cpu against their definitions: dense rows of A in double, and for
 // each the whole Jacobian matrix, which is held against finite differences.
-#include <nlohmann/json.hpp>
-
 #include "llmc/cpu/attention_norms.h"
 #include "llmc/norms.h"
 #include "tests/reference.h"
@@ -329,20 +327,4 @@ TEST_CASE("norms: the prediction for Gaussian q and k") {
     CHECK(gaussian_norms(cubic, 64, 1000, 0)->norm == doctest::Approx(1.0));
     CHECK(gaussian_norms(cubic, 64, 1000, -0.1)->jacobian_norm ==
           doctest::Approx(3 / std::sqrt(5 * (1 + 4.0 / 64))));
-}
-
-TEST_CASE("norms: their line in metrics.jsonl") {
-    AttentionNorms norms = {1.5, 2.5, 0.75, 0.25, 3.5, 0.5, 1.25, 4, std::nan("")};
-    AttentionConfig config;
-    nlohmann::ordered_json softmax = {{"step", 7}, {"layer", 1}, {"head", 2}}, cubic = softmax;
-    append_norms(softmax, norms, config);
-    CHECK(softmax.dump() ==
-          R"({"step":7,"layer":1,"head":2,"attention_norm":1.5,"jacobian_norm":2.5,"max_weight":0.75,)"
-          R"("negative_mass":0.25,"effective_keys":3.5,"entropy":0.5,"score_std":1.25,"max_score":4.0})");
-    config.power = 3;
-    append_norms(cubic, norms, config);
-    CHECK(cubic.dump() ==
-          R"({"step":7,"layer":1,"head":2,"attention_norm":1.5,"jacobian_norm":2.5,"max_weight":0.75,)"
-          R"("negative_mass":0.25,"effective_keys":3.5,"score_std":1.25,"max_score":4.0,)"
-          R"("moment_excess":null})");
 }

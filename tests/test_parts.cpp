@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "llmc/attention_scale.h"
-#include "llmc/config.h"
+#include "llmc/config_json.h"
 #include "llmc/metrics.h"
 #include "llmc/parameters.h"
 #include "llmc/rng.h"
@@ -183,13 +183,13 @@ TEST_CASE("config.json goes out and comes back; what it may not say is refused")
     config.layers = 3, config.heads = 2, config.channels = 20, config.context = 7, config.vocab_size = 99;
     config.power = 2, config.attention_scale = "0.125", config.positions = PositionKind::rope;
     config.qk_norm = true, config.decay = DecayKind::fixed, config.short_conv = 4;
-    CHECK(GPTConfig::from_json(nlohmann::json::parse(config.to_json().dump()), "f") == config);
-    const nlohmann::json good = config.to_json();
+    CHECK(config_from_json(nlohmann::json::parse(config_to_json(config).dump()), "f") == config);
+    const nlohmann::json good = config_to_json(config);
     auto refused = [&](const char* key, nlohmann::json value, std::initializer_list<std::string> parts) {
         CAPTURE(key);
         nlohmann::json bad = good;
         bad[key] = value;
-        check_error([&] { GPTConfig::from_json(bad, "the/file"); }, parts);
+        check_error([&] { config_from_json(bad, "the/file"); }, parts);
     };
     refused("n_head", 3, {"the/file", "3", "20"});
     refused("n_head", 20, {"the/file", "even"});  // head size 1 with RoPE
@@ -213,12 +213,12 @@ TEST_CASE("config.json goes out and comes back; what it may not say is refused")
     for (const char* key : {"n_layer", "n_head", "n_embd", "n_positions", "vocab_size"}) {
         nlohmann::json bad = good;
         bad.erase(key);
-        check_error([&] { GPTConfig::from_json(bad, "the/file"); }, {"the/file", key, "missing"});
+        check_error([&] { config_from_json(bad, "the/file"); }, {"the/file", key, "missing"});
     }
-    check_error([] { GPTConfig::from_json(nlohmann::json::array(), "the/file"); }, {"the/file", "object"});
+    check_error([] { config_from_json(nlohmann::json::array(), "the/file"); }, {"the/file", "object"});
     nlohmann::json number = good;
     number["attention_scale"] = 0.125;
-    CHECK(GPTConfig::from_json(number, "f").attention().constant == 0.125);
+    CHECK(config_from_json(number, "f").attention().constant == 0.125);
 }
 
 TEST_CASE("the metrics log drops what lies past the step it goes on from") {
@@ -234,4 +234,20 @@ TEST_CASE("the metrics log drops what lies past the step it goes on from") {
           "{\"step\":1,\"loss\":1.0}\n{\"step\":2,\"loss\":0.5}\n"
           "{\"step\":3,\"loss\":0.3333333333333333}\n{\"step\":4,\"loss\":9.0}\n");
     check_error([] { MetricsLog("/no/such/folder/metrics.jsonl", 0); }, {"/no/such/folder/metrics.jsonl"});
+}
+
+TEST_CASE("the line of a head's norms in metrics.jsonl") {
+    AttentionNorms norms = {1.5, 2.5, 0.75, 0.25, 3.5, 0.5, 1.25, 4, std::nan("")};
+    AttentionConfig config;
+    nlohmann::ordered_json softmax = {{"step", 7}, {"layer", 1}, {"head", 2}}, cubic = softmax;
+    append_norms(softmax, norms, config);
+    CHECK(softmax.dump() ==
+          R"({"step":7,"layer":1,"head":2,"attention_norm":1.5,"jacobian_norm":2.5,"max_weight":0.75,)"
+          R"("negative_mass":0.25,"effective_keys":3.5,"entropy":0.5,"score_std":1.25,"max_score":4.0})");
+    config.power = 3;
+    append_norms(cubic, norms, config);
+    CHECK(cubic.dump() ==
+          R"({"step":7,"layer":1,"head":2,"attention_norm":1.5,"jacobian_norm":2.5,"max_weight":0.75,)"
+          R"("negative_mass":0.25,"effective_keys":3.5,"score_std":1.25,"max_score":4.0,)"
+          R"("moment_excess":null})");
 }

@@ -1,0 +1,90 @@
+// GPTConfig as config.json, whose keys are those of Hugging Face's GPT-2 plus `attention`, `attention_scale`,
+// `positions`, `qk_norm`, `decay` and `short_conv`; a config.json without ours is a plain GPT-2. Apart from
+// config.h, which all layers include, for the JSON library takes long to build.
+#pragma once
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "llmc/config.h"
+
+inline nlohmann::ordered_json config_to_json(const GPTConfig& c) {
+    nlohmann::ordered_json json = {{"model_type", "gpt2"},
+                                   {"architectures", {"GPT2LMHeadModel"}},
+                                   {"n_layer", c.layers},
+                                   {"n_head", c.heads},
+                                   {"n_embd", c.channels},
+                                   {"n_positions", c.context},
+                                   {"n_ctx", c.context},
+                                   {"vocab_size", c.vocab_size},
+                                   {"layer_norm_epsilon", 1e-5},
+                                   {"activation_function", "gelu_new"},
+                                   {"attention", kAttentionNames[c.power]},
+                                   {"attention_scale", c.attention_scale},
+                                   {"positions", kPositionNames[(int)c.positions]},
+                                   {"qk_norm", c.qk_norm},
+                                   {"decay", kDecayNames[(int)c.decay]},
+                                   {"short_conv", c.short_conv}};
+    if (c.eot_token >= 0) json["bos_token_id"] = json["eos_token_id"] = c.eot_token;
+    return json;
+}
+
+// Fails, with `where` in front of the message, at a key of the wrong type or value.
+inline GPTConfig config_from_json(const nlohmann::json& json, const std::string& where) {
+    if (!json.is_object()) fail(where, ": expected a JSON object");
+    auto integer = [&](const char* key, int fallback) {
+        if (!json.contains(key)) {
+            if (fallback >= 0) return fallback;
+            fail(where, ": \"", key, "\" is missing");
+        }
+        const auto& value = json.at(key);
+        if (!value.is_number_integer() || value < -(int64_t{1} << 31) || value >= (int64_t{1} << 31))
+            fail(where, ": \"", key, "\" is ", value.dump(), ", expected an integer");
+        return value.get<int>();
+    };
+    auto name = [&](const char* key, const auto& names) {
+        if (!json.contains(key)) return 0;
+        const auto& value = json.at(key);
+        if (!value.is_string()) fail(where, ": \"", key, "\" is ", value.dump(), ", expected a string");
+        return index_of_name(value.get<std::string>(), names, str(where, ": \"", key, "\""));
+    };
+    auto fixed = [&](const char* key, const nlohmann::json& expected) {
+        if (json.contains(key) && json.at(key) != expected)
+            fail(where, ": \"", key, "\" is ", json.at(key).dump(), ", this trainer has only ",
+                 expected.dump());
+    };
+    fixed("model_type", "gpt2");
+    fixed("layer_norm_epsilon", 1e-5);
+    fixed("activation_function", "gelu_new");
+    fixed("scale_attn_weights", true);
+    fixed("scale_attn_by_inverse_layer_idx", false);
+    fixed("tie_word_embeddings", true);
+    fixed("add_cross_attention", false);
+    GPTConfig c;
+    c.layers = integer("n_layer", -1);
+    c.heads = integer("n_head", -1);
+    c.channels = integer("n_embd", -1);
+    c.context = integer("n_positions", -1);
+    c.vocab_size = integer("vocab_size", -1);
+    if (json.contains("eos_token_id") && !json.at("eos_token_id").is_null())
+        c.eot_token = integer("eos_token_id", -1);
+    c.power = name("attention", kAttentionNames);
+    c.positions = (PositionKind)name("positions", kPositionNames);
+    c.decay = (DecayKind)name("decay", kDecayNames);
+    c.short_conv = integer("short_conv", 0);
+    if (json.contains("n_inner") && !json.at("n_inner").is_null() &&
+        json.at("n_inner") != 4 * int64_t{c.channels})
+        fail(where, ": \"n_inner\" is ", json.at("n_inner").dump(), ", this trainer has only 4 n_embd");
+    if (json.contains("qk_norm")) {
+        if (!json.at("qk_norm").is_boolean())
+            fail(where, ": \"qk_norm\" is ", json.at("qk_norm").dump(), ", expected true or false");
+        c.qk_norm = json.at("qk_norm").get<bool>();
+    }
+    if (json.contains("attention_scale")) {
+        const auto& scale = json.at("attention_scale");
+        if (!scale.is_string() && !scale.is_number())
+            fail(where, ": \"attention_scale\" is ", scale.dump(), ", expected a string or a number");
+        c.attention_scale = scale.is_string() ? scale.get<std::string>() : scale.dump();
+    }
+    c.validate(where);
+    return c;
+}
