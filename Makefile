@@ -55,7 +55,7 @@ on_sim   := $(addprefix $(BUILD)/ptx/,attention.o train_gpt.o)
 # Tests of the simulator (ptxsim_*) and of the CUDA trainer (cuda_*), which run on it.
 cutests  := $(patsubst tests/%.cu,$(BUILD)/%.o,$(wildcard tests/*.cu))
 
-.PHONY: all quickstart test bench bench-quick gpu-test ptxsim-bench format clean help
+.PHONY: all quickstart test compare bench bench-quick gpu-test ptxsim-bench format clean help
 all: train_gpt
 
 # In this order: of an inline function that several objects have, the linker takes the first, which must run on all
@@ -185,6 +185,13 @@ ptxsim-bench: ## how fast CUDA code runs on this processor, with and without the
 	@dev/setup.sh cuda
 	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/ptxsim/bench
 	$(BUILD)/ptxsim/bench
+
+# On hardware where there is some.
+compared  = train_gptcu$(if $(shell nvidia-smi -L 2>/dev/null),,_sim)
+compare: ## the CUDA trainer (and PyTorch's twin, if there) against the CPU's, tensor by tensor; MODEL=DIR DATA=DIR BATCH= SEQ=
+	@dev/setup.sh cuda
+	@$(MAKE) --no-print-directory -j$$(nproc) train_gpt $(compared)
+	@MODEL="$(MODEL)" DATA="$(DATA)" BATCH="$(BATCH)" SEQ="$(SEQ)" dev/compare.sh ./$(compared)
 
 bench: ## this trainer against PyTorch on this machine, about 20 minutes (installs torch into .venv)
 	@dev/setup.sh torch

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Holds the CUDA trainer and, where .venv has torch, the PyTorch twin against the CPU trainer: each runs one forward and
+# backward pass in float32 on the same checkpoint and batch (`dump`), and dev/compare.py prints the differences, tensor
+# by tensor. Called by `make compare`, which builds the programs.
+#
+#   dev/compare.sh CUDA_PROGRAM
+#
+# MODEL, DATA: a checkpoint (or run) and a dataset; where not given, small models trained for a few steps on words made
+# here, one with softmax and one with polynomial attention and all options. BATCH, SEQ: of the dump, default 2 x 48.
+# Exit status: 0 all agree (loss to 1e-6, every gradient to 1e-4, relatively), 1 something differs, 2 bad usage.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -eq 1 ] || { echo "usage: dev/compare.sh CUDA_PROGRAM (see make compare)" >&2; exit 2; }
+[ -n "${MODEL:-}" ] && [ -z "${DATA:-}" ] && { echo "compare: MODEL=$MODEL needs DATA=, a dataset for it" >&2; exit 2; }
+cuda=$1 out=out/compare batch=${BATCH:-2} seq=${SEQ:-48}
+mkdir -p $out
+
+data=${DATA:-$out/data}
+if [ -z "${DATA:-}" ] && [ ! -f $data/meta.json ]; then
+    mkdir -p $out/words
+    .venv/bin/python -c '
+import random, sys
+random.seed(1)
+words = "king queen night sword crown love blood heaven speak away never again".split()
+for i in range(20):
+    with open(f"{sys.argv[1]}/{i}.txt", "w") as file:
+        file.write(" ".join(random.choices(words, k=500)))' $out/words
+    .venv/bin/python data/prepare.py text $out/words --tokenizer byte --out $data
+fi
+
+status=0
+compare() { # name, checkpoint
+    local name=$1 model=$2 programs=(./train_gpt "$cuda") files=() program file
+    [ -f "$model/config.json" ] || model=$(ls -d "$model"/step_* | tail -n 1) # the newest of a run
+    for program in "${programs[@]}"; do
+        file=$out/$name.$(basename "$program").safetensors
+        "$program" dump --model "$model" --data "$data" --batch "$batch" --seq "$seq" --dtype fp32 --file "$file"
+        files+=("$file")
+    done
+    if .venv/bin/python -c 'import torch' 2>/dev/null; then
+        file=$out/$name.pytorch.safetensors
+        .venv/bin/python dev/reference/gpt.py dump --model "$model" --data "$data" --batch "$batch" --seq "$seq" \
+            --file "$file"
+        files+=("$file")
+    else
+        echo "skipped: the PyTorch twin, for .venv has no torch (dev/setup.sh torch)"
+    fi
+    for file in "${files[@]:1}"; do
+        echo "== $name: $file against ${files[0]}"
+        .venv/bin/python dev/compare.py "$file" "${files[0]}" --loss-rtol 1e-6 --rtol 1e-4 || status=1
+    done
+}
+
+if [ -n "${MODEL:-}" ]; then
+    compare model "$MODEL"
+else
+    train() { # name, flags
+        rm -rf "$out/$1"
+        ./train_gpt train --data "$data" --out "$out/$1" --layers 2 --heads 2 --channels 64 --context 64 --batch 4 --steps 20 \
+            --lr 3e-3 --sample-every 0 --val-every 0 "${@:2}" >"$out/$1.log" || { cat "$out/$1.log"; exit 1; }
+        compare "$1" "$out/$1"
+    }
+    train softmax
+    train poly3 --attention poly3 --decay learned --short-conv 3
+fi
+exit $status
