@@ -76,7 +76,15 @@ EOF
         cp requirements-cuda.txt .venv/cuda-new/installed-requirements.txt &&
         mv .venv/cuda-new .venv/cuda
 }
-if [ "${1:-}" = cuda ] && [ -z "${NVCC:-}" ] && ! command -v nvcc >/dev/null && [ ! -x /usr/local/cuda/bin/nvcc ] &&
+# One before CUDA 12 knows no C++20.
+has_nvcc() { # as the Makefile looks for it
+    local nvcc
+    for nvcc in nvcc /usr/local/cuda/bin/nvcc; do
+        "$nvcc" -std=c++20 -x cu -E /dev/null >/dev/null 2>&1 && return
+    done
+    return 1
+}
+if [ "${1:-}" = cuda ] && [ -z "${NVCC:-}" ] && ! has_nvcc &&
     ! cmp -s requirements-cuda.txt .venv/cuda/installed-requirements.txt; then
     skipped="so the tests of CUDA code will be skipped"
     if [ "$(uname -sm)" != "Linux x86_64" ]; then

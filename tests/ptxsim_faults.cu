@@ -124,6 +124,17 @@ __global__ void missing_atomic(int* sum, bool fixed) {
         *sum += 1;  // fault: missing_atomic
 }
 
+// An atomic in shared memory orders nothing between blocks.
+__global__ void shared_atomics(int* sum, bool fixed) {
+    __shared__ int turn;
+    if (threadIdx.x == 0) turn = 0;
+    __syncthreads();
+    atomicAdd(&turn, 1);
+    if (threadIdx.x == 0) sum[fixed ? blockIdx.x : 0] = blockIdx.x;  // fault: shared_atomics
+    __threadfence();
+    atomicAdd(&turn, 1);
+}
+
 __global__ void last_block(const int* in, int* partial, unsigned* count, int* out, bool fixed) {
     __shared__ bool is_last;
     const int t = threadIdx.x;
@@ -218,6 +229,23 @@ __global__ void missing_wait(const int4* in, int4* out, bool fixed) {
     if (fixed) asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncthreads();
     out[t] = tile[63 - t];  // fault: missing_wait
+}
+
+// The copy may overwrite what other warps still read, although a barrier follows before its wait.
+__global__ void early_copy(const int4* in, int4* out, bool fixed) {
+    __shared__ int4 tile[64];
+    const int t = threadIdx.x;
+    tile[t] = in[t];
+    __syncthreads();
+    int4 before = tile[63 - t];  // fault: early_copy
+    if (fixed) __syncthreads();
+    const unsigned to = (unsigned)__cvta_generic_to_shared(tile + t);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(in + t) : "memory");  // fault: early_copy
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    __syncthreads();
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    __syncthreads();
+    out[t] = make_int4(before.x, before.y, tile[63 - t].z, tile[63 - t].w);
 }
 
 __global__ void host_pointer(const int* in, int* out) {
@@ -357,6 +385,8 @@ const std::vector<Case>& cases() {
          [](Buffers& b, bool fixed) { block_reads_another<<<8, 64>>>(b.in.get(), b.out.get(), fixed); }},
         {"missing_atomic", Fault::race,
          [](Buffers& b, bool fixed) { missing_atomic<<<8, 64>>>(b.out.get(), fixed); }},
+        {"shared_atomics", Fault::race,
+         [](Buffers& b, bool fixed) { shared_atomics<<<8, 32>>>(b.out.get(), fixed); }},
         {"last_block", Fault::race,
          [](Buffers& b, bool fixed) {
              last_block<<<8, 32>>>(b.in.get(), b.more.get(), (unsigned*)b.more.get() + 100, b.out.get(),
@@ -394,6 +424,10 @@ const std::vector<Case>& cases() {
         {"missing_wait", Fault::missing_wait,
          [](Buffers& b, bool fixed) {
              missing_wait<<<1, 64>>>((int4*)b.in.get(), (int4*)b.out.get(), fixed);
+         }},
+        {"early_copy", Fault::race,
+         [](Buffers& b, bool fixed) {
+             early_copy<<<1, 64>>>((int4*)b.in.get(), (int4*)b.out.get(), fixed);
          }},
         {"host_pointer", Fault::host_access,
          [](Buffers& b, bool fixed) {

@@ -1,6 +1,7 @@
 // Matrices in ptxsim's device memory, and calls of cublasLtMatmul with what they should give.
 #pragma once
 #include <cublasLt.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 #include <doctest/doctest.h>
 
@@ -38,7 +39,7 @@ inline double rounded(double x, cudaDataType type) {
 
 inline void encode(std::byte* to, double x, cudaDataType type) {
     float f = (float)x;
-    _Float16 h = (_Float16)f;
+    __half h = __float2half(f);
     uint32_t bits;
     std::memcpy(&bits, &f, 4);
     uint16_t upper = (uint16_t)(bits >> 16);
@@ -51,10 +52,10 @@ inline void encode(std::byte* to, double x, cudaDataType type) {
 
 inline double decode(const std::byte* from, cudaDataType type) {
     float f = 0;
-    _Float16 h;
+    __half h;
     if (type == CUDA_R_16F) {
         std::memcpy(&h, from, 2);
-        return (double)h;
+        return __half2float(h);
     }
     std::memcpy((char*)&f + 4 - size_of(type), from, size_of(type));
     return f;

@@ -366,6 +366,45 @@ TEST_CASE("ptxsim: generic pointers, dynamic shared memory, struct parameters, c
     for (int i = 0; i < 8; i++) CHECK_MESSAGE(wrong[i] == 0, i);
 }
 
+// ------------------------------------------------------------------------------------- PTX written by people
+
+// Scopes with registers and labels of their own, directives without spaces, comments of both kinds.
+__global__ void inline_ptx(unsigned* out) {
+    unsigned product, sum, triangle;
+    asm("{.reg.b32 a,b;\n\tmov.b32 a,%1;/* a\n b */shl.b32 b,a,4; // to the end;\n\tadd.u32 %0,a,b;}"
+        : "=r"(product)
+        : "r"(threadIdx.x + 1));
+    asm volatile(
+        "{\n\t.reg .pred p; .reg.u32 n<3>; mov.u32 n1,0;mov.u32 n2, %1;\n"
+        "LOOP: add.u32 n1,n1,n2;sub.u32 n2,n2,1; setp.ne.u32 p,n2,0;\n\t@p bra LOOP;\n\tmov.u32 %0,n1;}"
+        : "=r"(triangle)
+        : "r"(threadIdx.x + 2));
+    asm volatile(
+        "{\n\t.reg .pred p; .reg.s32 n; mov.s32 n,-7;\n"
+        "LOOP: add.s32 n,n,3; setp.lt.s32 p,n,%1;\n\t@!p bra DONE;\n\tbra.uni LOOP;\nDONE: mov.s32 %0,n;}"
+        : "=r"(sum)
+        : "r"(threadIdx.x));
+    out[3 * threadIdx.x] = product;
+    out[3 * threadIdx.x + 1] = triangle;
+    out[3 * threadIdx.x + 2] = sum;
+}
+
+TEST_CASE("ptxsim: inline PTX with scopes, labels and comments") {
+    Device<unsigned> out(96);
+    inline_ptx<<<1, 32>>>(out.get());
+    expect_success();
+    const auto got = out.host();
+    for (unsigned t = 0; t < 32; t++) {
+        CAPTURE(t);
+        int n = -7;
+        do n += 3;
+        while (n < (int)t);
+        CHECK(got[3 * t] == 17 * (t + 1));
+        CHECK(got[3 * t + 1] == (t + 2) * (t + 3) / 2);
+        CHECK((int)got[3 * t + 2] == n);
+    }
+}
+
 // --------------------------------------------------------------------------------------------------- printf
 
 __global__ void prints(int x) {

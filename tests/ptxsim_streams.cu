@@ -143,8 +143,9 @@ TEST_CASE("ptxsim: missing stream and event waits show") {
                                                             {"early_event", early_event},
                                                             {"default_stream", default_stream},
                                                             {"write_after_read", write_after_read}};
-    for (const auto& [name, run] : cases) {
-        CAPTURE(name);
+    for (const auto& planted : cases) {
+        const auto run = planted.second;
+        CAPTURE(planted.first);
         ptxsim::options().lazy = true;
         int wrong = 0;
         for (uint64_t seed = 0; seed < 8; seed++) {

@@ -8,9 +8,9 @@
 #include <cstring>
 #include <string>
 
-#include "gemm.h"
-#include "memory.h"
-#include "stream_work.h"
+#include "dev/ptxsim/gemm.h"
+#include "dev/ptxsim/memory.h"
+#include "dev/ptxsim/stream_work.h"
 
 struct cublasContext {
     cudaStream_t stream = nullptr;

@@ -9,9 +9,9 @@
 #include <string>
 #include <utility>
 
-#include "cublaslt_descriptors.h"
-#include "gemm.h"
-#include "stream_work.h"
+#include "dev/ptxsim/cublaslt_descriptors.h"
+#include "dev/ptxsim/gemm.h"
+#include "dev/ptxsim/stream_work.h"
 
 struct cublasLtContext {};
 

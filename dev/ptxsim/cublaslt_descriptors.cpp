@@ -1,9 +1,9 @@
-#include "cublaslt_descriptors.h"
+#include "dev/ptxsim/cublaslt_descriptors.h"
 
 #include <cstddef>
 #include <string>
 
-#include "operand.h"
+#include "dev/ptxsim/operand.h"
 
 namespace ptxsim {
 namespace {

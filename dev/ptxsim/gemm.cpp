@@ -1,4 +1,4 @@
-#include "gemm.h"
+#include "dev/ptxsim/gemm.h"
 
 #include <bit>
 #include <cmath>
@@ -7,18 +7,21 @@
 #include <string>
 #include <vector>
 
+#include "dev/ptxsim/floats.h"
+#include "dev/ptxsim/memory.h"
 #include "llmc/cpu/bf16.h"
 #include "llmc/cpu/matmul.h"
-#include "memory.h"
 
 namespace ptxsim {
 namespace {
 
-// To nearest, ties away from zero: cvt.rna.tf32, which tensor-core kernels use.
-float to_tf32(float x) {
-    if (x != x) return x;
-    return std::bit_cast<float>((std::bit_cast<uint32_t>(x) + 0x1000) & ~0x1FFFu);
-}
+// Not every compiler has _Float16 on every processor.
+struct Half {
+    f16 x = {};
+    Half() = default;
+    explicit Half(float value) : x(to_half<f16>(value)) {}
+    operator float() const { return decode(x); }
+};
 
 template <class T>
 void load(float* out, const std::byte* from, int64_t n, Precision precision) {
@@ -29,11 +32,12 @@ void load(float* out, const std::byte* from, int64_t n, Precision precision) {
     }
     if constexpr (sizeof(T) == 4) {
         if (precision == Precision::tf32)
-            for (int64_t i = 0; i < n; i++) out[i] = to_tf32(out[i]);
+            for (int64_t i = 0; i < n; i++)
+                out[i] = to_tf32(out[i], Round::away);  // as kernels of libraries do
         if (precision == Precision::bf16)
             for (int64_t i = 0; i < n; i++) out[i] = cpu::bf16(out[i]);
         if (precision == Precision::f16)
-            for (int64_t i = 0; i < n; i++) out[i] = (float)(_Float16)out[i];
+            for (int64_t i = 0; i < n; i++) out[i] = Half(out[i]);
     }
 }
 
@@ -42,7 +46,7 @@ void load_line(float* out, const Operand& x, int64_t batch, int64_t line,
     const std::byte* from = memory::view(x.line(batch, line));
     if (x.type == CUDA_R_32F) load<float>(out, from, x.inner, precision);
     if (x.type == CUDA_R_16BF) load<cpu::bf16>(out, from, x.inner, precision);
-    if (x.type == CUDA_R_16F) load<_Float16>(out, from, x.inner, precision);
+    if (x.type == CUDA_R_16F) load<Half>(out, from, x.inner, precision);
 }
 
 template <class T>
@@ -57,7 +61,7 @@ void store_line(const Operand& x, int64_t batch, int64_t line, const float* from
     std::byte* to = memory::view(x.line(batch, line));
     if (x.type == CUDA_R_32F) store<float>(to, from, x.inner);
     if (x.type == CUDA_R_16BF) store<cpu::bf16>(to, from, x.inner);
-    if (x.type == CUDA_R_16F) store<_Float16>(to, from, x.inner);
+    if (x.type == CUDA_R_16F) store<Half>(to, from, x.inner);
 }
 
 // The matrix as floats without gaps between its lines: where they lie, or converted into `memory`.

@@ -3,7 +3,7 @@
 #pragma once
 #include <cublas_api.h>
 
-#include "operand.h"
+#include "dev/ptxsim/operand.h"
 
 namespace ptxsim {
 

@@ -474,6 +474,8 @@ void run_copy(Warp& w, const Instruction& in, Mask lanes) {
     int bytes = (int)*w.src<uint32_t>(in.o[0]);
     const uint32_t* source_bytes = in.o[1] == kIgnored ? nullptr : w.src<uint32_t>(in.o[1]);
     Block& b = *w.block;
+    // The copy may write at any time from here on to the wait, which is a second event.
+    uint64_t event = options().race ? b.grid->races.events.add(b.number, w.index, &in) : 0;
     each(lanes, [&](int i) {
         if ((to[i] & kWindowMask) == kSharedWindow) to[i] &= ~kWindowMask;
         if (!aligned(w, in, i, to[i], bytes, AccessKind::write)) return;
@@ -484,6 +486,7 @@ void run_copy(Warp& w, const Instruction& in, Mask lanes) {
         std::fill_n(&b.shared_known[to[i]], bytes, (uint8_t)kPending);
         w.copies[i].push_back({(uint32_t)to[i], from[i], (uint8_t)bytes, (uint8_t)n, w.copy_groups[i]});
         w.has_copies |= 1u << i;
+        if (event) check_race(w, in, i, to[i], bytes, AccessKind::write, true, event);
     });
     count_shared(w, lanes, to, bytes);
     // What is read from global memory, by lanes with the same number of bytes.

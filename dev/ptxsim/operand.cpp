@@ -1,11 +1,11 @@
-#include "operand.h"
+#include "dev/ptxsim/operand.h"
 
 #include <cstdio>
 #include <cstring>
 
-#include "memory.h"
-#include "options.h"
-#include "report.h"
+#include "dev/ptxsim/memory.h"
+#include "dev/ptxsim/options.h"
+#include "dev/ptxsim/report.h"
 
 namespace ptxsim {
 namespace {

@@ -76,6 +76,7 @@ bool ordered(const Warp& w, int lane, const Access& earlier, const Event& event)
 }
 
 // After a fence an atomic hands on what its lane's warp and block know; any atomic takes what was handed on.
+//   address: in shared memory with the block's number above it, for each block has its own
 void synchronize(Warp& w, uint64_t address, uint64_t event, bool releases) {
     auto& races = w.block->grid->races;
     auto it = races.released.find(address);
@@ -101,7 +102,10 @@ bool check_race(Warp& w, const Instruction& in, int lane, uint64_t address, int 
                 bool is_shared, uint64_t event) {
     Grid& g = *w.block->grid;
     bool repeated = false, found = false;
-    if (is_atomic(kind)) synchronize(w, address | (uint64_t)is_shared << 63, event, in.memory.releases);
+    if (is_atomic(kind)) {
+        uint64_t of_block = is_shared ? 1ull << 63 | w.block->number << 20 : 0;
+        synchronize(w, address | of_block, event, in.memory.releases);
+    }
     auto conflict = [&](const Access& earlier, unsigned part, bool is_read) {
         if (earlier.event == 0 || !g.races.events.knows(earlier.event) || !(earlier.bytes & part))
             return false;

@@ -1,6 +1,5 @@
-// The one device, an H100 (SXM, 80 GB), and what happens at the end of the process.
+// The one device, an H100 (SXM, 80 GB).
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 
 #include "dev/ptxsim/memory.h"
@@ -142,22 +141,6 @@ bool attribute(cudaDeviceAttr which, int* value) {
 
 size_t limits[] = {1024, 1 << 20, 8 << 20, 2, 2048, 128, 0};  // by cudaLimit, as on the hardware
 static_assert(cudaLimitStackSize == 0 && cudaLimitPersistingL2CacheSize == 6);
-
-// Runs after atexit's functions and the destructors of static objects, which may still free memory, and
-// before the one that sets the exit status.
-__attribute__((destructor(102))) void at_end() {
-    complete_all();
-    if (options().leak && !sticky_error()) memory::report_leaks();
-    if (options().figures == "-") {
-        std::fputs(figures_table().c_str(), stderr);
-    } else if (!options().figures.empty()) {
-        std::string json = figures_json();
-        FILE* file = std::fopen(options().figures.c_str(), "w");
-        bool written = file && std::fwrite(json.data(), 1, json.size(), file) == json.size();
-        if (file && std::fclose(file) != 0) written = false;
-        if (!written) std::fprintf(stderr, "ptxsim: cannot write %s\n", options().figures.c_str());
-    }
-}
 
 cudaError_t check_device(int device) {
     return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;

@@ -120,6 +120,16 @@ cudaError_t cudaMalloc(void** out, size_t bytes) {
     return api([&] { return allocate("cudaMalloc", out, bytes, MemoryKind::device); });
 }
 
+cudaError_t cudaMallocPitch(void** out, size_t* pitch, size_t width, size_t height) {
+    return api([&] {
+        constexpr size_t align = 512;
+        if (!pitch || width > SIZE_MAX - align) return cudaErrorInvalidValue;
+        *pitch = (width + align - 1) / align * align;
+        if (height && *pitch > SIZE_MAX / height) return cudaErrorMemoryAllocation;
+        return allocate("cudaMallocPitch", out, *pitch * height, MemoryKind::device);
+    });
+}
+
 cudaError_t cudaMallocHost(void** out, size_t bytes) {
     return api([&] { return allocate("cudaMallocHost", out, bytes, MemoryKind::pinned); });
 }

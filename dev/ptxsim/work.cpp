@@ -1,7 +1,9 @@
-// Runs operations in an order that their dependencies allow.
+// Runs operations in an order that their dependencies allow, and what is left at the end of the process.
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 
+#include "dev/ptxsim/memory.h"
 #include "dev/ptxsim/options.h"
 #include "dev/ptxsim/report.h"
 #include "dev/ptxsim/runtime.h"
@@ -114,6 +116,22 @@ std::vector<OperationRef> needed_for(const std::vector<OperationRef>& targets) {
         for (const OperationRef& before : op->after) add(before);
     }
     return found;
+}
+
+// Here because no program does anything without this file. Runs after atexit's functions and the destructors
+// of static objects, which may still free memory, and before the one that sets the exit status.
+__attribute__((destructor(102))) void at_end() {
+    complete_all();
+    if (options().leak && !sticky_error()) memory::report_leaks();
+    if (options().figures == "-") {
+        std::fputs(figures_table().c_str(), stderr);
+    } else if (!options().figures.empty()) {
+        std::string json = figures_json();
+        FILE* file = std::fopen(options().figures.c_str(), "w");
+        bool written = file && std::fwrite(json.data(), 1, json.size(), file) == json.size();
+        if (file && std::fclose(file) != 0) written = false;
+        if (!written) std::fprintf(stderr, "ptxsim: cannot write %s\n", options().figures.c_str());
+    }
 }
 
 }  // namespace
