@@ -32,13 +32,15 @@ $(BUILD)/avx512.o: isa := -march=x86-64-v4 -DLLMC_ISA=avx512
 $(BUILD)/avx512_bf16.o: isa := -march=x86-64-v4 -mavx512bf16 -DLLMC_ISA=avx512_bf16
 
 tests    := $(patsubst tests/%.cpp,$(BUILD)/%.o,tests/main.cpp $(wildcard tests/test_*.cpp))
-# Those of llmc/cpu, and the lesser instruction sets that they are built for as well where this processor has them.
-layers   := $(addprefix $(BUILD)/,main.o $(foreach t,attention attention_linear layers norms tile vector,test_$(t).o))
-lesser   := $(if $(filter 1,$(DISPATCH)),avx2 $(if $(filter avx512vl,$(shell cat /proc/cpuinfo)),avx512))
+# Where this processor has AVX-512, what is written for AVX2 and for AVX-512 without BF16 is tested as well.
+lesser   := $(if $(filter 1,$(DISPATCH)),$(if $(filter avx512vl,$(shell cat /proc/cpuinfo)),avx2 avx512))
 
 # dev/ptxsim stands in for cudart, cuBLAS(Lt) and NCCL: CUDA objects with their PTX in them run on this processor. nvcc
-# is that of the system, or the one that dev/setup.sh has put into .venv.
-NVCC     ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc .venv/cuda/bin/nvcc))
+# is that of the system, if it knows C++20 (from CUDA 12 on), or the one that dev/setup.sh has put into .venv.
+ifndef NVCC
+NVCC     := $(shell for n in nvcc /usr/local/cuda/bin/nvcc .venv/cuda/bin/nvcc; do \
+              $$n -std=c++20 -x cu -E /dev/null >/dev/null 2>&1 && command -v $$n && break; done)
+endif
 CUDA     ?= $(if $(NVCC),$(realpath $(dir $(realpath $(NVCC)))..))
 comma    := ,
 cuda     := -std=c++20 -O3 -lineinfo -I. -ccbin $(firstword $(CXX)) -Xcompiler -Wall,-Wextra$(if $(findstring clang,$(CXX)),$(comma)-Wno-unused-function),-fopenmp
@@ -77,8 +79,9 @@ $(BUILD)/avx512.o $(BUILD)/avx512_bf16.o: train_gpt.cpp $(BUILD)/flags
 	$(CXX) $(flags) $(isa) -c $< -o $@
 	@if nm $@ | grep _GLOBAL__sub_I; then echo '$@: has static initialisers' >&2; rm $@; false; fi
 
-# What tests files, options and programs builds faster at -O1 and runs as fast.
-$(filter-out $(layers) $(BUILD)/test_model.o $(BUILD)/test_reference.o,$(tests)): quick := -O1
+# Tests build faster at -O1 and run as fast; that of the model, most of whose kernels never run, faster still at -O0.
+$(tests): quick := -O1
+$(BUILD)/test_model.o: quick := -O0
 
 $(BUILD)/%.o: tests/%.cpp $(BUILD)/flags
 	$(CXX) $(flags) $(quick) $(native) -c $< -o $@
@@ -89,18 +92,18 @@ $(BUILD)/tests: $(tests)
 $(BUILD)/attention: dev/bench/attention.cpp $(BUILD)/flags
 	$(CXX) $(flags) $(native) $< -o $@ $(libs)
 
-# The layers' tests once more for each lesser instruction set: build/avx2/tests, build/avx512/tests. AVX-512 without
-# BF16 differs from what runs above in how it converts and multiplies bf16, and needs no more than those that do.
+# Tests of layers once more for each lesser instruction set: build/avx2/tests, build/avx512/tests. AVX-512 without BF16
+# differs from what runs above in how it converts and multiplies bf16, and needs no more than those that do.
 $(BUILD)/avx2/%.o: tests/%.cpp $(BUILD)/flags
 	@mkdir -p $(@D)
-	$(CXX) $(flags) -march=x86-64-v3 -c $< -o $@
+	$(CXX) $(flags) -O1 -march=x86-64-v3 -c $< -o $@
 
 $(BUILD)/avx512/%.o: tests/%.cpp $(BUILD)/flags
 	@mkdir -p $(@D)
-	$(CXX) $(flags) -march=x86-64-v4 -c $< -o $@
+	$(CXX) $(flags) -O1 -march=x86-64-v4 -c $< -o $@
 
-$(BUILD)/avx2/tests: $(addprefix $(BUILD)/avx2/,$(notdir $(layers)))
-$(BUILD)/avx512/tests: $(addprefix $(BUILD)/avx512/,main.o test_attention.o test_tile.o test_vector.o)
+$(BUILD)/avx2/tests: $(patsubst %,$(BUILD)/avx2/%.o,main test_attention test_attention_linear test_layers test_tile test_vector)
+$(BUILD)/avx512/tests: $(patsubst %,$(BUILD)/avx512/%.o,main test_attention test_tile test_vector)
 $(BUILD)/avx2/tests $(BUILD)/avx512/tests:
 	$(CXX) $(flags) $^ -o $@ $(libs)
 

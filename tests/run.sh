@@ -10,41 +10,46 @@ export LLMC_TRAIN_GPT=./train_gpt LLMC_FAULT_PRELOAD=build/fault_preload.so
 log=$(mktemp -d)
 trap 'rm -rf "$log"' EXIT
 
-# The first program starts others and waits for them; the rest run beside it, each into a file of its own.
+# The first program starts others and waits for them; all else runs beside it, each into a file of its own.
 passed=0 failed=0
 declare -A beside
-for tests in "${@:2}"; do
-    "$tests" >"$log/${tests//\//_}" 2>&1 &
-    beside[$tests]=$!
-done
+run_beside() { # name, command
+    "${@:2}" >"$log/${1//\//_}" 2>&1 &
+    beside[$1]=$!
+}
+for tests in "${@:2}"; do run_beside "$tests" "$tests"; done
+run_beside python .venv/bin/python -m unittest discover -s tests
 trap 'kill "${beside[@]}" 2>/dev/null; rm -rf "$log"' EXIT
+finish() { # name: its output into $log/output, its exit status into $status
+    echo "== $1"
+    wait "${beside[$1]}"
+    status=$?
+    tee "$log/output" <"$log/${1//\//_}"
+}
 for tests in "$@"; do
-    echo "== $tests"
     if [ -n "${beside[$tests]:-}" ]; then
-        wait "${beside[$tests]}"
-        status=$?
-        tee "$log/cpp" <"$log/${tests//\//_}"
+        finish "$tests"
     else
-        "$tests" 2>&1 | tee "$log/cpp"
+        echo "== $tests"
+        "$tests" 2>&1 | tee "$log/output"
         status=${PIPESTATUS[0]}
     fi
     # "[doctest] test cases: 50 | 49 passed | 1 failed | 0 skipped"; a crash prints no such line, and is one failure.
-    counts=$(sed -n 's/^\[doctest\] test cases: *[0-9]* *| *\([0-9]*\) passed *| *\([0-9]*\) failed.*/\1 \2/p' "$log/cpp")
+    counts=$(sed -n 's/^\[doctest\] test cases: *[0-9]* *| *\([0-9]*\) passed *| *\([0-9]*\) failed.*/\1 \2/p' "$log/output")
     read -r good bad <<<"${counts:-0 1}"
     [ "$status" -eq 0 ] || [ "$bad" -gt 0 ] || bad=1  # a sanitizer's report after the summary
     passed=$((passed + good)) failed=$((failed + bad))
 done
 
-.venv/bin/python -m unittest discover -s tests 2>&1 | tee "$log/python"
-python_status=${PIPESTATUS[0]}
+finish python
 # "Ran 20 tests in 9s", then "OK (skipped=1)" or "FAILED (failures=1, errors=1)".
-count() { sed -n "s/^\(OK\|FAILED\).*$1=\([0-9]*\).*/\2/p" "$log/python"; }
-ran=$(sed -n 's/^Ran \([0-9]*\) tests\{0,1\} in.*/\1/p' "$log/python")
+count() { sed -n "s/^\(OK\|FAILED\).*$1=\([0-9]*\).*/\2/p" "$log/output"; }
+ran=$(sed -n 's/^Ran \([0-9]*\) tests\{0,1\} in.*/\1/p' "$log/output")
 broken=$(($(count failures || true)+0 + $(count errors || true)+0))
 skipped=$(($(count skipped || true)+0))
 [ -n "$ran" ] || { ran=0; broken=1; }
 [ "$ran" -ge $((broken + skipped)) ] && passed=$((passed + ran - broken - skipped))
-[ "$python_status" -eq 0 ] || [ "$broken" -gt 0 ] || broken=1
+[ "$status" -eq 0 ] || [ "$broken" -gt 0 ] || broken=1
 failed=$((failed + broken))
 
 echo "$passed passed, $failed failed"
