@@ -19,6 +19,7 @@
 #include "llmc/cuda/adamw.h"
 #include "llmc/cuda/attention.h"
 #include "llmc/cuda/attention_cached.h"
+#include "llmc/cuda/attention_norms.h"
 #include "llmc/cuda/classifier.h"
 #include "llmc/cuda/embedding.h"
 #include "llmc/cuda/gelu.h"
@@ -141,17 +142,26 @@ struct GPT : Model {
 
     void start_forward(const int* inputs, const int* targets, int B, int T, float dloss,
                        AttentionNorms* norms = nullptr) override {
-        if (norms) fail("--norms-every: the CUDA trainer does not measure norms; train_gpt does");
         int N = B * T;
         copy_to_device(acts.targets, targets, N, stream);
         place_tokens(inputs, B, T, nullptr);
-        launch({.backward = false, .B = B, .T = T, .dloss = dloss, .accumulates = accumulates}, [&] {
-            forward_blocks(B, T, nullptr);
+        auto enqueue = [&](NormSums* sums) {
+            forward_blocks(B, T, nullptr, sums);
             classifier(acts.losses, dloss != 0 ? grads.norm : nullptr, dloss != 0 ? gradients.wte : nullptr,
                        acts.logits, acts.ln_f, real(weights.wte), acts.targets, dloss / N, accumulates, N, C,
                        V, Vp, *matmuls, stream);
             add_mean_loss(loss, acts.losses, N, stream);
-        });
+        };
+        if (norms) {
+            if (norm_sums.size() == 0) norm_sums = DeviceArray<NormSums>(L * H);
+            enqueue(norm_sums.get());
+            std::vector<NormSums> sums(L * H);
+            copy_to_host(sums.data(), norm_sums.get(), L * H, stream);
+            for (int head = 0; head < L * H; head++) norms[head] = sums[head].norms(attention, B, T, D);
+        } else {
+            launch({.backward = false, .B = B, .T = T, .dloss = dloss, .accumulates = accumulates},
+                   [&] { enqueue(nullptr); });
+        }
     }
 
     double take_loss() override {
@@ -174,8 +184,8 @@ struct GPT : Model {
         }
     }
 
-    // From the tokens to the output of the last LayerNorm.
-    void forward_blocks(int B, int T, Cache<Real>* cache) {
+    // From the tokens to the output of the last LayerNorm. sums (L,H), or null: of the attention's norms.
+    void forward_blocks(int B, int T, Cache<Real>* cache, NormSums* sums = nullptr) {
         int start = cache ? cache->length : 0, N = B * T;
         embedding_forward(acts.embedded, acts.inputs, weights.wte,
                           weights.wpe ? weights.wpe + (size_t)start * C : nullptr, B, T, C, stream);
@@ -187,6 +197,9 @@ struct GPT : Model {
                 layernorm_forward(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N,
                                   C, stream);
             forward_to_gelu(l, residual, B, T, cache);
+            if (sums)
+                attention_norms(sums + l * H, scratch, a.heads, a.attn_stats, decay(l), attention, B, T, H, D,
+                                stream);
             matmul_forward(acts.delta, a.gelu, real(w.fc_proj_weight), real(w.fc_proj_bias), N, 4 * C, C,
                            *matmuls, stream);
             // The addition to the residual stream goes together with the LayerNorm that reads it next.
@@ -461,6 +474,8 @@ struct GPT : Model {
     cudaStream_t stream = nullptr;
     std::unique_ptr<MatmulContext> matmuls;
     std::map<Pass, cudaGraphExec_t> graphs;
+    // (L,H), once norms are asked for
+    DeviceArray<NormSums> norm_sums;
     char* workspace;  // (kMatmulWorkspace) bytes: cuBLASLt's
     double* squares;  // (1 + kSquaresBlocks): the norm's
     float* scale;     // (1): what the gradients are multiplied with
@@ -569,9 +584,9 @@ struct GPT : Model {
         int N = B * T;
         size_t size = attention_forward_scratch(T, H);
         if (!training) return size;
-        return std::max({size, attention_backward_scratch(B, T, H), embedding_backward_scratch(B, T, C),
-                         layernorm_backward_scratch(N, C), gelu_backward_scratch(N, 4 * C),
-                         config.qk_norm ? qk_norm_rope_scratch(B, T, H) : 0,
+        return std::max({size, attention_norms_scratch(B, T, H), attention_backward_scratch(B, T, H),
+                         embedding_backward_scratch(B, T, C), layernorm_backward_scratch(N, C),
+                         gelu_backward_scratch(N, 4 * C), config.qk_norm ? qk_norm_rope_scratch(B, T, H) : 0,
                          config.short_conv ? short_conv_scratch(B, T, 3 * C, config.short_conv) : 0});
     }
 

@@ -6,6 +6,7 @@
 // i is a query, j <= i a key that it sees, x_ij = q_i . k_j / sqrt(D) the score before any decay, A as in
 // llmc/cpu/attention.h, all sums over the B sequences as well. There are B T rows and B T (T+1) / 2 pairs.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -23,6 +24,44 @@ struct AttentionNorms {
     double score_std;       // standard deviation of x_ij about its mean, over pairs
     double max_score;       // largest |x_ij|
     double moment_excess;   // poly<p>: the mean of x_ij^(2p) over pairs, over m_p, minus 1; otherwise 0
+};
+
+// What a backend gathers of a head: sums over rows and pairs, and what is largest.
+struct NormSums {
+    double square = 0, jacobian = 0, absolute = 0, negative = 0, effective_keys = 0, entropy = 0;
+    double score = 0, score_square = 0, moment = 0;
+    double max_weight = 0, max_score = 0;
+
+    void add(const NormSums& other) {
+        square += other.square;
+        jacobian += other.jacobian;
+        absolute += other.absolute;
+        negative += other.negative;
+        effective_keys += other.effective_keys;
+        entropy += other.entropy;
+        score += other.score;
+        score_square += other.score_square;
+        moment += other.moment;
+        max_weight = std::max(max_weight, other.max_weight);
+        max_score = std::max(max_score, other.max_score);
+    }
+
+    // Of all rows of B sequences.
+    AttentionNorms norms(const AttentionConfig& config, int B, int T, int D) const {
+        double rows = (double)B * T, pairs = rows * (T + 1) / 2;
+        AttentionNorms n;
+        n.norm = std::sqrt(square / rows);
+        n.jacobian_norm = std::sqrt(jacobian / rows);
+        n.max_weight = max_weight;
+        n.negative_mass = absolute == 0 ? 0 : negative / absolute;
+        n.effective_keys = effective_keys / rows;
+        n.entropy = entropy / rows;
+        double mean = score / pairs;
+        n.score_std = std::sqrt(std::max(score_square / pairs - mean * mean, 0.0));
+        n.max_score = max_score;
+        n.moment_excess = config.softmax() ? 0 : moment / pairs / gaussian_moment(config.power, D) - 1;
+        return n;
+    }
 };
 
 struct GaussianNorms {

@@ -2,6 +2,7 @@
 // loss and the same gradient of every tensor.
 #define LLMC_TESTING
 #include "dev/ptxsim/report.h"
+#include "tests/norms.h"
 #include "tests/reference.h"
 #include "train_gpt.cpp"
 
@@ -88,11 +89,22 @@ void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few 
         std::vector<int> inputs = reference::random_ints((size_t)B * T, config.vocab_size, 10 + micro_batch),
                          targets = reference::random_ints((size_t)B * T, config.vocab_size, 20 + micro_batch);
         std::vector<double> losses;
+        std::vector<std::vector<AttentionNorms>> norms;
         for (Model* model : models) {
-            losses.push_back(model->forward(inputs.data(), targets.data(), B, T, 0.5f));
+            norms.emplace_back(config.layers * config.heads);
+            losses.push_back(model->forward(inputs.data(), targets.data(), B, T, 0.5f,
+                                            micro_batch == 0 ? norms.back().data() : nullptr));
             model->backward(inputs.data(), B, T);
         }
         CHECK(std::abs(losses[1] - losses[0]) < loss_bound * losses[0]);
+        for (size_t head = 0; head < norms[0].size() && micro_batch == 0; head++) {
+            CAPTURE(head);
+            if (is_bf16) {
+                CHECK(norms[1][head].norm == doctest::Approx(norms[0][head].norm).epsilon(5e-2));
+            } else {
+                reference::check_norms(norms[1][head], norms[0][head], 1e-4);
+            }
+        }
     }
     Distance got = distance(*gpu, *exact), usual;
     if (is_bf16) usual = distance(*cpu, *exact);

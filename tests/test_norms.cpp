@@ -1,107 +1,11 @@
-// llmc/norms.h and attention_norms of llmc/cpu against their definitions: dense rows of A in double, and for
-// each the whole Jacobian matrix, which is held against finite differences.
+// llmc/norms.h and attention_norms of llmc/cpu against their definitions (tests/norms.h), whose Jacobian is
+// held against finite differences.
 #include "llmc/cpu/attention_norms.h"
-#include "llmc/norms.h"
-#include "tests/reference.h"
+#include "tests/norms.h"
 
 using namespace reference;
 
 namespace {
-
-struct Option {
-    AttentionConfig config;
-    bool decay;
-};
-
-// Softmax once and each polynomial with each scale, without and with decay.
-std::vector<Option> all_options() {
-    std::vector<Option> options;
-    for (int power = 0; power <= 4; power++)
-        for (ScaleKind scale :
-             {ScaleKind::row, ScaleKind::context, ScaleKind::mean, ScaleKind::sum, ScaleKind::constant})
-            for (bool decay : {false, true})
-                if (power > 0 || scale == ScaleKind::row) {
-                    AttentionConfig config;
-                    config.power = power;
-                    config.scale = scale;
-                    config.constant = -0.35;
-                    config.context = 300;  // longer than the sequences here, as a context may be
-                    options.push_back({config, decay});
-                }
-    return options;
-}
-
-std::string describe(const Option& o) {
-    std::string scale = o.config.scale == ScaleKind::constant ? "constant" : kScaleNames[(int)o.config.scale];
-    return kAttentionNames[o.config.power] + (o.config.softmax() ? "" : ", scale " + scale) +
-           (o.decay ? ", decay" : "");
-}
-
-Floats decay_of(const Option& option, int H) {
-    Floats delta(option.decay ? H : 0);
-    for (int h = 0; h < (int)delta.size(); h++) delta[h] = initial_decay(h, H);
-    return delta;
-}
-
-// (n,n): dA_j / dx_k of a row of n keys.
-Vector dense_jacobian(const AttentionRow& row, double log_gamma, const AttentionConfig& config) {
-    int n = (int)row.x.size(), p = config.power;
-    Vector J((size_t)n * n);
-    for (int j = 0; j < n; j++)
-        for (int k = 0; k < n; k++) {
-            double& d = J[(size_t)j * n + k];
-            if (config.softmax()) {
-                d = row.A[j] * ((j == k) - row.A[k]);
-                continue;
-            }
-            double x = row.x[k], xp = power(x, p), dxp = p * power(x, p - 1);
-            if (j == k) d = dxp * std::exp((n - 1 - j) * log_gamma) / row.stat;
-            // A_j = x_j^p g_j / s, ds / dx_k = sign(x_k^p) dxp
-            if (config.has_row_sum()) d -= row.A[j] / row.stat * ((xp > 0) - (xp < 0)) * dxp;
-        }
-    return J;
-}
-
-// Of one head, as llmc/norms.h defines them.
-AttentionNorms definition(const Vector& qkv /*(B,T,3C)*/, double log_gamma, const AttentionConfig& config,
-                          int h, int B, int T, int H, int D) {
-    int C = H * D;
-    double square = 0, jacobian = 0, absolute = 0, negative = 0, moment = 0;
-    AttentionNorms n = {};
-    Vector scores;
-    for (int b = 0; b < B; b++)
-        for (int i = 0; i < T; i++) {
-            const double* rows = &qkv[(size_t)b * T * 3 * C + h * D];
-            AttentionRow row = attention_row(rows + (size_t)i * 3 * C, rows + C, log_gamma, config, i, C, D);
-            double row_absolute = 0, row_square = 0;
-            for (int j = 0; j <= i; j++) {
-                double a = row.A[j];
-                row_square += a * a;
-                row_absolute += std::abs(a);
-                if (a < 0) negative -= a;
-                if (config.softmax() && a > 0) n.entropy -= a * std::log(a) / (B * T);
-                n.max_weight = std::max(n.max_weight, std::abs(a));
-                n.max_score = std::max(n.max_score, std::abs(row.x[j]));
-                moment += power(row.x[j], 2 * config.power);
-                scores.push_back(row.x[j]);
-            }
-            if (row_square > 0) n.effective_keys += row_absolute * row_absolute / row_square / (B * T);
-            square += row_square;
-            absolute += row_absolute;
-            Vector J = dense_jacobian(row, log_gamma, config);
-            jacobian += dot(J, J);
-        }
-    n.norm = std::sqrt(square / (B * T));
-    n.jacobian_norm = std::sqrt(jacobian / (B * T));
-    n.negative_mass = absolute > 0 ? negative / absolute : 0;
-    double mean = dot(scores, Vector(scores.size(), 1.0)) / scores.size(), variance = 0;
-    for (double x : scores) variance += (x - mean) * (x - mean) / scores.size();
-    n.score_std = std::sqrt(variance);
-    double m = 1;
-    for (int s = 0; s < config.power; s++) m *= (2 * s + 1) * (1 + 2.0 * s / D);
-    if (!config.softmax()) n.moment_excess = moment / scores.size() / m - 1;
-    return n;
-}
 
 const float* or_null(const Floats& x) {
     return x.empty() ? nullptr : x.data();
@@ -117,15 +21,7 @@ std::vector<AttentionNorms> measure(const Floats& qkv, const Floats& delta, cons
     return norms;
 }
 
-// A number below `floor` is held to tolerance * floor.
-void check_number(const std::string& name, double got, double expected, double tolerance, double floor = 0) {
-    CAPTURE(name);
-    CAPTURE(got);
-    CAPTURE(expected);
-    CHECK(std::abs(got - expected) <= tolerance * std::max(std::abs(expected), floor));
-}
-
-void check_norms(const Option& option, const Floats& qkv, int B, int T, int H, int D,
+void check_norms(const NormsOption& option, const Floats& qkv, int B, int T, int H, int D,
                  double tolerance = 1e-5) {
     INFO(describe(option));
     CAPTURE(B);
@@ -138,17 +34,8 @@ void check_norms(const Option& option, const Floats& qkv, int B, int T, int H, i
     for (int h = 0; h < H; h++) {
         CAPTURE(h);
         double log_gamma = option.decay ? log_sigmoid(delta[h]) : 0;
-        AttentionNorms expected = definition(to_double(qkv), log_gamma, option.config, h, B, T, H, D);
-        const AttentionNorms& got = norms[h];
-        check_number("norm", got.norm, expected.norm, tolerance);
-        check_number("jacobian_norm", got.jacobian_norm, expected.jacobian_norm, tolerance);
-        check_number("max_weight", got.max_weight, expected.max_weight, tolerance);
-        check_number("negative_mass", got.negative_mass, expected.negative_mass, tolerance);
-        check_number("effective_keys", got.effective_keys, expected.effective_keys, tolerance);
-        check_number("entropy", got.entropy, expected.entropy, tolerance, 0.1);
-        check_number("score_std", got.score_std, expected.score_std, tolerance);
-        check_number("max_score", got.max_score, expected.max_score, tolerance);
-        check_number("moment", 1 + got.moment_excess, 1 + expected.moment_excess, tolerance);
+        AttentionNorms expected = attention_norms(to_double(qkv), log_gamma, option.config, h, B, T, H, D);
+        reference::check_norms(norms[h], expected, tolerance);
     }
 }
 
@@ -161,7 +48,7 @@ Floats random_qkv(int B, int T, int C, double scale = 1) {
 TEST_CASE("norms: the dense Jacobian agrees with finite differences") {
     // With one channel and q = 1, k holds the scores.
     const double q = 1;
-    for (const Option& option : all_options()) {
+    for (const NormsOption& option : norms_options()) {
         INFO(describe(option));
         const int T = 6;
         const double log_gamma = option.decay ? -0.2 : 0;
@@ -179,7 +66,7 @@ TEST_CASE("norms: the dense Jacobian agrees with finite differences") {
 }
 
 TEST_CASE("norms: every kind at every size, against the definitions") {
-    for (const Option& option : all_options()) {
+    for (const NormsOption& option : norms_options()) {
         check_norms(option, random_qkv(2, 1, 8), 2, 1, 1, 8);
         check_norms(option, random_qkv(2, 7, 24), 2, 7, 3, 8);
         check_norms(option, random_qkv(1, 65, 32), 1, 65, 1, 32);
@@ -199,7 +86,7 @@ TEST_CASE("norms: rows that one key has nearly to itself") {
             qkv[(size_t)t * 3 * C + h * D] = 8;
             qkv[(size_t)t * 3 * C + C + h * D] = t == 0 ? 4 : 0;  // keys that come later have no part in it
         }
-    for (const Option& option : all_options()) {
+    for (const NormsOption& option : norms_options()) {
         if (!option.config.softmax() && !option.config.has_row_sum()) continue;
         check_norms(option, qkv, B, T, H, D, 3e-5);
     }
@@ -222,7 +109,7 @@ TEST_CASE("norms: equal scores, and rows of zeros") {
         CHECK(n.max_score == 0);
     }
     // All zeros for a polynomial, whose slope there is not zero where p is 1.
-    for (const Option& option : all_options()) {
+    for (const NormsOption& option : norms_options()) {
         if (option.config.softmax()) continue;
         check_norms(option, qkv, B, T, H, D);
         for (const AttentionNorms& n : measure(qkv, decay_of(option, H), option.config, B, T, H, D)) {
@@ -240,13 +127,13 @@ TEST_CASE("norms: equal scores, and rows of zeros") {
     };
     for (int t : {3, 64, 65}) clear(1, t, 1);
     for (int t : {0, 3, 64, 66}) clear(0, t, 0), clear(1, t, 0);
-    for (const Option& option : all_options()) check_norms(option, qkv, B, T, H, D);
+    for (const NormsOption& option : norms_options()) check_norms(option, qkv, B, T, H, D);
 }
 
 TEST_CASE("norms: the same bits from run to run and for every number of threads") {
     const int B = 3, T = 130, H = 2, D = 16;
     Floats qkv = random_qkv(B, T, H * D);
-    for (const Option& option : all_options()) {
+    for (const NormsOption& option : norms_options()) {
         INFO(describe(option));
         auto run = [&](int threads) {
             Threads scope(threads);
@@ -260,7 +147,7 @@ TEST_CASE("norms: the same bits from run to run and for every number of threads"
 TEST_CASE("norms: stats are read where attention_forward leaves them, and only there") {
     const int B = 1, T = 9, H = 2, D = 8;
     Floats qkv = random_qkv(B, T, H * D), stats((size_t)H * T, std::numeric_limits<float>::quiet_NaN());
-    for (const Option& option : all_options()) {
+    for (const NormsOption& option : norms_options()) {
         INFO(describe(option));
         Floats delta = decay_of(option, H);
         std::vector<AttentionNorms> norms(H), expected = measure(qkv, delta, option.config, B, T, H, D);
@@ -277,7 +164,7 @@ TEST_CASE("norms: of bf16, as of the floats that it stands for") {
     Floats qkv = random_qkv(B, T, H * D), stats((size_t)B * H * T), out((size_t)B * T * H * D);
     std::vector<cpu::bf16> half(qkv.size());
     for (size_t i = 0; i < qkv.size(); i++) qkv[i] = half[i] = qkv[i];
-    for (const Option& option : all_options()) {
+    for (const NormsOption& option : norms_options()) {
         INFO(describe(option));
         Floats delta = decay_of(option, H);
         cpu::attention_forward(out.data(), stats.data(), qkv.data(), or_null(delta), option.config, B, T, H,
@@ -291,7 +178,7 @@ TEST_CASE("norms: of bf16, as of the floats that it stands for") {
 
 TEST_CASE("norms: a NaN shows in its head, and in no other") {
     const int B = 2, T = 70, H = 2, D = 8, C = H * D;
-    for (const Option& option : all_options())
+    for (const NormsOption& option : norms_options())
         for (int part : {0, 1}) {
             INFO(describe(option));
             CAPTURE(part);
@@ -307,7 +194,7 @@ TEST_CASE("norms: a NaN shows in its head, and in no other") {
 TEST_CASE("norms: the prediction for Gaussian q and k") {
     const int B = 600, T = 12, H = 2, D = 16;
     Floats qkv = random_qkv(B, T, H * D);
-    for (const Option& option : all_options()) {
+    for (const NormsOption& option : norms_options()) {
         INFO(describe(option));
         const AttentionConfig& config = option.config;
         Floats delta = decay_of(option, H);

@@ -147,27 +147,6 @@ inline void add_scores(RowSums& sums, const float* s, const float* row, const He
     }
 }
 
-// Sums over rows, and their largest.
-struct NormSums {
-    double square = 0, jacobian = 0, absolute = 0, negative = 0, effective_keys = 0, entropy = 0;
-    double score = 0, score_square = 0, moment = 0;
-    double max_weight = 0, max_score = 0;
-
-    void add(const NormSums& other) {
-        square += other.square;
-        jacobian += other.jacobian;
-        absolute += other.absolute;
-        negative += other.negative;
-        effective_keys += other.effective_keys;
-        entropy += other.entropy;
-        score += other.score;
-        score_square += other.score_square;
-        moment += other.moment;
-        max_weight = std::max(max_weight, other.max_weight);
-        max_score = std::max(max_score, other.max_score);
-    }
-};
-
 // The finished row r of `sums`; c is c_i of a polynomial.
 template <int kPower, bool kRowSum>
 inline NormSums finish_row(const RowSums& sums, int r, double c) {
@@ -265,21 +244,10 @@ inline void attention_norms(
         measure(power, std::false_type());
     });
 
-    double rows = (double)B * T, pairs = rows * (T + 1) / 2;
     for (int h = 0; h < H; h++) {
         NormSums sums;
         for (int part = 0; part < B * tiles; part++) sums.add(parts[(size_t)h * B * tiles + part]);
-        AttentionNorms& n = norms[h];
-        n.norm = std::sqrt(sums.square / rows);
-        n.jacobian_norm = std::sqrt(sums.jacobian / rows);
-        n.max_weight = sums.max_weight;
-        n.negative_mass = sums.absolute == 0 ? 0 : sums.negative / sums.absolute;
-        n.effective_keys = sums.effective_keys / rows;
-        n.entropy = sums.entropy / rows;
-        double mean = sums.score / pairs;
-        n.score_std = std::sqrt(std::max(sums.score_square / pairs - mean * mean, 0.0));
-        n.max_score = sums.max_score;
-        n.moment_excess = config.softmax() ? 0 : sums.moment / pairs / gaussian_moment(config.power, D) - 1;
+        norms[h] = sums.norms(config, B, T, D);
     }
 }
 

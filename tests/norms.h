@@ -1,0 +1,125 @@
+// The oracle of attention's norms: llmc/norms.h from its definitions, with dense rows of A in double and for
+// each the whole Jacobian matrix. And the kinds of attention that both backends' norms are tested with.
+#pragma once
+#include "llmc/norms.h"
+#include "tests/reference.h"
+
+namespace reference {
+
+struct NormsOption {
+    AttentionConfig config;
+    bool decay;
+};
+
+// Softmax once and each polynomial with each scale, without and with decay.
+inline std::vector<NormsOption> norms_options() {
+    std::vector<NormsOption> options;
+    for (int power = 0; power <= 4; power++)
+        for (ScaleKind scale :
+             {ScaleKind::row, ScaleKind::context, ScaleKind::mean, ScaleKind::sum, ScaleKind::constant})
+            for (bool decay : {false, true})
+                if (power > 0 || scale == ScaleKind::row) {
+                    AttentionConfig config;
+                    config.power = power;
+                    config.scale = scale;
+                    config.constant = -0.35;
+                    config.context = 300;  // longer than the sequences here, as a context may be
+                    options.push_back({config, decay});
+                }
+    return options;
+}
+
+inline std::string describe(const NormsOption& o) {
+    std::string scale = o.config.scale == ScaleKind::constant ? "constant" : kScaleNames[(int)o.config.scale];
+    return kAttentionNames[o.config.power] + (o.config.softmax() ? "" : ", scale " + scale) +
+           (o.decay ? ", decay" : "");
+}
+
+inline Floats decay_of(const NormsOption& option, int H) {
+    Floats delta(option.decay ? H : 0);
+    for (int h = 0; h < (int)delta.size(); h++) delta[h] = initial_decay(h, H);
+    return delta;
+}
+
+// (n,n): dA_j / dx_k of a row of n keys.
+inline Vector dense_jacobian(const AttentionRow& row, double log_gamma, const AttentionConfig& config) {
+    int n = (int)row.x.size(), p = config.power;
+    Vector J((size_t)n * n);
+    for (int j = 0; j < n; j++)
+        for (int k = 0; k < n; k++) {
+            double& d = J[(size_t)j * n + k];
+            if (config.softmax()) {
+                d = row.A[j] * ((j == k) - row.A[k]);
+                continue;
+            }
+            double x = row.x[k], xp = power(x, p), dxp = p * power(x, p - 1);
+            if (j == k) d = dxp * std::exp((n - 1 - j) * log_gamma) / row.stat;
+            // A_j = x_j^p g_j / s, ds / dx_k = sign(x_k^p) dxp
+            if (config.has_row_sum()) d -= row.A[j] / row.stat * ((xp > 0) - (xp < 0)) * dxp;
+        }
+    return J;
+}
+
+// Of one head, as llmc/norms.h defines them. log_gamma 0: no decay.
+inline AttentionNorms attention_norms(const Vector& qkv /*(B,T,3C)*/, double log_gamma,
+                                      const AttentionConfig& config, int h, int B, int T, int H, int D) {
+    int C = H * D;
+    double square = 0, jacobian = 0, absolute = 0, negative = 0, moment = 0;
+    AttentionNorms n = {};
+    Vector scores;
+    for (int b = 0; b < B; b++)
+        for (int i = 0; i < T; i++) {
+            const double* rows = &qkv[(size_t)b * T * 3 * C + h * D];
+            AttentionRow row = attention_row(rows + (size_t)i * 3 * C, rows + C, log_gamma, config, i, C, D);
+            double row_absolute = 0, row_square = 0;
+            for (int j = 0; j <= i; j++) {
+                double a = row.A[j];
+                row_square += a * a;
+                row_absolute += std::abs(a);
+                if (a < 0) negative -= a;
+                if (config.softmax() && a > 0) n.entropy -= a * std::log(a) / (B * T);
+                n.max_weight = std::max(n.max_weight, std::abs(a));
+                n.max_score = std::max(n.max_score, std::abs(row.x[j]));
+                moment += power(row.x[j], 2 * config.power);
+                scores.push_back(row.x[j]);
+            }
+            if (row_square > 0) n.effective_keys += row_absolute * row_absolute / row_square / (B * T);
+            square += row_square;
+            absolute += row_absolute;
+            Vector J = dense_jacobian(row, log_gamma, config);
+            jacobian += dot(J, J);
+        }
+    n.norm = std::sqrt(square / (B * T));
+    n.jacobian_norm = std::sqrt(jacobian / (B * T));
+    n.negative_mass = absolute > 0 ? negative / absolute : 0;
+    double mean = dot(scores, Vector(scores.size(), 1.0)) / scores.size(), variance = 0;
+    for (double x : scores) variance += (x - mean) * (x - mean) / scores.size();
+    n.score_std = std::sqrt(variance);
+    double m = 1;
+    for (int s = 0; s < config.power; s++) m *= (2 * s + 1) * (1 + 2.0 * s / D);
+    if (!config.softmax()) n.moment_excess = moment / scores.size() / m - 1;
+    return n;
+}
+
+// A number below `floor` is held to tolerance * floor.
+inline void check_number(const std::string& name, double got, double expected, double tolerance,
+                         double floor = 0) {
+    CAPTURE(name);
+    CAPTURE(got);
+    CAPTURE(expected);
+    CHECK(std::abs(got - expected) <= tolerance * std::max(std::abs(expected), floor));
+}
+
+inline void check_norms(const AttentionNorms& got, const AttentionNorms& expected, double tolerance) {
+    check_number("norm", got.norm, expected.norm, tolerance);
+    check_number("jacobian_norm", got.jacobian_norm, expected.jacobian_norm, tolerance);
+    check_number("max_weight", got.max_weight, expected.max_weight, tolerance);
+    check_number("negative_mass", got.negative_mass, expected.negative_mass, tolerance);
+    check_number("effective_keys", got.effective_keys, expected.effective_keys, tolerance);
+    check_number("entropy", got.entropy, expected.entropy, tolerance, 0.1);
+    check_number("score_std", got.score_std, expected.score_std, tolerance);
+    check_number("max_score", got.max_score, expected.max_score, tolerance);
+    check_number("moment", 1 + got.moment_excess, 1 + expected.moment_excess, tolerance);
+}
+
+}  // namespace reference
