@@ -128,6 +128,7 @@ struct GPT : Model {
             usage_error("--dtype tf32: the CPU has no such products: expected fp32 or bf16");
         if (options.cuda_graph) usage_error("--cuda-graph: only train_gptcu has it");
         if (options.stochastic_rounding) usage_error("--stochastic-rounding: only train_gptcu has it");
+        if (options.gradients != Precision::fp32) usage_error("--gradients bf16: only train_gptcu has it");
         require_linear_form(options.kernel == AttentionKernel::linear, "--attention-kernel linear");
         require_linear_form(options.cache == CacheKind::state, "--cache state");
         for (int h = 0; h < H && config.decay == DecayKind::fixed; h++)

@@ -3,7 +3,8 @@
 // llmc/cpu/; the loop, the command line, files and all else are in llmc/ and are those of the CPU trainer.
 //
 // Real, float or bf16, is what the matrix products multiply and most activations are kept in; the residual
-// stream, all statistics, weights, gradients and moments are float.
+// stream, all statistics, weights and moments are float; Gradient, float or bf16, is what the gradients of
+// matrices and embeddings are added up in.
 //
 //   make train_gptcu && ./train_gptcu train --data data/shakespeare --out out/run --attention poly3
 //   make train_gptcu_sim: the same object on dev/ptxsim, for machines without a GPU
@@ -28,6 +29,7 @@
 #include "llmc/cuda/memory.h"
 #include "llmc/cuda/qk_norm_rope.h"
 #include "llmc/cuda/short_conv.h"
+#include "llmc/cuda/small_gradients.h"
 #include "llmc/model.h"
 #include "llmc/parameters.h"
 
@@ -89,13 +91,15 @@ struct Cache {
     DeviceArray<float> row_scale;           // (n,H): reused
 };
 
-template <class Real>
+template <class Real, class Gradient = float>
 struct GPT : Model {
     static constexpr bool kIsFloat = std::is_same_v<Real, float>;
+    static constexpr bool kFloatGradients = std::is_same_v<Gradient, float>;
 
     AttentionConfig attention;
     int L, H, D, C, V, Vp;
-    Tensors weights, gradients;
+    Tensors weights;
+    Tensors gradients;  // where Gradient is bf16 without those of matrices and embeddings
     Activations<Real> acts;
     ActivationGradients<Real> grads;
     float* scratch;      // of the layers' partial sums and tables, one after the other
@@ -122,11 +126,14 @@ struct GPT : Model {
         if (options.stochastic_rounding && kIsFloat)
             usage_error(
                 "--stochastic-rounding: there is no copy of the weights to round without --dtype bf16");
+        if (options.gradients == Precision::bf16 && kFloatGradients)
+            usage_error("--gradients bf16: expected --dtype bf16 with it");
         if (D > 128) usage_error("heads of ", D, " channels: the CUDA trainer has kernels for at most 128");
         state_plan.add(array(Store::weights), table.size, "weights");
         if (!kIsFloat) state_plan.add(weights_real, table.size, "weights in bf16");
         if (training) {
-            state_plan.add(array(Store::gradients), table.size, "gradients");
+            state_plan.add(all_gradients, table.size, "gradients");
+            if (!kFloatGradients) state_plan.add(small_gradients, small_size(table));
             state_plan.add(array(Store::m), table.size, "AdamW's m");
             state_plan.add(array(Store::v), table.size, "AdamW's v");
         }
@@ -147,9 +154,10 @@ struct GPT : Model {
         place_tokens(inputs, B, T, nullptr);
         auto enqueue = [&](NormSums* sums) {
             forward_blocks(B, T, nullptr, sums);
-            classifier(acts.losses, dloss != 0 ? grads.norm : nullptr, dloss != 0 ? gradients.wte : nullptr,
-                       acts.logits, acts.ln_f, real(weights.wte), acts.targets, dloss / N, accumulates, N, C,
-                       V, Vp, *matmuls, stream);
+            classifier(acts.losses, dloss != 0 ? grads.norm : nullptr,
+                       dloss != 0 ? gradient(weights.wte) : nullptr, acts.logits, acts.ln_f,
+                       real(weights.wte), acts.targets, dloss / N, accumulates, N, C, V, Vp, *matmuls,
+                       stream);
             add_mean_loss(loss, acts.losses, N, stream);
         };
         if (norms) {
@@ -264,17 +272,17 @@ struct GPT : Model {
             const float* residual = l > 0 ? acts.h[l - 1].residual_mlp : acts.embedded;
             recompute(l, residual, B, T);
             bool fuses = gelu_fuses(4 * C);
-            matmul_gelu_backward(grads.fc, d.fc_proj_weight, d.fc_proj_bias, grads.residual_real, a.gelu,
-                                 real(w.fc_proj_weight), fuses ? a.fc : nullptr, accumulates, N, 4 * C, C,
-                                 *matmuls, stream);
+            matmul_gelu_backward(grads.fc, gradient(w.fc_proj_weight), d.fc_proj_bias, grads.residual_real,
+                                 a.gelu, real(w.fc_proj_weight), fuses ? a.fc : nullptr, accumulates, N,
+                                 4 * C, C, *matmuls, stream);
             if (!fuses) gelu_backward(grads.fc, d.fc_bias, scratch, grads.fc, a.fc, N, 4 * C, stream);
-            matmul_backward(grads.norm, d.fc_weight, fuses ? d.fc_bias : nullptr, grads.fc, a.ln_2,
+            matmul_backward(grads.norm, gradient(w.fc_weight), fuses ? d.fc_bias : nullptr, grads.fc, a.ln_2,
                             real(w.fc_weight), accumulates, N, C, 4 * C, *matmuls, stream);
             layernorm_backward(grads.residual, copy_of_residual(), d.ln_2_weight, d.ln_2_bias, scratch,
                                grads.norm, a.residual_attn, a.ln_2_mean, a.ln_2_rstd, w.ln_2_weight, N, C,
                                stream);
-            matmul_backward(grads.norm, d.attn_proj_weight, d.attn_proj_bias, grads.residual_real, a.attn,
-                            real(w.attn_proj_weight), accumulates, N, C, C, *matmuls, stream);
+            matmul_backward(grads.norm, gradient(w.attn_proj_weight), d.attn_proj_bias, grads.residual_real,
+                            a.attn, real(w.attn_proj_weight), accumulates, N, C, C, *matmuls, stream);
             attention_backward(grads.qkv, d.decay, scratch, grads.norm, a.attn, a.attn_stats, a.heads,
                                decay(l), attention, B, T, H, D, stream);
             if (config.qk_norm || config.rope())
@@ -286,13 +294,14 @@ struct GPT : Model {
                                     3 * C, config.short_conv, stream);
                 dqkv = grads.conv;
             }
-            matmul_backward(grads.norm, d.attn_weight, d.attn_bias, dqkv, a.ln_1, real(w.attn_weight),
-                            accumulates, N, C, 3 * C, *matmuls, stream);
+            matmul_backward(grads.norm, gradient(w.attn_weight), d.attn_bias, dqkv, a.ln_1,
+                            real(w.attn_weight), accumulates, N, C, 3 * C, *matmuls, stream);
             layernorm_backward(grads.residual, copy_of_residual(), d.ln_1_weight, d.ln_1_bias, scratch,
                                grads.norm, residual, a.ln_1_mean, a.ln_1_rstd, w.ln_1_weight, N, C, stream);
         }
-        embedding_backward(gradients.wte, gradients.wpe, scratch, grads.residual, acts.inputs, B, T, C, V,
-                           stream);
+        embedding_backward(gradient(weights.wte), gradient(weights.wpe), scratch, grads.residual, acts.inputs,
+                           B, T, C, V, stream);
+        if constexpr (!kFloatGradients) round_gradients(all_gradients, small_gradients, small_places, stream);
     }
 
     // What forward() did not keep of block l. residual (B,T,C) is what goes into the block.
@@ -320,15 +329,17 @@ struct GPT : Model {
     void zero_gradients() override {
         accumulates = false;
         for (const ParameterTensor& t : table.tensors)
-            if (!t.weight_decay || t.name == "wpe.weight")
-                check(cudaMemsetAsync(array(Store::gradients) + t.offset, 0, t.size * sizeof(float), stream));
+            if (t.name == "wpe.weight" || (!t.weight_decay && kFloatGradients))
+                check(cudaMemsetAsync(all_gradients + t.offset, 0, t.size * sizeof(Gradient), stream));
+        if (!kFloatGradients)
+            check(cudaMemsetAsync(small_gradients, 0, small_size(table) * sizeof(float), stream));
     }
 
     double gradient_norm(int layer = -1) const override {
-        const float *begin = array(Store::gradients), *end = begin + table.size;
+        const Gradient *begin = all_gradients, *end = begin + table.size;
         if (layer >= 0) {
-            begin = gradients.h[layer].ln_1_weight;
-            end = layer + 1 < L ? gradients.h[layer + 1].ln_1_weight : gradients.ln_f_weight;
+            begin = gradient(weights.h[layer].ln_1_weight);
+            end = gradient(layer + 1 < L ? weights.h[layer + 1].ln_1_weight : weights.ln_f_weight);
         }
         double total;
         sum_of_squares(squares, squares + 1, begin, end - begin, stream);
@@ -340,12 +351,12 @@ struct GPT : Model {
         std::vector<DecayRange> ranges = decay_ranges(table, (float)o.weight_decay);
         if (decays.size() != ranges.size()) decays = DeviceArray<DecayRange>(ranges.size());
         copy_to_device(decays.get(), ranges.data(), ranges.size(), stream);
-        sum_of_squares(squares, squares + 1, array(Store::gradients), table.size, stream);
+        sum_of_squares(squares, squares + 1, all_gradients, table.size, stream);
         clip_factor(scale, squares, max_norm, stream);
-        adamw_update(array(Store::weights), weights_real, array(Store::gradients), array(Store::m),
-                     array(Store::v), table.size, (float)learning_rate, (float)o.beta1, (float)o.beta2,
-                     (float)o.eps, decays.get(), (int)ranges.size(), scale, step, options.stochastic_rounding,
-                     options.seed, stream);
+        adamw_update(array(Store::weights), weights_real, all_gradients, array(Store::m), array(Store::v),
+                     table.size, (float)learning_rate, (float)o.beta1, (float)o.beta2, (float)o.eps,
+                     decays.get(), (int)ranges.size(), scale, step, options.stochastic_rounding, options.seed,
+                     stream);
         double total;
         copy_to_host(&total, squares, 1, stream);
         return std::sqrt(total);
@@ -382,7 +393,10 @@ struct GPT : Model {
     }
 
     void read(Store store, const ParameterTensor& t, float* out) const override {
-        copy_to_host(out, array(store) + t.offset, t.size, stream);
+        if (store != Store::gradients) return copy_to_host(out, array(store) + t.offset, t.size, stream);
+        std::vector<Gradient> values(t.size);
+        copy_to_host(values.data(), all_gradients + t.offset, t.size, stream);
+        std::copy(values.begin(), values.end(), out);
     }
     void write(Store store, const ParameterTensor& t, const float* in) override {
         copy_to_device(array(store) + t.offset, in, t.size, stream);
@@ -408,7 +422,7 @@ struct GPT : Model {
         if (!activation.empty()) return "activation " + activation;
         for (size_t i = training ? table.tensors.size() : 0; i-- > 0;) {
             const ParameterTensor& t = table.tensors[i];
-            if (!all_finite(array(Store::gradients) + t.offset, t.size)) return "gradient of " + t.name;
+            if (!all_finite(all_gradients + t.offset, t.size)) return "gradient of " + t.name;
         }
         return "";
     }
@@ -421,10 +435,10 @@ struct GPT : Model {
         check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
         state_plan.allocate();
         activation_plan.allocate();
-        for (Store store : {Store::weights, Store::gradients, Store::m, Store::v})
+        for (Store store : {Store::weights, Store::m, Store::v})
             if (array(store)) check(cudaMemsetAsync(array(store), 0, table.size * sizeof(float), stream));
         weights = table.view(array(Store::weights));
-        if (training) gradients = table.view(array(Store::gradients));
+        if (training) place_gradients();
         if constexpr (kIsFloat) {
             weights_real = nullptr;
             grads.residual_real = grads.residual;
@@ -485,9 +499,13 @@ struct GPT : Model {
     int decode_rows;                 // tokens of a prompt that go through decode() at a time
     bool accumulates = false;        // the gradients of matrices hold those of earlier micro-batches
     std::vector<float> host_logits;  // (V): on the host
-    float* arrays[4] = {};           // (table.size) each, by Store
+    float* arrays[4] = {};           // (table.size) each, by Store, without the gradients
     Real* weights_real;              // (table.size): weights in bf16; null where Real is float
     MemoryPlan state_plan, activation_plan;
+    // (table.size); where those are bf16, also the small tensors' in float (small_size), and their places.
+    Gradient* all_gradients = nullptr;
+    float* small_gradients = nullptr;
+    DeviceArray<SmallTensor> small_places;
 
     static int padded_vocabulary(const GPTConfig& config) { return (config.vocab_size + 15) / 16 * 16; }
 
@@ -502,7 +520,27 @@ struct GPT : Model {
             return weights_real + (weight - array(Store::weights));
         }
     }
+    // The gradient of a tensor of the weights.
+    Gradient* gradient(const float* weight) const {
+        return weight ? all_gradients + (weight - array(Store::weights)) : nullptr;
+    }
     Real* copy_of_residual() const { return kIsFloat ? nullptr : grads.residual_real; }
+
+    void place_gradients() {
+        check(cudaMemsetAsync(all_gradients, 0, table.size * sizeof(Gradient), stream));
+        if constexpr (kFloatGradients) {
+            gradients = table.view(all_gradients);
+        } else {
+            std::vector<SmallTensor> tensors = small_tensors(table);
+            auto next = tensors.begin();
+            gradients = table.view_at([&](const ParameterTensor& t) {
+                return t.weight_decay ? nullptr : small_gradients + next++->from;
+            });
+            small_places = DeviceArray<SmallTensor>(tensors.size());
+            copy_to_device(small_places.get(), tensors.data(), tensors.size(), stream);
+            check(cudaStreamSynchronize(stream));
+        }
+    }
 
     // Activations are kept for each layer where a backward pass reads them, and shared by all layers
     // otherwise.
@@ -684,7 +722,10 @@ inline int set_threads(int) {
 }
 
 inline std::unique_ptr<Model> make_model(const GPTConfig& config, const ModelOptions& options) {
-    if (options.precision == Precision::bf16) return std::make_unique<GPT<bf16>>(config, options);
+    if (options.precision == Precision::bf16) {
+        if (options.gradients == Precision::bf16) return std::make_unique<GPT<bf16, bf16>>(config, options);
+        return std::make_unique<GPT<bf16>>(config, options);
+    }
     return std::make_unique<GPT<float>>(config, options);
 }
 

@@ -20,7 +20,8 @@ enum class Store { weights, gradients, m, v };  // m, v: AdamW's moments
 
 enum class Purpose { training, inference };
 
-// Of the matrix products and of most activations. Weights, gradients and moments are float32 with both.
+// Of the matrix products and of most activations. Weights and moments are float32 with all of them, and so
+// are gradients but for --gradients bf16.
 enum class Precision { fp32, bf16, tf32 };
 
 // What is not kept for the backward pass but computed again there: nothing; the GELU's output; that and the
@@ -36,6 +37,7 @@ enum class AttentionKernel { automatic, tiled, linear };
 enum class CacheKind { automatic, kv, state };
 
 inline constexpr const char* kPrecisionNames[] = {"fp32", "bf16", "tf32"};
+inline constexpr const char* kGradientNames[] = {"fp32", "bf16"};
 inline constexpr const char* kRecomputeNames[] = {"none", "gelu", "layernorm", "block"};
 inline constexpr const char* kKernelNames[] = {"auto", "tiled", "linear"};
 inline constexpr const char* kCacheNames[] = {"auto", "kv", "state"};
@@ -47,8 +49,9 @@ struct ModelOptions {
     Recompute recompute = Recompute::none;
     AttentionKernel kernel = AttentionKernel::automatic;
     CacheKind cache = CacheKind::automatic;
-    bool cuda_graph = false;           // launch forward and backward passes as graphs
-    bool stochastic_rounding = false;  // of the weights' copy in bf16; with seed
+    Precision gradients = Precision::fp32;  // of matrices and embeddings: fp32 or bf16
+    bool cuda_graph = false;                // launch forward and backward passes as graphs
+    bool stochastic_rounding = false;       // of the weights' copy in bf16; with seed
     uint64_t seed = 1;
 };
 

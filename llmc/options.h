@@ -91,7 +91,7 @@ struct TrainOptions {
     AdamW adamw;
     uint64_t seed = 1;
     ComputeFlags compute;
-    std::string recompute = "none";
+    std::string recompute = "none", gradients = "fp32";
     bool cuda_graph = false, stochastic_rounding = false;
     int threads = 0;  // 0: all
     int val_every = 100, val_batches = 20, sample_every = 500, sample_tokens = 128, checkpoint_every = 500;
@@ -103,6 +103,7 @@ struct TrainOptions {
     ModelOptions model_options() const {
         ModelOptions options = compute.model_options(Purpose::training, batch, seq);
         options.recompute = (Recompute)index_of_name(recompute, kRecomputeNames, "--recompute");
+        options.gradients = (Precision)index_of_name(gradients, kGradientNames, "--gradients");
         options.cuda_graph = cuda_graph;
         options.stochastic_rounding = stochastic_rounding;
         options.seed = seed;
@@ -334,6 +335,14 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
                  ->capture_default_str()
                  ->check(one_of(kRecomputeNames)),
              o.recompute, false);
+    remember(
+        app.add_option("--gradients", o.gradients,
+                       "what those of matrices and embeddings are added up in; bf16 takes half the memory "
+                       "(train_gptcu, with --dtype bf16)")
+            ->group("Compute")
+            ->capture_default_str()
+            ->check(one_of(kGradientNames)),
+        o.gradients, false);
     remember(app.add_flag("--stochastic-rounding", o.stochastic_rounding,
                           "of the weights to bf16, rather than to the nearest (train_gptcu)")
                  ->group("Compute"),

@@ -72,13 +72,15 @@ struct ParameterTable {
 
     // The tensors of an array of `size` floats laid out by this table.
     Tensors view(float* array) const {
+        return view_at([=](const ParameterTensor& t) { return array + t.offset; });
+    }
+    // Each where place(ParameterTensor) says.
+    template <class F>
+    Tensors view_at(F place) const {
         Tensors t = {};
-        size_t offset = 0;
-        walk(&t, [&](float*& slot, const std::string& name, const std::vector<int64_t>& shape, Init, double) {
-            size_t elements = 1;
-            for (int64_t s : shape) elements *= s;
-            slot = array + offset;
-            offset += padded_size(name, elements);
+        size_t index = 0;
+        walk(&t, [&](float*& slot, const std::string&, const std::vector<int64_t>&, Init, double) {
+            slot = place(tensors[index++]);
         });
         return t;
     }

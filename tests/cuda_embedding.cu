@@ -26,12 +26,17 @@ void check_embedding(int B, int T, int C, int V, const std::vector<int>& tokens)
             gpu::embedding_forward(o["out"], tokens_device.get(), wte_device.get(),
                                    learned ? wpe_device.get() : nullptr, B, T, C, 0);
         });
-        std::vector<Expected> outputs = {expect<float>("dwte", backward.dwte, 0, true)};
-        if (learned) outputs.push_back(expect<float>("dwpe", backward.dwpe, 0, true));
-        check_layer(outputs, [&](auto& o) {
-            gpu::embedding_backward(o["dwte"], o["dwpe"], scratch.get(), dout_device.get(),
-                                    tokens_device.get(), B, T, C, V, 0);
-        });
+        auto check_backward = [&](auto type) {
+            using Gradient = decltype(type);
+            std::vector<Expected> outputs = {expect<Gradient>("dwte", backward.dwte, 0, true)};
+            if (learned) outputs.push_back(expect<Gradient>("dwpe", backward.dwpe, 0, true));
+            check_layer(outputs, [&](auto& o) {
+                gpu::embedding_backward<Gradient>(o["dwte"], o["dwpe"], scratch.get(), dout_device.get(),
+                                                  tokens_device.get(), B, T, C, V, 0);
+            });
+        };
+        check_backward(float());
+        if (T < 100) check_backward(gpu::bf16());
     }
 }
 

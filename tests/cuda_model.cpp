@@ -74,10 +74,12 @@ void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few 
     const int B = options.batch, T = options.seq;
     const bool is_bf16 = options.precision == Precision::bf16;
     const double loss_bound = is_bf16 ? 3e-3 : 1e-6, gradient_bound = is_bf16 ? 3e-2 : 1e-4;
-    ModelOptions exact_options = options;
+    ModelOptions cpu_options = options, exact_options;
+    cpu_options.gradients = Precision::fp32;
+    exact_options = cpu_options;
     exact_options.precision = Precision::fp32;
     auto exact = cpu::make_model(config, exact_options), gpu = gpu::backend().make_model(config, options);
-    auto cpu = is_bf16 ? cpu::make_model(config, options) : nullptr;
+    auto cpu = is_bf16 ? cpu::make_model(config, cpu_options) : nullptr;
     std::vector<Model*> models = {exact.get(), gpu.get()};
     if (is_bf16) models.push_back(cpu.get());
     for (Model* model : models) {
@@ -124,6 +126,15 @@ void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few 
     if (!is_bf16) {
         CHECK(gpu->gradient_norm() == doctest::Approx(exact->gradient_norm()).epsilon(1e-4));
         CHECK(gpu->gradient_norm(1) == doctest::Approx(exact->gradient_norm(1)).epsilon(1e-4));
+    }
+    for (int layer : {-1, 1}) {
+        double squares = 0;
+        for (const ParameterTensor& t : gpu->table.tensors)
+            if (layer < 0 || t.name.starts_with(str("h.", layer, "."))) {
+                Vector d = gradient(*gpu, t);
+                squares += reference::dot(d, d);
+            }
+        CHECK(gpu->gradient_norm(layer) == doctest::Approx(std::sqrt(squares)).epsilon(1e-6));
     }
     // AdamW's first steps are of one size, whatever the gradient's: a tensor moves by what its signs are.
     for (int step = 1; step <= 2; step++)
@@ -180,7 +191,8 @@ TEST_CASE("the CUDA model against the CPU's: losses, gradients and updates, floa
 
 TEST_CASE("the CUDA model against the CPU's: losses, gradients and updates, bf16") {
     Means few;
-    for (const GPTConfig& config : configs()) compare(config, {Purpose::training, 2, 23, Precision::bf16}, &few);
+    for (const GPTConfig& config : configs())
+        compare(config, {Purpose::training, 2, 23, Precision::bf16}, &few);
     REQUIRE(few.count > 20);
     CHECK(few.gpu < 1.5 * few.cpu);
     CHECK(few.gpu / few.count < 3e-2);
@@ -193,6 +205,64 @@ TEST_CASE("the CUDA model against the CPU's: what is computed again in the backw
             config.power = 3, config.qk_norm = true, config.positions = PositionKind::rope;
             compare(config, {Purpose::training, 2, 23, precision, recompute});
         }
+}
+
+TEST_CASE("the CUDA model against the CPU's: gradients added up in bf16") {
+    for (int power : {0, 3})
+        for (PositionKind positions : {PositionKind::learned, PositionKind::rope}) {
+            GPTConfig config = small();
+            config.power = power, config.positions = positions, config.qk_norm = true, config.short_conv = 3;
+            config.decay = DecayKind::learned;
+            ModelOptions options{Purpose::training, 2, 23, Precision::bf16};
+            options.gradients = Precision::bf16;
+            compare(config, options);
+        }
+    ModelOptions options{Purpose::training, 2, 23, Precision::fp32};
+    options.gradients = Precision::bf16;
+    CHECK_THROWS_AS(gpu::backend().make_model(small(), options), Error);
+}
+
+TEST_CASE("the CUDA model: gradients in bf16 beside those in float32") {
+    const int B = 2, T = 23;
+    GPTConfig config = small();
+    std::vector<std::unique_ptr<Model>> models;  // float32, bf16
+    std::vector<int> tokens = reference::random_ints((size_t)B * T, config.vocab_size, 10);
+    for (Precision gradients : {Precision::fp32, Precision::bf16}) {
+        ModelOptions options{Purpose::training, B, T, Precision::bf16};
+        options.gradients = gradients;
+        models.push_back(gpu::backend().make_model(config, options));
+        models.back()->allocate();
+        fill(*models.back());
+    }
+    CHECK(models[0]->memory()[0].bytes - models[1]->memory()[0].bytes > 1.8 * models[0]->table.size);
+    auto pass = [&](Model& model, float dloss) {
+        model.forward(tokens.data(), tokens.data(), B, T, dloss);
+        model.backward(tokens.data(), B, T);
+    };
+    for (int step = 1; step <= 2; step++) {
+        for (auto& model : models) {
+            model->zero_gradients();
+            for (int micro_batch = 0; micro_batch < 4; micro_batch++) pass(*model, 0.25f);
+        }
+        Distance d = distance(*models[1], *models[0]);
+        CHECK(d.all > 1e-4);
+        CHECK(d.worst() < 1e-2);
+        for (auto& model : models) model->update(AdamW(), 1e-3, 0.5, step);
+    }
+    // A step whose gradient is not finite changes nothing, and says where it is from.
+    for (auto& model : models) {
+        const ParameterTensor& t = model->table.tensors[0];
+        std::vector<float> before(t.size), after(t.size);
+        model->read(Store::weights, t, before.data());
+        model->zero_gradients();
+        pass(*model, std::numeric_limits<float>::quiet_NaN());
+        CHECK(std::isnan(model->update(AdamW(), 1e-3, 0.5, 3)));
+        CHECK(model->first_nonfinite() == "gradient of ln_f.bias");
+        model->read(Store::weights, t, after.data());
+        CHECK(before == after);
+    }
+    models.clear();
+    CHECK(ptxsim::take_reports().empty());
 }
 
 TEST_CASE("the CUDA model against the CPU's: tokens one after another from a cache") {

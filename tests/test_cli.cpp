@@ -55,7 +55,7 @@ const std::map<std::string, Strings> kFlags = {
      words_of("--data --out --preset --layers --heads --channels --context --attention --attention-scale "
               "--positions --qk-norm --decay --short-conv --init-from --batch --seq --total-batch --steps "
               "--lr --schedule --warmup --final-lr-fraction --weight-decay --beta1 --beta2 --eps "
-              "--grad-clip --seed --dtype --attention-kernel --recompute --threads --val-every "
+              "--grad-clip --seed --dtype --attention-kernel --recompute --gradients --threads --val-every "
               "--val-batches --sample-every --sample-tokens --norms-every --checkpoint-every "
               "--keep-checkpoints --resume")},
     {"generate",

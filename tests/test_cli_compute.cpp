@@ -122,6 +122,8 @@ TEST_CASE("cli: flags that a kind of attention has no kernel for are refused, an
         {train + " --attention-kernel fast", {"--attention-kernel", "fast", "auto", "tiled", "linear"}},
         {train + " --dtype fp16", {"--dtype", "fp16", "fp32", "bf16"}},
         {train + " --recompute all", {"--recompute", "all", "none", "gelu", "layernorm", "block"}},
+        {train + " --gradients tf32", {"--gradients", "tf32", "fp32", "bf16"}},
+        {train + " --dtype bf16 --gradients bf16", {"--gradients bf16", "train_gptcu"}},
         {train + " --norms-every -1", {"--norms-every", "-1"}},
         {"generate --cache state --prompt x --model " + model, {"--cache state", "softmax"}},
         {"generate --cache none --prompt x --model " + model, {"--cache", "none", "auto", "kv", "state"}},

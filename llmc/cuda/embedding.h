@@ -1,4 +1,5 @@
-// Token embedding plus learned positions. The residual stream and the weights that it starts from are float.
+// Token embedding plus learned positions. The residual stream and the weights that it starts from are float;
+// Gradient is float or bf16.
 #pragma once
 #include <algorithm>
 
@@ -123,9 +124,9 @@ static __global__ void __launch_bounds__(kSortThreads)
     }
 }
 
-template <bool kPacked>
+template <bool kPacked, class Gradient>
 __global__ void __launch_bounds__(kWarp)
-    sum_token_runs_kernel(float* dwte, float* partial, const float* __restrict__ dout,
+    sum_token_runs_kernel(Gradient* dwte, float* partial, const float* __restrict__ dout,
                           const int2* __restrict__ sorted, int N, int C) {
     int lane = threadIdx.x, chunk = blockIdx.x, tile = blockIdx.y, padded = padded_columns(C);
     Columns<4, kPacked> columns{lane, kWarp, C};
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kWarp)
     Floats<4> sum;
     for (int e0 = 0; e0 < n; e0 += kBatch) {
         Floats<4> d[kBatch], old[kBatch];
-        float* rows[kBatch];
+        Gradient* rows[kBatch];
 #pragma unroll
         for (int u = 0; u < kBatch; u++) {
             int e = e0 + u;
@@ -177,9 +178,9 @@ __global__ void __launch_bounds__(kWarp)
 
 // Of each run that goes over the end of the chunk in which it begins: its tail there and the heads that
 // follow.
-template <bool kPacked>
+template <bool kPacked, class Gradient>
 __global__ void __launch_bounds__(kWarp)
-    add_token_runs_kernel(float* dwte, const float* __restrict__ partial, const int2* __restrict__ sorted,
+    add_token_runs_kernel(Gradient* dwte, const float* __restrict__ partial, const int2* __restrict__ sorted,
                           int N, int C) {
     int chunk = blockIdx.x, tile = blockIdx.y, padded = padded_columns(C), chunks = ceil_div(N, kChunk);
     int begin = chunk * kChunk, end = begin + kChunk;
@@ -200,19 +201,19 @@ __global__ void __launch_bounds__(kWarp)
 #pragma unroll
         for (int k = 0; k < 4; k++) sum[k] += x[k];
     }
-    float* row = dwte + (size_t)token * C;
+    Gradient* row = dwte + (size_t)token * C;
     Floats<4> x = columns.load(row, tile);
 #pragma unroll
     for (int k = 0; k < 4; k++) x[k] += sum[k];
     columns.store(row, tile, x);
 }
 
-template <bool kPacked>
+template <bool kPacked, class Gradient>
 __global__ void __launch_bounds__(kWarp)
-    sum_positions_kernel(float* dwpe, const float* __restrict__ dout, int B, int T, int C) {
+    sum_positions_kernel(Gradient* dwpe, const float* __restrict__ dout, int B, int T, int C) {
     Columns<4, kPacked> columns{(int)threadIdx.x, kWarp, C};
     int t = blockIdx.x, tile = blockIdx.y;
-    float* row = dwpe + (size_t)t * C;
+    Gradient* row = dwpe + (size_t)t * C;
     Floats<4> old = columns.load(row, tile), sum;
 #pragma unroll 8
     for (int b = 0; b < B; b++) {
@@ -231,12 +232,13 @@ inline size_t embedding_backward_scratch(int B, int T, int C) {
     return 4 * N + N / kChunk * 2 * padded_columns(C);
 }
 
-inline void embedding_backward(float* dwte,        // (V,C) +=
-                               float* dwpe,        // (at least T,C) +=, or null
-                               float* scratch,     // (embedding_backward_scratch(B, T, C))
-                               const float* dout,  // (B,T,C)
-                               const int* tokens,  // (B,T), below V
-                               int B, int T, int C, int V, cudaStream_t stream) {
+template <class Gradient>
+void embedding_backward(Gradient* dwte,     // (V,C) +=
+                        Gradient* dwpe,     // (at least T,C) +=, or null
+                        float* scratch,     // (embedding_backward_scratch(B, T, C))
+                        const float* dout,  // (B,T,C)
+                        const int* tokens,  // (B,T), below V
+                        int B, int T, int C, int V, cudaStream_t stream) {
     int N = B * T, chunks = ceil_div(N, kChunk), tiles = ceil_div(C, kEmbeddingColumns), passes = 1;
     while (passes < 4 && (V - 1) >> (8 * passes)) passes++;
     int2* sorted = reinterpret_cast<int2*>(scratch);
@@ -246,14 +248,15 @@ inline void embedding_backward(float* dwte,        // (V,C) +=
 
     sort_tokens_kernel<<<1, kSortThreads, 0, stream>>>(sorted, spare, tokens, N, passes);
     check_launch();
-    auto sum_runs = packed ? sum_token_runs_kernel<true> : sum_token_runs_kernel<false>;
+    auto sum_runs = packed ? sum_token_runs_kernel<true, Gradient> : sum_token_runs_kernel<false, Gradient>;
     sum_runs<<<dim3(chunks, tiles), kWarp, 0, stream>>>(dwte, partial, dout, sorted, N, C);
     check_launch();
-    auto add_runs = packed ? add_token_runs_kernel<true> : add_token_runs_kernel<false>;
+    auto add_runs = packed ? add_token_runs_kernel<true, Gradient> : add_token_runs_kernel<false, Gradient>;
     add_runs<<<dim3(chunks, tiles), kWarp, 0, stream>>>(dwte, partial, sorted, N, C);
     check_launch();
     if (!dwpe) return;
-    auto sum_positions = packed ? sum_positions_kernel<true> : sum_positions_kernel<false>;
+    auto sum_positions =
+        packed ? sum_positions_kernel<true, Gradient> : sum_positions_kernel<false, Gradient>;
     sum_positions<<<dim3(T, tiles), kWarp, 0, stream>>>(dwpe, dout, B, T, C);
     check_launch();
 }
