@@ -52,8 +52,9 @@ to_ptx   := -gencode arch=compute_80,code=compute_80 -Xfatbin -compress=false
 sim      := $(patsubst dev/ptxsim/%.cpp,$(BUILD)/ptxsim/%.o,$(wildcard dev/ptxsim/*.cpp))
 # The CUDA trainer's objects. Attention is apart because its kernels take longer to build than all the rest.
 vpath %.cu llmc/cuda
-on_gpu   := $(addprefix $(BUILD)/gpu/,attention.o attention_norms.o train_gpt.o)
-on_sim   := $(addprefix $(BUILD)/ptx/,attention.o attention_norms.o train_gpt.o)
+objects  := attention.o attention_linear.o attention_norms.o train_gpt.o
+on_gpu   := $(addprefix $(BUILD)/gpu/,$(objects))
+on_sim   := $(addprefix $(BUILD)/ptx/,$(objects))
 # Tests of the simulator (ptxsim_*) and of the CUDA trainer (cuda_*), which run on it.
 cutests  := $(patsubst tests/%.cu,$(BUILD)/%.o,$(wildcard tests/*.cu))
 

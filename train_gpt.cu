@@ -20,6 +20,7 @@
 #include "llmc/cuda/adamw.h"
 #include "llmc/cuda/attention.h"
 #include "llmc/cuda/attention_cached.h"
+#include "llmc/cuda/attention_linear.h"
 #include "llmc/cuda/attention_norms.h"
 #include "llmc/cuda/classifier.h"
 #include "llmc/cuda/embedding.h"
@@ -118,9 +119,11 @@ struct GPT : Model {
           Vp(padded_vocabulary(config)),
           options(options),
           training(options.purpose == Purpose::training) {
-        if (options.kernel == AttentionKernel::linear)
-            usage_error(
-                "--attention-kernel linear: the CUDA trainer has the tiled kernels: expected auto or tiled");
+        if (options.kernel == AttentionKernel::linear && !has_linear_form(attention, D))
+            usage_error("--attention-kernel linear: ", kAttentionNames[attention.power], ", scale ",
+                        config.attention_scale, ", heads of ", D,
+                        ": expected poly1, poly2, or poly3 with heads of at most 32, and no scale sum with "
+                        "odd powers");
         if (options.cache == CacheKind::state)
             usage_error("--cache state: the CUDA trainer keeps keys and values: expected auto or kv");
         if (options.stochastic_rounding && kIsFloat)
@@ -234,6 +237,9 @@ struct GPT : Model {
             qk_norm_rope_forward(a.heads, a.qk_rstd, a.conv, w.q_gain, angles(), B, T, H, D, stream);
         if (cache) {
             attention_with_cache(l, a, *cache, T);
+        } else if (linear(T)) {
+            attention_linear_forward(a.attn, a.attn_stats, scratch, a.heads, decay(l), attention, B, T, H, D,
+                                     stream);
         } else {
             attention_forward(a.attn, a.attn_stats, scratch, a.heads, decay(l), attention, B, T, H, D,
                               stream);
@@ -283,8 +289,13 @@ struct GPT : Model {
                                stream);
             matmul_backward(grads.norm, gradient(w.attn_proj_weight), d.attn_proj_bias, grads.residual_real,
                             a.attn, real(w.attn_proj_weight), accumulates, N, C, C, *matmuls, stream);
-            attention_backward(grads.qkv, d.decay, scratch, grads.norm, a.attn, a.attn_stats, a.heads,
-                               decay(l), attention, B, T, H, D, stream);
+            if (linear(T)) {
+                attention_linear_backward(grads.qkv, d.decay, scratch, grads.norm, a.attn, a.attn_stats,
+                                          a.heads, decay(l), attention, B, T, H, D, stream);
+            } else {
+                attention_backward(grads.qkv, d.decay, scratch, grads.norm, a.attn, a.attn_stats, a.heads,
+                                   decay(l), attention, B, T, H, D, stream);
+            }
             if (config.qk_norm || config.rope())
                 qk_norm_rope_backward(grads.qkv, d.q_gain, scratch, grads.qkv, a.conv, a.qk_rstd, w.q_gain,
                                       angles(), B, T, H, D, stream);
@@ -620,12 +631,21 @@ struct GPT : Model {
     // Floats: the most that a layer wants.
     size_t scratch_size(int B, int T) const {
         int N = B * T;
-        size_t size = attention_forward_scratch(T, H);
-        if (!training) return size;
-        return std::max({size, attention_norms_scratch(B, T, H), attention_backward_scratch(B, T, H),
+        size_t forward = linear(T) ? attention_linear_forward_scratch<Real>(attention, B, T, H, D)
+                                   : attention_forward_scratch(T, H);
+        if (!training) return forward;
+        size_t backward = linear(T) ? attention_linear_backward_scratch<Real>(attention, B, T, H, D)
+                                    : attention_backward_scratch(B, T, H);
+        return std::max({forward, backward, attention_norms_scratch(B, T, H),
                          embedding_backward_scratch(B, T, C), layernorm_backward_scratch(N, C),
                          gelu_backward_scratch(N, 4 * C), config.qk_norm ? qk_norm_rope_scratch(B, T, H) : 0,
                          config.short_conv ? short_conv_scratch(B, T, 3 * C, config.short_conv) : 0});
+    }
+
+    // Whether attention takes its linear form.
+    bool linear(int T) const {
+        if (options.kernel == AttentionKernel::automatic) return linear_pays(attention, T, D);
+        return options.kernel == AttentionKernel::linear;
     }
 
     // delta (H) of layer l, or null without decay.

@@ -198,6 +198,20 @@ TEST_CASE("the CUDA model against the CPU's: losses, gradients and updates, bf16
     CHECK(few.gpu / few.count < 3e-2);
 }
 
+TEST_CASE("the CUDA model against the CPU's: attention at linear cost") {
+    for (int power = 1; power <= 3; power++)
+        for (Precision precision : {Precision::fp32, Precision::bf16}) {
+            GPTConfig config = small();
+            config.channels = 16, config.context = 150;  // two segments
+            config.power = power, config.qk_norm = true, config.positions = PositionKind::rope;
+            config.attention_scale = power == 2 ? "sum" : "row";
+            config.decay = power < 3 ? DecayKind::learned : DecayKind::none;
+            ModelOptions options{Purpose::training, 1, 150, precision};
+            options.kernel = AttentionKernel::linear;
+            compare(config, options);
+        }
+}
+
 TEST_CASE("the CUDA model against the CPU's: what is computed again in the backward pass is the same") {
     for (Recompute recompute : {Recompute::gelu, Recompute::layernorm, Recompute::block})
         for (Precision precision : {Precision::fp32, Precision::bf16}) {

@@ -20,7 +20,7 @@ std::vector<Kind> kinds(int D) {
             for (bool decay : {false, true}) {
                 AttentionConfig config;
                 config.power = power, config.scale = scale, config.constant = -0.35, config.context = 300;
-                if (cpu::has_linear_form(config, D)) all.push_back({config, decay});
+                if (has_linear_form(config, D)) all.push_back({config, decay});
             }
     return all;
 }
@@ -173,7 +173,7 @@ TEST_CASE(
     auto has = [](int power, ScaleKind scale, int D) {
         AttentionConfig config;
         config.power = power, config.scale = scale;
-        return cpu::has_linear_form(config, D);
+        return has_linear_form(config, D);
     };
     CHECK(!has(0, ScaleKind::row, 8));
     CHECK(has(1, ScaleKind::row, 128));

@@ -182,7 +182,7 @@ TEST_CASE("generation with the cache gives the logits of the training forward pa
         CAPTURE(golden.name);
         for (CacheKind cache : {CacheKind::kv, CacheKind::state}) {
             if (cache == CacheKind::state &&
-                !cpu::has_linear_form(golden.config.attention(), golden.config.head_size()))
+                !has_linear_form(golden.config.attention(), golden.config.head_size()))
                 continue;
             CAPTURE(kCacheNames[(int)cache]);
             ModelOptions options{Purpose::training, 1, kSeq};

@@ -23,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "llmc/attention_linear_form.h"
 #include "llmc/config.h"
 #include "llmc/cpu/attention.h"
 #include "llmc/cpu/isa.h"
@@ -438,12 +439,6 @@ class LinearHead {
         }
     }
 };
-
-// Whether attention of this kind has the linear form. For p = 3 the state of a head grows with D^4.
-inline bool has_linear_form(const AttentionConfig& config, int D) {
-    bool small = config.power == 1 || config.power == 2 || (config.power == 3 && D <= 32);
-    return small && !(config.has_row_sum() && config.power % 2 == 1);
-}
 
 // Whether the linear form is the faster one at T tokens. A query sees (T+64)/2 keys of 64-wide tiles on
 // average, at as many operations each as a feature has with a state, and half a chunk; the tiles have the

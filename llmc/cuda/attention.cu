@@ -38,24 +38,17 @@ void with_activation(int power, F f) {
     fail("attention: power ", power, ", expected 0 (softmax) to 4");
 }
 
-// Blocks may have more than 48 KB of shared memory where they ask for it.
-template <class Kernel, class... Args>
-void launch_attention(Kernel* kernel, dim3 grid, size_t shared, cudaStream_t stream, Args... args) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    kernel<<<grid, kAttentionThreads, shared, stream>>>(args...);
-    check_launch();
-}
-
 template <class Real>
 void attention_forward(Real* out,           // (B,T,C)
                        float* stats,        // (stats_size)
                        float* scratch,      // (attention_forward_scratch)
                        const Real* qkv,     // (B,T,3C)
                        const float* decay,  // (H), or null
-                       const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream) {
+                       const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
+                       const AttentionSegments& segments) {
     AttentionTables tables(scratch, decay != nullptr, T, H);
-    make_tables(tables, decay, config, T, H, D, stream);
-    AttentionShape shape{T, H, D, config.has_row_sum(), decay != nullptr, 1 / std::sqrt((float)D), tables};
+    if (!segments.length) make_tables(tables, decay, config, T, H, D, stream);
+    AttentionShape shape = attention_shape(config, decay, T, H, D, tables, segments);
     float* exact = keeps_exact_output<Real>(config) ? stats + (size_t)B * H * T : nullptr;
     dim3 grid(B * H, ceil_div(T, attention_tile<Real>));
     with_activation(config.power, [&]<class A>(A) {
@@ -74,6 +67,36 @@ void attention_forward(Real* out,           // (B,T,C)
     });
 }
 
+// The part of scratch that is for each of them.
+template <class Real>
+AttentionBackwardTerms backward_terms(float* scratch, bool decays, int B, int T, int H) {
+    size_t of_tiles = 2 * (size_t)ceil_div(T, attention_tile<Real>) * B * H, rows = (size_t)B * T * H;
+    return {reinterpret_cast<double*>(scratch), scratch + of_tiles,
+            AttentionTables(scratch + of_tiles + rows, decays, T, H)};
+}
+
+template <class Real>
+AttentionBackwardTerms attention_backward_terms(float* scratch,      // (attention_backward_scratch)
+                                                const Real* dout,    // (B,T,C)
+                                                const Real* out,     // (B,T,C)
+                                                const float* stats,  // (stats_size)
+                                                const float* decay,  // (H), or null
+                                                const AttentionConfig& config, int B, int T, int H, int D,
+                                                cudaStream_t stream) {
+    AttentionBackwardTerms terms = backward_terms<Real>(scratch, decay != nullptr, B, T, H);
+    make_tables(terms.tables, decay, config, T, H, D, stream);
+    if (config.softmax() || config.has_row_sum()) {
+        int rows = B * T * H, blocks = ceil_div(rows, 16);
+        if (keeps_exact_output<Real>(config)) {
+            attention_dots<<<blocks, 128, 0, stream>>>(terms.dot, dout, stats + rows, rows, T, H, D);
+        } else {
+            attention_dots<<<blocks, 128, 0, stream>>>(terms.dot, dout, out, rows, T, H, D);
+        }
+        check_launch();
+    }
+    return terms;
+}
+
 template <class Real>
 void attention_backward(Real* dqkv,          // (B,T,3C)
                         float* ddecay,       // (H) +=, or null: not wanted
@@ -83,22 +106,15 @@ void attention_backward(Real* dqkv,          // (B,T,3C)
                         const float* stats,  // (stats_size)
                         const Real* qkv,     // (B,T,3C)
                         const float* decay,  // (H), or null
-                        const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream) {
-    int tiles = ceil_div(T, attention_tile<Real>), rows = B * T * H;
-    double* dlog_gamma = ddecay ? reinterpret_cast<double*>(scratch) : nullptr;
-    float* dot = scratch + 2 * (size_t)tiles * B * H;
-    AttentionTables tables(dot + rows, decay != nullptr, T, H);
-    make_tables(tables, decay, config, T, H, D, stream);
-    if (config.softmax() || config.has_row_sum()) {
-        int blocks = ceil_div(rows, 16);
-        if (keeps_exact_output<Real>(config)) {
-            attention_dots<<<blocks, 128, 0, stream>>>(dot, dout, stats + rows, rows, T, H, D);
-        } else {
-            attention_dots<<<blocks, 128, 0, stream>>>(dot, dout, out, rows, T, H, D);
-        }
-        check_launch();
-    }
-    AttentionShape shape{T, H, D, config.has_row_sum(), decay != nullptr, 1 / std::sqrt((float)D), tables};
+                        const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
+                        const AttentionSegments& segments) {
+    AttentionBackwardTerms terms = backward_terms<Real>(scratch, decay != nullptr, B, T, H);
+    if (!segments.length)
+        attention_backward_terms(scratch, dout, out, stats, decay, config, B, T, H, D, stream);
+    double* dlog_gamma = ddecay ? terms.dlog_gamma : nullptr;
+    const float* dot = terms.dot;
+    AttentionShape shape = attention_shape(config, decay, T, H, D, terms.tables, segments);
+    int tiles = ceil_div(T, attention_tile<Real>);
     dim3 grid(B * H, tiles);
     with_activation(config.power, [&]<class A>(A) {
         with_head_size<Real>(D, [&](auto size) {
@@ -122,13 +138,20 @@ void attention_backward(Real* dqkv,          // (B,T,3C)
 }
 
 template void attention_forward(float*, float*, float*, const float*, const float*, const AttentionConfig&,
-                                int, int, int, int, cudaStream_t);
+                                int, int, int, int, cudaStream_t, const AttentionSegments&);
 template void attention_forward(bf16*, float*, float*, const bf16*, const float*, const AttentionConfig&, int,
-                                int, int, int, cudaStream_t);
+                                int, int, int, cudaStream_t, const AttentionSegments&);
+template AttentionBackwardTerms attention_backward_terms(float*, const float*, const float*, const float*,
+                                                         const float*, const AttentionConfig&, int, int, int,
+                                                         int, cudaStream_t);
+template AttentionBackwardTerms attention_backward_terms(float*, const bf16*, const bf16*, const float*,
+                                                         const float*, const AttentionConfig&, int, int, int,
+                                                         int, cudaStream_t);
 template void attention_backward(float*, float*, float*, const float*, const float*, const float*,
                                  const float*, const float*, const AttentionConfig&, int, int, int, int,
-                                 cudaStream_t);
+                                 cudaStream_t, const AttentionSegments&);
 template void attention_backward(bf16*, float*, float*, const bf16*, const bf16*, const float*, const bf16*,
-                                 const float*, const AttentionConfig&, int, int, int, int, cudaStream_t);
+                                 const float*, const AttentionConfig&, int, int, int, int, cudaStream_t,
+                                 const AttentionSegments&);
 
 }  // namespace gpu

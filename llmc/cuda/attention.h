@@ -39,19 +39,38 @@ inline size_t attention_forward_scratch(int T, int H) {
     return AttentionTables::size(T, H);
 }
 
+// Where there are segments, the linear form calls it and has made the tables in scratch.
 template <class Real>
 void attention_forward(Real* out,           // (B,T,C)
                        float* stats,        // (stats_size)
                        float* scratch,      // (attention_forward_scratch)
                        const Real* qkv,     // (B,T,3C)
                        const float* decay,  // (H), or null
-                       const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream);
+                       const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
+                       const AttentionSegments& segments = {});
 
 // Floats in the scratch buffer of attention_backward, which begins at an 8-byte address.
 inline size_t attention_backward_scratch(int B, int T, int H) {
     size_t tiles = ceil_div(T, kFloatTile);  // the smaller
     return (2 * tiles + T) * B * H + AttentionTables::size(T, H);
 }
+
+// What is in it.
+struct AttentionBackwardTerms {
+    double* dlog_gamma;  // (B,H,tiles)
+    float* dot;          // (B,H,T): dO_i . O_i, for softmax and `sum` alone
+    AttentionTables tables;
+};
+
+// Makes dot and the tables: the first thing that attention_backward does, unless there are segments.
+template <class Real>
+AttentionBackwardTerms attention_backward_terms(float* scratch,      // (attention_backward_scratch)
+                                                const Real* dout,    // (B,T,C)
+                                                const Real* out,     // (B,T,C)
+                                                const float* stats,  // (stats_size)
+                                                const float* decay,  // (H), or null
+                                                const AttentionConfig& config, int B, int T, int H, int D,
+                                                cudaStream_t stream);
 
 template <class Real>
 void attention_backward(Real* dqkv,          // (B,T,3C)
@@ -62,6 +81,7 @@ void attention_backward(Real* dqkv,          // (B,T,3C)
                         const float* stats,  // (stats_size)
                         const Real* qkv,     // (B,T,3C)
                         const float* decay,  // (H), or null
-                        const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream);
+                        const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
+                        const AttentionSegments& segments = {});
 
 }  // namespace gpu

@@ -13,15 +13,16 @@ template <int kD>
 struct FloatTile {
     static constexpr int stride = kD + 4, size = kFloatTile * stride;
 
-    // `rows` rows of D numbers, with zeros around them.
-    __device__ static void load(float* tile, const float* from, size_t from_stride, int rows, int D) {
-        const int packs = (D + 3) / 4;
+    // `rows` rows of D numbers, with zeros around them, up to column `width` where that is more.
+    __device__ static void load(float* tile, const float* from, size_t from_stride, int rows, int D,
+                                int width = 0) {
+        const int packs = (max(D, width) + 3) / 4;
         for (int i = threadIdx.x; i < kFloatTile * packs; i += kAttentionThreads) {
             int row = i / packs, c = i % packs * 4;
             const float* at = from + row * from_stride + c;
             Pack<float> pack = {};
             if (row < rows && D % 4 == 0) {
-                pack = load_pack(at);
+                if (c < D) pack = load_pack(at);
             } else if (row < rows) {
                 for (int e = 0; e < 4; e++) pack[e] = c + e < D ? at[e] : 0.0f;
             }
@@ -93,6 +94,17 @@ struct FloatSums {
 #pragma unroll
         for (int d = 0; d < kD / 8; d++) sum[row][d] *= by;
     }
+    // += rows as store() writes them
+    __device__ void add_rows(const float* from, size_t stride, int rows, int D) {
+        const int x = threadIdx.x % 8;
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int i = 0; i < kD / 8; i++) {
+                const int row = threadIdx.x / 8 * 2 + r, c = 32 * (i / 4) + 4 * x + i % 4;
+                if (row < rows && c < D) sum[r][i] += from[row * stride + c];
+            }
+    }
     // to: the tile's first row, of `rows` that there are
     __device__ void store(float* to, size_t stride, int rows, int D) const {
         const int x = threadIdx.x % 8;
@@ -138,7 +150,8 @@ __global__ __launch_bounds__(kAttentionThreads,
     float* weights = v + Tiles::size;
     const int T = shape.T, D = shape.D, C = shape.C();
     const int b = blockIdx.x / shape.H, h = blockIdx.x % shape.H;
-    const int i0 = (gridDim.y - 1 - blockIdx.y) * kFloatTile;
+    const int tile = gridDim.y - 1 - blockIdx.y, i0 = tile * kFloatTile;
+    const int first = shape.first_tile<kFloatTile>(tile);
     const int x = threadIdx.x % 8, row = i0 + threadIdx.x / 8 * 2;
     const size_t stride = 3 * (size_t)C, table = (size_t)h * shape.tables.stride;
     const float* head = qkv + b * T * stride + h * D;
@@ -148,7 +161,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     Tiles::load(q, head + i0 * stride, stride, T - i0, D);
     FloatSums<kD> o;
     ForwardRows rows;
-    for (int j0 = 0; j0 <= i0; j0 += kFloatTile) {
+    for (int j0 = first * kFloatTile; j0 <= i0; j0 += kFloatTile) {
         __syncthreads();
         Tiles::load(k, head + j0 * stride + C, stride, T - j0, D);
         Tiles::load(v, head + j0 * stride + 2 * C, stride, T - j0, D);
@@ -185,9 +198,13 @@ __global__ __launch_bounds__(kAttentionThreads,
         FloatWeights::store(weights, s);
         o.add(weights, v, D);
     }
+    const bool has_sums = !A::kOnline && first > 0;
+    if (has_sums) o.add_rows(shape.segments.sums + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const float total = sum_of_row(rows.total[r]);
+        float total = sum_of_row(rows.total[r]);
+        if (has_sums && shape.row_sum && row + r < T)
+            total += shape.segments.totals[(size_t)blockIdx.x * T + row + r];
         float factor, stat;
         if constexpr (A::kOnline) {
             factor = 1 / total;
@@ -246,6 +263,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     __shared__ RowTerms of_rows[kFloatTile];
     const int T = shape.T, D = shape.D, C = shape.C();
     const int b = blockIdx.x / shape.H, h = blockIdx.x % shape.H, j0 = blockIdx.y * kFloatTile;
+    const int end = shape.end_tile<kFloatTile>(blockIdx.y, gridDim.y);
     const int x = threadIdx.x % 8, key = j0 + threadIdx.x / 8 * 2;
     const size_t stride = 3 * (size_t)C, head_at = b * T * stride + h * D;
     const float* head = qkv + head_at;
@@ -254,7 +272,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     Tiles::load(k, head + j0 * stride + C, stride, T - j0, D);
     Tiles::load(v, head + j0 * stride + 2 * C, stride, T - j0, D);
     FloatSums<kD> dk, dv;
-    for (int i0 = j0; i0 < T; i0 += kFloatTile) {
+    for (int i0 = j0; i0 < end * kFloatTile; i0 += kFloatTile) {
         __syncthreads();
         Tiles::load(q, head + i0 * stride, stride, T - i0, D);
         Tiles::load(d_o, dout + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
@@ -271,6 +289,11 @@ __global__ __launch_bounds__(kAttentionThreads,
         dv.add(weights, d_o, D);
         FloatWeights::store(weights, da);
         dk.add(weights, q, D);
+    }
+    if (!A::kOnline && end < (int)gridDim.y) {
+        const float* sums = shape.segments.sums + head_at + j0 * stride + C;
+        dk.add_rows(sums, stride, T - j0, D);
+        dv.add_rows(sums + C, stride, T - j0, D);
     }
     if (A::kOnline) dk.scale(0, shape.scale), dk.scale(1, shape.scale);
     float* to = dqkv + head_at + j0 * stride + C;
@@ -307,7 +330,8 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
     }
     FloatSums<kD> dq;
     double ddecay = 0;
-    for (int j0 = 0; j0 <= i0; j0 += kFloatTile) {
+    const int first = shape.first_tile<kFloatTile>(tile);
+    for (int j0 = first * kFloatTile; j0 <= i0; j0 += kFloatTile) {
         __syncthreads();
         Tiles::load(k, head + j0 * stride + C, stride, T - j0, D);
         Tiles::load(v, head + j0 * stride + 2 * C, stride, T - j0, D);
@@ -334,6 +358,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
         FloatWeights::store(weights, da);
         dq.add(weights, k, D);
     }
+    if (!A::kOnline && first > 0) dq.add_rows(shape.segments.sums + head_at + i0 * stride, stride, T - i0, D);
     if (A::kOnline) dq.scale(0, shape.scale), dq.scale(1, shape.scale);
     dq.store(dqkv + head_at + i0 * stride, stride, T - i0, D);
     if (!dlog_gamma) return;

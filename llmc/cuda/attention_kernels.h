@@ -34,9 +34,24 @@ struct AttentionShape {
     bool decays;
     float scale;  // 1 / sqrt(D)
     AttentionTables tables;
+    AttentionSegments segments;
 
     __device__ int C() const { return H * D; }
+    // The first tile of a tile's segment, and the first of the next, of tiles of kTile tokens.
+    template <int kTile>
+    __device__ int first_tile(int tile) const {
+        return segments.length ? tile - tile % (segments.length / kTile) : 0;
+    }
+    template <int kTile>
+    __device__ int end_tile(int tile, int tiles) const {
+        return segments.length ? min(first_tile<kTile>(tile) + segments.length / kTile, tiles) : tiles;
+    }
 };
+
+inline AttentionShape attention_shape(const AttentionConfig& config, const float* decay, int T, int H, int D,
+                                      const AttentionTables& tables, const AttentionSegments& segments) {
+    return {T, H, D, config.has_row_sum(), decay != nullptr, 1 / std::sqrt((float)D), tables, segments};
+}
 
 constexpr float kLog2e = 1.44269504088896340736f;
 
@@ -153,8 +168,9 @@ __global__ __launch_bounds__(kAttentionThreads,
         load_tile<kD>(stage + Tiles::size, keys + C, stride, T - j * kAttentionTile, D);
         commit_copies();
     };
+    const int first = shape.first_tile<kAttentionTile>(tile);
     load_tile<kD>(q_tile, head + i0 * stride, stride, T - i0, D);
-    load_keys(0);
+    load_keys(first);
     float slope = 0;
     if (shape.decays) {
         if constexpr (A::kOnline) slope = shape.tables.log_gamma[h] / shape.scale;
@@ -195,10 +211,10 @@ __global__ __launch_bounds__(kAttentionThreads,
                 for (int d = 0; d < kD / 16; d++) mma(o[2 * d], o[2 * d + 1], a, Tiles::b(v, 16 * n, d));
             }
     };
-    for (int j = 0; j <= tile; j++) {
+    for (int j = first; j <= tile; j++) {
         wait_for_copies<0>();
         __syncthreads();  // all copies are there, and nobody works on the tile before
-        if (j == 0)
+        if (j == first)
 #pragma unroll
             for (int d = 0; d < kD / 16; d++) q[d] = Tiles::a(q_tile, 16 * warp, d);
         if (j < tile) {
@@ -209,6 +225,8 @@ __global__ __launch_bounds__(kAttentionThreads,
         }
     }
 
+    if (!A::kOnline && first > 0)
+        add_rows<kD>(o, shape.segments.sums + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
     float factor[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -218,6 +236,8 @@ __global__ __launch_bounds__(kAttentionThreads,
             total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
             total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
         }
+        if (!A::kOnline && shape.row_sum && first > 0 && i < T)
+            total += shape.segments.totals[(size_t)blockIdx.x * T + i];
         float stat;
         if constexpr (A::kOnline) {
             factor[r] = 1 / total;
@@ -351,7 +371,8 @@ __global__ __launch_bounds__(kAttentionThreads,
 
     const int T = shape.T, D = shape.D, C = shape.C();
     const int b = blockIdx.x / shape.H, h = blockIdx.x % shape.H;
-    const int tile = blockIdx.y, tiles = gridDim.y, j0 = tile * kAttentionTile;
+    const int tile = blockIdx.y, j0 = tile * kAttentionTile;
+    const int end = shape.end_tile<kAttentionTile>(tile, gridDim.y);
     const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
     const size_t stride = 3 * (size_t)C, head_at = b * T * stride + h * D;
     const bf16* head = qkv + head_at;
@@ -446,15 +467,20 @@ __global__ __launch_bounds__(kAttentionThreads,
                 }
         }
     };
-    for (int i = tile; i < tiles; i++) {
+    for (int i = tile; i < end; i++) {
         wait_for_copies<0>();
         __syncthreads();  // all copies are there, and nobody works on the tile before
-        if (i + 1 < tiles) load_queries(i + 1);
+        if (i + 1 < end) load_queries(i + 1);
         if (i == tile) {
             add_queries(i, std::true_type());
         } else {
             add_queries(i, std::false_type());
         }
+    }
+    if (!A::kOnline && end < (int)gridDim.y) {
+        const float* sums = shape.segments.sums + head_at + j0 * stride + C;
+        add_rows<kD>(dk, sums, stride, T - j0, D);
+        add_rows<kD>(dv, sums + C, stride, T - j0, D);
     }
     const float factor = A::kOnline ? shape.scale : 1.0f;
     bf16* to = dqkv + head_at + j0 * stride + C;
@@ -497,7 +523,8 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
     };
     load_tile<kD>(q_tile, head + i0 * stride, stride, T - i0, D);
     load_tile<kD>(d_o_tile, dout + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
-    load_keys(0);
+    const int first = shape.first_tile<kAttentionTile>(tile);
+    load_keys(first);
     if (!A::kOnline && shape.decays && threadIdx.x < kAttentionTile)
         near[threadIdx.x] = (int)threadIdx.x < T ? fade[threadIdx.x] : 0;
     RowTerms row[2];
@@ -579,7 +606,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
         }
         ddecay += tile_ddecay;
     };
-    for (int j = 0; j <= tile; j++) {
+    for (int j = first; j <= tile; j++) {
         wait_for_copies<0>();
         __syncthreads();  // all copies are there, and nobody works on the tile before
         if (j < tile) {
@@ -589,6 +616,8 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
             add_keys(j, std::true_type());
         }
     }
+    if (!A::kOnline && first > 0)
+        add_rows<kD>(dq, shape.segments.sums + head_at + i0 * stride, stride, T - i0, D);
     const float factor = A::kOnline ? shape.scale : 1.0f;
     store_rows<kD>(dqkv + head_at + i0 * stride, stride, q_tile, dq, factor, factor, T - i0, D);
     if (!dlog_gamma) return;

@@ -21,6 +21,14 @@ constexpr int kAttentionThreads = 128;  // four warps of 16 rows each
 template <class Real>
 constexpr int attention_tile = std::is_same_v<Real, float> ? kFloatTile : kAttentionTile;
 
+// Blocks may have more than 48 KB of shared memory where they ask for it.
+template <class Kernel, class... Args>
+void launch_attention(Kernel* kernel, dim3 grid, size_t shared, cudaStream_t stream, Args... args) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    kernel<<<grid, kAttentionThreads, shared, stream>>>(args...);
+    check_launch();
+}
+
 // ---------------------------------------------------------------------------------------------- fragments
 
 struct FragmentA {
@@ -92,6 +100,14 @@ struct Tile {
         int lane = threadIdx.x % kWarp;
         FragmentA f;
         ldmatrix(f.r, tile + row * kD + offset(lane & 15, 2 * k + (lane >> 4)));
+        return f;
+    }
+    // The same rows and columns, transposed, as the first factor.
+    __device__ static FragmentA a_transposed(const bf16* tile, int row, int k) {
+        int lane = threadIdx.x % kWarp;
+        FragmentA f;
+        ldmatrix_transposed(f.r,
+                            tile + row * kD + offset((lane & 7) + (lane >> 4) * 8, 2 * k + (lane >> 3 & 1)));
         return f;
     }
     // The same rows and columns, transposed, as the second factor.
@@ -191,6 +207,33 @@ __device__ inline void store_rows(bf16* to, size_t stride, bf16* tile, const flo
     }
 }
 
+// Adds a warp's 16 rows of numbers to its results.
+template <int kD>
+__device__ inline void add_rows(float (&x)[kD / 8][4], const float* from, size_t stride, int rows, int D) {
+    const int lane = threadIdx.x % kWarp, row0 = threadIdx.x / kWarp * 16 + lane / 4, c0 = lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kD / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int row = row0 + e / 2 * 8, c = 8 * n + c0 + e % 2;
+            if (row < rows && c < D) x[n][e] += from[row * stride + c];
+        }
+}
+
+// The same results times the rows' factors, in float.
+template <int kD>
+__device__ inline void store_sums(float* to, size_t stride, const float (&x)[kD / 8][4], float factor0,
+                                  float factor1, int rows, int D) {
+    const int lane = threadIdx.x % kWarp, row0 = threadIdx.x / kWarp * 16 + lane / 4, c0 = lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kD / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int row = row0 + e / 2 * 8, c = 8 * n + c0 + e % 2;
+            if (row < rows && c < D) to[row * stride + c] = x[n][e] * (e / 2 ? factor1 : factor0);
+        }
+}
+
 // ------------------------------------------------------------------------------------------------- tables
 
 // One for all heads where there is no decay, one a head otherwise. Filled on the device, for a learned decay
@@ -206,6 +249,7 @@ struct AttentionTables {
 
     static size_t size(int T, int H) { return (3 * (size_t)T + 1) * H; }
 
+    AttentionTables() = default;
     AttentionTables(float* scratch /*(size)*/, bool decays, int T, int H) : stride(decays ? T : 0) {
         size_t n = (size_t)T * (decays ? H : 1);
         c = std::exchange(scratch, scratch + n);
@@ -214,6 +258,14 @@ struct AttentionTables {
         neutral = std::exchange(scratch, scratch + n);
         log_gamma = scratch;
     }
+};
+
+// The linear form (attention_linear.h) cuts the sequence into segments: the tiles do the pairs within one,
+// and add to them what the others give. length 0: there is but one.
+struct AttentionSegments {
+    int length = 0;                 // tokens, a multiple of 64
+    const float* sums = nullptr;    // forward (B,T,C): o, before c_i; backward (B,T,3C): dq, dk and dv
+    const float* totals = nullptr;  // (B,H,T), for `sum`: of |x_ij^p|
 };
 
 // 1 / (e^y - 1) - 1 / y.

@@ -1,0 +1,180 @@
+// The features phi of polynomial attention at linear cost, (q.k)^p = phi(q) . phi(k): the products of p
+// channels in tiles of 64, as llmc/cpu/attention_linear.h has them. The channels come in blocks of 64 for
+// p = 1, of 8 for p = 2 and of 4 for p = 3; a tile has all products of one channel each of its p blocks,
+// which come in order (a <= b <= c) and count as often as they could be arranged.
+#pragma once
+#include "llmc/cuda/common.h"
+
+namespace gpu {
+
+constexpr int kFeatures = 64;  // in a tile
+
+__host__ __device__ constexpr int feature_block(int power) {
+    return power == 1 ? 64 : power == 2 ? 8 : 4;
+}
+
+inline int feature_tiles(int power, int D) {
+    int n = ceil_div(D, feature_block(power));
+    return power == 1 ? n : power == 2 ? n * (n + 1) / 2 : n * (n + 1) * (n + 2) / 6;
+}
+
+template <int P>
+struct FeatureTile {
+    static_assert(P >= 1 && P <= 3);
+    int a = 0, b = 0, c = 0;  // its blocks
+
+    __device__ static FeatureTile at(int index, int blocks) {
+        FeatureTile tile;
+        if constexpr (P == 3)
+            for (int n = blocks; index >= n * (n + 1) / 2; n--, tile.a++) index -= n * (n + 1) / 2;
+        if constexpr (P == 1) tile.a = index;
+        if constexpr (P == 2) {
+            for (; index >= blocks - tile.a; tile.a++) index -= blocks - tile.a;
+            tile.b = tile.a + index;
+        }
+        if constexpr (P == 3) {
+            for (tile.b = tile.a; index >= blocks - tile.b; tile.b++) index -= blocks - tile.b;
+            tile.c = tile.b + index;
+        }
+        return tile;
+    }
+    __device__ void next(int blocks) {
+        if constexpr (P == 1) a++;
+        if constexpr (P == 2)
+            if (++b == blocks) b = ++a;
+        if constexpr (P == 3)
+            if (++c == blocks) {
+                if (++b == blocks) b = ++a;
+                c = b;
+            }
+    }
+    __device__ float multiplicity() const {
+        if constexpr (P == 1) return 1;
+        if constexpr (P == 2) return a == b ? 1 : 2;
+        return a == c ? 1 : a == b || b == c ? 3 : 6;
+    }
+    // Of feature f of the tile, by a function of the channel.
+    template <class X>
+    __device__ float product(int f, X x) const {
+        if constexpr (P == 1) return x(64 * a + f);
+        if constexpr (P == 2) return x(8 * a + f / 8) * x(8 * b + f % 8);
+        if constexpr (P == 3) return x(4 * a + f / 16) * x(4 * b + f / 4 % 4) * x(4 * c + f % 4);
+    }
+};
+
+// kN numbers from an address that is a multiple of their size, or of 16 bytes.
+template <int kN, class Real>
+__device__ void load_few(float (&x)[kN], const Real* at) {
+    constexpr int kPiece = kN < Pack<Real>::size ? kN : Pack<Real>::size;
+    struct alignas(kPiece * sizeof(Real)) Piece {
+        Real values[kPiece];
+    };
+#pragma unroll
+    for (int i = 0; i < kN; i += kPiece) {
+        const Piece piece = *reinterpret_cast<const Piece*>(at + i);
+#pragma unroll
+        for (int e = 0; e < kPiece; e++) x[i + e] = to_float(piece.values[e]);
+    }
+}
+
+// phi = features 16 quarter .. +15 of a tile, of a row of channels: row.load(x, c) is x = those from c on.
+template <int P, class Row>
+__device__ void build_features(float (&phi)[16], const Row& row, const FeatureTile<P>& tile, int quarter) {
+    if constexpr (P == 1) row.load(phi, 64 * tile.a + 16 * quarter);
+    if constexpr (P == 2) {
+        float left[2], right[8];
+        row.load(left, 8 * tile.a + 2 * quarter);
+        row.load(right, 8 * tile.b);
+#pragma unroll
+        for (int f = 0; f < 16; f++) phi[f] = left[f / 8] * right[f % 8];
+    }
+    if constexpr (P == 3) {
+        float left[1], middle[4], right[4];
+        row.load(left, 4 * tile.a + quarter);
+        row.load(middle, 4 * tile.b);
+        row.load(right, 4 * tile.c);
+#pragma unroll
+        for (int f = 0; f < 16; f++) phi[f] = left[0] * middle[f / 4] * right[f % 4];
+    }
+}
+
+// dx += factor times the gradient of a row's channels from that of its features, g (64), for one of kShares
+// shares of the channels of each block. Returns the share of factor (phi . g).
+template <int P, int kShares, class Row>
+__device__ float add_feature_gradients(float* dx /*(D)*/, const float* g, float factor, const Row& row,
+                                       const FeatureTile<P>& tile, int share) {
+    constexpr int kOwn = feature_block(P) / kShares;
+    const int own = share * kOwn;
+    float total = 0;
+    // The gradients d of kN channels from c on; `dots`: total takes them.
+    auto add = [&]<int kN>(int c, const float(&d)[kN], bool dots = false) {
+        float x[kN];
+        row.load(x, c);
+#pragma unroll
+        for (int e = 0; e < kN; e++) {
+            dx[c + e] += factor * d[e];
+            if (dots) total += x[e] * d[e];
+        }
+    };
+    if constexpr (P == 1)
+        for (int u = own; u < own + kOwn; u += 4) {
+            float d[4];
+            load_few(d, g + u);
+            if (64 * tile.a + u < Row::kChannels) add(64 * tile.a + u, d, true);
+        }
+    if constexpr (P == 2) {
+        float left[8], right[8], da[kOwn] = {}, db[kOwn] = {};
+        row.load(left, 8 * tile.a);
+        row.load(right, 8 * tile.b);
+#pragma unroll
+        for (int u = 0; u < kOwn; u++) {
+            float d[8];
+            load_few(d, g + (own + u) * 8);
+#pragma unroll
+            for (int j = 0; j < 8; j++) da[u] += d[j] * right[j];
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float d[kOwn];
+            load_few(d, g + i * 8 + own);
+#pragma unroll
+            for (int u = 0; u < kOwn; u++) db[u] += d[u] * left[i];
+        }
+        add(8 * tile.a + own, da, true);
+        add(8 * tile.b + own, db);
+    }
+    if constexpr (P == 3) {
+        float left[4], middle[4], right[4], da[kOwn] = {}, db[kOwn] = {}, dc[kOwn] = {};
+        row.load(left, 4 * tile.a);
+        row.load(middle, 4 * tile.b);
+        row.load(right, 4 * tile.c);
+#pragma unroll
+        for (int u = 0; u < kOwn; u++)
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                float d[4], of_pair = 0;
+                load_few(d, g + (own + u) * 16 + n * 4);
+#pragma unroll
+                for (int k = 0; k < 4; k++) of_pair += d[k] * right[k];
+                da[u] += of_pair * middle[n];
+                load_few(d, g + n * 16 + (own + u) * 4);
+                of_pair = 0;
+#pragma unroll
+                for (int k = 0; k < 4; k++) of_pair += d[k] * right[k];
+                db[u] += of_pair * left[n];
+            }
+#pragma unroll
+        for (int n = 0; n < 16; n++) {
+            float d[kOwn];
+            load_few(d, g + n * 4 + own);
+#pragma unroll
+            for (int u = 0; u < kOwn; u++) dc[u] += d[u] * (left[n / 4] * middle[n % 4]);
+        }
+        add(4 * tile.a + own, da, true);
+        add(4 * tile.b + own, db);
+        add(4 * tile.c + own, dc);
+    }
+    return factor * total;
+}
+
+}  // namespace gpu

@@ -1,0 +1,246 @@
+// The functions of attention_linear.h: the order of the kernels, and the memory between them.
+#include "llmc/cuda/attention_linear.h"
+
+#include "llmc/cuda/attention_linear_float.h"
+#include "llmc/cuda/attention_linear_kernels.h"
+
+namespace gpu {
+
+namespace {
+
+LinearShape linear_shape(const AttentionConfig& config, int T, int D, int segment) {
+    LinearShape shape{};
+    shape.segment = segment ? segment : linear_segment(config.power, D);
+    shape.slots = ceil_div(T, shape.segment) - 1;
+    shape.tiles = feature_tiles(config.power, D);
+    shape.blocks = ceil_div(D, feature_block(config.power));
+    shape.width = ceil_div(D, 8) * 8;
+    return shape;
+}
+
+// Rows that have a boundary before them (queries) or behind them (keys), in tiles.
+template <class Real>
+int row_tiles(Rows rows, const LinearShape& shape, int T) {
+    int tokens = rows == Rows::keys ? shape.slots * shape.segment : T - shape.segment;
+    return ceil_div(tokens, attention_tile<Real>);
+}
+
+constexpr int kScanBlock = kAttentionThreads * 4;  // numbers
+
+// What lies in scratch behind that of the tiles.
+template <class Real>
+struct LinearBuffers {
+    float* sums;            // forward (B,T,C), backward (B,T,3C)
+    float* totals;          // (B,H,T), for `sum`
+    float* parts[2];        // (B,H,slots,size): what segments give, of the keys and of the queries
+    Real* states[2];        // (B,H,slots,size); in float in the place of parts
+    float* z[2];            // (B,H,slots,features), for `sum`
+    double* dlog_gamma[3];  // of the queries' kernel, of the keys' and of the scan
+    size_t size;            // floats of all scratch
+
+    LinearBuffers(float* scratch, bool backward, const LinearShape& shape, const AttentionConfig& config,
+                  int B, int T, int H, int D) {
+        size = backward ? attention_backward_scratch(B, T, H) : attention_forward_scratch(T, H);
+        if (shape.slots == 0) return;
+        auto floats = [&](size_t n) {
+            size_t at = ceil_div<size_t>(size, 4) * 4;
+            size = at + n;
+            return scratch ? scratch + at : nullptr;
+        };
+        const size_t heads = (size_t)B * H, of_states = heads * shape.slots * shape.size();
+        sums = floats(heads * T * D * (backward ? 3 : 1));
+        totals = config.has_row_sum() ? floats(heads * T) : nullptr;
+        for (int i = 0; i < (backward ? 2 : 1); i++) {
+            z[i] = config.has_row_sum() ? floats(heads * shape.slots * shape.tiles * kFeatures) : nullptr;
+            if constexpr (std::is_same_v<Real, float>) {
+                states[i] = parts[i] = floats(of_states);
+            } else {
+                parts[i] = i == 0 ? floats(of_states) : parts[0];  // one after the other
+                states[i] = reinterpret_cast<Real*>(floats(of_states / 2));
+            }
+        }
+        if (!backward) return;
+        auto doubles = [&](size_t n) { return reinterpret_cast<double*>(floats(2 * heads * n)); };
+        dlog_gamma[0] = doubles(row_tiles<Real>(Rows::gradients, shape, T));
+        dlog_gamma[1] = doubles(row_tiles<Real>(Rows::keys, shape, T));
+        dlog_gamma[2] = doubles(ceil_div(shape.size(), kScanBlock));
+    }
+};
+
+// The kernels of one call.
+template <class Real, int P, int kD>
+struct LinearKernels {
+    static constexpr bool kIsFloat = std::is_same_v<Real, float>;
+    LinearShape shape;
+    int heads;  // B H
+    const Real *qkv, *dout;
+    const float *stats, *dot;
+    cudaStream_t stream;
+
+    template <Rows kRows>
+    void states(float* parts, float* z) const {
+        auto launch = [&](auto kernel, int at_once, size_t shared) {
+            launch_attention(kernel, dim3(ceil_div(shape.tiles, at_once), shape.slots, heads), shared, stream,
+                             parts, z, qkv, dout, stats, dot, shape);
+        };
+        if constexpr (kIsFloat) {
+            launch(linear_states_float_kernel<P, kD, kRows>, 1,
+                   2 * (FloatTile<kD>::size + FloatWeights::size) * sizeof(float));
+        } else {
+            launch(linear_states_kernel<P, kD, kRows>, kStateTiles<kD>,
+                   4 * ((Tile<kD>::size + Tile<16>::size) * sizeof(bf16) + kAttentionTile * sizeof(float)));
+        }
+    }
+
+    void scan(Real* states, const float* parts, float* z, const Real* others, double* dlog_gamma,
+              bool from_right) const {
+        linear_scan_kernel<P>
+            <<<dim3(ceil_div(shape.size(), kScanBlock), heads), kAttentionThreads, 0, stream>>>(
+                states, parts, others, dlog_gamma, shape.size(), from_right, true, shape);
+        check_launch();
+        if (!z) return;
+        int size = shape.tiles * kFeatures;
+        linear_scan_kernel<P><<<dim3(ceil_div(size, kScanBlock), heads), kAttentionThreads, 0, stream>>>(
+            z, z, (const float*)nullptr, nullptr, size, from_right, false, shape);
+        check_launch();
+    }
+
+    template <Rows kRows>
+    void rows(float* sums, float* totals, double* dlog_gamma, const Real* states, const float* z) const {
+        constexpr bool kGradient = kRows != Rows::queries;
+        auto launch = [&](auto kernel, size_t shared) {
+            launch_attention(kernel, dim3(row_tiles<Real>(kRows, shape, shape.attention.T), heads), shared,
+                             stream, sums, totals, dlog_gamma, states, z, qkv, dout, stats, dot, shape);
+        };
+        if constexpr (kIsFloat) {
+            launch(linear_rows_float_kernel<P, kD, kRows>,
+                   ((kGradient ? 5 : 3) * FloatTile<kD>::size + 2 * FloatWeights::size) * sizeof(float));
+        } else {
+            launch(linear_rows_kernel<P, kD, kRows>,
+                   (kGradient ? 4 : 3) * Tile<kD>::size * sizeof(bf16) +
+                       kAttentionTile * (kFeatures + 4 + (kGradient ? kD + 4 : 0)) * sizeof(float));
+        }
+    }
+};
+
+// Calls f with the kernels for heads of D.
+template <class Real, class F>
+void with_linear_kernels(const AttentionConfig& config, const LinearShape& shape, int B, const Real* qkv,
+                         const Real* dout, const float* stats, const float* dot, cudaStream_t stream, F f) {
+    constexpr bool kIsFloat = std::is_same_v<Real, float>;
+    const int D = shape.attention.D;
+    auto with = [&]<int P, int kD>() {
+        f(LinearKernels<Real, P, kD>{shape, B * shape.attention.H, qkv, dout, stats, dot, stream});
+    };
+    auto with_power = [&]<int P>() {
+        if constexpr (!kIsFloat)
+            if (D <= 32) return with.template operator()<P, 32>();
+        if constexpr (kIsFloat || P < 3)
+            if (D <= 64) return with.template operator()<P, 64>();
+        if constexpr (!kIsFloat && P < 3)
+            if (D <= 96) return with.template operator()<P, 96>();
+        if constexpr (P < 3)
+            if (D <= 128) return with.template operator()<P, 128>();
+        fail("attention: head size ", D, ", the CUDA kernels of the linear form go up to ", P < 3 ? 128 : 32);
+    };
+    if (config.power == 1) return with_power.template operator()<1>();
+    if (config.power == 2) return with_power.template operator()<2>();
+    if (config.power == 3) return with_power.template operator()<3>();
+    fail("attention: power ", config.power, ", the linear form has 1 to 3");
+}
+
+}  // namespace
+
+template <class Real>
+size_t attention_linear_forward_scratch(const AttentionConfig& config, int B, int T, int H, int D,
+                                        int segment) {
+    return LinearBuffers<Real>(nullptr, false, linear_shape(config, T, D, segment), config, B, T, H, D).size;
+}
+template <class Real>
+size_t attention_linear_backward_scratch(const AttentionConfig& config, int B, int T, int H, int D,
+                                         int segment) {
+    return LinearBuffers<Real>(nullptr, true, linear_shape(config, T, D, segment), config, B, T, H, D).size;
+}
+
+template <class Real>
+void attention_linear_forward(Real* out,           // (B,T,C)
+                              float* stats,        // (stats_size)
+                              float* scratch,      // (attention_linear_forward_scratch)
+                              const Real* qkv,     // (B,T,3C)
+                              const float* decay,  // (H), or null
+                              const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
+                              int segment) {
+    LinearShape shape = linear_shape(config, T, D, segment);
+    if (shape.slots == 0)
+        return attention_forward(out, stats, scratch, qkv, decay, config, B, T, H, D, stream);
+    AttentionTables tables(scratch, decay != nullptr, T, H);
+    make_tables(tables, decay, config, T, H, D, stream);
+    shape.attention = attention_shape(config, decay, T, H, D, tables, {});
+    LinearBuffers<Real> buffers(scratch, false, shape, config, B, T, H, D);
+    with_linear_kernels<Real>(
+        config, shape, B, qkv, nullptr, nullptr, nullptr, stream, [&](const auto& kernels) {
+            kernels.template states<Rows::keys>(buffers.parts[0], buffers.z[0]);
+            kernels.scan(buffers.states[0], buffers.parts[0], buffers.z[0], nullptr, nullptr, false);
+            kernels.template rows<Rows::queries>(buffers.sums, buffers.totals, nullptr, buffers.states[0],
+                                                 buffers.z[0]);
+        });
+    attention_forward(out, stats, scratch, qkv, decay, config, B, T, H, D, stream,
+                      {shape.segment, buffers.sums, buffers.totals});
+}
+
+template <class Real>
+void attention_linear_backward(Real* dqkv,          // (B,T,3C)
+                               float* ddecay,       // (H) +=, or null: not wanted
+                               float* scratch,      // (attention_linear_backward_scratch)
+                               const Real* dout,    // (B,T,C)
+                               const Real* out,     // (B,T,C)
+                               const float* stats,  // (stats_size)
+                               const Real* qkv,     // (B,T,3C)
+                               const float* decay,  // (H), or null
+                               const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
+                               int segment) {
+    LinearShape shape = linear_shape(config, T, D, segment);
+    if (shape.slots == 0)
+        return attention_backward(dqkv, ddecay, scratch, dout, out, stats, qkv, decay, config, B, T, H, D,
+                                  stream);
+    AttentionBackwardTerms terms =
+        attention_backward_terms(scratch, dout, out, stats, decay, config, B, T, H, D, stream);
+    shape.attention = attention_shape(config, decay, T, H, D, terms.tables, {});
+    LinearBuffers<Real> buffers(scratch, true, shape, config, B, T, H, D);
+    double* dlog_gamma[3] = {};
+    if (ddecay) std::copy_n(buffers.dlog_gamma, 3, dlog_gamma);
+    with_linear_kernels<Real>(
+        config, shape, B, qkv, dout, stats, terms.dot, stream, [&](const auto& kernels) {
+            auto& [sums, totals, parts, states, z, all_gammas, size] = buffers;
+            kernels.template states<Rows::keys>(parts[0], z[0]);
+            kernels.scan(states[0], parts[0], z[0], nullptr, nullptr, false);
+            kernels.template states<Rows::gradients>(parts[1], z[1]);
+            kernels.scan(states[1], parts[1], z[1], ddecay ? states[0] : nullptr, dlog_gamma[2], true);
+            kernels.template rows<Rows::gradients>(sums, nullptr, dlog_gamma[0], states[0], z[0]);
+            kernels.template rows<Rows::keys>(sums, nullptr, dlog_gamma[1], states[1], z[1]);
+        });
+    if (ddecay) {
+        int shares[3] = {row_tiles<Real>(Rows::gradients, shape, T), row_tiles<Real>(Rows::keys, shape, T),
+                         ceil_div(shape.size(), kScanBlock)};
+        for (int i = 0; i < 3; i++) add_decay_gradient(ddecay, dlog_gamma[i], decay, B, shares[i], H, stream);
+    }
+    attention_backward(dqkv, ddecay, scratch, dout, out, stats, qkv, decay, config, B, T, H, D, stream,
+                       {shape.segment, buffers.sums, nullptr});
+}
+
+template size_t attention_linear_forward_scratch<float>(const AttentionConfig&, int, int, int, int, int);
+template size_t attention_linear_forward_scratch<bf16>(const AttentionConfig&, int, int, int, int, int);
+template size_t attention_linear_backward_scratch<float>(const AttentionConfig&, int, int, int, int, int);
+template size_t attention_linear_backward_scratch<bf16>(const AttentionConfig&, int, int, int, int, int);
+template void attention_linear_forward(float*, float*, float*, const float*, const float*,
+                                       const AttentionConfig&, int, int, int, int, cudaStream_t, int);
+template void attention_linear_forward(bf16*, float*, float*, const bf16*, const float*,
+                                       const AttentionConfig&, int, int, int, int, cudaStream_t, int);
+template void attention_linear_backward(float*, float*, float*, const float*, const float*, const float*,
+                                        const float*, const float*, const AttentionConfig&, int, int, int,
+                                        int, cudaStream_t, int);
+template void attention_linear_backward(bf16*, float*, float*, const bf16*, const bf16*, const float*,
+                                        const bf16*, const float*, const AttentionConfig&, int, int, int, int,
+                                        cudaStream_t, int);
+
+}  // namespace gpu

@@ -1,0 +1,182 @@
+// The kernels of attention_linear.h for float: as those for bf16 go (attention_linear_kernels.h), on tiles of
+// 32 tokens, by plain multiply-adds.
+#pragma once
+#include "llmc/cuda/attention_float.h"
+#include "llmc/cuda/attention_linear_kernels.h"
+
+namespace gpu {
+
+// A row of channels in a tile, which is filled with zeros up to kD.
+template <int kD>
+struct RowOfFloatTile {
+    static constexpr int kChannels = kD;
+    const float* tile;
+    int row;
+
+    __device__ float operator()(int c) const { return tile[row * FloatTile<kD>::stride + c]; }
+    template <int kN>
+    __device__ void load(float (&x)[kN], int c) const {
+#pragma unroll
+        for (int i = 0; i < kN; i++) x[i] = 0;
+        if (c < kD) load_few(x, tile + row * FloatTile<kD>::stride + c);
+    }
+};
+
+// A quarter of the features of a token is a thread's.
+template <int P, int kD, Rows kRows>
+__global__ __launch_bounds__(kAttentionThreads,
+                             2) void linear_states_float_kernel(float* states, float* z, const float* qkv,
+                                                                const float* dout, const float* stats,
+                                                                const float* dot, LinearShape shape) {
+    extern __shared__ uint4 attention_shared[];
+    using Tiles = FloatTile<kD>;
+    float *x = reinterpret_cast<float*>(attention_shared), *y = x + Tiles::size;
+    float* phi = y + Tiles::size;  // (64 features,32 tokens), in rows of FloatWeights
+    __shared__ RowTerms terms[kFloatTile];
+    __shared__ float dots[kFloatTile];
+    const int token = threadIdx.x % kFloatTile, quarter = threadIdx.x / kFloatTile;
+
+    const int bh = blockIdx.z, slot = blockIdx.y, boundary = shape.boundary(slot);
+    const int begin = kRows == Rows::keys ? boundary - shape.segment : boundary;
+    const int end = min(begin + shape.segment, shape.attention.T), D = shape.attention.D;
+    const LinearRows<float, kRows> rows(qkv, dout, shape, bh);
+    const auto tile = FeatureTile<P>::at(blockIdx.x, shape.blocks);
+    FloatSums<kD> s[2];  // features 0 to 31, and the others
+    float sum = 0;
+    for (int i0 = begin; i0 < end; i0 += kFloatTile) {
+        __syncthreads();
+        Tiles::load(x, rows.x + i0 * rows.x_stride, rows.x_stride, end - i0, D, kD);
+        Tiles::load(y, rows.y + i0 * rows.y_stride, rows.y_stride, end - i0, D, kD);
+        if (threadIdx.x < kFloatTile) {
+            terms[token] = linear_terms<kRows>(stats, dot, shape, bh, i0 + token, boundary);
+            dots[token] = terms[token].dot;
+        }
+        __syncthreads();
+        float features[16];
+        build_features<P>(features, RowOfFloatTile<kD>{x, token}, tile, quarter);
+#pragma unroll
+        for (int f = 0; f < 16; f++)
+            phi[(16 * quarter + f) * FloatWeights::stride + token] = features[f] * terms[token].weight;
+        if (P == 2 && z) sum += sum_of_products<P, kFloatTile>(RowOfFloatTile<kD>{x, 0}, dots, tile);
+        __syncthreads();
+        for (int half = 0; half < 2; half++) s[half].add(phi + half * FloatWeights::size, y, shape.width);
+    }
+    const size_t row0 = shape.row(bh, slot) + blockIdx.x * kFeatures;
+    const float factor = tile.multiplicity();
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        s[half].scale(0, factor), s[half].scale(1, factor);
+        s[half].store(states + (row0 + half * kFloatTile) * shape.width, shape.width, kFloatTile,
+                      shape.width);
+    }
+    if (P == 2 && z) store_sum_of_products(z + row0, sum, factor);
+}
+
+// A warp has 8 rows, a thread a quarter of the features, and of the gradients of the channels, of one.
+template <int P, int kD, Rows kRows>
+__global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel(
+    float* sums, float* totals, double* dlog_gamma, const float* states, const float* z, const float* qkv,
+    const float* dout, const float* stats, const float* dot, LinearShape shape) {
+    extern __shared__ uint4 attention_shared[];
+    using Tiles = FloatTile<kD>;
+    constexpr bool kOutput = kRows != Rows::gradients, kGradient = kRows != Rows::queries;
+    constexpr int kStride = kFeatures + 4;
+    float* x_tile = reinterpret_cast<float*>(attention_shared);
+    float* s = x_tile + Tiles::size;   // (64 features,D): two tiles
+    float* phi = s + 2 * Tiles::size;  // (32 tokens,64 features): two of FloatWeights
+    float* dphi = phi;                 // (32 tokens,64 features), in rows of kStride
+    float* y_tile = phi + kFloatTile * 2 * FloatWeights::stride;
+    float* dx = y_tile + Tiles::size;  // (32 tokens,D), in the rows of a tile
+    static_assert(kStride <= 2 * FloatWeights::stride);
+
+    const int bh = blockIdx.y, T = shape.attention.T, D = shape.attention.D, C = shape.attention.C();
+    const int i0 = blockIdx.x * kFloatTile + (kRows == Rows::keys ? 0 : shape.segment);
+    const int slot = i0 / shape.segment - (kRows == Rows::keys ? 0 : 1), boundary = shape.boundary(slot);
+    const size_t row0 = shape.row(bh, slot);
+    const float* state = states + row0 * shape.width;
+    z = z ? z + row0 : nullptr;
+    const LinearRows<float, kRows> rows(qkv, dout, shape, bh);
+    Tiles::load(x_tile, rows.x + i0 * rows.x_stride, rows.x_stride, T - i0, D, kD);
+    if (kGradient) {
+        Tiles::load(y_tile, rows.y + i0 * rows.y_stride, rows.y_stride, T - i0, D, kD);
+        for (int i = threadIdx.x; i < Tiles::size; i += kAttentionThreads) dx[i] = 0;
+    }
+
+    const int row = threadIdx.x / kWarp * 8 + threadIdx.x % 8, quarter = threadIdx.x % kWarp / 8;
+    const int i = i0 + row;
+    const RowOfFloatTile<kD> channels{x_tile, row};
+    const RowTerms terms = linear_terms<kRows>(stats, dot, shape, bh, i, boundary);
+    FloatSums<kD> o;
+    float total = 0, slope = 0;
+    FeatureTile<P> tile;
+    for (int n = 0; n < shape.tiles; n++, tile.next(shape.blocks)) {
+        __syncthreads();
+        for (int half = 0; half < 2; half++)
+            Tiles::load(s + half * Tiles::size,
+                        state + ((size_t)n * kFeatures + half * kFloatTile) * shape.width, shape.width,
+                        kFloatTile, shape.width);
+        __syncthreads();
+        if constexpr (kOutput) {
+            float features[16];
+            build_features<P>(features, channels, tile, quarter);
+            float* to =
+                phi + quarter / 2 * FloatWeights::size + row * FloatWeights::stride + quarter % 2 * 16;
+#pragma unroll
+            for (int f = 0; f < 16; f++) to[f] = features[f];
+            if (P == 2 && totals) {
+                float of_z[16];
+                load_few(of_z, z + n * kFeatures + 16 * quarter);
+#pragma unroll
+                for (int f = 0; f < 16; f++) total += features[f] * of_z[f];
+            }
+            __syncwarp();
+            for (int half = 0; half < 2; half++)
+                o.add(phi + half * FloatWeights::size, s + half * Tiles::size, shape.width);
+            if (kGradient) __syncthreads();  // dphi lies in the same place, in other rows
+        }
+        if constexpr (kGradient) {
+            for (int half = 0; half < 2; half++) {
+                float ds[2][4];
+                Tiles::scores(ds, y_tile, s + half * Tiles::size, shape.width);
+#pragma unroll
+                for (int r = 0; r < 2; r++)
+#pragma unroll
+                    for (int m = 0; m < 4; m++)
+                        dphi[(threadIdx.x / 8 * 2 + r) * kStride + half * kFloatTile + threadIdx.x % 8 +
+                             8 * m] = ds[r][m];
+            }
+            __syncwarp();
+            float* to = dx + row * Tiles::stride;
+            slope +=
+                add_feature_gradients<P, 4>(to, dphi + row * kStride, terms.weight, channels, tile, quarter);
+            if (P == 2 && z)
+                add_feature_gradients<P, 4>(to, z + n * kFeatures, -terms.dot, channels, tile, quarter);
+            __syncwarp();
+        }
+    }
+
+    const size_t stride = kRows == Rows::queries ? C : 3 * (size_t)C;
+    float* to = sums + ((size_t)(bh / shape.attention.H) * T + i0) * stride + bh % shape.attention.H * D;
+    if constexpr (kOutput) {
+        const int own = threadIdx.x % kWarp / 8 * 2;  // of the warp's 8 rows, whose terms lanes 0 to 7 have
+        for (int r = 0; r < 2; r++) o.scale(r, __shfl_sync(0xFFFFFFFFu, terms.weight, own + r));
+        o.store(kRows == Rows::keys ? to + 2 * C : to, stride, T - i0, D);
+        if (totals) {
+            total += __shfl_xor_sync(0xFFFFFFFFu, total, 8);
+            total += __shfl_xor_sync(0xFFFFFFFFu, total, 16);
+            if (quarter == 0 && i < T) totals[(size_t)bh * T + i] = total;
+        }
+    }
+    if constexpr (kGradient) {
+        if (kRows == Rows::keys) to += C;
+        for (int r = threadIdx.x / kWarp * 8; r < (int)threadIdx.x / kWarp * 8 + 8 && i0 + r < T; r++)
+            for (int c = threadIdx.x % kWarp; c < D; c += kWarp)
+                to[r * stride + c] = dx[r * Tiles::stride + c];
+        if (!dlog_gamma) return;
+        __shared__ double of_warps[kAttentionThreads / kWarp];
+        double ddecay = i < T ? (double)slope * linear_distance<kRows>(shape, bh, i, boundary) : 0;
+        block_total(ddecay, of_warps, dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x);
+    }
+}
+
+}  // namespace gpu
