@@ -1,5 +1,5 @@
 // Attention at linear cost of llmc/cuda against the double precision oracle: every kind that has the linear
-// form, over several segments and at their edges.
+// form, over several segments and at their edges. Segments of 64 tokens, to be small.
 #include "llmc/cuda/attention_linear.h"
 
 #include "tests/cuda_attention.h"
@@ -8,13 +8,13 @@ using namespace cuda_test;
 
 namespace {
 
-// Some of them or all, of those for heads of D.
-std::vector<Kind> kinds(int D, bool all) {
-    std::vector<Kind> some;
+// Of those with a linear form for heads of D: row and `sum` with every decay, the other scales with one.
+std::vector<Kind> linear_kinds(int D) {
+    std::vector<Kind> kinds;
     for (const Kind& kind : all_kinds())
-        if (has_linear_form(kind.config, D) && (all || (one_of_each_scale(kind) && kind.decay != DecayKind::fixed)))
-            some.push_back(kind);
-    return some;
+        if (has_linear_form(kind.config, D) && (one_of_each_scale(kind) || kind.decay == DecayKind::learned))
+            kinds.push_back(kind);
+    return kinds;
 }
 
 template <class Real>
@@ -25,20 +25,64 @@ void check_linear(const Kind& kind, const Size& size, int segment = 64) {
 }  // namespace
 
 TEST_CASE_TEMPLATE("cuda linear attention: every kind over several segments", Real, float, gpu::bf16) {
-    for (const Kind& kind : kinds(8, true)) check_linear<Real>(kind, {1, 200, 2, 8});
+    for (const Kind& kind : linear_kinds(8)) check_linear<Real>(kind, {1, 130, 1, 8});
 }
 
-TEST_CASE_TEMPLATE("cuda linear attention: every head size and power", Real, float, gpu::bf16) {
-    int n = 0;
-    for (const Size& size : std::vector<Size>{{1, 1, 1, 32},
-                                              {2, 65, 3, 7},
-                                              {1, 64, 1, 16},
-                                              {1, 130, 1, 32},
-                                              {1, 129, 1, 33},
-                                              {1, 193, 1, 64},
-                                              {1, 100, 1, 80},
-                                              {1, 72, 1, 100},
-                                              {1, 130, 1, 128}})
-        for (const Kind& kind : kinds(size.D, false))
-            if (size.D < 32 || n++ % 2 == 0) check_linear<Real>(kind, size);
+TEST_CASE_TEMPLATE("cuda linear attention: every head size with every power", Real, float, gpu::bf16) {
+    const std::vector<Size> sizes = {{1, 1, 1, 32},  {1, 64, 1, 16}, {2, 65, 3, 7},  {1, 140, 1, 20},
+                                     {1, 66, 1, 32}, {1, 66, 1, 33}, {1, 70, 1, 64}, {1, 100, 1, 80},
+                                     {1, 72, 1, 99}, {1, 65, 1, 128}};
+    for (size_t i = 0; i < sizes.size(); i++)
+        for (int power = 1; power <= 3; power++) {
+            const bool sum = power == 2 && i % 2;
+            const Kind kind = {{.power = power, .scale = sum ? ScaleKind::sum : ScaleKind::row},
+                               (power + i) % 3 ? DecayKind::learned : DecayKind::none};
+            if (has_linear_form(kind.config, sizes[i].D)) check_linear<Real>(kind, sizes[i]);
+        }
+}
+
+TEST_CASE_TEMPLATE("cuda linear attention: extreme decays, from forgetting at once to never", Real, float,
+                   gpu::bf16) {
+    const Floats delta = {-30.0f, -3.0f, 12.0f, 40.0f};
+    for (int power = 1; power <= 3; power++)
+        for (ScaleKind scale : {ScaleKind::row, ScaleKind::sum}) {
+            const Kind kind = {{.power = power, .scale = scale}, DecayKind::fixed};
+            const Size size = {1, 129, 4, 4};
+            if (has_linear_form(kind.config, size.D))
+                check_attention(kind, size, random_qkv<Real>(size), delta, 1e-5, 64);
+        }
+}
+
+TEST_CASE_TEMPLATE("cuda linear attention: rows of zeros in `sum`", Real, float, gpu::bf16) {
+    const Size size = {1, 130, 1, 8};
+    std::vector<Real> qkv = random_qkv<Real>(size);
+    for (int t : {3, 64, 65, 129})
+        for (int part : {0, 1}) {
+            if (part == 0 && t == 65) continue;
+            auto row = qkv.begin() + (t * 3 + part) * size.D;
+            std::fill(row, row + size.D, Real(0.0f));
+        }
+    const Kind kind = {{.power = 2, .scale = ScaleKind::sum}, DecayKind::learned};
+    check_attention(kind, size, qkv, decay_of(kind, size.H), 1e-5, 64);
+}
+
+TEST_CASE("cuda linear attention: a learned decay's gradient over many segments") {
+    for (int power : {1, 2})
+        check_linear<float>({{.power = power, .scale = ScaleKind::row}, DecayKind::learned}, {1, 700, 1, 8});
+}
+
+TEST_CASE_TEMPLATE("cuda linear attention: segments of its own length", Real, float, gpu::bf16) {
+    CHECK(gpu::linear_segment(1, 8) == 128);
+    CHECK(gpu::linear_segment(2, 64) == 576);
+    check_linear<Real>({{.power = 2, .scale = ScaleKind::row}, DecayKind::learned}, {1, 130, 1, 8}, 0);
+}
+
+TEST_CASE("cuda linear attention: pays for long sequences") {
+    AttentionConfig config{.power = 2};
+    CHECK(!gpu::linear_pays(config, 1024, 64));
+    CHECK(gpu::linear_pays(config, 16384, 64));
+    config.power = 1;
+    CHECK(gpu::linear_pays(config, 1024, 64));
+    config.scale = ScaleKind::sum;
+    CHECK(!gpu::linear_pays(config, 1 << 20, 64));
 }

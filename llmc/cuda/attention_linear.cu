@@ -13,7 +13,8 @@ LinearShape linear_shape(const AttentionConfig& config, int T, int D, int segmen
     shape.segment = segment ? segment : linear_segment(config.power, D);
     shape.slots = ceil_div(T, shape.segment) - 1;
     shape.tiles = feature_tiles(config.power, D);
-    shape.blocks = ceil_div(D, feature_block(config.power));
+    shape.block = feature_block(config.power);
+    shape.blocks = ceil_div(D, shape.block);
     shape.width = ceil_div(D, 8) * 8;
     return shape;
 }

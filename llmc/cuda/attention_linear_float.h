@@ -6,7 +6,7 @@
 
 namespace gpu {
 
-// A row of channels in a tile, which is filled with zeros up to kD.
+// A row of channels in a tile, which is filled with zeros up to the last block.
 template <int kD>
 struct RowOfFloatTile {
     static constexpr int kChannels = kD;
@@ -45,8 +45,8 @@ __global__ __launch_bounds__(kAttentionThreads,
     float sum = 0;
     for (int i0 = begin; i0 < end; i0 += kFloatTile) {
         __syncthreads();
-        Tiles::load(x, rows.x + i0 * rows.x_stride, rows.x_stride, end - i0, D, kD);
-        Tiles::load(y, rows.y + i0 * rows.y_stride, rows.y_stride, end - i0, D, kD);
+        Tiles::load(x, rows.x + i0 * rows.x_stride, rows.x_stride, end - i0, D, shape.channels());
+        Tiles::load(y, rows.y + i0 * rows.y_stride, rows.y_stride, end - i0, D, shape.width);
         if (threadIdx.x < kFloatTile) {
             terms[token] = linear_terms<kRows>(stats, dot, shape, bh, i0 + token, boundary);
             dots[token] = terms[token].dot;
@@ -96,9 +96,9 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
     const float* state = states + row0 * shape.width;
     z = z ? z + row0 : nullptr;
     const LinearRows<float, kRows> rows(qkv, dout, shape, bh);
-    Tiles::load(x_tile, rows.x + i0 * rows.x_stride, rows.x_stride, T - i0, D, kD);
+    Tiles::load(x_tile, rows.x + i0 * rows.x_stride, rows.x_stride, T - i0, D, shape.channels());
     if (kGradient) {
-        Tiles::load(y_tile, rows.y + i0 * rows.y_stride, rows.y_stride, T - i0, D, kD);
+        Tiles::load(y_tile, rows.y + i0 * rows.y_stride, rows.y_stride, T - i0, D, shape.width);
         for (int i = threadIdx.x; i < Tiles::size; i += kAttentionThreads) dx[i] = 0;
     }
 

@@ -13,9 +13,11 @@ struct LinearShape {
     int slots;    // boundaries between segments: one state each
     int tiles;    // of features
     int blocks;   // of channels
+    int block;    // channels in one
     int width;    // of a row of the states: D, rounded up to 8
 
     int size() const { return tiles * kFeatures * width; }  // of a state
+    __device__ int channels() const { return blocks * block; }
     // The first row of a state, of rows of `width` numbers; and its first number in z.
     __device__ size_t row(int bh, int slot) const { return ((size_t)bh * slots + slot) * tiles * kFeatures; }
     __device__ int boundary(int slot) const { return (slot + 1) * segment; }  // its token
