@@ -22,6 +22,7 @@
 #include "llmc/cuda/attention_cached.h"
 #include "llmc/cuda/attention_linear.h"
 #include "llmc/cuda/attention_norms.h"
+#include "llmc/cuda/attention_state.h"
 #include "llmc/cuda/classifier.h"
 #include "llmc/cuda/embedding.h"
 #include "llmc/cuda/gelu.h"
@@ -82,13 +83,15 @@ struct ActivationGradients {
     Real* fc;             // (B,T,4C)
 };
 
-// What generation keeps of the tokens so far.
+// What generation keeps of the tokens so far: their keys and values, or a state of fixed size.
 template <class Real>
 struct Cache {
     int length = 0;                         // tokens
+    bool has_state = false;                 // rather than keys and values
     std::vector<DeviceArray<Real>> kv;      // (L): (length,2C) and room for more
+    std::vector<DeviceArray<float>> state;  // (L): (H,state_size)
     std::vector<DeviceArray<Real>> before;  // (L): (K-1,3C), the last rows into the short convolution
-    DeviceArray<float> scores;              // (n,H,length+n): reused
+    DeviceArray<float> scratch;             // of attention; reused
     DeviceArray<float> row_scale;           // (n,H): reused
 };
 
@@ -119,13 +122,16 @@ struct GPT : Model {
           Vp(padded_vocabulary(config)),
           options(options),
           training(options.purpose == Purpose::training) {
-        if (options.kernel == AttentionKernel::linear && !has_linear_form(attention, D))
-            usage_error("--attention-kernel linear: ", kAttentionNames[attention.power], ", scale ",
-                        config.attention_scale, ", heads of ", D,
-                        ": expected poly1, poly2, or poly3 with heads of at most 32, and no scale sum with "
-                        "odd powers");
-        if (options.cache == CacheKind::state)
-            usage_error("--cache state: the CUDA trainer keeps keys and values: expected auto or kv");
+        auto require_linear_form = [&](bool wanted, const char* flag) {
+            if (wanted && !has_linear_form(attention, D))
+                usage_error(
+                    flag, ": ", kAttentionNames[attention.power], ", scale ", config.attention_scale,
+                    ", heads of ", D,
+                    ": expected poly1, poly2, or poly3 with heads of at most 32, and no scale sum with odd "
+                    "powers");
+        };
+        require_linear_form(options.kernel == AttentionKernel::linear, "--attention-kernel linear");
+        require_linear_form(options.cache == CacheKind::state, "--cache state");
         if (options.stochastic_rounding && kIsFloat)
             usage_error(
                 "--stochastic-rounding: there is no copy of the weights to round without --dtype bf16");
@@ -376,6 +382,10 @@ struct GPT : Model {
     const float* decode(const int* tokens, int n) override {
         for (int done = 0; done < n;) {
             int count = std::min(n - done, decode_rows);
+            bool pays = has_linear_form(attention, D) && cache.length >= state_pays_from(attention.power, D);
+            if (!cache.has_state &&
+                (options.cache == CacheKind::state || (options.cache == CacheKind::automatic && pays)))
+                hand_over();
             place_tokens(tokens + done, 1, count, &cache);
             forward_blocks(1, count, &cache);
             done += count;
@@ -387,6 +397,7 @@ struct GPT : Model {
     void clear_cache() override {
         cache = Cache<Real>();
         cache.kv.resize(L);
+        cache.state.resize(L);
         size_t rows = (size_t)std::max(0, config.short_conv - 1) * 3 * C;
         for (int l = 0; l < L; l++) {
             cache.before.emplace_back(rows);
@@ -664,32 +675,54 @@ struct GPT : Model {
         host_logits.assign(logits.begin(), logits.end());
     }
 
-    // a.attn of T new tokens, whose keys and values join those in the cache.
+    // a.attn of T new tokens, which join those in the cache.
     void attention_with_cache(int l, LayerActivations<Real>& a, Cache<Real>& cache, int T) {
         int start = cache.length, length = start + T;
+        if (l == 0 || config.decay == DecayKind::learned) place_row_scale(l, start, T);
+        if (cache.has_state) {
+            if (l == 0) cache.scratch.grow(attention_state_scratch(attention.power, H, D), stream);
+            attention_state_forward(a.attn, cache.state[l].get(), cache.scratch.get(), a.heads, decay(l),
+                                    cache.row_scale.get(), attention, T, H, D, stream);
+            return;
+        }
         DeviceArray<Real>& kv = cache.kv[l];
         kv.grow((size_t)length * 2 * C, stream);
         check(cudaMemcpy2DAsync(kv.get() + (size_t)start * 2 * C, 2 * C * sizeof(Real), a.heads + C,
                                 3 * C * sizeof(Real), 2 * C * sizeof(Real), T, cudaMemcpyDeviceToDevice,
                                 stream));
-        if (l == 0) {  // the same for all layers but where the decay is learned
-            cache.scores.grow((size_t)T * H * length, stream);
-            cache.row_scale.grow((size_t)T * H, stream);
-        }
-        if (l == 0 || config.decay == DecayKind::learned) {
-            std::vector<float> delta(H), scales;
-            if (decay(l)) copy_to_host(delta.data(), decay(l), H, stream);
-            for (int t = start; t < length; t++)
-                for (int h = 0; h < H; h++) {
-                    bool own = config.attention().softmax() || attention.has_row_sum();
-                    scales.push_back(
-                        own ? 1 : (float)row_scale(attention, t, decay(l) ? log_gamma(delta[h]) : 0, D));
-                }
-            copy_to_device(cache.row_scale.get(), scales.data(), scales.size(), stream);
-            check(cudaStreamSynchronize(stream));
-        }
-        attention_cached_forward(a.attn, cache.scores.get(), a.heads, kv.get(), decay(l),
+        if (l == 0) cache.scratch.grow((size_t)T * H * length, stream);
+        attention_cached_forward(a.attn, cache.scratch.get(), a.heads, kv.get(), decay(l),
                                  cache.row_scale.get(), attention, start, T, H, D, stream);
+    }
+
+    // cache.row_scale of T tokens from `start` on: the same for all layers but where the decay is learned.
+    void place_row_scale(int l, int start, int T) {
+        std::vector<float> delta(H), scales;
+        if (decay(l)) copy_to_host(delta.data(), decay(l), H, stream);
+        for (int t = start; t < start + T; t++)
+            for (int h = 0; h < H; h++) {
+                bool own = attention.softmax() || attention.has_row_sum();
+                scales.push_back(own ? 1
+                                     : (float)row_scale(attention, t, decay(l) ? log_gamma(delta[h]) : 0, D));
+            }
+        cache.row_scale.grow(scales.size(), stream);
+        copy_to_device(cache.row_scale.get(), scales.data(), scales.size(), stream);
+        check(cudaStreamSynchronize(stream));
+    }
+
+    // Goes over from keys and values to the state.
+    void hand_over() {
+        cache.has_state = true;
+        for (int l = 0; l < L; l++) {
+            size_t size = H * state_size(attention.power, D);
+            cache.state[l] = DeviceArray<float>(size);
+            check(cudaMemsetAsync(cache.state[l].get(), 0, size * sizeof(float), stream));
+            if (cache.length)
+                attention_state_of_cache(cache.state[l].get(), cache.kv[l].get(), decay(l), attention,
+                                         cache.length, H, D, stream);
+            check(cudaStreamSynchronize(stream));
+            cache.kv[l] = DeviceArray<Real>();
+        }
     }
 
     // a.conv from a.qkv. While generating, the rows before these come from `before`, and the last ones go

@@ -2,6 +2,7 @@
 // loss and the same gradient of every tensor.
 #define LLMC_TESTING
 #include "dev/ptxsim/report.h"
+#include "tests/helpers.h"
 #include "tests/norms.h"
 #include "tests/reference.h"
 #include "train_gpt.cpp"
@@ -280,14 +281,23 @@ TEST_CASE("the CUDA model: gradients in bf16 beside those in float32") {
 }
 
 TEST_CASE("the CUDA model against the CPU's: tokens one after another from a cache") {
-    for (int power : {0, 3}) {
+    // The last goes over from keys and values to the state after 64 tokens.
+    for (auto [power, kind] : {std::pair(0, CacheKind::kv),
+                               {3, CacheKind::kv},
+                               {2, CacheKind::state},
+                               {1, CacheKind::automatic}}) {
+        CAPTURE(power);
         GPTConfig config = small();
         config.power = power, config.positions = PositionKind::rope, config.qk_norm = true,
         config.short_conv = 3;
         config.decay = DecayKind::learned;
         ModelOptions options{Purpose::inference, 1, 8};
-        auto cpu = cpu::make_model(config, options), gpu = gpu::backend().make_model(config, options);
-        std::vector<int> tokens = reference::random_ints(30, config.vocab_size, 3);
+        options.cache = CacheKind::kv;
+        auto cpu = cpu::make_model(config, options);
+        options.cache = kind;
+        auto gpu = gpu::backend().make_model(config, options);
+        std::vector<int> tokens =
+            reference::random_ints(kind == CacheKind::automatic ? 70 : 30, config.vocab_size, 3);
         for (Model* model : {cpu.get(), gpu.get()}) {
             model->allocate();
             fill(*model);
@@ -307,4 +317,17 @@ TEST_CASE("the CUDA model against the CPU's: tokens one after another from a cac
         gpu.reset();
         CHECK(ptxsim::take_reports().empty());
     }
+}
+
+TEST_CASE("the CUDA model refuses a linear form of attention that has none") {
+    GPTConfig config = small();
+    config.power = 4;
+    auto error = [&](AttentionKernel kernel, CacheKind cache) {
+        ModelOptions options{Purpose::inference, 1, 8};
+        options.kernel = kernel, options.cache = cache;
+        return error_of([&] { gpu::backend().make_model(config, options); });
+    };
+    CHECK(error(AttentionKernel::automatic, CacheKind::automatic) == "");
+    CHECK(error(AttentionKernel::linear, CacheKind::kv).find("--attention-kernel linear") == 0);
+    CHECK(error(AttentionKernel::tiled, CacheKind::state).find("--cache state") == 0);
 }

@@ -59,6 +59,7 @@ __global__ __launch_bounds__(kAttentionThreads,
             phi[(16 * quarter + f) * FloatWeights::stride + token] = features[f] * terms[token].weight;
         if (P == 2 && z) sum += sum_of_products<P, kFloatTile>(RowOfFloatTile<kD>{x, 0}, dots, tile);
         __syncthreads();
+#pragma unroll
         for (int half = 0; half < 2; half++) s[half].add(phi + half * FloatWeights::size, y, shape.width);
     }
     const size_t row0 = shape.row(bh, slot) + blockIdx.x * kFeatures;
