@@ -1,7 +1,9 @@
 # make help lists what there is. Two commands need nothing but make: make quickstart, make test.
 
 CXX      ?= g++
-ONEDNN   ?= $(shell printf '\043include <oneapi/dnnl/dnnl.hpp>\n' | $(CXX) -x c++ -E - >/dev/null 2>&1 && echo 1)
+# Headers and libraries of the packages in dev/setup.sh, where they are not the system's (dev/gpu_check.sh --pack).
+DEPS     ?= $(wildcard .deps)
+ONEDNN   ?= $(shell printf '\043include <oneapi/dnnl/dnnl.hpp>\n' | $(CXX) $(DEPS:%=-isystem %/include) -x c++ -E - >/dev/null 2>&1 && echo 1)
 SANITIZE ?= 0
 # 1: train_gpt has the model three times, for AVX2, AVX-512 and AVX-512 with BF16, and takes the best that the processor
 # has (llmc/cpu/isa.h). 0: once, for this processor.
@@ -13,6 +15,10 @@ CXXFLAGS ?= -O3 -Wall -Wextra
 # -fno-math-errno lets sqrt be vectorised; -Wno-psabi: vectors wider than the machine's pass through functions here.
 flags    := -std=c++20 -fopenmp -fno-math-errno -Wno-psabi -I. -MMD -MP $(CXXFLAGS)
 libs     := -lpcre2-8 -lz
+ifneq ($(DEPS),)
+flags    += -isystem $(DEPS)/include
+libs     += -L$(DEPS)/lib -Wl,-rpath,$(abspath $(DEPS))/lib
+endif
 ifeq ($(ONEDNN),1)
 flags    += -DLLMC_ONEDNN
 libs     += -ldnnl
@@ -43,7 +49,9 @@ NVCC     := $(shell for n in nvcc /usr/local/cuda/bin/nvcc .venv/cuda/bin/nvcc; 
 endif
 CUDA     ?= $(if $(NVCC),$(realpath $(dir $(realpath $(NVCC)))..))
 comma    := ,
-cuda     := -std=c++20 -O3 -lineinfo -I. -ccbin $(firstword $(CXX)) -Xcompiler -Wall,-Wextra$(if $(findstring clang,$(CXX)),$(comma)-Wno-unused-function),-fopenmp
+cuda     := -std=c++20 -O3 -lineinfo -I. $(DEPS:%=-isystem %/include) -ccbin $(firstword $(CXX)) -Xcompiler -Wall,-Wextra$(if $(findstring clang,$(CXX)),$(comma)-Wno-unused-function),-fopenmp $(NVCCFLAGS)
+CUDA_LIB ?= $(CUDA)/lib64
+cudalibs := -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcudart -lcublasLt
 # For hardware; the PTX of compute_80, which goes with it, is for the simulator and for what is newer than these.
 GPU_ARCH ?= 80 90
 to_gpu   := $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_80,code=compute_80 \
@@ -51,14 +59,14 @@ to_gpu   := $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -ge
 to_ptx   := -gencode arch=compute_80,code=compute_80 -Xfatbin -compress=false
 sim      := $(patsubst dev/ptxsim/%.cpp,$(BUILD)/ptxsim/%.o,$(wildcard dev/ptxsim/*.cpp))
 # The CUDA trainer's objects. Attention is apart because its kernels take longer to build than all the rest.
-vpath %.cu llmc/cuda
+vpath %.cu llmc/cuda dev/bench
 objects  := attention.o attention_linear.o attention_norms.o train_gpt.o
 on_gpu   := $(addprefix $(BUILD)/gpu/,$(objects))
 on_sim   := $(addprefix $(BUILD)/ptx/,$(objects))
 # Tests of the simulator (ptxsim_*) and of the CUDA trainer (cuda_*), which run on it.
 cutests  := $(patsubst tests/%.cu,$(BUILD)/%.o,$(wildcard tests/*.cu))
 
-.PHONY: all quickstart test compare bench bench-quick gpu-test ptxsim-bench format clean help
+.PHONY: all quickstart test compare bench bench-quick gpu-test gpu-check ptxsim-bench format clean help
 all: train_gpt
 
 # In this order: of an inline function that several objects have, the linker takes the first, which must run on all
@@ -132,7 +140,7 @@ $(BUILD)/ptxsim/tests: $(BUILD)/main.o $(cutests) $(BUILD)/ptxsim_libraries.o $(
 # The same objects on hardware, whose driver compiles their PTX: all but what is about the simulator's own reports.
 $(BUILD)/gpu-tests: $(BUILD)/main.o $(filter-out %_faults.o %_streams.o %_samples.o,$(cutests)) \
     $(BUILD)/cuda_model.o $(on_gpu) $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
-	$(CXX) $(flags) $^ -o $@ $(libs) -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcudart -lcublasLt
+	$(CXX) $(flags) $^ -o $@ $(libs) $(cudalibs)
 
 # The CUDA trainer for hardware; and for this processor, where the PTX alone is enough and takes half the time.
 $(BUILD)/gpu/%.o: %.cu $(BUILD)/flags
@@ -142,11 +150,22 @@ $(BUILD)/gpu/%.o: %.cu $(BUILD)/flags
 $(BUILD)/ptx/%.o: %.cu $(BUILD)/flags
 	@mkdir -p $(@D)
 	$(NVCC) $(cuda) $(to_ptx) -MMD -MP -c $< -o $@
+$(BUILD)/ptx/cuda_layers.o: cuda := $(cuda:-O3=-O0)
 
 train_gptcu: $(on_gpu) $(BUILD)/train_gptcu_main.o
-	$(CXX) $(flags) $^ -o $@ $(libs) -L$(CUDA)/lib64 -Wl,-rpath,$(CUDA)/lib64 -lcudart -lcublasLt
+	$(CXX) $(flags) $^ -o $@ $(libs) $(cudalibs)
 
 train_gptcu_sim: $(on_sim) $(BUILD)/train_gptcu_main.o $(BUILD)/libptxsim.a
+	$(CXX) $(flags) $^ -o $@ $(libs)
+
+# Every kernel timed alone: on hardware, and on the simulator, where no time means anything.
+$(BUILD)/cuda_layers_main.o: dev/bench/cuda_layers.cpp $(BUILD)/flags
+	$(CXX) $(flags) -O1 -c $< -o $@
+
+$(BUILD)/cuda_layers: $(addprefix $(BUILD)/,cuda_layers_main.o gpu/cuda_layers.o gpu/attention.o)
+	$(CXX) $(flags) $^ -o $@ $(libs) $(cudalibs)
+
+$(BUILD)/cuda_layers_sim: $(addprefix $(BUILD)/,cuda_layers_main.o ptx/cuda_layers.o ptx/attention.o libptxsim.a)
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 $(BUILD)/ptxsim/bench: dev/ptxsim/bench.cu $(BUILD)/libptxsim.a
@@ -175,7 +194,7 @@ programs := $(BUILD)/tests $(lesser:%=$(BUILD)/%/tests) $(if $(NVCC),$(BUILD)/pt
 # What takes longest, first, so that no core waits for it at the end.
 long     := $(if $(NVCC),$(on_sim))
 .PHONY: build-tests run-tests
-build-tests: $(long) train_gpt $(programs) $(BUILD)/fault_preload.so
+build-tests: $(long) train_gpt $(programs) $(if $(NVCC),$(BUILD)/cuda_layers_sim) $(BUILD)/fault_preload.so
 run-tests:
 	$(if $(NVCC),,@echo 'skipped: the tests of CUDA code, for there is no nvcc')
 	@tests/run.sh $(programs)
@@ -184,6 +203,9 @@ gpu-test: ## the tests of CUDA code on this machine's NVIDIA GPU instead of the 
 	@dev/setup.sh
 	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/gpu-tests
 	$(BUILD)/gpu-tests
+
+gpu-check: ## all about this machine's NVIDIA GPU: tests, every layer timed, training beside PyTorch; 9 minutes
+	@dev/gpu_check.sh
 
 ptxsim-bench: ## how fast CUDA code runs on this processor, with and without the checks
 	@dev/setup.sh cuda
@@ -208,7 +230,7 @@ bench-quick: ## the same on a small model, under 2 minutes
 	$(PYTHON) dev/bench/bench.py --train-gpt ./train_gpt --attention $(BUILD)/attention --quick
 
 format: ## clang-format all C++
-	clang-format -i *.cpp llmc/*.h llmc/cpu/*.h tests/*.cpp tests/*.h train_gpt.cu llmc/cuda/*.h llmc/cuda/*.cpp tests/*.cu dev/bench/*.cpp dev/ptxsim/*.h dev/ptxsim/*.cpp dev/ptxsim/*.cu
+	clang-format -i *.cpp llmc/*.h llmc/cpu/*.h tests/*.cpp tests/*.h train_gpt.cu llmc/cuda/*.h llmc/cuda/*.cpp tests/*.cu dev/bench/*.h dev/bench/*.cpp dev/bench/*.cu dev/ptxsim/*.h dev/ptxsim/*.cpp dev/ptxsim/*.cu
 
 clean: ## remove what was built (not .venv, data or out)
 	rm -rf $(BUILD) train_gpt train_gptcu train_gptcu_sim

@@ -60,8 +60,10 @@ def json_lines(path: Path) -> list[dict]:
 class Bench:
     """One case, in a folder of its own."""
 
-    def __init__(self, case: Case, folder: Path, trainer: str, threads: int, llmc_program: Path | None):
+    def __init__(self, case: Case, folder: Path, trainer: str, threads: int, llmc_program: Path | None = None,
+                 device: str = "cpu"):
         self.case, self.folder, self.train_gpt, self.threads = case, folder, trainer, threads
+        self.device = device  # PyTorch's
         it_can = (case.model, case.dtype, case.batch, case.seq) == (GPT2, "fp32", llmc.BATCH, llmc.SEQ)
         self.llmc_program = llmc_program if it_can else None
         self.data, self.start = folder / "data", folder / "start" / "step_00000001"
@@ -99,7 +101,8 @@ class Bench:
         if program == TRAINER:
             return self.trainer(metrics.parent, self.steps, LEARNING_RATE, "--checkpoint-every", "0")
         command = [sys.executable, str(REFERENCE / "training.py"), "--model", str(self.start),
-                   "--out", str(metrics), *self.common(self.steps, LEARNING_RATE)]
+                   "--out", str(metrics), "--device", self.device,
+                   *self.common(self.steps, LEARNING_RATE)]
         return command + ["--compile"] * (program == COMPILED)
 
     def run(self, program: str, round: int) -> Run:

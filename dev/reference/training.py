@@ -40,14 +40,18 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, input_ids: Te
 
 
 def train(args: argparse.Namespace) -> Iterator[dict]:
-    model = load(args.model, fused=True)
+    model = load(args.model, fused=True).to(args.device)
     optimizer = adamw(model, args.lr, args.weight_decay)
     step_model = torch.compile(model) if args.compile else model
     for step, (inputs, targets) in zip(range(1, args.steps + 1), batches(args.data, args.batch, args.seq)):
         start = time.perf_counter()
-        loss, norm = train_step(step_model, optimizer, torch.from_numpy(inputs), torch.from_numpy(targets),
-                                args.grad_clip, DTYPES[args.dtype])
-        yield {"step": step, "loss": loss, "grad_norm": norm, "ms": 1e3 * (time.perf_counter() - start)}
+        input_ids, target_ids = (torch.from_numpy(x).to(args.device) for x in (inputs, targets))
+        loss, norm = train_step(step_model, optimizer, input_ids, target_ids, args.grad_clip,
+                                DTYPES[args.dtype])
+        line = {"step": step, "loss": loss, "grad_norm": norm, "ms": 1e3 * (time.perf_counter() - start)}
+        if args.device != "cpu":
+            line["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        yield line
 
 
 def main() -> None:
@@ -63,6 +67,7 @@ def main() -> None:
     parser.add_argument("--grad-clip", type=float, default=1.0)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--compile", action="store_true", help="run the model through torch.compile")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,0 +1,46 @@
+"""Holds the losses of one run against those of another, step by step.
+
+    python dev/bench/losses.py A/metrics.jsonl B/metrics.jsonl [--rtol 1e-3] [--json FILE]
+
+Exit status 1 where they are further apart than --rtol, relatively, at any step.
+"""
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+
+def losses(path: Path, key: str) -> dict[int, float]:
+    lines = map(json.loads, path.read_text().splitlines())
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def difference(a: dict[int, float], b: dict[int, float]) -> float:
+    """Infinite where the steps are not the same or a loss is NaN."""
+    if a.keys() != b.keys() or not a:
+        return math.inf
+    differences = [abs(b[step] - a[step]) / abs(a[step]) for step in a]
+    return math.inf if any(map(math.isnan, differences)) else max(differences)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Holds the losses of one run against those of another.")
+    parser.add_argument("files", nargs=2, type=Path, metavar="metrics.jsonl")
+    parser.add_argument("--rtol", type=float, default=1e-3)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    steps, validations = ([losses(path, key) for path in args.files] for key in ("loss", "val_loss"))
+    result = {"steps": len(steps[0]), "largest_difference": difference(*steps), "rtol": args.rtol,
+              "last_losses": [list(run.values())[-1] if run else None for run in steps],
+              "last_validation_losses": [list(run.values())[-1] if run else None for run in validations]}
+    agree = result["largest_difference"] <= args.rtol
+    if args.json:
+        args.json.write_text(json.dumps(result) + "\n")
+    print(f"losses of {result['steps']} steps: largest relative difference {result['largest_difference']:.1e}, "
+          f"{'within' if agree else 'NOT within'} {args.rtol:g}")
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+#!/usr/bin/env bash
+# All that there is to know of a machine with one NVIDIA GPU, in one command and under nine minutes: builds for its card
+# alone, runs the CUDA tests on it, times every layer, trains GPT-2 124M beside PyTorch, times attention from T=1k to 32k
+# beside PyTorch's, follows the CPU trainer's losses, and runs the tests under compute-sanitizer. Downloads nothing.
+#
+#   dev/gpu_check.sh         results: gpu_check.md, gpu_check.json and gpu_check.log in $OUT, or out/gpu_check
+#   dev/gpu_check.sh --pack  for a machine without the headers and libraries that building needs: copies this one's into
+#                            .deps (45 MB), which the Makefile takes instead of the system's; bring it along with the tree
+#   dev/gpu_check.sh --sim   the same stages in small on the simulator, to test this script
+#
+# Needs g++, make, python3 with numpy and tokenizers, nvcc, cudart and cuBLASLt (the toolkit's, or those that come with
+# PyTorch); what is compared with PyTorch also torch and safetensors. Exit status 0: no stage failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+fail() { echo "gpu_check: $*" >&2; exit 1; }
+includes() { printf '#define PCRE2_CODE_UNIT_WIDTH 8\n'; printf '#include <%s>\n' "$@"; }
+soname() { objdump -p "$1" | awk '/SONAME/ { print $2 }'; }
+headers="doctest/doctest.h CLI/CLI.hpp nlohmann/json.hpp pcre2.h zlib.h"
+
+pack() {
+    local new=.deps-new file name
+    rm -rf $new && mkdir -p $new/include $new/lib
+    # Of what these headers include, that which is of their packages.
+    includes $headers oneapi/dnnl/dnnl.hpp | g++ -std=c++20 -x c++ -M - | tr -s ' \\' '\n' |
+        grep -E '/(doctest|CLI|nlohmann|oneapi)/|/(pcre2|zlib|zconf)\.h$' | while read -r file; do
+            name=$new/include/$(sed 's|.*/include/\([a-z0-9_]*-linux-gnu/\)\?||' <<<"$file")
+            mkdir -p "$(dirname "$name")" && cp "$file" "$name"
+        done
+    for name in dnnl pcre2-8 z; do
+        file=$(g++ -print-file-name=lib$name.so)
+        [ -e "$file" ] || fail "--pack: lib$name.so not found (dev/setup.sh installs it)"
+        strip --strip-unneeded "$file" -o "$new/lib/$(soname "$file")"
+        ln -s "$(soname "$file")" $new/lib/lib$name.so
+    done
+    rm -rf .deps && mv $new .deps && du -sh .deps
+}
+
+sim=
+case "${1:-}" in
+    --pack) set -e && pack && exit ;;
+    --sim) sim=1 ;;
+    "") ;;
+    *) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" | sed '$d' >&2; exit 2 ;;
+esac
+[ -n "$sim" ] || nvidia-smi -L >/dev/null 2>&1 || fail "needs an NVIDIA GPU, and nvidia-smi finds none"
+
+# What is here, and what is missing.
+work=$PWD/build/gpu_check out=${OUT:-out/gpu_check} missing=()
+rm -rf "$work" "$out"/gpu_check.* && mkdir -p "$work/lib" "$work/include" "$work/tmp" "$out"
+has() { "$python" -c "import $1" 2>/dev/null; }
+for python in .venv/bin/python python3; do has torch && break; done
+has torch || [ ! -x .venv/bin/python ] || python=.venv/bin/python
+has numpy || missing+=(numpy)
+for header in $headers; do
+    includes $header | "${CXX:-g++}" -x c++ -std=c++20 -isystem .deps/include -E - >/dev/null 2>&1 || missing+=("<$header>")
+done
+nvcc=$(ls "${NVCC:-$(command -v nvcc)}" /usr/local/cuda/bin/nvcc .venv/cuda/bin/nvcc 2>/dev/null | head -n 1)
+[ -n "$nvcc" ] || missing+=(nvcc)
+if [ -z "$sim" ] && [ -n "$nvcc" ]; then
+    cuda=$(realpath "$(dirname "$(realpath "$nvcc")")/..")
+    nvidia=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib") + "/nvidia")')
+    for lib in cudart cublasLt; do
+        file=$(ls "$cuda"/lib64/lib$lib.so "$nvidia"/*/lib/lib$lib.so.* 2>/dev/null | head -n 1)
+        [ -n "$file" ] || { missing+=(lib$lib); continue; }
+        ln -s "$file" "$work/lib/lib$lib.so" && ln -s "$file" "$work/lib/$(soname "$file")"
+    done
+    if [ ! -e "$cuda/include/cublasLt.h" ]; then
+        ln -s "$nvidia"/*/include/cublas*.h "$work/include"
+        [ -e "$work/include/cublasLt.h" ] || missing+=("<cublasLt.h>")
+        export CPATH=$work/include
+    fi
+fi
+[ ${#missing[@]} -eq 0 ] || fail "missing here: ${missing[*]} (dev/setup.sh installs it; without a network see --pack)"
+
+# A stage, for so many seconds at most, the shell commands in its third argument. What happens in it stops no other.
+deadline=520 slower=1
+[ -z "$sim" ] || slower=10
+stage() { # name, seconds, commands
+    local begin=$SECONDS limit=$(($2 * slower)) left=$((deadline * slower - SECONDS)) outcome=ok status=0
+    [ $limit -le $left ] || limit=$left
+    if [ $limit -lt 3 ]; then
+        outcome="no time left"
+    else
+        printf '%-12s ' "$1"
+        TMPDIR=$work/tmp timeout -k 5 $limit bash -eo pipefail -c "$3" >"$work/$1.log" 2>&1 &
+        child=$!
+        wait $child || status=$?
+        [ $status -eq 0 ] || outcome="failed ($status)"
+        [ $status -ne 124 ] && [ $status -ne 137 ] || outcome="stopped after $limit s"
+        rm -rf "$work"/tmp/*
+    fi
+    record "$1" "$outcome" $((SECONDS - begin))
+    { echo "==== $1: $outcome"; tail -c 2000000 "$work/$1.log" 2>/dev/null; } >>"$out/gpu_check.log"
+}
+record() { # name, outcome, seconds, reason
+    case $2 in ok | skipped) ;; *) failed=1 ;; esac
+    printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${4:-}" >>"$work/stages.tsv"
+    echo "$2, $3 s ${4:+($4)}"
+    "$python" dev/bench/gpu_report.py "$work" "$out"
+}
+skip() { printf '%-12s ' "$1" && record "$1" skipped 0 "$2"; }
+failed= child=
+trap 'kill $child 2>/dev/null; exit 130' INT TERM
+
+export OMP_WAIT_POLICY=passive python work sim
+if [ -n "$sim" ]; then
+    export trainer=./train_gptcu_sim layers=build/cuda_layers_sim tests=build/ptxsim/tests quick=--quick device=cpu
+    export lengths=64,128 heads=2 steps=20 make="make -j2"
+    chosen='cuda gelu*'
+else
+    export trainer=./train_gptcu layers=build/cuda_layers tests=build/gpu-tests quick= device=cuda
+    export lengths=1024,2048,4096,8192,16384,32768 heads=12 steps=200
+    # Only for this card and this processor, and each file by as many threads as there are.
+    arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+    export make="make -j$(nproc) DISPATCH=0 GPU_ARCH=$arch CUDA_LIB=$work/lib NVCCFLAGS=--threads=0"
+    chosen='cuda*,*CUDA model*,*on the GPU*'
+fi
+export chosen
+
+# The most important first. Of make, -k: what fails to build costs only its own stages.
+stage build 200 '$make -k $trainer $tests $layers train_gpt'
+stage tests 60 '$tests -tc="$chosen"'
+stage layers 40 '$layers $quick --json $work/layers.json'
+if has torch && has safetensors; then
+    stage training 130 '$python dev/bench/gpu_training.py --trainer $trainer --json $work/training.json --device $device $quick'
+else
+    stage training 60 '$python dev/bench/gpu_training.py --trainer $trainer --json $work/training.json --no-pytorch $quick'
+fi
+stage attention 30 '$layers $quick --attention-only --lengths $lengths --json $work/attention.json'
+if has torch; then
+    stage sdpa 40 '$python dev/bench/sdpa.py --lengths $lengths --heads $heads --device $device --json $work/sdpa.json'
+else
+    skip sdpa "$python has no torch"
+fi
+stage curve 60 '
+data=.deps/data
+if [ ! -e $data/meta.json ]; then
+    data=$work/data
+    $python data/prepare.py text llmc --tokenizer byte --out $data
+fi
+status=0
+for attention in softmax poly3; do
+    common="train --data $data --attention $attention --layers 4 --heads 4 --channels 128 --context 128 --batch 8"
+    common+=" --steps $steps --lr 1e-3 --val-every 100 --sample-every 0 --checkpoint-every 0"
+    [ -z "$sim" ] || common+=" --layers 1 --heads 2 --channels 32 --context 32 --batch 2 --val-every 0"
+    ./train_gpt $common --out $work/cpu_$attention
+    for dtype in fp32 bf16; do
+        $trainer $common --dtype $dtype --out $work/gpu_${attention}_$dtype
+        [ $dtype = fp32 ] && rtol=1e-3 || rtol=2e-2
+        $python dev/bench/losses.py {$work/cpu_$attention,$work/gpu_${attention}_$dtype}/metrics.jsonl --rtol $rtol \
+            --json $work/curve_${attention}_$dtype.json || status=1
+    done
+done
+exit $status'
+sanitizer=$(ls "$(command -v compute-sanitizer)" "${cuda:-}/bin/compute-sanitizer" 2>/dev/null | head -n 1)
+export sanitizer
+for tool in memcheck racecheck initcheck; do
+    if [ -z "$sanitizer" ] || [ -n "$sim" ]; then
+        skip $tool "no compute-sanitizer"
+    else
+        export tool
+        stage $tool 40 '$sanitizer --tool $tool --error-exitcode 9 $tests -tce="*CUDA model*,ptxsim*,cuda matmul*"'
+    fi
+done
+echo "results: $out/gpu_check.md"
+[ -z "$failed" ]
