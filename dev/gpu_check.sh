@@ -29,8 +29,11 @@ pack() {
     for name in dnnl pcre2-8 z; do
         file=$(g++ -print-file-name=lib$name.so)
         [ -e "$file" ] || fail "--pack: lib$name.so not found (dev/setup.sh installs it)"
-        strip --strip-unneeded "$file" -o "$new/lib/$(soname "$file")"
         ln -s "$(soname "$file")" $new/lib/lib$name.so
+        # And what it needs that does not come with every compiler.
+        for file in "$file" $(ldd "$file" | awk '$3 ~ "/" && $1 !~ /^lib(c|m|stdc[+][+]|gcc_s|gomp)[.]so/ { print $3 }'); do
+            strip --strip-unneeded "$file" -o "$new/lib/$(soname "$file")"
+        done
     done
     rm -rf .deps && mv $new .deps && du -sh .deps
 }
@@ -90,7 +93,7 @@ stage() { # name, seconds, commands
         rm -rf "$work"/tmp/*
     fi
     record "$1" "$outcome" $((SECONDS - begin))
-    { echo "==== $1: $outcome"; tail -c 2000000 "$work/$1.log" 2>/dev/null; } >>"$out/gpu_check.log"
+    { echo "==== $1: $outcome"; tail -c 1000000 "$work/$1.log" 2>/dev/null; } >>"$out/gpu_check.log"
 }
 record() { # name, outcome, seconds, reason
     case $2 in ok | skipped) ;; *) failed=1 ;; esac
@@ -105,15 +108,16 @@ trap 'kill $child 2>/dev/null; exit 130' INT TERM
 export OMP_WAIT_POLICY=passive python work sim
 if [ -n "$sim" ]; then
     export trainer=./train_gptcu_sim layers=build/cuda_layers_sim tests=build/ptxsim/tests quick=--quick device=cpu
-    export lengths=64,128 heads=2 steps=20 make="make -j2"
+    export lengths=64,128 heads=2 model="--steps 20 --layers 1 --heads 2 --channels 32 --context 32 --batch 2" make=make
     chosen='cuda gelu*'
 else
     export trainer=./train_gptcu layers=build/cuda_layers tests=build/gpu-tests quick= device=cuda
-    export lengths=1024,2048,4096,8192,16384,32768 heads=12 steps=200
+    export lengths=1024,2048,4096,8192,16384,32768 heads=12
+    export model="--steps 200 --layers 4 --heads 4 --channels 128 --context 128 --batch 8"
     # Only for this card and this processor, and each file by as many threads as there are.
     arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
     export make="make -j$(nproc) DISPATCH=0 GPU_ARCH=$arch CUDA_LIB=$work/lib NVCCFLAGS=--threads=0"
-    chosen='cuda*,*CUDA model*,*on the GPU*'
+    chosen='*'
 fi
 export chosen
 
@@ -140,9 +144,7 @@ if [ ! -e $data/meta.json ]; then
 fi
 status=0
 for attention in softmax poly3; do
-    common="train --data $data --attention $attention --layers 4 --heads 4 --channels 128 --context 128 --batch 8"
-    common+=" --steps $steps --lr 1e-3 --val-every 100 --sample-every 0 --checkpoint-every 0"
-    [ -z "$sim" ] || common+=" --layers 1 --heads 2 --channels 32 --context 32 --batch 2 --val-every 0"
+    common="train --data $data --attention $attention $model --lr 1e-3 --val-every 0 --sample-every 0 --checkpoint-every 0"
     ./train_gpt $common --out $work/cpu_$attention
     for dtype in fp32 bf16; do
         $trainer $common --dtype $dtype --out $work/gpu_${attention}_$dtype

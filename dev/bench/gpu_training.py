@@ -50,7 +50,7 @@ def row(run: Run, bench: Bench) -> dict:
 
 def compare(rows: list[dict], rtol: float) -> None:
     """Puts into the rows of PyTorch how the trainer's losses and speed compare."""
-    trainer = {row["attention"]: row for row in rows if row["program"] == TRAINER and "ms" in row}
+    trainer = {row["attention"]: row for row in rows if row["program"] != COMPILED and "ms" in row}
     for theirs in (row for row in rows if row["program"] == COMPILED and "ms" in row):
         if ours := trainer.get(theirs["attention"]):
             pairs = list(zip(ours["loss"], theirs["loss"]))[:COMPARED_STEPS]
@@ -78,8 +78,8 @@ def main() -> int:
             if program == COMPILED and args.no_pytorch:
                 continue
             case = Case(model, batch, model.context, "bf16", attention, rounds=1, steps=args.steps, warmup=5)
-            line = {"program": program, "attention": attention}
-            print(f"{case.name}: {program}", file=sys.stderr, flush=True)
+            line = {"program": args.trainer.name if program == TRAINER else program, "attention": attention}
+            print(f"{case.name}: {program}", flush=True)
             try:
                 if attention not in benches:
                     benches[attention] = Bench(case, Path(folder) / attention, str(args.trainer.resolve()),

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 
-def losses(path: Path, key: str) -> dict[int, float]:
+def losses(path: Path) -> dict[int, float]:
     lines = map(json.loads, path.read_text().splitlines())
-    return {line["step"]: line[key] for line in lines if key in line}
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def difference(a: dict[int, float], b: dict[int, float]) -> float:
@@ -30,10 +30,9 @@ def main() -> int:
     parser.add_argument("--rtol", type=float, default=1e-3)
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    steps, validations = ([losses(path, key) for path in args.files] for key in ("loss", "val_loss"))
-    result = {"steps": len(steps[0]), "largest_difference": difference(*steps), "rtol": args.rtol,
-              "last_losses": [list(run.values())[-1] if run else None for run in steps],
-              "last_validation_losses": [list(run.values())[-1] if run else None for run in validations]}
+    runs = [losses(path) for path in args.files]
+    result = {"steps": len(runs[0]), "largest_difference": difference(*runs), "rtol": args.rtol,
+              "last_losses": [list(run.values())[-1] if run else None for run in runs]}
     agree = result["largest_difference"] <= args.rtol
     if args.json:
         args.json.write_text(json.dumps(result) + "\n")
