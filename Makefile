@@ -17,7 +17,8 @@ flags    := -std=c++20 -fopenmp -fno-math-errno -Wno-psabi -I. -MMD -MP $(CXXFLA
 libs     := -lpcre2-8 -lz
 ifneq ($(DEPS),)
 flags    += -isystem $(DEPS)/include
-libs     += -L$(DEPS)/lib -Wl,-rpath,$(abspath $(DEPS))/lib
+# Not new: what these libraries need in turn is looked for there too.
+libs     += -L$(DEPS)/lib -Wl,--disable-new-dtags,-rpath,$(abspath $(DEPS))/lib
 endif
 ifeq ($(ONEDNN),1)
 flags    += -DLLMC_ONEDNN

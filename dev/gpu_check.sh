@@ -5,11 +5,13 @@
 #
 #   dev/gpu_check.sh         results: gpu_check.md, gpu_check.json and gpu_check.log in $OUT, or out/gpu_check
 #   dev/gpu_check.sh --pack  for a machine without the headers and libraries that building needs: copies this one's into
-#                            .deps (45 MB), which the Makefile takes instead of the system's; bring it along with the tree
+#                            .deps (45 MB), with a small dataset; the Makefile takes them instead of the system's. Bring
+#                            that folder along with the tree
 #   dev/gpu_check.sh --sim   the same stages in small on the simulator, to test this script
 #
-# Needs g++, make, python3 with numpy and tokenizers, nvcc, cudart and cuBLASLt (the toolkit's, or those that come with
-# PyTorch); what is compared with PyTorch also torch and safetensors. Exit status 0: no stage failed.
+# Needs g++, make, python3 with numpy (and tokenizers, where --pack has made no dataset), nvcc, cudart and cuBLASLt (the
+# toolkit's, or those that come with PyTorch); what is compared with PyTorch also torch and safetensors. Exit status 0: no
+# stage failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 fail() { echo "gpu_check: $*" >&2; exit 1; }
@@ -35,6 +37,7 @@ pack() {
             strip --strip-unneeded "$file" -o "$new/lib/$(soname "$file")"
         done
     done
+    .venv/bin/python data/prepare.py text llmc --tokenizer byte --out $new/data
     rm -rf .deps && mv $new .deps && du -sh .deps
 }
 
@@ -50,7 +53,7 @@ esac
 # What is here, and what is missing.
 work=$PWD/build/gpu_check out=${OUT:-out/gpu_check} missing=()
 rm -rf "$work" "$out"/gpu_check.* && mkdir -p "$work/lib" "$work/include" "$work/tmp" "$out"
-has() { "$python" -c "import $1" 2>/dev/null; }
+has() { "$python" -c 'import sys, importlib.util; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)' "$1" 2>/dev/null; }
 for python in .venv/bin/python python3; do has torch && break; done
 has torch || [ ! -x .venv/bin/python ] || python=.venv/bin/python
 has numpy || missing+=(numpy)
@@ -107,26 +110,26 @@ trap 'kill $child 2>/dev/null; exit 130' INT TERM
 
 export OMP_WAIT_POLICY=passive python work sim
 if [ -n "$sim" ]; then
-    export trainer=./train_gptcu_sim layers=build/cuda_layers_sim tests=build/ptxsim/tests quick=--quick device=cpu
-    export lengths=64,128 heads=2 model="--steps 20 --layers 1 --heads 2 --channels 32 --context 32 --batch 2" make=make
-    chosen='cuda gelu*'
+    export trainer=./train_gptcu_sim layers=build/cuda_layers_sim quick=--quick device=cpu lengths=64,128 heads=2
+    export tests='build/ptxsim/tests -tc="cuda gelu*"' make=make
+    export model="--steps 20 --layers 1 --heads 2 --channels 32 --context 32 --batch 2"
 else
-    export trainer=./train_gptcu layers=build/cuda_layers tests=build/gpu-tests quick= device=cuda
-    export lengths=1024,2048,4096,8192,16384,32768 heads=12
+    export trainer=./train_gptcu layers=build/hardware/cuda_layers quick= device=cuda
+    export lengths=1024,2048,4096,8192,16384,32768 heads=12 tests=build/hardware/gpu-tests
     export model="--steps 200 --layers 4 --heads 4 --channels 128 --context 128 --batch 8"
-    # Only for this card and this processor, and each file by as many threads as there are.
+    # Machine code for this card alone, also of the tests, so that the driver has no PTX to compile.
     arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
-    export make="make -j$(nproc) DISPATCH=0 GPU_ARCH=$arch CUDA_LIB=$work/lib NVCCFLAGS=--threads=0"
-    chosen='*'
+    code="-gencode=arch=compute_$arch,code=sm_$arch"
+    export DISPATCH=0 CUDA_LIB=$work/lib NVCCFLAGS="--threads=0 --split-compile=0"
+    export make="make -j$(nproc) BUILD=build/hardware to_gpu=$code to_ptx=$code"
 fi
-export chosen
 
 # The most important first. Of make, -k: what fails to build costs only its own stages.
-stage build 200 '$make -k $trainer $tests $layers train_gpt'
-stage tests 60 '$tests -tc="$chosen"'
+stage build 200 '$make -k $trainer ${tests%% *} $layers train_gpt'
+stage tests 60 'eval $tests'
 stage layers 40 '$layers $quick --json $work/layers.json'
 if has torch && has safetensors; then
-    stage training 130 '$python dev/bench/gpu_training.py --trainer $trainer --json $work/training.json --device $device $quick'
+    stage training 170 '$python dev/bench/gpu_training.py --trainer $trainer --json $work/training.json --device $device $quick'
 else
     stage training 60 '$python dev/bench/gpu_training.py --trainer $trainer --json $work/training.json --no-pytorch $quick'
 fi
