@@ -46,7 +46,7 @@ case "${1:-}" in
     --pack) set -e && pack && exit ;;
     --sim) sim=1 ;;
     "") ;;
-    *) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" | sed '$d' >&2; exit 2 ;;
+    *) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
 [ -n "$sim" ] || nvidia-smi -L >/dev/null 2>&1 || fail "needs an NVIDIA GPU, and nvidia-smi finds none"
 

@@ -1,5 +1,5 @@
-"""dev/bench/cuda_layers.cu on the simulator, and the scripts that make a report of what it measures. What the figures
-say is not tested: on the simulator they mean nothing."""
+"""dev/bench/cuda_layers.cu on the simulator, and the scripts that make a report of what it measures. What the
+figures say is not tested: on the simulator they mean nothing."""
 import json
 import subprocess
 import sys
@@ -50,7 +50,8 @@ class LayersTest(Folder):
 
     def test_attention_against_length(self) -> None:
         results = self.measure("--attention-only", "--lengths", "16,65")
-        rows = [(row["T"], row["B"], row["attention"]) for row in results["attention"] if row["kernel"] == "tiled"]
+        rows = [(row["T"], row["B"], row["attention"]) for row in results["attention"]
+                if row["kernel"] == "tiled"]
         self.assertEqual(rows, [(T, B, name) for T, B in ((16, 4), (65, 1)) for name in ATTENTION])
         self.assertFalse(results["layers"])
         for row in results["attention"]:
@@ -78,10 +79,10 @@ class ReportTest(Folder):
             (self.folder / name).write_text(content)
 
         write("stages.tsv", "build\tok\t90\t\ntests\tfailed (1)\t5\t\nsdpa\tskipped\t0\tno torch\n")
-        write("tests.log", "one\nTEST_CASE: cuda gelu\nCUDA error: | out of memory\nlast line\n")
+        write("tests.log", "one\nTEST: cuda gelu\nCUDA error: | out of memory\nlast line\n")
         write("training.json", '{"rows": [')
-        write("curve_poly3_fp32.json", json.dumps({"steps": 200, "largest_difference": 2e-5, "rtol": 1e-3,
-                                                   "last_losses": [2.5, 2.50001]}))
+        write("curve_poly3_fp32.json", json.dumps({"steps": 200, "largest_difference": 2e-5,
+                                                   "rtol": 1e-3, "last_losses": [2.5, 2.50001]}))
         layer = {"layer": "GELU forward", "ms": 0.5, "bytes": 1e9, "operations": 0, "gb_s": 2000,
                  "tflop_s": 0, "share_of_copy": 0.8, "share_of_product": 0}
         write("layers.json", json.dumps({"dtype": "bf16", "batch": 16, "seq": 1024, "channels": 768,
@@ -93,7 +94,8 @@ class ReportTest(Folder):
         results = json.loads((out / "gpu_check.json").read_text())
         self.assertEqual([stage["outcome"] for stage in results["stages"]], ["ok", "failed (1)", "skipped"])
         text = (out / "gpu_check.md").read_text()
-        for line in ("| tests | failed (1) | 5 | CUDA error: / out of memory |", "| sdpa | skipped | 0 | no torch |",
+        for line in ("| tests | failed (1) | 5 | CUDA error: / out of memory |",
+                     "| sdpa | skipped | 0 | no torch |",
                      "| GELU forward | 0.5 | 1,000 |  | 2,000 |  | 80% |  |", "| fc | no algorithm |",
                      "| poly3_fp32 | 200 | 2.0e-05 | 0.001 | 2.5000 | 2.5000 |"):
             self.assertIn(line, text)

@@ -62,7 +62,8 @@ def training_lines(training: dict, peak: float | None) -> list[str]:
         rows.append([x["program"], x["attention"], number(x["ms"]), number(x["tokens_per_second"]),
                      number(x["tflop_s"]), percent(x["tflop_s"] / peak) if peak else None,
                      number(x["gpu_mib"]), f"{x['ratio']:.2f}" if "ratio" in x else None, agree])
-    return [f"## Training, {training['model']}, {training['dtype']}, {training['batch']} x {training['seq']}", "",
+    sizes = f"{training['model']}, {training['dtype']}, {training['batch']} x {training['seq']}"
+    return [f"## Training, {sizes}", "",
             *table(["program", "attention", "ms a step", "tokens/s", "TFLOP/s", "of product", "GPU MiB",
                     "its time to the trainer's", "losses agree"], rows)]
 
@@ -85,7 +86,7 @@ def attention_lines(attention: dict | None, sdpa: dict | None) -> list[str]:
 
 
 def curve_lines(curves: dict[str, dict]) -> list[str]:
-    rows = [[name, x["steps"], f"{x['largest_difference']:.1e}", f"{x['rtol']:g}",
+    rows = [[name.removeprefix("curve_"), x["steps"], f"{x['largest_difference']:.1e}", f"{x['rtol']:g}",
              *(f"{loss:.4f}" for loss in x["last_losses"])] for name, x in curves.items()]
     return ["## Losses against the CPU trainer's in fp32", "",
             *table(["", "steps", "largest difference", "allowed", "CPU's last", "GPU's last"], rows)]
@@ -101,7 +102,8 @@ def markdown(results: dict) -> str:
         lines += attention_lines(results.get("attention"), results.get("sdpa"))
     if layers:
         lines += layer_lines(layers)
-    if curves := {name.removeprefix("curve_"): x for name, x in results.items() if name.startswith("curve_") and x}:
+    curves = {name: x for name, x in results.items() if name.startswith("curve_") and x}
+    if curves:
         lines += curve_lines(curves)
     return "\n".join(lines)
 
@@ -115,10 +117,11 @@ def output(*command: str) -> str:
 
 def describe_machine() -> dict[str, str]:
     """Of what is not known, nothing."""
-    names = {"name": "card", "driver_version": "driver", "memory.total": "memory", "power.limit": "power limit",
-             "clocks.max.sm": "highest clock", "compute_cap": "compute capability"}
+    names = {"name": "card", "driver_version": "driver", "memory.total": "memory",
+             "power.limit": "power limit", "clocks.max.sm": "highest clock", "compute_cap": "compute capability"}
     card = output("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader").split("\n")[0]
-    nvcc = re.search(r"release ([\d.]+)", output("nvcc", "--version") or output("/usr/local/cuda/bin/nvcc", "--version"))
+    nvcc = output("nvcc", "--version") or output("/usr/local/cuda/bin/nvcc", "--version")
+    nvcc = re.search(r"release ([\d.]+)", nvcc)
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     try:
         torch = metadata.version("torch")
@@ -133,11 +136,15 @@ def describe_machine() -> dict[str, str]:
 
 
 def last_words(log: Path) -> str:
-    """Why a stage failed: the last line that says so, or the last one."""
-    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    """Why a stage failed: the tests that did, or the last line that speaks of an error, or the last one."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     lines = [line.strip() for line in lines if line.strip()] or ["no output"]
-    said = [line for line in lines if any(word in line for word in ("error", "ERROR", "failed", "Error"))]
-    return (said or lines)[-1][:200].replace("|", "/")
+    if tests := dict.fromkeys(line for line in lines if line.startswith("TEST CASE:")):
+        said = f"{len(tests)} tests: " + ", ".join(test.removeprefix("TEST CASE:").strip() for test in tests)
+    else:
+        errors = [line for line in lines if re.search("error|failed", line, re.IGNORECASE)]
+        said = (errors or lines)[-1]
+    return said[:300].replace("|", "/")
 
 
 def collect(work: Path) -> dict:

@@ -2,10 +2,10 @@
 
     python dev/bench/gpu_training.py --trainer ./train_gptcu --json FILE [--batch B]
 
-Both start from the same weights and train on the same batch of random tokens, softmax and poly3 (programs.py);
-that they did the same work shows in their losses. PyTorch is the twin in dev/reference/ as one writes it for
-speed: autocast, scaled_dot_product_attention, fused AdamW. The vocabulary is padded to 50,304, as one does for
-PyTorch's sake.
+Both start from the same weights and train on the same batch of random tokens, softmax and poly3
+(programs.py); that they did the same work shows in their losses. PyTorch is the twin in dev/reference/ as one
+writes it for speed: autocast, scaled_dot_product_attention, fused AdamW. The vocabulary is padded to 50,304,
+as one does for PyTorch's sake.
 """
 import argparse
 import json
@@ -82,6 +82,8 @@ def main() -> int:
             print(f"{case.name}: {program}", flush=True)
             try:
                 if attention not in benches:
+                    if program == COMPILED:
+                        raise Failure([], "the trainer has left no weights to start from")
                     benches[attention] = Bench(case, Path(folder) / attention, str(args.trainer.resolve()),
                                                len(os.sched_getaffinity(0)), device=args.device)
                 line |= row(benches[attention].run(program, 1), benches[attention])

@@ -36,8 +36,8 @@ def main() -> int:
     agree = result["largest_difference"] <= args.rtol
     if args.json:
         args.json.write_text(json.dumps(result) + "\n")
-    print(f"losses of {result['steps']} steps: largest relative difference {result['largest_difference']:.1e}, "
-          f"{'within' if agree else 'NOT within'} {args.rtol:g}")
+    print(f"{result['steps']} steps: largest relative difference of the losses "
+          f"{result['largest_difference']:.1e}, {'within' if agree else 'NOT within'} {args.rtol:g}")
     return 0 if agree else 1
 
 

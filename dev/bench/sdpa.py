@@ -75,7 +75,8 @@ def main() -> None:
         for backend in BACKENDS:
             B = max(1, tokens // T)
             try:
-                row = measure(backend, DTYPES[args.dtype], B, args.heads, args.head_size, T, args.repeat, other)
+                row = measure(backend, DTYPES[args.dtype], B, args.heads, args.head_size, T, args.repeat,
+                              other)
             except RuntimeError as error:  # a backend that is not for this card
                 row = {"backend": backend, "B": B, "T": T, "error": " ".join(str(error).split())[:200]}
             results["rows"].append(row)
