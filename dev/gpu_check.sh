@@ -110,12 +110,12 @@ trap 'kill $child 2>/dev/null; exit 130' INT TERM
 
 export OMP_WAIT_POLICY=passive python work sim
 if [ -n "$sim" ]; then
-    export trainer=./train_gptcu_sim layers=build/cuda_layers_sim quick=--quick device=cpu lengths=64,128 heads=2
-    export tests='build/ptxsim/tests -tc="cuda gelu*"' make=make
+    export cpu=./train_gpt trainer=./train_gptcu_sim layers=build/cuda_layers_sim quick=--quick device=cpu
+    export tests='build/ptxsim/tests -tc="cuda gelu*"' make=make lengths=64,128 heads=2
     export model="--steps 20 --layers 1 --heads 2 --channels 32 --context 32 --batch 2"
 else
-    export trainer=./train_gptcu layers=build/hardware/cuda_layers quick= device=cuda
-    export lengths=1024,2048,4096,8192,16384,32768 heads=12 tests=build/hardware/gpu-tests
+    export cpu=build/hardware/train_gpt trainer=build/hardware/train_gptcu layers=build/hardware/cuda_layers quick=
+    export tests=build/hardware/gpu-tests lengths=1024,2048,4096,8192,16384,32768 heads=12 device=cuda
     export model="--steps 200 --layers 4 --heads 4 --channels 128 --context 128 --batch 8"
     # Machine code for this card alone, also of the tests, so that the driver has no PTX to compile.
     arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
@@ -125,7 +125,10 @@ else
 fi
 
 # The most important first. Of make, -k: what fails to build costs only its own stages.
-stage build 200 '$make -k $trainer ${tests%% *} $layers train_gpt'
+stage build 200 '
+$make -k $(basename $trainer) ${tests%% *} $layers train_gpt || status=$?
+[ -n "$sim" ] || mv -f train_gptcu train_gpt build/hardware/  # others than `make` alone would build
+exit ${status:-0}'
 stage tests 60 'eval $tests'
 stage layers 40 '$layers $quick --json $work/layers.json'
 if has torch && has safetensors; then
@@ -148,7 +151,7 @@ fi
 status=0
 for attention in softmax poly3; do
     common="train --data $data --attention $attention $model --lr 1e-3 --val-every 0 --sample-every 0 --checkpoint-every 0"
-    ./train_gpt $common --out $work/cpu_$attention
+    $cpu $common --out $work/cpu_$attention
     for dtype in fp32 bf16; do
         $trainer $common --dtype $dtype --out $work/gpu_${attention}_$dtype
         [ $dtype = fp32 ] && rtol=1e-3 || rtol=2e-2

@@ -74,7 +74,7 @@ class LossesTest(unittest.TestCase):
 
 class ReportTest(Folder):
     def test_whatever_there_is(self) -> None:
-        """Stages that failed leave no file, half of one or one with errors, and hide nothing of the others."""
+        """Stages that failed leave no file, half a file or one with errors, and hide nothing of others."""
         def write(name: str, content: str) -> None:
             (self.folder / name).write_text(content)
 

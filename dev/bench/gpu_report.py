@@ -118,7 +118,8 @@ def output(*command: str) -> str:
 def describe_machine() -> dict[str, str]:
     """Of what is not known, nothing."""
     names = {"name": "card", "driver_version": "driver", "memory.total": "memory",
-             "power.limit": "power limit", "clocks.max.sm": "highest clock", "compute_cap": "compute capability"}
+             "power.limit": "power limit", "clocks.max.sm": "highest clock",
+             "compute_cap": "compute capability"}
     card = output("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader").split("\n")[0]
     nvcc = output("nvcc", "--version") or output("/usr/local/cuda/bin/nvcc", "--version")
     nvcc = re.search(r"release ([\d.]+)", nvcc)
