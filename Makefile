@@ -163,10 +163,11 @@ train_gptcu_sim: $(on_sim) $(BUILD)/train_gptcu_main.o $(BUILD)/libptxsim.a
 $(BUILD)/cuda_layers_main.o: dev/bench/cuda_layers.cpp $(BUILD)/flags
 	$(CXX) $(flags) -O1 -c $< -o $@
 
-$(BUILD)/cuda_layers: $(addprefix $(BUILD)/,cuda_layers_main.o gpu/cuda_layers.o gpu/attention.o)
+$(BUILD)/cuda_layers: $(BUILD)/cuda_layers_main.o $(BUILD)/gpu/cuda_layers.o $(filter-out %/train_gpt.o,$(on_gpu))
 	$(CXX) $(flags) $^ -o $@ $(libs) $(cudalibs)
 
-$(BUILD)/cuda_layers_sim: $(addprefix $(BUILD)/,cuda_layers_main.o ptx/cuda_layers.o ptx/attention.o libptxsim.a)
+$(BUILD)/cuda_layers_sim: $(BUILD)/cuda_layers_main.o $(BUILD)/ptx/cuda_layers.o $(filter-out %/train_gpt.o,$(on_sim)) \
+    $(BUILD)/libptxsim.a
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 $(BUILD)/ptxsim/bench: dev/ptxsim/bench.cu $(BUILD)/libptxsim.a

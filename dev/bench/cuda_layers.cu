@@ -366,14 +366,14 @@ class Bench {
         AttentionConfig config;
         config.power = form.power;
         size_t n = (size_t)B * T * C;
-        double pair = 2.0 * C * B * T * (T + 1) / 2, name_bytes = kReal * n;
+        double product = 2.0 * C * B * T * (T + 1) / 2, one = kReal * n;
         std::string name = std::string("attention ") + form.attention + " " + form.kernel;
         Attention a{form.attention,
                     form.kernel,
                     B,
                     T,
-                    {name + " forward", 4 * name_bytes, 2 * pair},
-                    {name + " backward", 8 * name_bytes, 5 * pair}};
+                    {name + " forward", 4 * one, 2 * product},
+                    {name + " backward", 8 * one, 5 * product}};
         try {
             auto qkv = random<Real>(3 * n), out = random<Real>(n), dout = random<Real>(n),
                  dqkv = random<Real>(3 * n);
