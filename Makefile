@@ -196,7 +196,7 @@ programs := $(BUILD)/tests $(lesser:%=$(BUILD)/%/tests) $(if $(NVCC),$(BUILD)/pt
 # What takes longest, first, so that no core waits for it at the end.
 long     := $(if $(NVCC),$(on_sim))
 .PHONY: build-tests run-tests
-build-tests: $(long) train_gpt $(programs) $(if $(NVCC),$(BUILD)/cuda_layers_sim) $(BUILD)/fault_preload.so
+build-tests: $(long) train_gpt $(if $(NVCC),train_gptcu_sim $(BUILD)/cuda_layers_sim) $(programs) $(BUILD)/fault_preload.so
 run-tests:
 	$(if $(NVCC),,@echo 'skipped: the tests of CUDA code, for there is no nvcc')
 	@tests/run.sh $(programs)

@@ -1,7 +1,8 @@
 // Running the trainer's program as a user does, on small datasets and models made here.
 //
-// LLMC_TRAIN_GPT is the program (./train_gpt where it is not set) and LLMC_FAULT_PRELOAD the library of
-// tests/fault_preload.c (build/fault_preload.so).
+// LLMC_TRAIN_GPT is the program (./train_gpt where it is not set), LLMC_TRAIN_GPTCU the CUDA trainer (where
+// it is not set its tests are skipped) and LLMC_FAULT_PRELOAD the library of tests/fault_preload.c
+// (build/fault_preload.so).
 #pragma once
 #include <doctest/doctest.h>
 #include <fcntl.h>
@@ -65,13 +66,14 @@ struct Run {
     Strings environment = {};    // NAME=VALUE, besides this process's own
     double kill_after = 0;       // seconds until SIGKILL; 0: never
     std::string stdout_to = {};  // a file instead of Result::out
+    std::string program = {};    // instead of train_gpt
 };
 
 // Runs the program with the words of `line` and then `more` as its arguments, stdin closed. Too long a run
 // is an error.
 inline Result train_gpt(const std::string& line, const Strings& more = {}, const Run& run = {}) {
     const double limit = 120;  // seconds
-    Strings arguments = {environment("LLMC_TRAIN_GPT", "./train_gpt")};
+    Strings arguments = {run.program.empty() ? environment("LLMC_TRAIN_GPT", "./train_gpt") : run.program};
     std::istringstream words(line);
     for (std::string word; words >> word;) arguments.push_back(word);
     arguments.insert(arguments.end(), more.begin(), more.end());
@@ -126,8 +128,9 @@ inline void check_done(const Result& result) {
 }
 
 // The run failed with `status`, and stderr is warnings and one line of error, in which every part stands.
-inline void check_failed(const Result& result, int status, const Strings& parts) {
-    const std::string start = "train_gpt: error: ";
+inline void check_failed(const Result& result, int status, const Strings& parts,
+                         const std::string& program = "train_gpt") {
+    const std::string start = program + ": error: ";
     CAPTURE(result.err);
     CHECK(result.status == status);
     std::string error;
