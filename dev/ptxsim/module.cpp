@@ -1,4 +1,4 @@
-// Modules: PTX is parsed when it is loaded, a kernel is decoded when it is asked for.
+// Modules: PTX is read when it is loaded, a kernel is parsed and decoded when it is asked for.
 #include <algorithm>
 #include <stdexcept>
 
@@ -44,7 +44,8 @@ void initialize(const Module& m, const VariableDeclaration& v, const VariableInf
 
 Module* load_module(const std::string& ptx, const std::string& name) {
     auto m = std::make_unique<Module>();
-    m->text = parse(ptx, name);
+    m->ptx = ptx;
+    m->text = parse(m->ptx, name);
     auto is_memory = [](const VariableDeclaration& v) {
         return v.space == Space::global || v.space == Space::constant;
     };
@@ -71,7 +72,10 @@ const Kernel* find_kernel(const Module* module, const std::string& mangled) {
     auto it = m->text.functions.find(mangled);
     if (it == m->text.functions.end() || !it->second.is_entry) return nullptr;
     std::unique_ptr<Kernel>& slot = m->kernels[mangled];
-    if (!slot) slot = decode(*m, it->second);
+    if (!slot) {
+        parse_body(m->text, &it->second);
+        slot = decode(*m, it->second);
+    }
     return slot.get();
 }
 

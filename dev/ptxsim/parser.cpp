@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cctype>
 #include <cstring>
 #include <stdexcept>
@@ -20,7 +21,7 @@ int type_bytes(const std::string& type) {
 namespace {
 
 struct Token {
-    enum Kind { word, number, string, punctuation, end } kind;
+    enum Kind { word, number, string, punctuation, body, end } kind;
     std::string_view text;
     int line;
 };
@@ -29,10 +30,21 @@ bool is_word(char c) {
     return isalnum((unsigned char)c) || c == '_' || c == '$' || c == '%' || c == '.';
 }
 
-// Words may hold dots: "ld.global.f32", ".reg", "%tid.x". A negative number is two tokens.
-std::vector<Token> tokenize(std::string_view text) {
+// The end of what begins with the brace at text[0].
+size_t end_of_body(std::string_view text) {
+    int depth = 0;
+    for (size_t i = 0; i < text.size(); i++) {
+        depth += (text[i] == '{') - (text[i] == '}');
+        if (depth == 0) return i + 1;
+    }
+    return text.size();
+}
+
+// Words may hold dots: "ld.global.f32", ".reg", "%tid.x". A negative number is two tokens. The body of an
+// entry is one.
+std::vector<Token> tokenize(std::string_view text, int line) {
     std::vector<Token> tokens;
-    int line = 1;
+    bool in_entry = false;
     for (size_t i = 0; i < text.size();) {
         char c = text[i];
         size_t start = i;
@@ -45,6 +57,11 @@ std::vector<Token> tokenize(std::string_view text) {
             size_t end = std::min(text.find("*/", i), text.size());
             for (; i < end; i++) line += text[i] == '\n';
             i = std::min(end + 2, text.size());
+        } else if (c == '{' && in_entry) {
+            in_entry = false;
+            i += end_of_body(text.substr(i));
+            tokens.push_back({Token::body, text.substr(start, i - start), line});
+            line += (int)std::count(text.begin() + start, text.begin() + i, '\n');
         } else if (c == '"') {
             for (i++; i < text.size() && text[i] != '"'; i++) line += text[i] == '\n';
             i++;
@@ -62,6 +79,7 @@ std::vector<Token> tokenize(std::string_view text) {
                    !(c == '.' && text[i] == '.'))
                 i += text[i] == ':' ? 2 : 1;
             tokens.push_back({Token::word, text.substr(start, i - start), line});
+            in_entry |= tokens.back().text == ".entry";
         } else {
             i++;
             tokens.push_back({Token::punctuation, text.substr(start, 1), line});
@@ -73,13 +91,68 @@ std::vector<Token> tokenize(std::string_view text) {
 
 class Parser {
   public:
-    Parser(const std::string& text, const std::string& name) : tokens_(tokenize(text)) {
+    Parser(std::string_view text, const std::string& name, int line = 1) : tokens_(tokenize(text, line)) {
         module_.name = name;
     }
 
     ModuleText run() {
         while (now().kind != Token::end) top_level();
         return std::move(module_);
+    }
+
+    void body(FunctionText& f) {
+        expect("{");
+        source_ = {};
+        for (int depth = 1; depth > 0;) {
+            Statement s;
+            s.ptx_line = now().line;
+            s.source = source_;
+            if (accept("{")) {
+                depth++;
+                s.kind = Statement::open;
+            } else if (accept("}")) {
+                depth--;
+                s.kind = Statement::close;
+            } else if (accept(".loc")) {
+                location();
+                continue;
+            } else if (is(".reg")) {
+                registers(f);
+                continue;
+            } else if (is(".local") || is(".shared") || is(".param") || is(".const") || is(".global")) {
+                for (VariableDeclaration& v : variables()) {
+                    s.kind = Statement::variable;
+                    s.declaration = std::move(v);
+                    f.body.push_back(s);
+                }
+                continue;
+            } else if (is(".pragma")) {
+                while (!accept(";")) next();
+                continue;
+            } else if (now().kind == Token::word && tokens_[at_ + 1].text == ":") {
+                s.op = word();
+                expect(":");
+                s.kind = Statement::label;
+                if (accept(".branchtargets")) {
+                    s.kind = Statement::targets;
+                    do {
+                        Operand o;
+                        o.text = word();
+                        s.operands.push_back(o);
+                    } while (accept(","));
+                    expect(";");
+                } else if (is(".callprototype")) {
+                    while (!accept(";")) next();
+                    continue;
+                }
+            } else if (accept(";")) {
+                continue;
+            } else {
+                instruction(s);
+            }
+            f.body.push_back(std::move(s));
+        }
+        f.body.pop_back();  // the brace that ends the function
     }
 
   private:
@@ -302,7 +375,7 @@ class Parser {
         if (is("(")) f.results = parameter_list();
         f.name = word();
         if (is("(")) f.parameters = parameter_list();
-        while (!is("{") && !is(";")) {
+        while (!is("{") && !is(";") && now().kind != Token::body) {
             std::string directive = word();
             if (directive == ".maxntid" || directive == ".reqntid") {
                 f.required_threads = directive == ".reqntid";
@@ -318,66 +391,14 @@ class Parser {
         }
         if (accept(";")) {
             f.is_declaration = true;
+        } else if (now().kind == Token::body) {
+            f.unparsed_line = now().line;
+            f.unparsed = next().text;
         } else {
             body(f);
         }
         auto& slot = module_.functions[f.name];
         if (slot.name.empty() || !f.is_declaration) slot = std::move(f);
-    }
-
-    void body(FunctionText& f) {
-        expect("{");
-        source_ = {};
-        for (int depth = 1; depth > 0;) {
-            Statement s;
-            s.ptx_line = now().line;
-            s.source = source_;
-            if (accept("{")) {
-                depth++;
-                s.kind = Statement::open;
-            } else if (accept("}")) {
-                depth--;
-                s.kind = Statement::close;
-            } else if (accept(".loc")) {
-                location();
-                continue;
-            } else if (is(".reg")) {
-                registers(f);
-                continue;
-            } else if (is(".local") || is(".shared") || is(".param") || is(".const") || is(".global")) {
-                for (VariableDeclaration& v : variables()) {
-                    s.kind = Statement::variable;
-                    s.declaration = std::move(v);
-                    f.body.push_back(s);
-                }
-                continue;
-            } else if (is(".pragma")) {
-                while (!accept(";")) next();
-                continue;
-            } else if (now().kind == Token::word && tokens_[at_ + 1].text == ":") {
-                s.op = word();
-                expect(":");
-                s.kind = Statement::label;
-                if (accept(".branchtargets")) {
-                    s.kind = Statement::targets;
-                    do {
-                        Operand o;
-                        o.text = word();
-                        s.operands.push_back(o);
-                    } while (accept(","));
-                    expect(";");
-                } else if (is(".callprototype")) {
-                    while (!accept(";")) next();
-                    continue;
-                }
-            } else if (accept(";")) {
-                continue;
-            } else {
-                instruction(s);
-            }
-            f.body.push_back(std::move(s));
-        }
-        f.body.pop_back();  // the brace that ends the function
     }
 
     // .loc file line column [, function_name label [+ n], inlined_at file line column]
@@ -487,8 +508,14 @@ class Parser {
 
 }  // namespace
 
-ModuleText parse(const std::string& ptx, const std::string& name) {
+ModuleText parse(std::string_view ptx, const std::string& name) {
     return Parser(ptx, name).run();
+}
+
+void parse_body(const ModuleText& module, FunctionText* entry) {
+    if (entry->unparsed.empty()) return;
+    Parser(entry->unparsed, module.name, entry->unparsed_line).body(*entry);
+    entry->unparsed = {};
 }
 
 }  // namespace ptxsim

@@ -140,6 +140,7 @@ struct Kernel {
 };
 
 struct Module {
+    std::string ptx;
     ModuleText text;
     std::map<std::string, std::unique_ptr<Kernel>> kernels;
     std::map<std::string, VariableInfo> variables;

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace ptxsim {
@@ -64,6 +65,8 @@ struct FunctionText {
     bool required_threads = false;
     std::vector<VariableDeclaration> results, parameters;
     std::vector<Statement> body;
+    std::string_view unparsed;  // of an entry, the body until parse_body()
+    int unparsed_line = 0;
 };
 
 struct ModuleText {
@@ -73,8 +76,10 @@ struct ModuleText {
     std::map<std::string, FunctionText> functions;
 };
 
-// Throws std::runtime_error: "name:line: what was not understood".
-ModuleText parse(const std::string& ptx, const std::string& name);
+// Throws std::runtime_error: "name:line: what was not understood". The bodies of entries, which are nearly
+// all of the text, are left for parse_body(), so `ptx` must stay.
+ModuleText parse(std::string_view ptx, const std::string& name);
+void parse_body(const ModuleText& module, FunctionText* entry);
 
 int type_bytes(const std::string& type);  // "u32" -> 4, "pred" -> 1; 0 for what is no type
 
