@@ -11,6 +11,7 @@
 
 #include "dev/ptxsim/cublaslt_descriptors.h"
 #include "dev/ptxsim/gemm.h"
+#include "dev/ptxsim/runtime.h"
 #include "dev/ptxsim/stream_work.h"
 
 struct cublasLtContext {};
@@ -218,6 +219,7 @@ cublasStatus_t matmul(const Problem& problem, const void* alpha, const void* bet
                       void* workspace, size_t bytes, cudaStream_t stream) {
     const char* call = "cublasLtMatmul";
     constexpr cublasStatus_t invalid = CUBLAS_STATUS_INVALID_VALUE;
+    if (sticky_error()) return CUBLAS_STATUS_EXECUTION_FAILED;
     Gemm g;
     if (cublasStatus_t s = make_gemm(call, problem, &g)) return s;
     const void* pointers[] = {A, B, C, D};
@@ -304,6 +306,7 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
         return refuse(CUBLAS_STATUS_INVALID_VALUE, call, "a pointer is null, or no algorithm is asked for");
     Gemm g;
     if (cublasStatus_t s = make_gemm(call, problem, &g)) return s;
+    if (fails_now(options().fail_heuristic)) return CUBLAS_STATUS_NOT_SUPPORTED;
     Preference wishes = get<Preference>(preference);
     Algorithm algorithm{.magic = kMagic, .workspace = 0, .problem = hash(problem), .alignment = {}};
     const Operand* operands[] = {&g.a, &g.b, &g.c, &g.d};

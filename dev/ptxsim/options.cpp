@@ -25,6 +25,9 @@ const char kHelp[] =
     "  figures=FILE.json  the same as JSON in a file\n"
     "  memory=BYTES       of the device, with K, M or G; 80G without\n"
     "  fail-allocation=N  the N-th cudaMalloc fails\n"
+    "  fail-launch=N      the N-th launch of a kernel fails\n"
+    "  fail-heuristic=N   the N-th time that cuBLASLt is asked for an algorithm it finds none\n"
+    "  fail-call=N        from the N-th call of the runtime on all fail: an uncorrectable ECC error\n"
     "  help               print this and exit\n"
     "A switch without its \"no\" (\"race\") turns a check on again; the last word counts.\n";
 
@@ -71,6 +74,20 @@ void parse_word(const std::string& word, Options* out) {
     size_t equals = word.find('=');
     std::string key = word.substr(0, equals);
     std::string value = equals == std::string::npos ? "" : word.substr(equals + 1);
+    const struct {
+        const char* name;
+        int64_t Options::*left;
+    } failures[] = {{"fail-allocation", &Options::fail_allocation},
+                    {"fail-launch", &Options::fail_launch},
+                    {"fail-heuristic", &Options::fail_heuristic},
+                    {"fail-call", &Options::fail_call}};
+    for (const auto& f : failures)
+        if (key == f.name) {
+            uint64_t n = number(word, value, false);
+            if (n > (uint64_t)std::numeric_limits<int64_t>::max()) unknown(word, "is too large a number");
+            out->*f.left = (int64_t)n;
+            return;
+        }
     if (key == "figures") {
         if (equals != std::string::npos && value.empty()) unknown(word, "wants a file name");
         out->figures = value.empty() ? "-" : value;
@@ -88,10 +105,6 @@ void parse_word(const std::string& word, Options* out) {
         out->order = Order::random;
     } else if (key == "memory") {
         out->memory = number(word, value, true);
-    } else if (key == "fail-allocation") {
-        uint64_t n = number(word, value, false);
-        if (n > (uint64_t)std::numeric_limits<int64_t>::max()) unknown(word, "is too large a number");
-        out->fail_allocation = (int64_t)n;
     } else {
         unknown(word, "is no option");
     }

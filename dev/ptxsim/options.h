@@ -18,8 +18,17 @@ struct Options {
     bool lazy = false;    // lazy: streams run as late as their rules allow, in an order given by the seed
     std::string figures;  // figures, figures=FILE.json: at exit, as a table on stderr, or as JSON
     uint64_t memory = 80ull << 30;  // memory=BYTES (with K, M or G): of the device
-    int64_t fail_allocation = 0;    // fail-allocation=N: the N-th cudaMalloc from now says out of memory
+    // fail-...=N: the N-th from now fails; 0: none does
+    int64_t fail_allocation = 0;  // of device memory, cudaErrorMemoryAllocation
+    int64_t fail_launch = 0;      // of a kernel, cudaErrorLaunchOutOfResources
+    int64_t fail_heuristic = 0;   // cublasLtMatmulAlgoGetHeuristic, CUBLAS_STATUS_NOT_SUPPORTED
+    int64_t fail_call = 0;        // of the runtime, and from then on all: cudaErrorECCUncorrectable
 };
+
+// Counts down one of these, and says whether it is this time.
+inline bool fails_now(int64_t& left) {
+    return left > 0 && --left == 0;
+}
 
 // The options of this process. Tests may change them between launches.
 Options& options();

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "dev/ptxsim/device.h"
+#include "dev/ptxsim/options.h"
 
 namespace ptxsim {
 
@@ -32,6 +33,7 @@ bool in_host_function();
 template <typename Body>
 cudaError_t api(Body&& body) {
     if (in_host_function()) return cudaErrorNotPermitted;
+    if (fails_now(options().fail_call)) set_sticky_error(cudaErrorECCUncorrectable);
     if (cudaError_t e = sticky_error()) return e;
     cudaError_t e = body();
     if (cudaError_t failed = sticky_error()) return failed;

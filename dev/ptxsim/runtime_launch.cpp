@@ -110,6 +110,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments
     if (!stream) return cudaErrorInvalidResourceHandle;
     KernelEntry* entry;
     if (cudaError_t e = find_kernel_entry(function, &entry)) return e;
+    if (fails_now(options().fail_launch)) return cudaErrorLaunchOutOfResources;
     const KernelInfo& kernel = info(entry->kernel);
 
     LaunchConfig config;

@@ -18,8 +18,7 @@ cudaError_t allocate(const char* call, void** out, size_t bytes, MemoryKind kind
     if (!out) return cudaErrorInvalidValue;
     if (cudaError_t e = forbidden_in_capture()) return e;
     *out = nullptr;
-    int64_t& fail = options().fail_allocation;
-    if (kind == MemoryKind::device && fail > 0 && --fail == 0) return cudaErrorMemoryAllocation;
+    if (kind == MemoryKind::device && fails_now(options().fail_allocation)) return cudaErrorMemoryAllocation;
     if (bytes == 0) return kind == MemoryKind::managed ? cudaErrorInvalidValue : cudaSuccess;
     *out = (void*)memory::allocate(bytes, kind, sized(call, bytes));
     return *out ? cudaSuccess : cudaErrorMemoryAllocation;
