@@ -453,7 +453,11 @@ struct GPT : Model {
         return {{"weights and optimizer", state_plan.bytes()}, {"activations", activation_plan.bytes()}};
     }
 
+    size_t bytes() const { return state_plan.bytes() + activation_plan.bytes(); }
+
     void allocate() override {
+        MemoryInfo info = memory_info();
+        if (bytes() > info.free) out_of_memory(bytes(), info, flags_that_fit(info.free));
         check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
         state_plan.allocate();
         activation_plan.allocate();
@@ -530,6 +534,25 @@ struct GPT : Model {
     DeviceArray<SmallTensor> small_places;
 
     static int padded_vocabulary(const GPTConfig& config) { return (config.vocab_size + 15) / 16 * 16; }
+
+    // What to change on the command line so that the model takes no more than `free` bytes: rather what keeps
+    // the results than the precision, and rather that than the batch.
+    std::string flags_that_fit(size_t free) const {
+        for (int batch = options.batch; batch > 0; batch /= 2)
+            for (bool to_bf16 : {false, training})
+                for (int r = (int)options.recompute; r <= (int)Recompute::block; r++) {
+                    ModelOptions smaller = options;
+                    smaller.batch = batch, smaller.recompute = (Recompute)r;
+                    if ((to_bf16 ? GPT<bf16>(config, smaller).bytes() : GPT(config, smaller).bytes()) > free)
+                        continue;
+                    return str("it fits with", batch < options.batch ? str(" --batch ", batch) : "",
+                               to_bf16 ? " --dtype bf16" : "",
+                               smaller.recompute > options.recompute
+                                   ? str(" --recompute ", kRecomputeNames[r])
+                                   : "");
+                }
+        return "expected a shorter --seq, a smaller model or a larger GPU";
+    }
 
     float*& array(Store store) { return arrays[(int)store]; }
     float* array(Store store) const { return arrays[(int)store]; }
@@ -752,7 +775,8 @@ inline double measured_peak(Precision precision) {
         DeviceArray<char> workspace(kMatmulWorkspace);
         MatmulContext context(workspace.get(), precision == Precision::tf32);
         double best = 0, seconds = 0;
-        for (int n = 512; n <= 8192 && seconds < 1e-3; n *= 2) {
+        auto fits = [](size_t n) { return 3 * n * n * sizeof(Real) < memory_info().free; };
+        for (int n = 512; n <= 8192 && seconds < 1e-3 && fits(n); n *= 2) {
             DeviceArray<Real> a((size_t)n * n), b((size_t)n * n), c((size_t)n * n);
             for (DeviceArray<Real>* x : {&a, &b}) check(cudaMemset(x->get(), 0, x->size() * sizeof(Real)));
             for (int repetition = 0; repetition < 5; repetition++) {  // the first finds the algorithm

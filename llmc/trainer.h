@@ -82,11 +82,11 @@ class Trainer {
 
         model = backend.make_model(config, o.model_options());
         describe(config, train_data);
+        peak = backend.measured_peak(o.model_options().precision);  // before the model takes the memory
         model->allocate();
         inputs.resize((size_t)o.batch * o.seq);
         targets.resize((size_t)o.batch * o.seq);
         load_weights(initial, resumed.has_value());
-        peak = backend.measured_peak(o.model_options().precision);
         std::error_code error;
         std::filesystem::create_directories(o.out, error);
         if (error) fail(o.out, ": cannot create: ", error.message());

@@ -134,7 +134,9 @@ class MatmulContext {
 
     static void check(const Problem& p, const char* what, cublasStatus_t status) {
         if (status == CUBLAS_STATUS_SUCCESS) return;
-        fail("cuBLASLt: ", what, " failed with ", cublasLtGetStatusName(status), ": ", text(p));
+        cudaError_t cause = cudaPeekAtLastError();  // of work before, where it is not the product's own
+        fail("cuBLASLt: ", what, " failed with ", cublasLtGetStatusName(status), ": ", text(p),
+             cause == cudaSuccess ? "" : str("; CUDA: ", cudaGetErrorString(cause)));
     }
 
     template <class Value>

@@ -1,6 +1,7 @@
 // Where a MemoryPlan of the GPU lies, and copies to and from there.
 #pragma once
 #include <algorithm>
+#include <string>
 #include <utility>
 
 #include "llmc/cuda/common.h"
@@ -19,16 +20,21 @@ __global__ void find_nonfinite_kernel(int* found, const Real* x, size_t n) {
 
 // Waits for all work before.
 template <class Real>
-inline bool all_finite(const Real* x, size_t n) {
-    int *found, result = 0;
-    check(cudaMalloc(&found, sizeof(int)));
-    check(cudaMemset(found, 0, sizeof(int)));
-    unsigned blocks = (unsigned)std::min<size_t>(ceil_div<size_t>(n, 256), 1024);
-    if (n) find_nonfinite_kernel<<<blocks, 256>>>(found, x, n);
-    check_launch();
-    check(cudaMemcpy(&result, found, sizeof(int), cudaMemcpyDeviceToHost));
-    check(cudaFree(found));
-    return result == 0;
+bool all_finite(const Real* x, size_t n);
+
+struct MemoryInfo {
+    size_t free, total;  // bytes
+};
+inline MemoryInfo memory_info() {
+    MemoryInfo info;
+    check(cudaMemGetInfo(&info.free, &info.total));
+    return info;
+}
+
+// advice: what would need less.
+[[noreturn]] inline void out_of_memory(size_t bytes, const MemoryInfo& info, const std::string& advice) {
+    fail("out of GPU memory: ", (bytes >> 20) + 1, " MiB asked for, ", info.free >> 20, " of ",
+         info.total >> 20, " MiB free: ", advice);
 }
 
 class DeviceMemory {
@@ -42,13 +48,12 @@ class DeviceMemory {
     void swap(DeviceMemory& other) { std::swap(data_, other.data_); }
 
     char* allocate(size_t bytes) {
-        size_t free = 0, total = 0;
-        check(cudaMemGetInfo(&free, &total));
+        MemoryInfo info = memory_info();
         cudaError_t status = cudaMalloc(&data_, bytes ? bytes : kAlignment);
         if (status == cudaErrorMemoryAllocation) {
             cudaGetLastError();  // not a sticky one
-            fail("out of GPU memory: ", bytes >> 20, " MiB asked for, ", free >> 20, " of ", total >> 20,
-                 " MiB free: expected a smaller --batch or --seq, --dtype bf16 or --recompute block");
+            out_of_memory(bytes, info,
+                          "expected a smaller --batch or --seq, --dtype bf16 or --recompute block");
         }
         check(status);
         return data_;
@@ -61,6 +66,19 @@ class DeviceMemory {
   private:
     char* data_ = nullptr;
 };
+
+template <class Real>
+bool all_finite(const Real* x, size_t n) {
+    DeviceMemory memory;
+    int *found = (int*)memory.allocate(sizeof(int)), result = 0;
+    check(cudaMemset(found, 0, sizeof(int)));
+    unsigned blocks = (unsigned)std::min<size_t>(ceil_div<size_t>(n, 256), 1024);
+    if (n) find_nonfinite_kernel<<<blocks, 256>>>(found, x, n);
+    check_launch();
+    check(cudaMemcpy(&result, found, sizeof(int), cudaMemcpyDeviceToHost));
+    return result == 0;
+}
+
 using MemoryPlan = ::MemoryPlan<DeviceMemory>;
 
 // n numbers of its own, of no particular value.
