@@ -539,7 +539,7 @@ struct GPT : Model {
     // the results than the precision, and rather that than the batch.
     std::string flags_that_fit(size_t free) const {
         for (int batch = options.batch; batch > 0; batch /= 2)
-            for (bool to_bf16 : {false, training})
+            for (bool to_bf16 : {false, training && kIsFloat})
                 for (int r = (int)options.recompute; r <= (int)Recompute::block; r++) {
                     ModelOptions smaller = options;
                     smaller.batch = batch, smaller.recompute = (Recompute)r;
