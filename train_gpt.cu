@@ -665,11 +665,13 @@ struct GPT : Model {
     // Floats: the most that a layer wants.
     size_t scratch_size(int B, int T) const {
         int N = B * T;
-        size_t forward = linear(T) ? attention_linear_forward_scratch<Real>(attention, B, T, H, D)
-                                   : attention_forward_scratch(T, H);
+        // At a length where the linear form does not pay yet attention is tiled, whatever it is at T.
+        size_t forward = attention_forward_scratch(T, H), backward = attention_backward_scratch(B, T, H);
+        if (linear(T)) {
+            forward = std::max(forward, attention_linear_forward_scratch<Real>(attention, B, T, H, D));
+            backward = std::max(backward, attention_linear_backward_scratch<Real>(attention, B, T, H, D));
+        }
         if (!training) return forward;
-        size_t backward = linear(T) ? attention_linear_backward_scratch<Real>(attention, B, T, H, D)
-                                    : attention_backward_scratch(B, T, H);
         return std::max({forward, backward, attention_norms_scratch(B, T, H),
                          embedding_backward_scratch(B, T, C), layernorm_backward_scratch(N, C),
                          gelu_backward_scratch(N, 4 * C), config.qk_norm ? qk_norm_rope_scratch(B, T, H) : 0,
