@@ -19,10 +19,9 @@
 #include "llmc/config.h"
 #include "llmc/cuda/adamw.h"
 #include "llmc/cuda/attention.h"
-#include "llmc/cuda/attention_cached.h"
 #include "llmc/cuda/attention_linear.h"
 #include "llmc/cuda/attention_norms.h"
-#include "llmc/cuda/attention_state.h"
+#include "llmc/cuda/cache.h"
 #include "llmc/cuda/classifier.h"
 #include "llmc/cuda/embedding.h"
 #include "llmc/cuda/gelu.h"
@@ -81,18 +80,6 @@ struct ActivationGradients {
     Real* qkv;            // (B,T,3C)
     Real* conv;           // (B,T,3C), with short_conv
     Real* fc;             // (B,T,4C)
-};
-
-// What generation keeps of the tokens so far: their keys and values, or a state of fixed size.
-template <class Real>
-struct Cache {
-    int length = 0;                         // tokens
-    bool has_state = false;                 // rather than keys and values
-    std::vector<DeviceArray<Real>> kv;      // (L): (length,2C) and room for more
-    std::vector<DeviceArray<float>> state;  // (L): (H,state_size)
-    std::vector<DeviceArray<Real>> before;  // (L): (K-1,3C), the last rows into the short convolution
-    DeviceArray<float> scratch;             // of attention; reused
-    DeviceArray<float> row_scale;           // (n,H): reused
 };
 
 template <class Real, class Gradient = float>
@@ -238,11 +225,15 @@ struct GPT : Model {
         LayerTensors& w = weights.h[l];
         int N = B * T;
         matmul_forward(a.qkv, a.ln_1, real(w.attn_weight), real(w.attn_bias), N, C, 3 * C, *matmuls, stream);
-        if (config.short_conv) short_conv(a, w, B, T, cache ? &cache->before[l] : nullptr);
+        if (config.short_conv && cache) {
+            cache->short_conv_forward(a.conv, a.qkv, w.conv_weight, l, T);
+        } else if (config.short_conv) {
+            short_conv_forward(a.conv, a.qkv, w.conv_weight, B, T, 3 * C, config.short_conv, stream);
+        }
         if (config.qk_norm || config.rope())
             qk_norm_rope_forward(a.heads, a.qk_rstd, a.conv, w.q_gain, angles(), B, T, H, D, stream);
         if (cache) {
-            attention_with_cache(l, a, *cache, T);
+            cache->attention_forward(a.attn, a.heads, decay(l), l, T);
         } else if (linear(T)) {
             attention_linear_forward(a.attn, a.attn_stats, scratch, a.heads, decay(l), attention, B, T, H, D,
                                      stream);
@@ -382,10 +373,7 @@ struct GPT : Model {
     const float* decode(const int* tokens, int n) override {
         for (int done = 0; done < n;) {
             int count = std::min(n - done, decode_rows);
-            bool pays = has_linear_form(attention, D) && cache.length >= state_pays_from(attention.power, D);
-            if (!cache.has_state &&
-                (options.cache == CacheKind::state || (options.cache == CacheKind::automatic && pays)))
-                hand_over();
+            cache.begin([&](int l) { return decay(l); });
             place_tokens(tokens + done, 1, count, &cache);
             forward_blocks(1, count, &cache);
             done += count;
@@ -394,16 +382,7 @@ struct GPT : Model {
         return host_logits.data();
     }
 
-    void clear_cache() override {
-        cache = Cache<Real>();
-        cache.kv.resize(L);
-        cache.state.resize(L);
-        size_t rows = (size_t)std::max(0, config.short_conv - 1) * 3 * C;
-        for (int l = 0; l < L; l++) {
-            cache.before.emplace_back(rows);
-            check(cudaMemsetAsync(cache.before[l].get(), 0, rows * sizeof(Real), stream));
-        }
-    }
+    void clear_cache() override { cache = Cache<Real>(config, options.cache, stream); }
 
     void all_logits(float* out, const int* inputs, int B, int T) override {
         place_tokens(inputs, B, T, nullptr);
@@ -698,75 +677,6 @@ struct GPT : Model {
         std::vector<Real> logits(V);
         copy_to_host(logits.data(), acts.logits, V, stream);
         host_logits.assign(logits.begin(), logits.end());
-    }
-
-    // a.attn of T new tokens, which join those in the cache.
-    void attention_with_cache(int l, LayerActivations<Real>& a, Cache<Real>& cache, int T) {
-        int start = cache.length, length = start + T;
-        if (l == 0 || config.decay == DecayKind::learned) place_row_scale(l, start, T);
-        if (cache.has_state) {
-            if (l == 0) cache.scratch.grow(attention_state_scratch(attention.power, H, D), stream);
-            attention_state_forward(a.attn, cache.state[l].get(), cache.scratch.get(), a.heads, decay(l),
-                                    cache.row_scale.get(), attention, T, H, D, stream);
-            return;
-        }
-        DeviceArray<Real>& kv = cache.kv[l];
-        kv.grow((size_t)length * 2 * C, stream);
-        check(cudaMemcpy2DAsync(kv.get() + (size_t)start * 2 * C, 2 * C * sizeof(Real), a.heads + C,
-                                3 * C * sizeof(Real), 2 * C * sizeof(Real), T, cudaMemcpyDeviceToDevice,
-                                stream));
-        if (l == 0) cache.scratch.grow((size_t)T * H * length, stream);
-        attention_cached_forward(a.attn, cache.scratch.get(), a.heads, kv.get(), decay(l),
-                                 cache.row_scale.get(), attention, start, T, H, D, stream);
-    }
-
-    // cache.row_scale of T tokens from `start` on: the same for all layers but where the decay is learned.
-    void place_row_scale(int l, int start, int T) {
-        std::vector<float> delta(H), scales;
-        if (decay(l)) copy_to_host(delta.data(), decay(l), H, stream);
-        for (int t = start; t < start + T; t++)
-            for (int h = 0; h < H; h++) {
-                bool own = attention.softmax() || attention.has_row_sum();
-                scales.push_back(own ? 1
-                                     : (float)row_scale(attention, t, decay(l) ? log_gamma(delta[h]) : 0, D));
-            }
-        cache.row_scale.grow(scales.size(), stream);
-        copy_to_device(cache.row_scale.get(), scales.data(), scales.size(), stream);
-        check(cudaStreamSynchronize(stream));
-    }
-
-    // Goes over from keys and values to the state.
-    void hand_over() {
-        cache.has_state = true;
-        for (int l = 0; l < L; l++) {
-            size_t size = H * state_size(attention.power, D);
-            cache.state[l] = DeviceArray<float>(size);
-            check(cudaMemsetAsync(cache.state[l].get(), 0, size * sizeof(float), stream));
-            if (cache.length)
-                attention_state_of_cache(cache.state[l].get(), cache.kv[l].get(), decay(l), attention,
-                                         cache.length, H, D, stream);
-            check(cudaStreamSynchronize(stream));
-            cache.kv[l] = DeviceArray<Real>();
-        }
-    }
-
-    // a.conv from a.qkv. While generating, the rows before these come from `before`, and the last ones go
-    // there.
-    void short_conv(LayerActivations<Real>& a, const LayerTensors& w, int B, int T,
-                    DeviceArray<Real>* before) {
-        size_t K = config.short_conv, W = 3 * C;
-        if (!before) return short_conv_forward(a.conv, a.qkv, w.conv_weight, B, T, (int)W, (int)K, stream);
-        size_t rows = K - 1 + T;
-        DeviceArray<Real> joined(rows * W), out(rows * W);
-        auto copy = [&](Real* to, const Real* from, size_t n) {
-            check(cudaMemcpyAsync(to, from, n * W * sizeof(Real), cudaMemcpyDeviceToDevice, stream));
-        };
-        copy(joined.get(), before->get(), K - 1);
-        copy(joined.get() + (K - 1) * W, a.qkv, T);
-        short_conv_forward(out.get(), joined.get(), w.conv_weight, 1, (int)rows, (int)W, (int)K, stream);
-        copy(a.conv, out.get() + (K - 1) * W, T);
-        copy(before->get(), joined.get() + T * W, K - 1);
-        check(cudaStreamSynchronize(stream));  // before the two arrays go
     }
 };
 

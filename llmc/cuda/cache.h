@@ -1,0 +1,130 @@
+// What generation keeps of the tokens so far: of each layer their keys and values or, where attention has the
+// form for it, a state of fixed size (attention_state.h), and the last rows that went into the short
+// convolution.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "llmc/attention_scale.h"
+#include "llmc/config.h"
+#include "llmc/cuda/attention_cached.h"
+#include "llmc/cuda/attention_state.h"
+#include "llmc/cuda/memory.h"
+#include "llmc/cuda/short_conv.h"
+#include "llmc/model.h"
+
+namespace gpu {
+
+template <class Real>
+class Cache {
+  public:
+    int length = 0;  // tokens
+
+    Cache() = default;
+    Cache(const GPTConfig& config, CacheKind kind, cudaStream_t stream)
+        : config_(config),
+          attention_(config.attention()),
+          kind_(kind),
+          stream_(stream),
+          H_(config.heads),
+          D_(config.head_size()),
+          C_(config.channels),
+          kv_(config.layers),
+          state_(config.layers) {
+        size_t rows = (size_t)std::max(0, config.short_conv - 1) * 3 * C_;
+        for (int l = 0; l < config.layers; l++) {
+            before_.emplace_back(rows);
+            check(cudaMemsetAsync(before_[l].get(), 0, rows * sizeof(Real), stream_));
+        }
+    }
+
+    // Before more tokens come: goes over from keys and values to the state where that is wanted, or smaller.
+    //   decay(l): delta (H) of layer l, or null
+    template <class Decay>
+    void begin(Decay decay) {
+        if (has_state_ || kind_ == CacheKind::kv || !has_linear_form(attention_, D_)) return;
+        if (kind_ == CacheKind::automatic && length < state_pays_from(attention_.power, D_)) return;
+        has_state_ = true;
+        for (size_t l = 0; l < state_.size(); l++) {
+            size_t size = H_ * state_size(attention_.power, D_);
+            state_[l] = DeviceArray<float>(size);
+            check(cudaMemsetAsync(state_[l].get(), 0, size * sizeof(float), stream_));
+            if (length)
+                attention_state_of_cache(state_[l].get(), kv_[l].get(), decay((int)l), attention_, length, H_,
+                                         D_, stream_);
+            check(cudaStreamSynchronize(stream_));
+            kv_[l] = DeviceArray<Real>();
+        }
+    }
+
+    // Attention of T new tokens to each other and to all before them; their keys and values join these.
+    void attention_forward(Real* out,           // (T,C)
+                           const Real* heads,   // (T,3C)
+                           const float* decay,  // (H), or null
+                           int l, int T) {
+        int end = length + T;
+        if (l == 0 || config_.decay == DecayKind::learned) place_row_scale(decay, T);
+        if (has_state_) {
+            if (l == 0) scratch_.grow(attention_state_scratch(attention_.power, H_, D_), stream_);
+            attention_state_forward(out, state_[l].get(), scratch_.get(), heads, decay, row_scale_.get(),
+                                    attention_, T, H_, D_, stream_);
+            return;
+        }
+        DeviceArray<Real>& kv = kv_[l];
+        size_t row = 2 * (size_t)C_;
+        kv.grow(end * row, stream_);
+        check(cudaMemcpy2DAsync(kv.get() + length * row, row * sizeof(Real), heads + C_,
+                                3 * C_ * sizeof(Real), row * sizeof(Real), T, cudaMemcpyDeviceToDevice,
+                                stream_));
+        if (l == 0) scratch_.grow((size_t)T * H_ * end, stream_);
+        attention_cached_forward(out, scratch_.get(), heads, kv.get(), decay, row_scale_.get(), attention_,
+                                 length, T, H_, D_, stream_);
+    }
+
+    // Short convolution of T new rows; the last ones are kept for those that follow.
+    void short_conv_forward(Real* out,            // (T,3C)
+                            const Real* inp,      // (T,3C)
+                            const float* weight,  // (K,3C)
+                            int l, int T) {
+        size_t K = config_.short_conv, W = 3 * (size_t)C_, rows = K - 1 + T;
+        DeviceArray<Real> joined(rows * W), convolved(rows * W);
+        auto copy = [&](Real* to, const Real* from, size_t n) {
+            check(cudaMemcpyAsync(to, from, n * W * sizeof(Real), cudaMemcpyDeviceToDevice, stream_));
+        };
+        copy(joined.get(), before_[l].get(), K - 1);
+        copy(joined.get() + (K - 1) * W, inp, T);
+        gpu::short_conv_forward(convolved.get(), joined.get(), weight, 1, (int)rows, (int)W, (int)K, stream_);
+        copy(out, convolved.get() + (K - 1) * W, T);
+        copy(before_[l].get(), joined.get() + T * W, K - 1);
+        check(cudaStreamSynchronize(stream_));  // before the two arrays go
+    }
+
+  private:
+    GPTConfig config_;
+    AttentionConfig attention_;
+    CacheKind kind_ = CacheKind::automatic;
+    cudaStream_t stream_ = nullptr;
+    int H_ = 0, D_ = 0, C_ = 0;
+    bool has_state_ = false;                 // rather than keys and values
+    std::vector<DeviceArray<Real>> kv_;      // (L): (length,2C) and room for more
+    std::vector<DeviceArray<float>> state_;  // (L): (H,state_size)
+    std::vector<DeviceArray<Real>> before_;  // (L): (K-1,3C)
+    DeviceArray<float> scratch_;             // of attention; reused
+    DeviceArray<float> row_scale_;           // (T,H): c_i of the new tokens
+
+    // The same for all layers but where the decay is learned.
+    void place_row_scale(const float* decay, int T) {
+        std::vector<float> delta(H_), scales;
+        if (decay) copy_to_host(delta.data(), decay, H_, stream_);
+        bool own = attention_.softmax() || attention_.has_row_sum();  // from the scores
+        for (int t = length; t < length + T; t++)
+            for (int h = 0; h < H_; h++)
+                scales.push_back(own ? 1
+                                     : (float)row_scale(attention_, t, decay ? log_gamma(delta[h]) : 0, D_));
+        row_scale_.grow(scales.size(), stream_);
+        copy_to_device(row_scale_.get(), scales.data(), scales.size(), stream_);
+        check(cudaStreamSynchronize(stream_));
+    }
+};
+
+}  // namespace gpu
