@@ -333,7 +333,7 @@ void attention_norms(NormSums* sums,      // (H)
     NormSums* parts = reinterpret_cast<NormSums*>(scratch);
     AttentionTables tables(reinterpret_cast<float*>(parts + (size_t)B * H * tiles), decay != nullptr, T, H);
     make_tables(tables, decay, config, T, H, D, stream);
-    AttentionShape shape{T, H, D, config.has_row_sum(), decay != nullptr, 1 / std::sqrt((float)D), tables};
+    AttentionShape shape = attention_shape(config, decay, T, H, D, tables, {});
     float c_factor = (float)std::pow((double)D, 0.5 * config.power);
     with_power(config.power, [&](auto power) {
         auto* kernel = &attention_norms_kernel<Real, power, false>;
