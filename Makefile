@@ -232,7 +232,7 @@ bench-quick: ## the same on a small model, under 2 minutes
 	$(PYTHON) dev/bench/bench.py --train-gpt ./train_gpt --attention $(BUILD)/attention --quick
 
 format: ## clang-format all C++
-	clang-format -i *.cpp llmc/*.h llmc/cpu/*.h tests/*.cpp tests/*.h train_gpt.cu llmc/cuda/*.h llmc/cuda/*.cpp tests/*.cu dev/bench/*.h dev/bench/*.cpp dev/bench/*.cu dev/ptxsim/*.h dev/ptxsim/*.cpp dev/ptxsim/*.cu
+	clang-format -i *.cpp *.cu llmc/*.h llmc/*/*.h llmc/*/*.c* tests/*.c* tests/*.h dev/bench/*.c* dev/bench/*.h dev/ptxsim/*.h dev/ptxsim/*.c*
 
 clean: ## remove what was built (not .venv, data or out)
 	rm -rf $(BUILD) train_gpt train_gptcu train_gptcu_sim

@@ -240,7 +240,10 @@ __global__ void early_copy(const int4* in, int4* out, bool fixed) {
     int4 before = tile[63 - t];  // fault: early_copy
     if (fixed) __syncthreads();
     const unsigned to = (unsigned)__cvta_generic_to_shared(tile + t);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(in + t) : "memory");  // fault: early_copy
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"  // fault: early_copy
+                 ::"r"(to),
+                 "l"(in + t)
+                 : "memory");
     asm volatile("cp.async.commit_group;" ::: "memory");
     __syncthreads();
     asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -426,9 +429,7 @@ const std::vector<Case>& cases() {
              missing_wait<<<1, 64>>>((int4*)b.in.get(), (int4*)b.out.get(), fixed);
          }},
         {"early_copy", Fault::race,
-         [](Buffers& b, bool fixed) {
-             early_copy<<<1, 64>>>((int4*)b.in.get(), (int4*)b.out.get(), fixed);
-         }},
+         [](Buffers& b, bool fixed) { early_copy<<<1, 64>>>((int4*)b.in.get(), (int4*)b.out.get(), fixed); }},
         {"host_pointer", Fault::host_access,
          [](Buffers& b, bool fixed) {
              std::vector<int> pageable(64);

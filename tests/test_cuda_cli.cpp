@@ -273,5 +273,6 @@ TEST_CASE("cuda cli: a model too large for the device, and the flags with which 
     }
     CHECK(advices.size() == 3);
     for (const char* flags : {"", "--dtype bf16 --gradients bf16"})
-        check_failed(run("32M", flags), 1, {"out of GPU memory: ", "expected a shorter --seq"}, "train_gptcu");
+        check_failed(run("32M", flags), 1, {"out of GPU memory: ", "expected a shorter --seq"},
+                     "train_gptcu");
 }

@@ -11,8 +11,8 @@
 namespace cpu::inline LLMC_ISA {
 
 // One step in one pass over memory: m and v are the moving averages of the gradient times grad_scale (the
-// clip factor) and of its square, bias-corrected by `step`, which counts from 1; weight decay is decoupled. Called
-// by all threads of a parallel region it shares the work among them and does not wait for them.
+// clip factor) and of its square, bias-corrected by `step`, which counts from 1; weight decay is decoupled.
+// Called by all threads of a parallel region it shares the work among them and does not wait for them.
 template <class Real>
 inline void adamw_update(float* param,       // (n)
                          Real* copy,         // (n): the new param in bf16, or null where Real is float

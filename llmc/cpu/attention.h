@@ -59,8 +59,8 @@ class HeadScale {
   public:
     bool decays;
     std::vector<float> c;  // (T): c_i / sqrt(D)^p of a polynomial; without c_i for `sum`; 1 for softmax
-    // (T) for `row` with decay, empty otherwise: e_i, the distance at which a term of row i has no part in the
-    // gradient of log gamma, for what gamma takes from it there c_i gives back.
+    // (T) for `row` with decay, empty otherwise: e_i, the distance at which a term of row i has no part in
+    // the gradient of log gamma, for what gamma takes from it there c_i gives back.
     std::vector<float> neutral_distance;
 
     HeadScale(const AttentionConfig& config, const float* decay, int h, int T, int D)
@@ -515,7 +515,8 @@ inline size_t backward_scratch(int tiles, int D) {  // floats
     return (size_t)kTile * ((6 + 2 * tiles) * padded(D) + 7 * kTile / 2);
 }
 
-// dot = dout . out, a head: softmax's and sum's derivatives of the normaliser. With factors, of factor dout as the tiles have it: for `sum` the two must not differ even by a rounding.
+// dot = dout . out, a head: softmax's and sum's derivatives of the normaliser. With factors, of factor dout
+// as the tiles have it: for `sum` the two must not differ even by a rounding.
 template <class Real, class Out>
 inline void head_dots(float* dot,           // (B,H,T)
                       const Real* dout,     // (B,T,C)

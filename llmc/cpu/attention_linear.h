@@ -193,7 +193,8 @@ class LinearHead {
         for (float** transposed : {&qt_, &kt_, &vt_, &dot_, &dxt_}) *transposed = floats(Dp_ * kTile);
         for (float** rows : {&v_, &d_o_}) *rows = floats(kTile * Dp_);
         for (float** features : {&phi_, &dphi_}) *features = floats(kTile * kTile);
-        for (float** lanes : {&from_start_, &to_end_, &to_end_slope_, &row_dot_, &distance_}) *lanes = floats(kTile);
+        for (float** lanes : {&from_start_, &to_end_, &to_end_slope_, &row_dot_, &distance_})
+            *lanes = floats(kTile);
         for (int t = 0; t < kTile; t++) {
             from_start_[t] = (float)std::exp(t * log_gamma);
             to_end_[t] = (float)std::exp((kTile - t) * log_gamma);
@@ -273,8 +274,7 @@ class LinearHead {
                     for (int t = 0; t < kTile; t += kLanes) {
                         float* d = dphi_ + f * kTile + t;
                         vec g = load(d);
-                        if (wants_decay_)
-                            slopes += load(phi_ + f * kTile + t) * g * load(distance_ + t);
+                        if (wants_decay_) slopes += load(phi_ + f * kTile + t) * g * load(distance_ + t);
                         if (scale_.decays) g *= load(from_start_ + t);
                         if (row_sum_) g -= load(row_dot_ + t) * z;
                         store(d, g * tile.multiplicity);
