@@ -60,7 +60,7 @@ to_gpu   := $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -ge
 to_ptx   := -gencode arch=compute_80,code=compute_80 -Xfatbin -compress=false
 sim      := $(patsubst dev/ptxsim/%.cpp,$(BUILD)/ptxsim/%.o,$(wildcard dev/ptxsim/*.cpp))
 # The CUDA trainer's objects. Attention is apart because its kernels take longer to build than all the rest.
-vpath %.cu llmc/cuda dev/bench
+vpath %.cu llmc/cuda
 objects  := attention.o attention_linear.o attention_norms.o train_gpt.o
 on_gpu   := $(addprefix $(BUILD)/gpu/,$(objects))
 on_sim   := $(addprefix $(BUILD)/ptx/,$(objects))
@@ -160,6 +160,7 @@ train_gptcu_sim: $(on_sim) $(BUILD)/train_gptcu_main.o $(BUILD)/libptxsim.a
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 # Every kernel timed alone: on hardware, and on the simulator, where no time means anything.
+vpath %.cu dev/bench
 $(BUILD)/cuda_layers_main.o: dev/bench/cuda_layers.cpp $(BUILD)/flags
 	$(CXX) $(flags) -O1 -c $< -o $@
 
