@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that there is to know of a machine with one NVIDIA GPU, in one command and under nine minutes: builds for its card
-# alone, runs the CUDA tests on it, times every layer, trains GPT-2 124M beside PyTorch, times attention from T=1k to 32k
-# beside PyTorch's, follows the CPU trainer's losses, and runs the tests under compute-sanitizer. Downloads nothing.
+# alone, runs the CUDA tests on it, times every layer, trains GPT-2 124M beside PyTorch, times attention from T=1k to
+# 32k beside PyTorch's, follows the CPU trainer's losses, and runs the tests under compute-sanitizer. Downloads nothing.
 #
 #   dev/gpu_check.sh         results: gpu_check.md, gpu_check.json and gpu_check.log in $OUT, or out/gpu_check
 #   dev/gpu_check.sh --pack  for a machine without the headers and libraries that building needs: copies this one's into
@@ -10,8 +10,8 @@
 #   dev/gpu_check.sh --sim   the same stages in small on the simulator, to test this script
 #
 # Needs g++, make, python3 with numpy (and tokenizers, where --pack has made no dataset), nvcc, cudart and cuBLASLt (the
-# toolkit's, or those that come with PyTorch); what is compared with PyTorch also torch and safetensors. Exit status 0: no
-# stage failed.
+# toolkit's, or those that come with PyTorch); what is compared with PyTorch also torch and safetensors. Exit status 0:
+# no stage failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 fail() { echo "gpu_check: $*" >&2; exit 1; }
@@ -20,7 +20,7 @@ soname() { objdump -p "$1" | awk '/SONAME/ { print $2 }'; }
 headers="doctest/doctest.h CLI/CLI.hpp nlohmann/json.hpp pcre2.h zlib.h"
 
 pack() {
-    local new=.deps-new file name
+    local new=.deps-new file name needs
     rm -rf $new && mkdir -p $new/include $new/lib
     # Of what these headers include, that which is of their packages.
     includes $headers oneapi/dnnl/dnnl.hpp | g++ -std=c++20 -x c++ -M - | tr -s ' \\' '\n' |
@@ -33,7 +33,8 @@ pack() {
         [ -e "$file" ] || fail "--pack: lib$name.so not found (dev/setup.sh installs it)"
         ln -s "$(soname "$file")" $new/lib/lib$name.so
         # And what it needs that does not come with every compiler.
-        for file in "$file" $(ldd "$file" | awk '$3 ~ "/" && $1 !~ /^lib(c|m|stdc[+][+]|gcc_s|gomp)[.]so/ { print $3 }'); do
+        needs='$3 ~ "/" && $1 !~ /^lib(c|m|stdc[+][+]|gcc_s|gomp)[.]so/ { print $3 }'
+        for file in "$file" $(ldd "$file" | awk "$needs"); do
             strip --strip-unneeded "$file" -o "$new/lib/$(soname "$file")"
         done
     done
@@ -53,12 +54,13 @@ esac
 # What is here, and what is missing.
 work=$PWD/build/gpu_check out=${OUT:-out/gpu_check} missing=()
 rm -rf "$work" "$out"/gpu_check.* && mkdir -p "$work/lib" "$work/include" "$work/tmp" "$out"
-has() { "$python" -c 'import sys, importlib.util; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)' "$1" 2>/dev/null; }
+has() { "$python" -c "import sys, importlib.util; sys.exit(importlib.util.find_spec('$1') is None)" 2>/dev/null; }
 for python in .venv/bin/python python3; do has torch && break; done
 has torch || [ ! -x .venv/bin/python ] || python=.venv/bin/python
 has numpy || missing+=(numpy)
 for header in $headers; do
-    includes $header | "${CXX:-g++}" -x c++ -std=c++20 -isystem .deps/include -E - >/dev/null 2>&1 || missing+=("<$header>")
+    includes $header | "${CXX:-g++}" -x c++ -std=c++20 -isystem .deps/include -E - >/dev/null 2>&1 ||
+        missing+=("<$header>")
 done
 nvcc=$(ls "${NVCC:-$(command -v nvcc)}" /usr/local/cuda/bin/nvcc .venv/cuda/bin/nvcc 2>/dev/null | head -n 1)
 [ -n "$nvcc" ] || missing+=(nvcc)
@@ -131,11 +133,9 @@ $make -k $(basename $trainer) ${tests%% *} $layers train_gpt || status=$?
 exit ${status:-0}'
 stage tests 60 'eval $tests'
 stage layers 40 '$layers $quick --json $work/layers.json'
-if has torch && has safetensors; then
-    stage training 170 '$python dev/bench/gpu_training.py --trainer $trainer --json $work/training.json --device $device $quick'
-else
-    stage training 60 '$python dev/bench/gpu_training.py --trainer $trainer --json $work/training.json --no-pytorch $quick'
-fi
+has torch && has safetensors && pytorch=--device=$device || pytorch=--no-pytorch
+export pytorch
+stage training 170 '$python dev/bench/gpu_training.py --trainer $trainer --json $work/training.json $pytorch $quick'
 stage attention 30 '$layers $quick --attention-only --lengths $lengths --json $work/attention.json'
 if has torch; then
     stage sdpa 40 '$python dev/bench/sdpa.py --lengths $lengths --heads $heads --device $device --json $work/sdpa.json'
@@ -150,7 +150,8 @@ if [ ! -e $data/meta.json ]; then
 fi
 status=0
 for attention in softmax poly3; do
-    common="train --data $data --attention $attention $model --lr 1e-3 --val-every 0 --sample-every 0 --checkpoint-every 0"
+    common="train --data $data --attention $attention $model --lr 1e-3"
+    common+=" --val-every 0 --sample-every 0 --checkpoint-every 0"
     $cpu $common --out $work/cpu_$attention
     for dtype in fp32 bf16; do
         $trainer $common --dtype $dtype --out $work/gpu_${attention}_$dtype
