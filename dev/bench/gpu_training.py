@@ -79,7 +79,7 @@ def main() -> int:
                 continue
             case = Case(model, batch, model.context, "bf16", attention, rounds=1, steps=args.steps, warmup=5)
             line = {"program": args.trainer.name if program == TRAINER else program, "attention": attention}
-            print(f"{case.name}: {program}", flush=True)
+            print(f"{case.name}: {line['program']}", flush=True)
             try:
                 if attention not in benches:
                     if program == COMPILED:
