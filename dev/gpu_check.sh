@@ -62,13 +62,14 @@ for header in $headers; do
     includes $header | "${CXX:-g++}" -x c++ -std=c++20 -isystem .deps/include -E - >/dev/null 2>&1 ||
         missing+=("<$header>")
 done
-nvcc=$(ls "${NVCC:-$(command -v nvcc)}" /usr/local/cuda/bin/nvcc .venv/cuda/bin/nvcc 2>/dev/null | head -n 1)
+nvcc=$(ls -U "${NVCC:-$(command -v nvcc)}" /usr/local/cuda/bin/nvcc .venv/cuda/bin/nvcc 2>/dev/null | head -n 1)
 [ -n "$nvcc" ] || missing+=(nvcc)
 if [ -z "$sim" ] && [ -n "$nvcc" ]; then
     cuda=$(realpath "$(dirname "$(realpath "$nvcc")")/..")
     nvidia=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib") + "/nvidia")')
     for lib in cudart cublasLt; do
-        file=$(ls "$cuda"/lib64/lib$lib.so "$nvidia"/*/lib/lib$lib.so.* 2>/dev/null | head -n 1)
+        file=$(g++ -print-file-name=lib$lib.so)
+        file=$(ls -U "$cuda"/lib64/lib$lib.so "$file" "$nvidia"/*/lib/lib$lib.so.* 2>/dev/null | head -n 1)
         [ -n "$file" ] || { missing+=(lib$lib); continue; }
         ln -s "$file" "$work/lib/lib$lib.so" && ln -s "$file" "$work/lib/$(soname "$file")"
     done
@@ -161,7 +162,7 @@ for attention in softmax poly3; do
     done
 done
 exit $status'
-sanitizer=$(ls "$(command -v compute-sanitizer)" "${cuda:-}/bin/compute-sanitizer" 2>/dev/null | head -n 1)
+sanitizer=$(ls -U "$(command -v compute-sanitizer)" "${cuda:-}/bin/compute-sanitizer" 2>/dev/null | head -n 1)
 export sanitizer
 for tool in memcheck racecheck initcheck; do
     if [ -z "$sanitizer" ] || [ -n "$sim" ]; then
