@@ -1,8 +1,6 @@
 // Generation's attention against the oracle: from keys and values, and from a state.
 #include "llmc/cuda/attention_cached.h"
 
-#include <array>
-
 #include "llmc/cuda/attention_state.h"
 #include "tests/cuda_helpers.h"
 
@@ -78,20 +76,20 @@ TEST_CASE_TEMPLATE("attention on the GPU: a few new tokens after those in the ca
 TEST_CASE_TEMPLATE("attention on the GPU: a few new tokens after those in the state", Real, float,
                    gpu::bf16) {
     for (int power = 1; power <= 3; power++)
-        for (ScaleKind scale : {ScaleKind::row, ScaleKind::sum, ScaleKind::constant})
+        for (ScaleKind scale : {ScaleKind::row, ScaleKind::sum})
             for (bool decays : {false, true}) {
                 AttentionConfig config;
-                config.power = power, config.scale = scale, config.constant = -0.35;
-                for (auto [start, n, H, D] : {std::array{0, 1, 1, 8}, {0, 18, 2, 9}, {65, 2, 3, 20}})
-                    if (has_linear_form(config, D)) check_cached<Real>(config, decays, start, n, H, D, true);
+                config.power = power, config.scale = scale;
+                if (!has_linear_form(config, 8)) continue;
+                check_cached<Real>(config, decays, 0, 1, 1, 8, true);
+                check_cached<Real>(config, decays, 0, 18, 1, 4, true);
+                check_cached<Real>(config, decays, 7, 2, 3, 5, true);
             }
     AttentionConfig config;
-    for (int D : {64, 128}) {
-        config.power = 1;
-        check_cached<Real>(config, true, 20, 1, 2, D, true);
-        config.power = 2;
-        check_cached<Real>(config, true, 3, 1, 1, D, true);
-    }
+    config.power = 1;
+    for (int D : {64, 128}) check_cached<Real>(config, true, 20, 1, 2, D, true);
+    config.power = 2;
+    for (int D : {20, 72}) check_cached<Real>(config, true, 1, 1, 1, D, true);
     config.power = 3;
-    check_cached<Real>(config, true, 3, 1, 1, 32, true);
+    check_cached<Real>(config, true, 1, 1, 1, thorough() ? 32 : 12, true);
 }

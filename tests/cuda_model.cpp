@@ -202,6 +202,7 @@ TEST_CASE("the CUDA model against the CPU's: losses, gradients and updates, bf16
 TEST_CASE("the CUDA model against the CPU's: attention at linear cost") {
     for (int power = 1; power <= 3; power++)
         for (Precision precision : {Precision::fp32, Precision::bf16}) {
+            if (precision == Precision::bf16 && power != 2) continue;
             GPTConfig config = small();
             config.channels = 16, config.context = 150;  // two segments
             config.power = power, config.qk_norm = true, config.positions = PositionKind::rope;
