@@ -290,12 +290,13 @@ __global__ __launch_bounds__(kAttentionThreads,
         FloatWeights::store(weights, da);
         dk.add(weights, q, D);
     }
+    const float factor = gradient_factor<A>(shape);
+    dk.scale(0, factor), dk.scale(1, factor);
     if (!A::kOnline && end < (int)gridDim.y) {
         const float* sums = shape.segments.sums + head_at + j0 * stride + C;
         dk.add_rows(sums, stride, T - j0, D);
         dv.add_rows(sums + C, stride, T - j0, D);
     }
-    if (A::kOnline) dk.scale(0, shape.scale), dk.scale(1, shape.scale);
     float* to = dqkv + head_at + j0 * stride + C;
     dk.store(to, stride, T - j0, D);
     dv.store(to + C, stride, T - j0, D);
@@ -358,8 +359,9 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
         FloatWeights::store(weights, da);
         dq.add(weights, k, D);
     }
+    const float factor = gradient_factor<A>(shape);
+    dq.scale(0, factor), dq.scale(1, factor);
     if (!A::kOnline && first > 0) dq.add_rows(shape.segments.sums + head_at + i0 * stride, stride, T - i0, D);
-    if (A::kOnline) dq.scale(0, shape.scale), dq.scale(1, shape.scale);
     dq.store(dqkv + head_at + i0 * stride, stride, T - i0, D);
     if (!dlog_gamma) return;
     __shared__ double of_warps[kAttentionThreads / kWarp];

@@ -1,6 +1,7 @@
 // The attention kernels for bf16 on tensor cores (attention.h says how they go), and the activations.
 #pragma once
 #include "llmc/cuda/attention_tiles.h"
+#include "llmc/cuda/columns.h"
 
 namespace gpu {
 
@@ -19,11 +20,13 @@ struct Poly {
         if constexpr (P == 3) return x * (x * x);
         if constexpr (P == 4) return (x * x) * (x * x);
     }
-    __device__ static float slope(float x) {
+    // Its derivative is kSlope times below(x), of which the factor is put in afterwards.
+    static constexpr float kSlope = P;
+    __device__ static float below(float x) {
         if constexpr (P == 1) return 1.0f;
-        if constexpr (P == 2) return 2.0f * x;
-        if constexpr (P == 3) return 3.0f * (x * x);
-        if constexpr (P == 4) return 4.0f * x * (x * x);
+        if constexpr (P == 2) return x;
+        if constexpr (P == 3) return x * x;
+        if constexpr (P == 4) return x * (x * x);
     }
 };
 
@@ -269,30 +272,25 @@ __global__ void attention_dots(float* dot,        // (B,H,T)
                                const Real* dout,  // (B,T,C)
                                const Out* out,    // (B,T,C)
                                int rows, int T, int H, int D) {
-    int index = (blockIdx.x * blockDim.x + threadIdx.x) / 8;  // of (B,T,H)
-    // `sum` has its out behind the sums of the rows, so at any 4-byte address.
-    const bool packs = D % 8 == 0 && reinterpret_cast<uintptr_t>(out) % sizeof(Pack<Out>) == 0;
+    int index = (blockIdx.x * blockDim.x + threadIdx.x) / 8;  // of (B,H,T), so that stores are side by side
+    int bh = index / T, head = bh % H;
+    const size_t row = (((size_t)(bh / H) * T + index % T) * H + head) * D;
+    // 16 bytes of the wider type. `sum` has its out behind the sums of the rows, so at any 4-byte address.
+    constexpr int kWidth = 16 / (sizeof(Real) > sizeof(Out) ? sizeof(Real) : sizeof(Out));
+    const bool packs = D % 8 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
     float sum = 0;
-    for (int c = threadIdx.x % 8; index < rows && c * 8 < D; c += 8) {
-        size_t at = (size_t)index * D + c * 8;
+    for (int c = threadIdx.x % 8 * kWidth; index < rows && c < D; c += 8 * kWidth) {
         if (packs) {
-            Pack<Real> x[sizeof(Real) / 2];
-            Pack<Out> y[sizeof(Out) / 2];
-            for (int i = 0; i < (int)sizeof(Real) / 2; i++)
-                x[i] = load_pack(dout + at + i * Pack<Real>::size);
-            for (int i = 0; i < (int)sizeof(Out) / 2; i++) y[i] = load_pack(out + at + i * Pack<Out>::size);
+            Floats<kWidth> x = load_floats<kWidth>(dout + row + c), y = load_floats<kWidth>(out + row + c);
 #pragma unroll
-            for (int e = 0; e < 8; e++)
-                sum += to_float(x[e / Pack<Real>::size][e % Pack<Real>::size]) *
-                       to_float(y[e / Pack<Out>::size][e % Pack<Out>::size]);
+            for (int e = 0; e < kWidth; e++) sum += x[e] * y[e];
         } else {
-            for (int e = 0; e < 8 && c * 8 + e < D; e++)
-                sum += to_float(dout[at + e]) * to_float(out[at + e]);
+            for (int e = 0; e < kWidth && c + e < D; e++)
+                sum += to_float(dout[row + c + e]) * to_float(out[row + c + e]);
         }
     }
     for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
-    if (index < rows && threadIdx.x % 8 == 0)
-        dot[((size_t)(index / H / T) * H + index % H) * T + index / H % T] = sum;
+    if (index < rows && threadIdx.x % 8 == 0) dot[index] = sum;
 }
 
 // What a row of A has beside its scores.
@@ -319,7 +317,8 @@ __device__ RowTerms row_terms(const float* stats, const float* dot, const Attent
     return terms;
 }
 
-// Of four scores and dO V^T, the weights and the gradients of the scores, but for softmax's 1/sqrt(D).
+// Of four scores and dO V^T, the weights and the gradients of the scores, but for softmax's 1/sqrt(D) and a
+// polynomial's kSlope.
 //   w: their rows' weights with the decay in them
 template <class A, bool kRowSum>
 __device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[4], const float (&dot)[4],
@@ -330,12 +329,15 @@ __device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[
             s[e] = visible[e] ? fast_exp2(fmaf(s[e], scale2, w[e])) : 0;
             da[e] = s[e] * (da[e] - dot[e]);
         } else {
-            float x = s[e];
-            s[e] = visible[e] ? A::value(x) * w[e] : 0;
-            da[e] *= w[e];
-            // Of |value(x)|, whose derivative has the sign of the value.
-            if (kRowSum) da[e] -= A::value(x) > 0 ? dot[e] : A::value(x) < 0 ? -dot[e] : 0;
-            da[e] = visible[e] ? A::slope(x) * da[e] : 0;
+            float x = s[e], weighted = A::below(x) * w[e];
+            s[e] = visible[e] ? weighted * x : 0;
+            if constexpr (kRowSum) {
+                // Of |value(x)|, whose derivative has the sign of the value.
+                da[e] = da[e] * w[e] - (A::value(x) > 0 ? dot[e] : A::value(x) < 0 ? -dot[e] : 0);
+                da[e] = visible[e] ? A::below(x) * da[e] : 0;
+            } else {
+                da[e] = visible[e] ? weighted * da[e] : 0;
+            }
         }
     }
 }
@@ -347,6 +349,16 @@ __device__ void with_row_sum(bool row_sum, F f) {
         f(std::true_type());
     } else {
         f(std::false_type());
+    }
+}
+
+// What score_gradients() leaves out.
+template <class A>
+__device__ float gradient_factor(const AttentionShape& shape) {
+    if constexpr (A::kOnline) {
+        return shape.scale;
+    } else {
+        return A::kSlope;
     }
 }
 
@@ -477,12 +489,12 @@ __global__ __launch_bounds__(kAttentionThreads,
             add_queries(i, std::false_type());
         }
     }
+    const float factor = gradient_factor<A>(shape);
     if (!A::kOnline && end < (int)gridDim.y) {
         const float* sums = shape.segments.sums + head_at + j0 * stride + C;
-        add_rows<kD>(dk, sums, stride, T - j0, D);
+        add_rows<kD>(dk, sums, stride, T - j0, D, 1 / factor);
         add_rows<kD>(dv, sums + C, stride, T - j0, D);
     }
-    const float factor = A::kOnline ? shape.scale : 1.0f;
     bf16* to = dqkv + head_at + j0 * stride + C;
     store_rows<kD>(to, stride, k_tile, dk, factor, factor, T - j0, D);
     store_rows<kD>(to + C, stride, v_tile, dv, 1.0f, 1.0f, T - j0, D);
@@ -616,9 +628,9 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
             add_keys(j, std::true_type());
         }
     }
+    const float factor = gradient_factor<A>(shape);
     if (!A::kOnline && first > 0)
-        add_rows<kD>(dq, shape.segments.sums + head_at + i0 * stride, stride, T - i0, D);
-    const float factor = A::kOnline ? shape.scale : 1.0f;
+        add_rows<kD>(dq, shape.segments.sums + head_at + i0 * stride, stride, T - i0, D, 1 / factor);
     store_rows<kD>(dqkv + head_at + i0 * stride, stride, q_tile, dq, factor, factor, T - i0, D);
     if (!dlog_gamma) return;
     __shared__ double of_warps[kAttentionThreads / kWarp];

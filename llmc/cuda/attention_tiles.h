@@ -207,16 +207,17 @@ __device__ inline void store_rows(bf16* to, size_t stride, bf16* tile, const flo
     }
 }
 
-// Adds a warp's 16 rows of numbers to its results.
+// Adds a warp's 16 rows of numbers, times weight, to its results.
 template <int kD>
-__device__ inline void add_rows(float (&x)[kD / 8][4], const float* from, size_t stride, int rows, int D) {
+__device__ inline void add_rows(float (&x)[kD / 8][4], const float* from, size_t stride, int rows, int D,
+                                float weight = 1) {
     const int lane = threadIdx.x % kWarp, row0 = threadIdx.x / kWarp * 16 + lane / 4, c0 = lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kD / 8; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int row = row0 + e / 2 * 8, c = 8 * n + c0 + e % 2;
-            if (row < rows && c < D) x[n][e] += from[row * stride + c];
+            if (row < rows && c < D) x[n][e] = fmaf(from[row * stride + c], weight, x[n][e]);
         }
 }
 
