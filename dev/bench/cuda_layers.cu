@@ -9,6 +9,7 @@
 #include "llmc/cuda/adamw.h"
 #include "llmc/cuda/attention.h"
 #include "llmc/cuda/attention_cached.h"
+#include "llmc/cuda/attention_linear.h"
 #include "llmc/cuda/classifier.h"
 #include "llmc/cuda/embedding.h"
 #include "llmc/cuda/gelu.h"
@@ -133,17 +134,13 @@ DeviceArray<T> on_device(const std::vector<T>& values) {
     return x;
 }
 
-// Kernels of attention that are compared. One of another form, at linear cost say, is a line here and a
-// branch in Bench::attention().
+// Kernels of attention that are compared.
 struct Form {
-    const char *attention, *kernel;
     int power;
+    bool linear;
 };
-constexpr Form kForms[] = {{"softmax", "tiled", 0},
-                           {"poly1", "tiled", 1},
-                           {"poly2", "tiled", 2},
-                           {"poly3", "tiled", 3},
-                           {"poly4", "tiled", 4}};
+constexpr Form kForms[] = {{0, false}, {1, false}, {2, false}, {3, false},
+                           {4, false}, {1, true},  {2, true},  {3, true}};
 
 template <class Real>
 class Bench {
@@ -198,7 +195,7 @@ class Bench {
         linear("fc", C, 4 * C, true, false);
         linear("fc projection", 4 * C, C, false, true);
         gelu();
-        for (const Form& form : kForms) {
+        for (const Form& form : forms()) {
             Attention a = attention(form, B, T);
             for (Layer* layer : {&a.forward, &a.backward}) add(*layer);
         }
@@ -211,7 +208,7 @@ class Bench {
     void attention_against_length() {
         int tokens = *std::max_element(s.lengths.begin(), s.lengths.end());
         for (int length : s.lengths)
-            for (const Form& form : kForms) {
+            for (const Form& form : forms()) {
                 results.attention.push_back(attention(form, std::max(1, tokens / length), length));
                 changed();
             }
@@ -360,6 +357,14 @@ class Bench {
         });
     }
 
+    // The kernels that there are for this size of the heads.
+    std::vector<Form> forms() const {
+        std::vector<Form> forms;
+        for (const Form& form : kForms)
+            if (!form.linear || has_linear_form({.power = form.power}, D)) forms.push_back(form);
+        return forms;
+    }
+
     // Operations are those of the triangle of T (T + 1) / 2 pairs: two products forward and five backward,
     // whatever a kernel needs.
     Attention attention(const Form& form, int B, int T) {
@@ -367,9 +372,10 @@ class Bench {
         config.power = form.power;
         size_t n = (size_t)B * T * C;
         double product = 2.0 * C * B * T * (T + 1) / 2, one = kReal * n;
-        std::string name = std::string("attention ") + form.attention + " " + form.kernel;
-        Attention a{form.attention,
-                    form.kernel,
+        const char *attention = kAttentionNames[form.power], *kernel = form.linear ? "linear" : "tiled";
+        std::string name = std::string("attention ") + attention + " " + kernel;
+        Attention a{attention,
+                    kernel,
                     B,
                     T,
                     {name + " forward", 4 * one, 2 * product},
@@ -379,14 +385,26 @@ class Bench {
                  dqkv = random<Real>(3 * n);
             DeviceArray<float> stats(stats_size<Real>(config, B, T, H, D));
             DeviceArray<float> scratch(
-                std::max(attention_forward_scratch(T, H), attention_backward_scratch(B, T, H)));
+                std::max({attention_forward_scratch(T, H), attention_backward_scratch(B, T, H),
+                          form.linear ? attention_linear_forward_scratch<Real>(config, B, T, H, D) : 0,
+                          form.linear ? attention_linear_backward_scratch<Real>(config, B, T, H, D) : 0}));
             time(a.forward, [&] {
-                attention_forward(out.get(), stats.get(), scratch.get(), qkv.get(), nullptr, config, B, T, H,
-                                  D, nullptr);
+                if (form.linear) {
+                    attention_linear_forward(out.get(), stats.get(), scratch.get(), qkv.get(), nullptr,
+                                             config, B, T, H, D, nullptr);
+                } else {
+                    attention_forward(out.get(), stats.get(), scratch.get(), qkv.get(), nullptr, config, B, T,
+                                      H, D, nullptr);
+                }
             });
             time(a.backward, [&] {
-                attention_backward(dqkv.get(), nullptr, scratch.get(), dout.get(), out.get(), stats.get(),
-                                   qkv.get(), nullptr, config, B, T, H, D, nullptr);
+                if (form.linear) {
+                    attention_linear_backward(dqkv.get(), nullptr, scratch.get(), dout.get(), out.get(),
+                                              stats.get(), qkv.get(), nullptr, config, B, T, H, D, nullptr);
+                } else {
+                    attention_backward(dqkv.get(), nullptr, scratch.get(), dout.get(), out.get(), stats.get(),
+                                       qkv.get(), nullptr, config, B, T, H, D, nullptr);
+                }
             });
         } catch (const Error& e) {  // out of memory
             a.forward.error = a.backward.error = e.what();
