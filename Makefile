@@ -67,7 +67,7 @@ on_sim   := $(addprefix $(BUILD)/ptx/,$(objects))
 # Tests of the simulator (ptxsim_*) and of the CUDA trainer (cuda_*), which run on it.
 cutests  := $(patsubst tests/%.cu,$(BUILD)/%.o,$(wildcard tests/*.cu))
 
-.PHONY: all quickstart test compare bench bench-quick gpu-test gpu-check ptxsim-bench format clean help
+.PHONY: all quickstart test compare resources bench bench-quick gpu-test gpu-check ptxsim-bench format clean help
 all: train_gpt
 
 # In this order: of an inline function that several objects have, the linker takes the first, which must run on all
@@ -139,7 +139,7 @@ $(BUILD)/ptxsim/tests: $(BUILD)/main.o $(cutests) $(BUILD)/ptxsim_libraries.o $(
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 # The same objects on hardware, whose driver compiles their PTX: all but what is about the simulator's own reports.
-$(BUILD)/gpu-tests: $(BUILD)/main.o $(filter-out %_faults.o %_streams.o %_samples.o,$(cutests)) \
+$(BUILD)/gpu-tests: $(BUILD)/main.o $(filter-out %_faults.o %_streams.o %_samples.o %_figures.o,$(cutests)) \
     $(BUILD)/cuda_model.o $(on_gpu) $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
 	$(CXX) $(flags) $^ -o $@ $(libs) $(cudalibs)
 
@@ -214,6 +214,11 @@ ptxsim-bench: ## how fast CUDA code runs on this processor, with and without the
 	@dev/setup.sh cuda
 	@$(MAKE) --no-print-directory -j$$(nproc) $(BUILD)/ptxsim/bench
 	$(BUILD)/ptxsim/bench
+
+resources: ## the table of the CUDA kernels' registers anew, by ptxas: tests/golden/cuda_resources.txt
+	@dev/setup.sh cuda
+	@$(MAKE) --no-print-directory -j$$(nproc) $(on_sim)
+	$(PYTHON) dev/ptxsim/resources.py --renew tests/golden/cuda_resources.txt $(on_sim)
 
 # On hardware where there is some.
 compared  = train_gptcu$(if $(shell nvidia-smi -L 2>/dev/null),,_sim)
