@@ -19,7 +19,7 @@ struct Summary {
     uint64_t warps = 0, lanes = 0, instructions = 0, executed = 0;
     double bound_us = 0;
     const char* limit = "";
-    std::map<std::string, uint64_t> kinds;  // warp instructions by the first word of their mnemonic
+    std::map<std::string, uint64_t> kinds;  // warp instructions by mnemonic
     std::vector<std::string> missed;        // source lines without an instruction that ran
 };
 
@@ -32,8 +32,7 @@ Summary summarize(const Kernel& k) {
         s.lanes += f.lanes[i];
         s.instructions++;
         s.executed += f.lanes[i] > 0;
-        const std::string& mnemonic = k.mnemonics[k.code[i].mnemonic];
-        s.kinds[mnemonic.substr(0, mnemonic.find('.'))] += f.warps[i];
+        s.kinds[k.mnemonics[k.code[i].mnemonic]] += f.warps[i];
         if (k.code[i].source.line) lines[source_of(k, k.code[i])] |= f.lanes[i] > 0;
     }
     for (auto& [line, ran] : lines)

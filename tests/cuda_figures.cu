@@ -1,0 +1,283 @@
+// What the kernels of llmc/cuda move and compute, by the simulator's figures, against the least possible: the
+// bytes of memory-bound kernels, the tensor cores' products of attention, bank conflicts, and what attention
+// does beside its products.
+#include <nlohmann/json.hpp>
+
+#include "dev/ptxsim/device.h"
+#include "llmc/cuda/adamw.h"
+#include "llmc/cuda/attention.h"
+#include "llmc/cuda/classifier.h"
+#include "llmc/cuda/embedding.h"
+#include "llmc/cuda/gelu.h"
+#include "llmc/cuda/layernorm.h"
+#include "llmc/cuda/qk_norm_rope.h"
+#include "llmc/cuda/short_conv.h"
+#include "tests/cuda_helpers.h"
+
+using namespace cuda_test;
+
+namespace {
+
+using Json = nlohmann::json;
+
+// The kernels' own tests check what is in memory.
+struct OnlyFigures {
+    const ptxsim::Options before = ptxsim::options();
+    OnlyFigures() {
+        ptxsim::Options& o = ptxsim::options();
+        o.bounds = o.uninit = o.race = false;
+        o.figures = "figures";
+    }
+    ~OnlyFigures() { ptxsim::options() = before; }
+};
+
+// Of the kernels that were launched by f and have `part` in their names.
+template <class F>
+std::vector<Json> figures_of(F f, const std::string& part = "") {
+    ptxsim::clear_figures();
+    f();
+    gpu::check(cudaDeviceSynchronize());
+    std::vector<Json> figures;
+    const Json all = Json::parse(ptxsim::figures_json());
+    for (const Json& kernel : all["kernels"])
+        if (kernel["launches"] > 0 && kernel["name"].get<std::string>().find(part) != std::string::npos)
+            figures.push_back(kernel);
+    REQUIRE(!figures.empty());
+    return figures;
+}
+
+double sum_of(const std::vector<Json>& figures, std::initializer_list<const char*> names) {
+    double sum = 0;
+    for (const Json& kernel : figures)
+        for (const char* name : names) sum += kernel[name].get<double>();
+    return sum;
+}
+
+// n of zeros.
+template <class T>
+struct Zeros : Device<T> {
+    explicit Zeros(size_t n) : Device<T>(n) { gpu::check(cudaMemset(this->get(), 0, n * sizeof(T))); }
+};
+
+// f moves at most 1.1 times `least` bytes, in sectors of 32.
+template <class F>
+void check_moved(const char* name, double least, F f, const std::string& part = "") {
+    double moved = 32 * sum_of(figures_of(f, part), {"global_load_sectors", "global_store_sectors"});
+    CHECK_MESSAGE(moved / least < 1.1, std::string(name)
+                                           << ": " << moved << " bytes, " << least << " at least");
+    CHECK_MESSAGE(moved / least > 0.99, std::string(name)
+                                            << ": " << moved << " bytes, " << least << " at least");
+}
+
+// Sizes at which what blocks read for themselves (weights, sums of blocks) is little: rows as in training.
+template <class Real>
+void check_bytes() {
+    const OnlyFigures only;
+    const double R = sizeof(Real), copies = std::is_same_v<Real, float> ? 0 : R;
+    INFO("bytes a number: ", R);
+    {
+        const int N = 16384, C = 256;
+        Zeros<float> inp(N * C), residual(N * C), mean(N), rstd(N), weight(C), bias(C), dweight(C), dbias(C);
+        Zeros<float> scratch(gpu::layernorm_backward_scratch(N, C));
+        Zeros<Real> out(N * C), delta(N * C);
+        const double values = (double)N * C, statistics = 8.0 * N + 8 * C;
+        check_moved("layernorm_forward", values * (4 + R) + statistics, [&] {
+            gpu::layernorm_forward(out.get(), mean.get(), rstd.get(), inp.get(), weight.get(), bias.get(), N,
+                                   C, nullptr);
+        });
+        check_moved("layernorm_recompute", values * (4 + R) + statistics, [&] {
+            gpu::layernorm_recompute(out.get(), mean.get(), rstd.get(), inp.get(), weight.get(), bias.get(),
+                                     N, C, nullptr);
+        });
+        check_moved("residual_layernorm_forward", values * (8 + 2 * R) + statistics, [&] {
+            gpu::residual_layernorm_forward(residual.get(), out.get(), mean.get(), rstd.get(), inp.get(),
+                                            delta.get(), weight.get(), bias.get(), N, C, nullptr);
+        });
+        check_moved("layernorm_backward", values * (R + 12 + copies) + statistics + 12 * C, [&] {
+            gpu::layernorm_backward(residual.get(), copies > 0 ? out.get() : nullptr, dweight.get(),
+                                    dbias.get(), scratch.get(), delta.get(), inp.get(), mean.get(),
+                                    rstd.get(), weight.get(), N, C, nullptr);
+        });
+    }
+    {
+        const int N = 256, C = 3072;
+        Zeros<Real> out(N * C), inp(N * C);
+        Zeros<float> bias(C), scratch(gpu::gelu_backward_scratch(N, C));
+        check_moved("gelu_forward", 2 * R * N * C,
+                    [&] { gpu::gelu_forward(out.get(), inp.get(), (size_t)N * C, nullptr); });
+        check_moved("gelu_backward", 3 * R * N * C + 8 * C, [&] {
+            gpu::gelu_backward(out.get(), bias.get(), scratch.get(), out.get(), inp.get(), N, C, nullptr);
+        });
+    }
+    {
+        const int B = 1, T = 256, H = 12, D = 64, C = H * D, N = B * T;
+        Zeros<Real> out(N * 3 * C), inp(N * 3 * C);
+        Zeros<float> rstd(N * 2 * H), gain(H), dgain(H), rope(T * D);
+        Zeros<float> scratch(gpu::qk_norm_rope_scratch(B, T, H));
+        const double small = 8.0 * N * H + 4.0 * T * D;
+        check_moved("qk_norm_rope_forward", 6 * R * N * C + small + 4 * H, [&] {
+            gpu::qk_norm_rope_forward(out.get(), rstd.get(), inp.get(), gain.get(), rope.get(), B, T, H, D,
+                                      nullptr);
+        });
+        check_moved("qk_norm_rope_backward", 6 * R * N * C + small + 12 * H, [&] {
+            gpu::qk_norm_rope_backward(out.get(), dgain.get(), scratch.get(), out.get(), inp.get(),
+                                       rstd.get(), gain.get(), rope.get(), B, T, H, D, nullptr);
+        });
+        const int K = 4, W = 3 * C;
+        Zeros<float> taps(K * W), dtaps(K * W), sums(gpu::short_conv_scratch(B, T, W, K));
+        Zeros<Real> dinp(N * W);
+        check_moved("short_conv_forward", 2 * R * N * W + 4 * K * W,
+                    [&] { gpu::short_conv_forward(out.get(), inp.get(), taps.get(), B, T, W, K, nullptr); });
+        check_moved("short_conv_backward", 3 * R * N * W + 12 * K * W, [&] {
+            gpu::short_conv_backward(dinp.get(), dtaps.get(), sums.get(), out.get(), inp.get(), taps.get(), B,
+                                     T, W, K, nullptr);
+        });
+        // dO . O of softmax, for the backward pass of attention.
+        Zeros<Real> o(N * C), d_o(N * C);
+        Zeros<float> stats(N * H), room(gpu::attention_backward_scratch(B, T, H));
+        check_moved(
+            "attention_dots", 2 * R * N * C + 4 * N * H,
+            [&] {
+                gpu::attention_backward<Real>(out.get(), nullptr, room.get(), d_o.get(), o.get(), stats.get(),
+                                              inp.get(), nullptr, {}, B, T, H, D, nullptr);
+            },
+            "attention_dots");
+    }
+    {
+        const int N = 16, V = 50257, Vp = 50272;
+        Zeros<Real> logits(N * Vp);
+        Zeros<float> losses(N);
+        Zeros<int> targets(N);
+        check_moved("cross_entropy", 2 * R * N * Vp + 8 * N, [&] {
+            gpu::cross_entropy(losses.get(), logits.get(), logits.get(), targets.get(), 1.0f, N, V, Vp,
+                               nullptr);
+        });
+    }
+    {
+        const size_t n = 1 << 20;
+        Zeros<float> param(n), grad(n), m(n), v(n), scale(1);
+        Zeros<Real> copy(n);
+        Zeros<double> squares(1 + gpu::kSquaresBlocks);
+        Device<gpu::DecayRange> ranges(std::vector<gpu::DecayRange>{{0, 0.1f}, {n / 2, 0.0f}});
+        check_moved("sum_of_squares", 4.0 * n + 8,
+                    [&] { gpu::sum_of_squares(squares.get(), squares.get() + 1, grad.get(), n, nullptr); });
+        check_moved("adamw_update", (7 * 4 + copies) * n, [&] {
+            gpu::adamw_update(param.get(), copies > 0 ? copy.get() : nullptr, grad.get(), m.get(), v.get(), n,
+                              1e-3f, 0.9f, 0.95f, 1e-8f, ranges.get(), 2, scale.get(), 1, false, 1, nullptr);
+        });
+    }
+}
+
+TEST_CASE("cuda figures: kernels of bf16 move little more than they must") {
+    check_bytes<gpu::bf16>();
+}
+TEST_CASE("cuda figures: kernels of float move little more than they must") {
+    check_bytes<float>();
+}
+
+TEST_CASE("cuda figures: the embedding moves little more than it must") {
+    const OnlyFigures only;
+    const int B = 8, T = 64, C = 768, N = B * T, V = 1000;
+    std::vector<int> shuffled(N);  // all different, so that no row of the table is read twice
+    for (int i = 0; i < N; i++) shuffled[i] = i * 7 % V;
+    const Device<int> tokens(shuffled);
+    Zeros<float> wte(V * C), wpe(T * C), out(N * C), scratch(gpu::embedding_backward_scratch(B, T, C));
+    const double row = 4.0 * C;
+    check_moved("embedding_forward", 4 * N + (2 * N + T) * row, [&] {
+        gpu::embedding_forward(out.get(), tokens.get(), wte.get(), wpe.get(), B, T, C, nullptr);
+    });
+    auto backward = [&] {
+        gpu::embedding_backward(wte.get(), wpe.get(), scratch.get(), out.get(), tokens.get(), B, T, C, V,
+                                nullptr);
+    };
+    check_moved("embedding_backward, tokens", 8 * N + 3 * N * row, backward, "sum_token_runs");
+    check_moved("embedding_backward, positions", (N + 2 * T) * row, backward, "sum_positions");
+    // The sort is of 8 bytes a token, and moves most of them twice.
+    const double all = 32 * sum_of(figures_of(backward), {"global_load_sectors", "global_store_sectors"});
+    CHECK(all < 1.1 * (4 * N + (4 * N + 2 * T) * row));
+}
+
+// -------------------------------------------------------------------------------------------- attention
+
+// Attention of one head, forward and backward, in bf16.
+std::vector<Json> attention_figures(int power, int T, int D, const std::string& part) {
+    Zeros<gpu::bf16> qkv((size_t)T * 3 * D), dqkv((size_t)T * 3 * D), out((size_t)T * D), dout((size_t)T * D);
+    AttentionConfig config{.power = power, .context = T};
+    Zeros<float> stats(T), scratch(gpu::attention_forward_scratch(T, 1)),
+        scratch_backward(gpu::attention_backward_scratch(1, T, 1));
+    return figures_of(
+        [&] {
+            gpu::attention_forward(out.get(), stats.get(), scratch.get(), qkv.get(), nullptr, config, 1, T, 1,
+                                   D, nullptr);
+            gpu::attention_backward<gpu::bf16>(dqkv.get(), nullptr, scratch_backward.get(), dout.get(),
+                                               out.get(), stats.get(), qkv.get(), nullptr, config, 1, T, 1, D,
+                                               nullptr);
+        },
+        part);
+}
+
+// Products of 16 x 16 scores that a causal head of T has: all below the diagonal, and those on it.
+double score_blocks(int T) {
+    double rows = T / 16;
+    return rows * (rows + 1) / 2;
+}
+
+TEST_CASE("cuda figures: attention has no product too many and no bank conflict") {
+    const OnlyFigures only;
+    const int T = 256;
+    for (int power = 0; power <= 4; power++)
+        for (int D : {64, 128})
+            for (auto [kernel, products] : {std::pair("attention_forward_kernel", 2),
+                                            {"attention_backward_keys_kernel", 4},
+                                            {"attention_backward_queries_kernel", 3}}) {
+                CAPTURE(power);
+                CAPTURE(D);
+                CAPTURE(kernel);
+                const std::vector<Json> figures = attention_figures(power, T, D, kernel);
+                REQUIRE(figures.size() == 1);
+                // Of 16 x 16 x 16, each two of mma.m16n8k16.
+                CHECK(figures[0]["mma"] == products * score_blocks(T) * (D / 16) * 2);
+                CHECK(figures[0]["shared_bank_conflicts"] == 0);
+            }
+}
+
+// What a kernel does with numbers, for each score: not the products and what brings their factors to them.
+double arithmetic_per_score(int power, int T, int D, const std::string& kernel) {
+    const std::vector<Json> figures = attention_figures(power, T, D, kernel);
+    REQUIRE(figures.size() == 1);
+    double instructions = 0;
+    for (const auto& [mnemonic, count] : figures[0]["by_kind"].items()) {
+        const std::string& name = mnemonic;
+        auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
+        if (has("mma") || has("mov") || has("ld.") || has("st.")) continue;
+        if (has("f32") || has("bf16x2") || has("shfl")) instructions += count.get<double>();
+    }
+    return instructions / (score_blocks(T) * 256 / 32);
+}
+
+TEST_CASE("cuda figures: what attention does beside its products") {
+    const OnlyFigures only;
+    const int T = 512, D = 64;
+    // As shares of softmax's. Its backward pass has the rows' maxima and sums from the forward pass, so that
+    // there is nothing left there for a polynomial to spare; but it has powers to compute.
+    const struct {
+        const char* kernel;
+        double most[5];
+    } table[] = {{"attention_forward_kernel", {1, 0.16, 0.3, 0.45, 0.45}},
+                 {"attention_backward_keys_kernel", {1, 0.7, 0.9, 1.1, 1.3}},
+                 {"attention_backward_queries_kernel", {1, 0.45, 0.8, 1.05, 1.25}}};
+    for (const auto& row : table) {
+        std::string text = row.kernel;
+        double softmax = 0;
+        for (int power = 0; power <= 4; power++) {
+            const double n = arithmetic_per_score(power, T, D, row.kernel);
+            if (power == 0) softmax = n;
+            text += str(power == 0 ? ", instructions a score: softmax " : str(", poly", power, " "),
+                        std::round(100 * n) / 100);
+            CHECK_MESSAGE(n <= row.most[power] * softmax, text);
+        }
+        MESSAGE(text);
+    }
+}
+
+}  // namespace
