@@ -74,10 +74,10 @@ void check_follows(const std::string& out, const std::string& other, size_t coun
     CHECK(largest < 1e-4);
 }
 
-// A run that has come as far as step 50 of `out`.
+// A run that has come as far as step 70 of `out`.
 void copy_half(const std::string& out, const std::string& to) {
     fs::create_directory(to);
-    fs::copy(out + "/step_00000050", to + "/step_00000050");
+    fs::copy(out + "/step_00000070", to + "/step_00000070");
     fs::copy(out + "/metrics.jsonl", to + "/metrics.jsonl");
 }
 
@@ -89,7 +89,7 @@ TEST_CASE("cuda cli: 100 steps follow the CPU's, and each goes on from the other
     const std::string cpu = folder / "cpu", gpu = folder / "gpu";
     const std::string flags = kModel +
                               "--attention poly3 --decay learned --short-conv 3 --steps 100 --val-every 50 "
-                              "--checkpoint-every 50";
+                              "--checkpoint-every 70";
     check_done(train_gpt(train(cpu, flags)));
     check_done(train_gptcu(train(gpu, flags)));
     check_follows(gpu, cpu, 103);
@@ -196,13 +196,13 @@ bool check_failure(const std::string& failure, const Strings& parts) {
 void check_failures(const std::string& option, const Strings& parts) {
     auto fails = [&](int n) { return check_failure(str(option, "=", n), parts); };
     REQUIRE(fails(1));
-    int last = 1, end = 3;
-    for (; fails(end); end *= 3) last = end;
+    int last = 1, end = 4;
+    for (; fails(end); end *= 4) last = end;
     while (end - last > std::max(1, last / 8)) {
         const int middle = (last + end) / 2;
         (fails(middle) ? last : end) = middle;
     }
-    for (int back = 1 + last / 32; back < last; back *= 6) CHECK(fails(last - back));
+    for (int back = 1 + last / 32; back < last; back *= 8) CHECK(fails(last - back));
 }
 
 }  // namespace
