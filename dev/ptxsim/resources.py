@@ -46,7 +46,7 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def kernels_of(path: str) -> dict[str, str]:
-    """The PTX of each kernel, with what its module declares and without line numbers: nvcc's of a .cu, or an object's."""
+    """The PTX of each kernel (nvcc's, or that in an object) with what its module declares and without line numbers."""
     if path.endswith(".cu"):
         command = [find_tool("nvcc"), "-std=c++20", "-O3", "-I.", "-ptx", "-arch=compute_80", path, "-o", "-"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
