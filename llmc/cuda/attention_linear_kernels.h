@@ -97,10 +97,12 @@ template <int kD>
 __device__ void store_features(bf16* tile, int row, int chunk, const float (&phi)[16], float factor) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        Pack<bf16> pack;
+        uint32_t pairs[4];
 #pragma unroll
-        for (int e = 0; e < 8; e++) pack[e] = from_float<bf16>(phi[8 * half + e] * factor);
-        store_pack(tile + Tile<kD>::offset(row, chunk + half), pack);
+        for (int e = 0; e < 4; e++)
+            pairs[e] = pack_bf16(phi[8 * half + 2 * e] * factor, phi[8 * half + 2 * e + 1] * factor);
+        *reinterpret_cast<uint4*>(tile + Tile<kD>::offset(row, chunk + half)) = {pairs[0], pairs[1], pairs[2],
+                                                                                 pairs[3]};
     }
 }
 
@@ -263,7 +265,8 @@ __global__ __launch_bounds__(kAttentionThreads,
         const bf16* s = stages + n % 2 * Tiles::size;
         if constexpr (kOutput) {
 #pragma unroll
-            for (int quarter = 2 * half; quarter < 2 * half + 2; quarter++) {
+            for (int q = 0; q < 2; q++) {
+                const int quarter = 2 * half + q;
                 float features[16];
                 build_features<P>(features, channels, tile, quarter);
                 store_features<kFeatures>(phi, row, 2 * quarter, features, 1);

@@ -207,32 +207,48 @@ __device__ inline void store_rows(bf16* to, size_t stride, bf16* tile, const flo
     }
 }
 
+// Calls f(pair, at, n) for each pair of neighbouring results of a warp's 16 rows that exists: its first
+// number's address in rows of floats, and how many of the two there are.
+template <int kD, class Float, class F>
+__device__ inline void for_pairs(Float* rows_of_tile, size_t stride, int rows, int D, F f) {
+    const int lane = threadIdx.x % kWarp, row0 = threadIdx.x / kWarp * 16 + lane / 4, c0 = lane % 4 * 2;
+#pragma unroll
+    for (int pair = 0; pair < kD / 4; pair++) {
+        const int row = row0 + pair % 2 * 8, c = pair / 2 * 8 + c0;
+        if (row < rows && c < D) f(pair, rows_of_tile + row * stride + c, min(2, D - c));
+    }
+}
+
 // Adds a warp's 16 rows of numbers, times weight, to its results.
 template <int kD>
 __device__ inline void add_rows(float (&x)[kD / 8][4], const float* from, size_t stride, int rows, int D,
                                 float weight = 1) {
-    const int lane = threadIdx.x % kWarp, row0 = threadIdx.x / kWarp * 16 + lane / 4, c0 = lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < kD / 8; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int row = row0 + e / 2 * 8, c = 8 * n + c0 + e % 2;
-            if (row < rows && c < D) x[n][e] = fmaf(from[row * stride + c], weight, x[n][e]);
+    for_pairs<kD>(from, stride, rows, D, [&](int pair, const float* at, int n) {
+        float* to = x[pair / 2] + pair % 2 * 2;
+        if (D % 2 == 0) {  // so all are at multiples of 8 bytes
+            const float2 values = *reinterpret_cast<const float2*>(at);
+            to[0] = fmaf(values.x, weight, to[0]), to[1] = fmaf(values.y, weight, to[1]);
+        } else {
+            to[0] = fmaf(at[0], weight, to[0]);
+            if (n == 2) to[1] = fmaf(at[1], weight, to[1]);
         }
+    });
 }
 
-// The same results times the rows' factors, in float.
+// Writes a warp's results, times the rows' factors, in float.
 template <int kD>
 __device__ inline void store_sums(float* to, size_t stride, const float (&x)[kD / 8][4], float factor0,
                                   float factor1, int rows, int D) {
-    const int lane = threadIdx.x % kWarp, row0 = threadIdx.x / kWarp * 16 + lane / 4, c0 = lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < kD / 8; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int row = row0 + e / 2 * 8, c = 8 * n + c0 + e % 2;
-            if (row < rows && c < D) to[row * stride + c] = x[n][e] * (e / 2 ? factor1 : factor0);
+    for_pairs<kD>(to, stride, rows, D, [&](int pair, float* at, int n) {
+        const float* from = x[pair / 2] + pair % 2 * 2;
+        const float factor = pair % 2 ? factor1 : factor0;
+        if (D % 2 == 0) {
+            *reinterpret_cast<float2*>(at) = {from[0] * factor, from[1] * factor};
+        } else {
+            at[0] = from[0] * factor;
+            if (n == 2) at[1] = from[1] * factor;
         }
+    });
 }
 
 // ------------------------------------------------------------------------------------------------- tables
