@@ -264,9 +264,8 @@ __global__ __launch_bounds__(kAttentionThreads,
         if (n + 1 < shape.tiles) load_state(n + 1);
         const bf16* s = stages + n % 2 * Tiles::size;
         if constexpr (kOutput) {
-#pragma unroll
-            for (int q = 0; q < 2; q++) {
-                const int quarter = 2 * half + q;
+#pragma unroll 1  // both at once do not fit into the registers
+            for (int quarter = 2 * half; quarter < 2 * half + 2; quarter++) {
                 float features[16];
                 build_features<P>(features, channels, tile, quarter);
                 store_features<kFeatures>(phi, row, 2 * quarter, features, 1);
