@@ -218,13 +218,16 @@ __global__ void fresh_local(int* out, int written, int index) {
     out[threadIdx.x] = array[index];  // fault: fresh_local
 }
 
+#define COPY_ASYNC(to, from) \
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory")
+
 __global__ void missing_wait(const int4* in, int4* out, bool fixed) {
     __shared__ int4 tile[64];
     const int t = threadIdx.x;
     tile[t] = make_int4(0, 0, 0, 0);
     __syncthreads();
     const unsigned to = (unsigned)__cvta_generic_to_shared(tile + t);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(in + t) : "memory");
+    COPY_ASYNC(to, in + t);
     asm volatile("cp.async.commit_group;" ::: "memory");
     if (fixed) asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncthreads();
@@ -240,10 +243,7 @@ __global__ void early_copy(const int4* in, int4* out, bool fixed) {
     int4 before = tile[63 - t];  // fault: early_copy
     if (fixed) __syncthreads();
     const unsigned to = (unsigned)__cvta_generic_to_shared(tile + t);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"  // fault: early_copy
-                 ::"r"(to),
-                 "l"(in + t)
-                 : "memory");
+    COPY_ASYNC(to, in + t);  // fault: early_copy
     asm volatile("cp.async.commit_group;" ::: "memory");
     __syncthreads();
     asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -429,7 +429,12 @@ const std::vector<Case>& cases() {
              missing_wait<<<1, 64>>>((int4*)b.in.get(), (int4*)b.out.get(), fixed);
          }},
         {"early_copy", Fault::race,
-         [](Buffers& b, bool fixed) { early_copy<<<1, 64>>>((int4*)b.in.get(), (int4*)b.out.get(), fixed); }},
+         [](Buffers& b, bool fixed) {
+             ptxsim::options().uninit = false;  // a read after the copy has begun is another fault
+             early_copy<<<1, 64>>>((int4*)b.in.get(), (int4*)b.out.get(), fixed);
+             cudaDeviceSynchronize();
+             ptxsim::options().uninit = true;
+         }},
         {"host_pointer", Fault::host_access,
          [](Buffers& b, bool fixed) {
              std::vector<int> pageable(64);

@@ -334,7 +334,11 @@ class Decoder {
     // ---- functions and statements
 
     struct Frame {
+        // Labels are known in their block: "/2/5:name" is one in the sixth block, within the third.
+        std::string block;
+        int blocks = 0;
         std::map<std::string, int32_t> labels;
+        std::string in_block(const std::string& label) const { return block + ":" + label; }
         std::vector<std::pair<size_t, std::string>> branches;  // instruction, label
         std::vector<std::pair<std::vector<int32_t>*, std::string>> table_entries;
         std::map<std::string, std::vector<std::string>> targets;
@@ -352,10 +356,12 @@ class Decoder {
             switch (s.kind) {
                 case Statement::open:
                     scopes_.emplace_back();
+                    frame.block += "/" + std::to_string(frame.blocks++);
                     break;
                 case Statement::close:
                     if (scopes_.size() <= depth) fail("'}' without '{'");
                     scopes_.pop_back();
+                    frame.block.resize(frame.block.rfind('/'));
                     break;
                 case Statement::registers:
                     declare_registers(s);
@@ -370,10 +376,10 @@ class Decoder {
                     }
                     break;
                 case Statement::label:
-                    frame.labels[s.op] = (int32_t)kernel_->code.size();
+                    frame.labels[frame.in_block(s.op)] = (int32_t)kernel_->code.size();
                     break;
                 case Statement::targets:
-                    for (const Operand& o : s.operands) frame.targets[s.op].push_back(o.text);
+                    for (const Operand& o : s.operands) frame.targets[s.op].push_back(frame.in_block(o.text));
                     break;
                 case Statement::instruction:
                     instruction(s, frame, is_entry);
@@ -393,10 +399,14 @@ class Decoder {
                                         [&](auto& l) { return l.second == (int32_t)kernel_->code.size(); });
             if (!ends || labelled) kernel_->code.push_back(in);
         }
-        auto target = [&](const std::string& label) {
-            auto it = frame.labels.find(label);
-            if (it == frame.labels.end()) fail("unknown label " + label);
-            return it->second;
+        auto target = [&](std::string label) {  // in its block, or the nearest around it
+            for (;;) {
+                auto it = frame.labels.find(label);
+                if (it != frame.labels.end()) return it->second;
+                size_t end = label.find(':');
+                if (end == 0) fail("unknown label " + label.substr(1));
+                label.erase(label.rfind('/', end), end - label.rfind('/', end));
+            }
         };
         for (auto& [at, label] : frame.branches) kernel_->code[at].imm = target(label);
         for (auto& [table, label] : frame.table_entries) table->push_back(target(label));
@@ -433,7 +443,7 @@ class Decoder {
         auto emit = [&] { kernel_->code.push_back(in); };
         if (s.op == "bra") {
             in.flow = Flow::branch;
-            frame.branches.emplace_back(kernel_->code.size(), s.operands.at(0).text);
+            frame.branches.emplace_back(kernel_->code.size(), frame.in_block(s.operands.at(0).text));
             return emit();
         }
         if (s.op == "brx") {
