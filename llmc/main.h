@@ -10,31 +10,34 @@
 #include "llmc/options.h"
 #include "llmc/trainer.h"
 
+// Returns the exit status.
+inline int run_command(Options& options, const Backend& backend) {
+    switch (options.command) {
+        case Command::train:
+            return train(backend, options.train);
+        case Command::generate:
+            backend.set_threads(options.generate.threads);
+            generate(backend, options.generate);
+            break;
+        case Command::eval:
+            backend.set_threads(options.eval.threads);
+            evaluate(backend, options.eval);
+            break;
+        case Command::dump:
+            backend.set_threads(options.dump.threads);
+            dump(backend, options.dump);
+            break;
+    }
+    return kExitDone;
+}
+
 // train_dtype: what `train` takes without --dtype.
 inline int run(const char* program, Backend (*choose_backend)(), const char* train_dtype, int argc,
                char** argv) {
     try {
         Options options;
         bool help = !parse_options(argc, argv, program, train_dtype, options);
-        int status = kExitDone;
-        Backend backend = choose_backend();
-        if (!help) switch (options.command) {
-                case Command::train:
-                    status = train(backend, options.train);
-                    break;
-                case Command::generate:
-                    backend.set_threads(options.generate.threads);
-                    generate(backend, options.generate);
-                    break;
-                case Command::eval:
-                    backend.set_threads(options.eval.threads);
-                    evaluate(backend, options.eval);
-                    break;
-                case Command::dump:
-                    backend.set_threads(options.dump.threads);
-                    dump(backend, options.dump);
-                    break;
-            }
+        int status = help ? kExitDone : run_command(options, choose_backend());
         if (fflush(stdout) != 0 || ferror(stdout)) fail("stdout: cannot write all of the output");
         return status;
     } catch (const Error& e) {

@@ -33,6 +33,12 @@ TEST_CASE_TEMPLATE("cuda attention: every head size with every activation", Real
             check_attention<Real>({{.power = power, .scale = odd ? ScaleKind::row : ScaleKind::sum},
                                    odd ? DecayKind::learned : DecayKind::none},
                                   {1, kEdge<Real> + 16, 1, sizes[i]});
+            if (!thorough()) continue;  // every branch of every instance
+            for (ScaleKind scale : {ScaleKind::row, ScaleKind::sum})
+                for (DecayKind decay : {DecayKind::none, DecayKind::learned})
+                    for (int D : {sizes[i], sizes[i] - 1})
+                        check_attention<Real>({{.power = power, .scale = scale}, decay},
+                                              {1, kEdge<Real> + 16, 1, D});
         }
 }
 

@@ -49,6 +49,13 @@ TEST_CASE_TEMPLATE("cuda linear attention: every head size with every power", Re
                             i % 3 ? DecayKind::learned : DecayKind::none},
                            size);
     }
+    if (!thorough()) return;
+    for (int power = 1; power <= 3; power++)
+        for (int D : {32, 31, 64, 63, 96, 95, 128, 127})
+            for (ScaleKind scale : {ScaleKind::row, ScaleKind::sum})
+                for (DecayKind decay : {DecayKind::none, DecayKind::learned})
+                    if (has_linear_form({.power = power, .scale = scale}, D))
+                        check_linear<Real>({{.power = power, .scale = scale}, decay}, {1, 130, 1, D});
 }
 
 TEST_CASE_TEMPLATE("cuda linear attention: extreme decays, from forgetting at once to never", Real, float,

@@ -241,6 +241,7 @@ TEST_CASE("cuda cli: cuBLASLt has no algorithm") {
 TEST_CASE("cuda cli: an error of the device that stays") {
     if (!has_cuda()) return;
     check_failures("fail-call", {"uncorrectable ECC error encountered"});
+    check_done(train_gptcu("train --help", {}, "fail-call=1"));
 }
 
 TEST_CASE("cuda cli: a model too large for the device, and the flags with which it fits") {

@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+"""How much of the kernels' PTX has run, from figures of dev/ptxsim (PTXSIM=figures=FILE.json).
+
+    LLMC_THOROUGH=kinds PTXSIM=figures=build/figures.json build/ptxsim/tests -tc="cuda*,the CUDA*,attention on*" \\
+        -tce="cuda figures*"
+    dev/ptxsim/coverage.py build/figures.json
+
+Prints kernels with all their instances together, the least covered first, and with --lines the source lines of each of
+which no instruction ran in some instance, with the number of those instances.
+"""
+import argparse
+import collections
+import json
+import re
+import sys
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figures")
+    parser.add_argument("--lines", action="store_true")
+    args = parser.parse_args()
+    try:
+        with open(args.figures, encoding="utf-8") as file:
+            kernels = json.load(file)["kernels"]
+    except (OSError, ValueError, KeyError) as error:
+        print(f"coverage: {args.figures}: {error}: expected figures of dev/ptxsim", file=sys.stderr)
+        return 1
+    families = collections.defaultdict(list)
+    for kernel in kernels:
+        families[re.sub(r"<.*", "", kernel["name"])].append(kernel)
+
+    def count(instances, key):
+        return sum(kernel[key] for kernel in instances)
+
+    def covered(instances):
+        return count(instances, "executed") / max(count(instances, "instructions"), 1)
+
+    print("covered  instructions  instances  kernel")
+    for name, instances in sorted(families.items(), key=lambda item: covered(item[1])):
+        print(f"{covered(instances):7.1%} {count(instances, 'instructions'):13} {len(instances):10}  {name}")
+        if args.lines:
+            missed = collections.Counter(line for kernel in instances for line in kernel["lines_not_executed"])
+            for line, times in missed.most_common():
+                print(f"{times:32}    {line}")
+    print(f"{covered(kernels):7.1%} {count(kernels, 'instructions'):13} {len(kernels):10}  all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
