@@ -2,8 +2,17 @@
 #pragma once
 #include "llmc/config.h"
 
-// Whether attention of this kind has the linear form. For p = 3 the state of a head grows with D^4.
+// Whether attention of this power has the linear form with some scale. For p = 3 the state of a head grows
+// with D^4.
+constexpr bool has_linear_form(int power, int D) {
+    return power == 1 || power == 2 || (power == 3 && D <= 32);
+}
+// Of an odd power, `sum` has the absolute values, which are no polynomial.
+constexpr bool has_linear_sum(int power) {
+    return power % 2 == 0;
+}
+
+// Whether attention of this kind has the linear form.
 inline bool has_linear_form(const AttentionConfig& config, int D) {
-    bool small = config.power == 1 || config.power == 2 || (config.power == 3 && D <= 32);
-    return small && !(config.has_row_sum() && config.power % 2 == 1);
+    return has_linear_form(config.power, D) && (!config.has_row_sum() || has_linear_sum(config.power));
 }

@@ -5,8 +5,8 @@
         -tce="cuda figures*"
     dev/ptxsim/coverage.py build/figures.json
 
-Prints kernels with all their instances together, the least covered first, and with --lines the source lines of each of
-which no instruction ran in some instance, with the number of those instances.
+Prints kernels with all their instances together, the least covered first, and with --lines the source lines of the
+instructions that never ran, with their number.
 """
 import argparse
 import collections
@@ -40,9 +40,11 @@ def main() -> int:
     for name, instances in sorted(families.items(), key=lambda item: covered(item[1])):
         print(f"{covered(instances):7.1%} {count(instances, 'instructions'):13} {len(instances):10}  {name}")
         if args.lines:
-            missed = collections.Counter(line for kernel in instances for line in kernel["lines_not_executed"])
-            for line, times in missed.most_common():
-                print(f"{times:32}    {line}")
+            missed = collections.Counter()
+            for kernel in instances:
+                missed.update(kernel["not_executed"])
+            for line, instructions in missed.most_common():
+                print(f"{instructions:20}               {line}")
     print(f"{covered(kernels):7.1%} {count(kernels, 'instructions'):13} {len(kernels):10}  all")
     return 0
 

@@ -19,24 +19,25 @@ struct Summary {
     uint64_t warps = 0, lanes = 0, instructions = 0, executed = 0;
     double bound_us = 0;
     const char* limit = "";
-    std::map<std::string, uint64_t> kinds;  // warp instructions by mnemonic
-    std::vector<std::string> missed;        // source lines without an instruction that ran
+    std::map<std::string, uint64_t> kinds;   // warp instructions by mnemonic
+    std::map<std::string, uint64_t> missed;  // instructions that never ran, by source line
 };
 
 Summary summarize(const Kernel& k) {
     const Figures& f = k.figures;
     Summary s;
-    std::map<std::pair<std::string, int>, bool> lines;
     for (size_t i = 0; i < k.code.size(); i++) {
         s.warps += f.warps[i];
         s.lanes += f.lanes[i];
         s.instructions++;
-        s.executed += f.lanes[i] > 0;
+        // A branch that no lane takes has run, too.
+        const bool ran = f.lanes[i] > 0 || (k.code[i].flow == Flow::branch && f.warps[i] > 0);
+        s.executed += ran;
         s.kinds[k.mnemonics[k.code[i].mnemonic]] += f.warps[i];
-        if (k.code[i].source.line) lines[source_of(k, k.code[i])] |= f.lanes[i] > 0;
+        if (ran) continue;
+        const auto [file, line] = source_of(k, k.code[i]);
+        s.missed[file + ":" + std::to_string(line)]++;
     }
-    for (auto& [line, ran] : lines)
-        if (!ran) s.missed.push_back(line.first + ":" + std::to_string(line.second));
     double memory = 32.0 * (double)(f.load_sectors + f.store_sectors) / kBandwidth;
     double tensor = (double)f.tensor_flops / kTensorRate, issue = (double)s.lanes / kLaneRate;
     double bound = std::max({memory, tensor, issue});
@@ -73,7 +74,7 @@ std::string figures_json() {
         j["bound_us"] = s.bound_us;
         j["bound_by"] = s.limit;
         j["by_kind"] = s.kinds;
-        j["lines_not_executed"] = s.missed;
+        j["not_executed"] = s.missed;
         all["kernels"].push_back(std::move(j));
     }
     return all.dump(2);

@@ -77,10 +77,16 @@ __device__ void load_few(float (&x)[kN], const Real* at) {
     }
 }
 
-// phi = features 16 quarter .. +15 of a tile, of a row of channels: row.load(x, c) is x = those from c on.
+// phi = features 16 quarter .. +15 of a tile, of a row of channels: row.load(x, c) is x = those from c on, of
+// which there are Row::kChannels.
 template <int P, class Row>
 __device__ void build_features(float (&phi)[16], const Row& row, const FeatureTile<P>& tile, int quarter) {
-    if constexpr (P == 1) row.load(phi, 64 * tile.a + 16 * quarter);
+    if constexpr (P == 1) {
+        const int c = 64 * tile.a + 16 * quarter;
+#pragma unroll
+        for (int f = 0; f < 16; f++) phi[f] = 0;
+        if (c < Row::kChannels) row.load(phi, c);
+    }
     if constexpr (P == 2) {
         float left[2], right[8];
         row.load(left, 8 * tile.a + 2 * quarter);

@@ -8,6 +8,10 @@
 
 namespace gpu {
 
+// The kernels of 64 have all smaller heads.
+template <class A, int kD>
+constexpr bool kFloatHasSegments = kHasSegments<A, kD == 64 ? 1 : kD>;
+
 // Rows are 4 floats longer than they need be, so that eight rows' packs of one column are in different banks.
 template <int kD>
 struct FloatTile {
@@ -146,12 +150,13 @@ __global__ __launch_bounds__(kAttentionThreads,
                                                                     const float* qkv, AttentionShape shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = FloatTile<kD>;
+    constexpr bool kSegments = kFloatHasSegments<A, kD>;
     float *q = reinterpret_cast<float*>(attention_shared), *k = q + Tiles::size, *v = k + Tiles::size;
     float* weights = v + Tiles::size;
     const int T = shape.T, D = shape.D, C = shape.C();
     const int b = blockIdx.x / shape.H, h = blockIdx.x % shape.H;
     const int tile = gridDim.y - 1 - blockIdx.y, i0 = tile * kFloatTile;
-    const int first = shape.first_tile<kFloatTile>(tile);
+    const int first = shape.first_tile<kFloatTile, kSegments>(tile);
     const int x = threadIdx.x % 8, row = i0 + threadIdx.x / 8 * 2;
     const size_t stride = 3 * (size_t)C, table = (size_t)h * shape.tables.stride;
     const float* head = qkv + b * T * stride + h * D;
@@ -198,12 +203,12 @@ __global__ __launch_bounds__(kAttentionThreads,
         FloatWeights::store(weights, s);
         o.add(weights, v, D);
     }
-    const bool has_sums = !A::kOnline && first > 0;
+    const bool has_sums = kSegments && first > 0;
     if (has_sums) o.add_rows(shape.segments.sums + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float total = sum_of_row(rows.total[r]);
-        if (has_sums && shape.row_sum && row + r < T)
+        if (has_sums && kHasTotals<A> && shape.row_sum && row + r < T)
             total += shape.segments.totals[(size_t)blockIdx.x * T + row + r];
         float factor, stat;
         if constexpr (A::kOnline) {
@@ -258,12 +263,13 @@ __global__ __launch_bounds__(kAttentionThreads,
                                                                           AttentionShape shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = FloatTile<kD>;
+    constexpr bool kSegments = kFloatHasSegments<A, kD>;
     float *k = reinterpret_cast<float*>(attention_shared), *v = k + Tiles::size;
     float *q = v + Tiles::size, *d_o = q + Tiles::size, *weights = d_o + Tiles::size;
     __shared__ RowTerms of_rows[kFloatTile];
     const int T = shape.T, D = shape.D, C = shape.C();
     const int b = blockIdx.x / shape.H, h = blockIdx.x % shape.H, j0 = blockIdx.y * kFloatTile;
-    const int end = shape.end_tile<kFloatTile>(blockIdx.y, gridDim.y);
+    const int end = shape.end_tile<kFloatTile, kSegments>(blockIdx.y, gridDim.y);
     const int x = threadIdx.x % 8, key = j0 + threadIdx.x / 8 * 2;
     const size_t stride = 3 * (size_t)C, head_at = b * T * stride + h * D;
     const float* head = qkv + head_at;
@@ -292,7 +298,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     }
     const float factor = gradient_factor<A>(shape);
     dk.scale(0, factor), dk.scale(1, factor);
-    if (!A::kOnline && end < (int)gridDim.y) {
+    if (kSegments && end < (int)gridDim.y) {
         const float* sums = shape.segments.sums + head_at + j0 * stride + C;
         dk.add_rows(sums, stride, T - j0, D);
         dv.add_rows(sums + C, stride, T - j0, D);
@@ -310,6 +316,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
     const float* dot, const float* qkv, AttentionShape shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = FloatTile<kD>;
+    constexpr bool kSegments = kFloatHasSegments<A, kD>;
     float *q = reinterpret_cast<float*>(attention_shared), *d_o = q + Tiles::size;
     float *k = d_o + Tiles::size, *v = k + Tiles::size, *weights = v + Tiles::size;
     const int T = shape.T, D = shape.D, C = shape.C();
@@ -323,15 +330,16 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
     Tiles::load(q, head + i0 * stride, stride, T - i0, D);
     Tiles::load(d_o, dout + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
     RowTerms of_rows[2];
-    float neutral[2] = {0, 0};
+    float c[2] = {1, 1}, neutral[2] = {0, 0};  // c: what is put in at the end
     for (int r = 0; r < 2; r++) {
-        of_rows[r] = row_terms<A>(stats, dot, shape, blockIdx.x, row + r);
+        of_rows[r] = terms_apart<A>(stats, dot, shape, blockIdx.x, row + r);
+        if (!A::kOnline) c[r] = of_rows[r].weight, of_rows[r].weight = 1;
         if (dlog_gamma && row + r < T)
             neutral[r] = shape.tables.neutral[(size_t)h * shape.tables.stride + row + r];
     }
     FloatSums<kD> dq;
     double ddecay = 0;
-    const int first = shape.first_tile<kFloatTile>(tile);
+    const int first = shape.first_tile<kFloatTile, kSegments>(tile);
     for (int j0 = first * kFloatTile; j0 <= i0; j0 += kFloatTile) {
         __syncthreads();
         Tiles::load(k, head + j0 * stride + C, stride, T - j0, D);
@@ -347,21 +355,21 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
         auto distance = [&](int r, int m) { return row + r - j0 - x - 8 * m; };
         float_gradients<A>(s, da, shape, h, slope2, distance, [&](int r, int) { return of_rows[r]; });
         if (dlog_gamma) {
-            float tile_ddecay = 0;
 #pragma unroll
-            for (int r = 0; r < 2; r++)
+            for (int r = 0; r < 2; r++) {
+                float tile_ddecay = 0;
 #pragma unroll
                 for (int m = 0; m < 4; m++)
                     tile_ddecay +=
                         (A::kOnline ? da[r][m] : s[r][m] * before[r][m]) * (distance(r, m) - neutral[r]);
-            ddecay += tile_ddecay;
+                ddecay += c[r] * tile_ddecay;
+            }
         }
         FloatWeights::store(weights, da);
         dq.add(weights, k, D);
     }
-    const float factor = gradient_factor<A>(shape);
-    dq.scale(0, factor), dq.scale(1, factor);
-    if (!A::kOnline && first > 0) dq.add_rows(shape.segments.sums + head_at + i0 * stride, stride, T - i0, D);
+    for (int r = 0; r < 2; r++) dq.scale(r, c[r] * gradient_factor<A>(shape));
+    if (kSegments && first > 0) dq.add_rows(shape.segments.sums + head_at + i0 * stride, stride, T - i0, D);
     dq.store(dqkv + head_at + i0 * stride, stride, T - i0, D);
     if (!dlog_gamma) return;
     __shared__ double of_warps[kAttentionThreads / kWarp];

@@ -1,5 +1,6 @@
 // The attention kernels for bf16 on tensor cores (attention.h says how they go), and the activations.
 #pragma once
+#include "llmc/attention_linear_form.h"
 #include "llmc/cuda/attention_tiles.h"
 #include "llmc/cuda/columns.h"
 
@@ -7,12 +8,14 @@ namespace gpu {
 
 // exp(x) in rows that sum to 1. Scores are kept unscaled; exp2 takes the factor along.
 struct Softmax {
+    static constexpr int kPower = 0;
     static constexpr bool kOnline = true;
 };
 
 // x^P, of which the rows' factors c_i are put in afterwards.
 template <int P>
 struct Poly {
+    static constexpr int kPower = P;
     static constexpr bool kOnline = false;
     __device__ static float value(float x) {
         if constexpr (P == 1) return x;
@@ -30,6 +33,13 @@ struct Poly {
     }
 };
 
+// Whether a kernel for heads of up to kD has segments to look after.
+template <class A, int kD>
+constexpr bool kHasSegments = has_linear_form(A::kPower, kD);
+// Whether they have totals.
+template <class A>
+constexpr bool kHasTotals = has_linear_sum(A::kPower);
+
 // What the kernels of one call have in common.
 struct AttentionShape {
     int T, H, D;
@@ -41,13 +51,14 @@ struct AttentionShape {
 
     __device__ int C() const { return H * D; }
     // The first tile of a tile's segment, and the first of the next, of tiles of kTile tokens.
-    template <int kTile>
+    template <int kTile, bool kSegments>
     __device__ int first_tile(int tile) const {
-        return segments.length ? tile - tile % (segments.length / kTile) : 0;
+        return kSegments && segments.length ? tile - tile % (segments.length / kTile) : 0;
     }
-    template <int kTile>
+    template <int kTile, bool kSegments>
     __device__ int end_tile(int tile, int tiles) const {
-        return segments.length ? min(first_tile<kTile>(tile) + segments.length / kTile, tiles) : tiles;
+        if (!kSegments || !segments.length) return tiles;
+        return min(first_tile<kTile, kSegments>(tile) + segments.length / kTile, tiles);
     }
 };
 
@@ -150,6 +161,7 @@ __global__ __launch_bounds__(kAttentionThreads,
                                                               const bf16* qkv, AttentionShape shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = Tile<kD>;
+    constexpr bool kSegments = kHasSegments<A, kD>;
     bf16* q_tile = reinterpret_cast<bf16*>(attention_shared);
     bf16* kv_tiles = q_tile + Tiles::size;  // two stages of k and v
     float* near = reinterpret_cast<float*>(kv_tiles + 4 * Tiles::size);
@@ -171,7 +183,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         load_tile<kD>(stage + Tiles::size, keys + C, stride, T - j * kAttentionTile, D);
         commit_copies();
     };
-    const int first = shape.first_tile<kAttentionTile>(tile);
+    const int first = shape.first_tile<kAttentionTile, kSegments>(tile);
     load_tile<kD>(q_tile, head + i0 * stride, stride, T - i0, D);
     load_keys(first);
     float slope = 0;
@@ -228,7 +240,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         }
     }
 
-    if (!A::kOnline && first > 0)
+    if (kSegments && first > 0)
         add_rows<kD>(o, shape.segments.sums + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
     float factor[2];
 #pragma unroll
@@ -239,7 +251,7 @@ __global__ __launch_bounds__(kAttentionThreads,
             total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
             total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
         }
-        if (!A::kOnline && shape.row_sum && first > 0 && i < T)
+        if (kSegments && kHasTotals<A> && shape.row_sum && first > 0 && i < T)
             total += shape.segments.totals[(size_t)blockIdx.x * T + i];
         float stat;
         if constexpr (A::kOnline) {
@@ -252,7 +264,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         }
         if (i >= T) continue;
         if ((A::kOnline || shape.row_sum) && t == 0) stats[(size_t)blockIdx.x * T + i] = stat;
-        if (!A::kOnline && exact) {
+        if (!A::kOnline && shape.row_sum) {
             float* to = exact + ((size_t)b * T + i) * C + h * D;
 #pragma unroll
             for (int n = 0; n < kD / 8; n++)
@@ -298,9 +310,10 @@ struct RowTerms {
     float weight = 0;  // c_i / sqrt(D)^p; of softmax what is added to the scaled score: minus its log-sum-exp
     float dot = 0;     // dO_i . O_i, for `sum` times the weight
 };
+// Where the weight is put in at the end, dot is without it.
 template <class A>
-__device__ RowTerms row_terms(const float* stats, const float* dot, const AttentionShape& shape, int bh,
-                              int i) {
+__device__ RowTerms terms_apart(const float* stats, const float* dot, const AttentionShape& shape, int bh,
+                                int i) {
     RowTerms terms;
     if (i >= shape.T) return terms;
     size_t at = (size_t)bh * shape.T + i;
@@ -311,15 +324,23 @@ __device__ RowTerms row_terms(const float* stats, const float* dot, const Attent
         terms.weight = shape.tables.c[(size_t)(bh % shape.H) * shape.tables.stride + i];
         if (shape.row_sum) {
             terms.weight /= stats[at];
-            terms.dot = dot[at] * terms.weight;
+            terms.dot = dot[at];
         }
     }
+    return terms;
+}
+template <class A>
+__device__ RowTerms row_terms(const float* stats, const float* dot, const AttentionShape& shape, int bh,
+                              int i) {
+    RowTerms terms = terms_apart<A>(stats, dot, shape, bh, i);
+    if (!A::kOnline) terms.dot *= terms.weight;
     return terms;
 }
 
 // Of four scores and dO V^T, the weights and the gradients of the scores, but for softmax's 1/sqrt(D) and a
 // polynomial's kSlope.
-//   w: their rows' weights with the decay in them
+//   w: their rows' weights with the decay in them; of a polynomial c_i may be left out of both w and dot, and
+//      is so of the results
 template <class A, bool kRowSum>
 __device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[4], const float (&dot)[4],
                                 const bool (&visible)[4], float scale2) {
@@ -342,14 +363,19 @@ __device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[
     }
 }
 
-// Calls f with whether the scale is `sum`, as a constant: no other scale shall pay for it.
-template <class A, class F>
-__device__ void with_row_sum(bool row_sum, F f) {
-    if (!A::kOnline && row_sum) {
+// Calls f with a constant, so that who does without a thing does not pay for it.
+template <class F>
+__device__ void with_constant(bool value, F f) {
+    if (value) {
         f(std::true_type());
     } else {
         f(std::false_type());
     }
+}
+// With whether the scale is `sum`.
+template <class A, class F>
+__device__ void with_row_sum(bool row_sum, F f) {
+    with_constant(!A::kOnline && row_sum, f);
 }
 
 // What score_gradients() leaves out.
@@ -375,6 +401,7 @@ __global__ __launch_bounds__(kAttentionThreads,
                                                                     const bf16* qkv, AttentionShape shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = Tile<kD>;
+    constexpr bool kSegments = kHasSegments<A, kD>;
     constexpr int kStep = kD > 96 ? 16 : kBackwardStep<kD>;  // here dk and dv take registers
     bf16 *k_tile = reinterpret_cast<bf16*>(attention_shared), *v_tile = k_tile + Tiles::size;
     bf16* query_tiles = v_tile + Tiles::size;  // two stages of q and dO
@@ -384,7 +411,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     const int T = shape.T, D = shape.D, C = shape.C();
     const int b = blockIdx.x / shape.H, h = blockIdx.x % shape.H;
     const int tile = blockIdx.y, j0 = tile * kAttentionTile;
-    const int end = shape.end_tile<kAttentionTile>(tile, gridDim.y);
+    const int end = shape.end_tile<kAttentionTile, kSegments>(tile, gridDim.y);
     const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
     const size_t stride = 3 * (size_t)C, head_at = b * T * stride + h * D;
     const bf16* head = qkv + head_at;
@@ -490,7 +517,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         }
     }
     const float factor = gradient_factor<A>(shape);
-    if (!A::kOnline && end < (int)gridDim.y) {
+    if (kSegments && end < (int)gridDim.y) {
         const float* sums = shape.segments.sums + head_at + j0 * stride + C;
         add_rows<kD>(dk, sums, stride, T - j0, D, 1 / factor);
         add_rows<kD>(dv, sums + C, stride, T - j0, D);
@@ -508,6 +535,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
     const float* dot, const bf16* qkv, AttentionShape shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = Tile<kD>;
+    constexpr bool kSegments = kHasSegments<A, kD>;
     constexpr int kStep = kBackwardStep<kD>;
     bf16 *q_tile = reinterpret_cast<bf16*>(attention_shared), *d_o_tile = q_tile + Tiles::size;
     bf16* kv_tiles = d_o_tile + Tiles::size;  // two stages of k and v
@@ -535,14 +563,15 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
     };
     load_tile<kD>(q_tile, head + i0 * stride, stride, T - i0, D);
     load_tile<kD>(d_o_tile, dout + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
-    const int first = shape.first_tile<kAttentionTile>(tile);
+    const int first = shape.first_tile<kAttentionTile, kSegments>(tile);
     load_keys(first);
     if (!A::kOnline && shape.decays && threadIdx.x < kAttentionTile)
         near[threadIdx.x] = (int)threadIdx.x < T ? fade[threadIdx.x] : 0;
     RowTerms row[2];
-    float neutral[2] = {0, 0};
+    float c[2] = {1, 1}, neutral[2] = {0, 0};  // c: what is put in at the end
     for (int r = 0; r < 2; r++) {
-        row[r] = row_terms<A>(stats, dot, shape, blockIdx.x, i0 + query + 8 * r);
+        row[r] = terms_apart<A>(stats, dot, shape, blockIdx.x, i0 + query + 8 * r);
+        if (!A::kOnline) c[r] = row[r].weight, row[r].weight = 1;
         if (dlog_gamma && i0 + query + 8 * r < T)
             neutral[r] = shape.tables.neutral[table + i0 + query + 8 * r];
     }
@@ -553,10 +582,9 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
         constexpr bool kDiagonal = decltype(is_diagonal)::value;
         const bf16 *k = kv_tiles + j % 2 * 2 * Tiles::size, *v = k + Tiles::size;
         const int distance = i0 + query - j * kAttentionTile;  // of row g to the tile's first key
-        float far[2] = {1, 1}, tile_ddecay = 0;
+        float far[2] = {1, 1}, tile_ddecay[2] = {0, 0};
         if (!A::kOnline && !kDiagonal && shape.decays)
-            for (int r = 0; r < 2; r++)
-                far[r] = row[r].weight * fade[min(distance + 8 * r - (kAttentionTile - 1), T - 1)];
+            for (int r = 0; r < 2; r++) far[r] = fade[min(distance + 8 * r - (kAttentionTile - 1), T - 1)];
 #pragma unroll 1
         for (int k0 = 0; k0 < kAttentionTile; k0 += kStep) {
             if (kDiagonal && k0 >= 16 * (warp + 1)) break;  // all of them come after the queries
@@ -572,8 +600,8 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
                         mma(da[2 * n], da[2 * n + 1], d_o, Tiles::b_transposed(v, k0 + 16 * n, d));
                     }
             }
-            with_row_sum<A>(shape.row_sum, [&](auto row_sum) {
-                constexpr bool kRowSum = decltype(row_sum)::value;
+            auto make_gradients = [&](auto row_sum, auto decays) {
+                constexpr bool kRowSum = decltype(row_sum)::value, kDecays = decltype(decays)::value;
 #pragma unroll
                 for (int n = 0; n < kStep / 8; n++) {
                     const int column = k0 + 8 * n + 2 * t;
@@ -584,28 +612,32 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
                         w[e] = row[e / 2].weight, row_dot[e] = row[e / 2].dot, before[e] = da[n][e];
                         visible[e] = !kDiagonal || column + e % 2 <= query + e / 2 * 8;
                     }
-                    if (shape.decays) {
+                    if constexpr (kDecays) {
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
                             int key = column + e % 2;
                             if constexpr (A::kOnline) {
                                 w[e] = fmaf(distance + e / 2 * 8 - key, slope2, w[e]);
                             } else if constexpr (kDiagonal) {
-                                w[e] *= near[max(0, query + e / 2 * 8 - key)];
+                                w[e] = near[max(0, query + e / 2 * 8 - key)];
                             } else {
                                 w[e] = far[e / 2] * near[kAttentionTile - 1 - key];
                             }
                         }
                     }
                     score_gradients<A, kRowSum>(s[n], da[n], w, row_dot, visible, scale2);
-                    if (dlog_gamma) {
+                    if (kDecays && dlog_gamma) {
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
                             float term = A::kOnline ? da[n][e] : s[n][e] * before[e];
-                            tile_ddecay += term * (distance + e / 2 * 8 - column - e % 2 - neutral[e / 2]);
+                            tile_ddecay[e / 2] +=
+                                term * (distance + e / 2 * 8 - column - e % 2 - neutral[e / 2]);
                         }
                     }
                 }
+            };
+            with_row_sum<A>(shape.row_sum, [&](auto row_sum) {
+                with_constant(shape.decays, [&](auto decays) { make_gradients(row_sum, decays); });
             });
 #pragma unroll
             for (int n = 0; n < kStep / 16; n++)
@@ -616,7 +648,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
                         mma(dq[2 * d], dq[2 * d + 1], dx, Tiles::b(k, k0 + 16 * n, d));
                 }
         }
-        ddecay += tile_ddecay;
+        for (int r = 0; r < 2; r++) ddecay += c[r] * tile_ddecay[r];
     };
     for (int j = first; j <= tile; j++) {
         wait_for_copies<0>();
@@ -628,10 +660,13 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
             add_keys(j, std::true_type());
         }
     }
-    const float factor = gradient_factor<A>(shape);
-    if (!A::kOnline && first > 0)
-        add_rows<kD>(dq, shape.segments.sums + head_at + i0 * stride, stride, T - i0, D, 1 / factor);
-    store_rows<kD>(dqkv + head_at + i0 * stride, stride, q_tile, dq, factor, factor, T - i0, D);
+#pragma unroll
+    for (int n = 0; n < kD / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) dq[n][e] *= c[e / 2] * gradient_factor<A>(shape);
+    if (kSegments && first > 0)
+        add_rows<kD>(dq, shape.segments.sums + head_at + i0 * stride, stride, T - i0, D);
+    store_rows<kD>(dqkv + head_at + i0 * stride, stride, q_tile, dq, 1.0f, 1.0f, T - i0, D);
     if (!dlog_gamma) return;
     __shared__ double of_warps[kAttentionThreads / kWarp];
     block_total(ddecay, of_warps, dlog_gamma + (size_t)blockIdx.x * gridDim.y + tile);

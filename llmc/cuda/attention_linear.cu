@@ -88,7 +88,7 @@ struct LinearKernels {
             launch(linear_states_float_kernel<P, kD, kRows>, 1,
                    2 * (FloatTile<kD>::size + FloatWeights::size) * sizeof(float));
         } else {
-            launch(linear_states_kernel<P, kD, kRows>, kStateTiles<kD>,
+            launch(linear_states_kernel<P, kD, kRows>, kStateTiles<P, kD>,
                    4 * ((Tile<kD>::size + Tile<16>::size) * sizeof(bf16) + kAttentionTile * sizeof(float)));
         }
     }

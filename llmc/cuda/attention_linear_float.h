@@ -16,9 +16,7 @@ struct RowOfFloatTile {
     __device__ float operator()(int c) const { return tile[row * FloatTile<kD>::stride + c]; }
     template <int kN>
     __device__ void load(float (&x)[kN], int c) const {
-#pragma unroll
-        for (int i = 0; i < kN; i++) x[i] = 0;
-        if (c < kD) load_few(x, tile + row * FloatTile<kD>::stride + c);
+        load_few(x, tile + row * FloatTile<kD>::stride + c);
     }
 };
 
@@ -39,6 +37,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     const int bh = blockIdx.z, slot = blockIdx.y, boundary = shape.boundary(slot);
     const int begin = kRows == Rows::keys ? boundary - shape.segment : boundary;
     const int end = min(begin + shape.segment, shape.attention.T), D = shape.attention.D;
+    const int width = shape.state_width();
     const LinearRows<float, kRows> rows(qkv, dout, shape, bh);
     const auto tile = FeatureTile<P>::at(blockIdx.x, shape.blocks);
     FloatSums<kD> s[2];  // features 0 to 31, and the others
@@ -46,9 +45,9 @@ __global__ __launch_bounds__(kAttentionThreads,
     for (int i0 = begin; i0 < end; i0 += kFloatTile) {
         __syncthreads();
         Tiles::load(x, rows.x + i0 * rows.x_stride, rows.x_stride, end - i0, D, shape.channels());
-        Tiles::load(y, rows.y + i0 * rows.y_stride, rows.y_stride, end - i0, D, shape.width);
+        Tiles::load(y, rows.y + i0 * rows.y_stride, rows.y_stride, end - i0, D, width);
         if (threadIdx.x < kFloatTile) {
-            terms[token] = linear_terms<kRows>(stats, dot, shape, bh, i0 + token, boundary);
+            terms[token] = linear_terms<P, kRows>(stats, dot, shape, bh, i0 + token, boundary);
             dots[token] = terms[token].dot;
         }
         __syncthreads();
@@ -60,15 +59,14 @@ __global__ __launch_bounds__(kAttentionThreads,
         if (P == 2 && z) sum += sum_of_products<P, kFloatTile>(RowOfFloatTile<kD>{x, 0}, dots, tile);
         __syncthreads();
 #pragma unroll
-        for (int half = 0; half < 2; half++) s[half].add(phi + half * FloatWeights::size, y, shape.width);
+        for (int half = 0; half < 2; half++) s[half].add(phi + half * FloatWeights::size, y, width);
     }
     const size_t row0 = shape.row(bh, slot) + blockIdx.x * kFeatures;
     const float factor = tile.multiplicity();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         s[half].scale(0, factor), s[half].scale(1, factor);
-        s[half].store(states + (row0 + half * kFloatTile) * shape.width, shape.width, kFloatTile,
-                      shape.width);
+        s[half].store(states + (row0 + half * kFloatTile) * width, width, kFloatTile, width);
     }
     if (P == 2 && z) store_sum_of_products(z + row0, sum, factor);
 }
@@ -81,6 +79,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
     extern __shared__ uint4 attention_shared[];
     using Tiles = FloatTile<kD>;
     constexpr bool kOutput = kRows != Rows::gradients, kGradient = kRows != Rows::queries;
+    constexpr bool kTotals = P == 2 && kRows == Rows::queries;
     constexpr int kStride = kFeatures + 4;
     float* x_tile = reinterpret_cast<float*>(attention_shared);
     float* s = x_tile + Tiles::size;   // (64 features,D): two tiles
@@ -94,28 +93,28 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
     const int i0 = blockIdx.x * kFloatTile + (kRows == Rows::keys ? 0 : shape.segment);
     const int slot = i0 / shape.segment - (kRows == Rows::keys ? 0 : 1), boundary = shape.boundary(slot);
     const size_t row0 = shape.row(bh, slot);
-    const float* state = states + row0 * shape.width;
+    const int width = shape.state_width();
+    const float* state = states + row0 * width;
     z = z ? z + row0 : nullptr;
     const LinearRows<float, kRows> rows(qkv, dout, shape, bh);
     Tiles::load(x_tile, rows.x + i0 * rows.x_stride, rows.x_stride, T - i0, D, shape.channels());
     if (kGradient) {
-        Tiles::load(y_tile, rows.y + i0 * rows.y_stride, rows.y_stride, T - i0, D, shape.width);
+        Tiles::load(y_tile, rows.y + i0 * rows.y_stride, rows.y_stride, T - i0, D, width);
         for (int i = threadIdx.x; i < Tiles::size; i += kAttentionThreads) dx[i] = 0;
     }
 
     const int row = threadIdx.x / kWarp * 8 + threadIdx.x % 8, quarter = threadIdx.x % kWarp / 8;
     const int i = i0 + row;
     const RowOfFloatTile<kD> channels{x_tile, row};
-    const RowTerms terms = linear_terms<kRows>(stats, dot, shape, bh, i, boundary);
+    const RowTerms terms = linear_terms<P, kRows>(stats, dot, shape, bh, i, boundary);
     FloatSums<kD> o;
     float total = 0, slope = 0;
     FeatureTile<P> tile;
     for (int n = 0; n < shape.tiles; n++, tile.next(shape.blocks)) {
         __syncthreads();
         for (int half = 0; half < 2; half++)
-            Tiles::load(s + half * Tiles::size,
-                        state + ((size_t)n * kFeatures + half * kFloatTile) * shape.width, shape.width,
-                        kFloatTile, shape.width);
+            Tiles::load(s + half * Tiles::size, state + ((size_t)n * kFeatures + half * kFloatTile) * width,
+                        width, kFloatTile, width);
         __syncthreads();
         if constexpr (kOutput) {
             float features[16];
@@ -124,7 +123,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
                 phi + quarter / 2 * FloatWeights::size + row * FloatWeights::stride + quarter % 2 * 16;
 #pragma unroll
             for (int f = 0; f < 16; f++) to[f] = features[f];
-            if (P == 2 && totals) {
+            if (kTotals && totals) {
                 float of_z[16];
                 load_few(of_z, z + n * kFeatures + 16 * quarter);
 #pragma unroll
@@ -132,13 +131,13 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
             }
             __syncwarp();
             for (int half = 0; half < 2; half++)
-                o.add(phi + half * FloatWeights::size, s + half * Tiles::size, shape.width);
+                o.add(phi + half * FloatWeights::size, s + half * Tiles::size, width);
             if (kGradient) __syncthreads();  // dphi lies in the same place, in other rows
         }
         if constexpr (kGradient) {
             for (int half = 0; half < 2; half++) {
                 float ds[2][4];
-                Tiles::scores(ds, y_tile, s + half * Tiles::size, shape.width);
+                Tiles::scores(ds, y_tile, s + half * Tiles::size, width);
 #pragma unroll
                 for (int r = 0; r < 2; r++)
 #pragma unroll
@@ -162,7 +161,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
         const int own = threadIdx.x % kWarp / 8 * 2;  // of the warp's 8 rows, whose terms lanes 0 to 7 have
         for (int r = 0; r < 2; r++) o.scale(r, __shfl_sync(0xFFFFFFFFu, terms.weight, own + r));
         o.store(kRows == Rows::keys ? to + 2 * C : to, stride, T - i0, D);
-        if (totals) {
+        if (kTotals && totals) {
             total += __shfl_xor_sync(0xFFFFFFFFu, total, 8);
             total += __shfl_xor_sync(0xFFFFFFFFu, total, 16);
             if (quarter == 0 && i < T) totals[(size_t)bh * T + i] = total;
@@ -171,8 +170,9 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
     if constexpr (kGradient) {
         if (kRows == Rows::keys) to += C;
         for (int r = threadIdx.x / kWarp * 8; r < (int)threadIdx.x / kWarp * 8 + 8 && i0 + r < T; r++)
-            for (int c = threadIdx.x % kWarp; c < D; c += kWarp)
-                to[r * stride + c] = dx[r * Tiles::stride + c];
+#pragma unroll
+            for (int c = threadIdx.x % kWarp; c < kD; c += kWarp)
+                if (c < D) to[r * stride + c] = dx[r * Tiles::stride + c];
         if (!dlog_gamma) return;
         __shared__ double of_warps[kAttentionThreads / kWarp];
         double ddecay = i < T ? (double)slope * linear_distance<kRows>(shape, bh, i, boundary) : 0;

@@ -17,6 +17,11 @@ struct LinearShape {
     int width;    // of a row of the states: D, rounded up to 8
 
     int size() const { return tiles * kFeatures * width; }  // of a state
+    // width for the kernels, whose rows of a state all begin at 16-byte addresses.
+    __device__ int state_width() const {
+        __builtin_assume(width % 8 == 0);
+        return width;
+    }
     __device__ int channels() const { return blocks * block; }
     // The first row of a state, of rows of `width` numbers; and its first number in z.
     __device__ size_t row(int bh, int slot) const { return ((size_t)bh * slots + slot) * tiles * kFeatures; }
@@ -44,14 +49,15 @@ struct LinearRows {
 
 // The factors of row i: `weight` towards the state of its boundary, the fade from there with, for gradients,
 // c_i; `dot` towards z.
-template <Rows kRows>
+template <int P, Rows kRows>
 __device__ RowTerms linear_terms(const float* stats, const float* dot, const LinearShape& shape, int bh,
                                  int i, int boundary) {
     const AttentionShape& attention = shape.attention;
     RowTerms terms;
     if (i >= attention.T) return terms;
     if (kRows == Rows::gradients) {
-        terms = row_terms<Poly<2>>(stats, dot, attention, bh, i);
+        if (!kHasTotals<Poly<P>>) __builtin_assume(!attention.row_sum);
+        terms = row_terms<Poly<P>>(stats, dot, attention, bh, i);
     } else {
         terms.weight = terms.dot = 1;
     }
@@ -84,8 +90,8 @@ struct RowOfTile {
         constexpr int kPiece = kN < 8 ? kN : 8;
 #pragma unroll
         for (int i = 0; i < kN; i += kPiece) {
-            float piece[kPiece] = {};
-            if (c + i < kD) load_few(piece, at(c + i));
+            float piece[kPiece];
+            load_few(piece, at(c + i));
 #pragma unroll
             for (int e = 0; e < kPiece; e++) x[i + e] = piece[e];
         }
@@ -125,8 +131,10 @@ __device__ inline void store_sum_of_products(float* z, float sum, float factor) 
 
 // Tiles of features that a block makes at once, for rows are loaded once for all of them: as many as
 // registers allow.
-template <int kD>
-constexpr int kStateTiles = kD <= 64 ? 4 : 2;
+template <int P, int kD>
+constexpr int kStateTiles = P == 1     ? (kD + 63) / 64
+                            : kD <= 64 ? 4
+                                       : 2;
 
 // What the tokens of one segment give to the state of its boundary: sum weight phi(x) y^T, times the
 // multiplicity; and to z. A warp has 16 features of each tile. Blocks: (tiles of features, slots, B H).
@@ -140,7 +148,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     extern __shared__ uint4 attention_shared[];
     using Tiles = Tile<kD>;
     using Phi = Tile<16>;
-    constexpr int kTiles = kStateTiles<kD>;
+    constexpr int kTiles = kStateTiles<P, kD>;
     bf16* stages = reinterpret_cast<bf16*>(attention_shared);  // two of x and y
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     bf16* phi = stages + 4 * Tiles::size + warp * Phi::size;
@@ -149,6 +157,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     const int bh = blockIdx.z, slot = blockIdx.y, boundary = shape.boundary(slot);
     const int begin = kRows == Rows::keys ? boundary - shape.segment : boundary;
     const int end = min(begin + shape.segment, shape.attention.T), D = shape.attention.D;
+    const int width = shape.state_width();
     const LinearRows<bf16, kRows> rows(qkv, dout, shape, bh);
     auto load = [&](int i0) {
         const int stage = (i0 - begin) / kAttentionTile % 2;
@@ -157,7 +166,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         load_tile<kD>(x + Tiles::size, rows.y + i0 * rows.y_stride, rows.y_stride, end - i0, D);
         commit_copies();
         if (threadIdx.x >= kAttentionTile) return;
-        RowTerms row = linear_terms<kRows>(stats, dot, shape, bh, i0 + threadIdx.x, boundary);
+        RowTerms row = linear_terms<P, kRows>(stats, dot, shape, bh, i0 + threadIdx.x, boundary);
         terms[2 * stage * kAttentionTile + threadIdx.x] = row.weight;
         terms[(2 * stage + 1) * kAttentionTile + threadIdx.x] = row.dot;
     };
@@ -200,8 +209,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         if (first + m == shape.tiles) break;
         const size_t row0 = shape.row(bh, slot) + (first + m) * kFeatures;
         const float factor = tile.multiplicity();
-        store_sums<kD>(states + row0 * shape.width, shape.width, s[m], factor, factor, kFeatures,
-                       shape.width);
+        store_sums<kD>(states + row0 * width, width, s[m], factor, factor, kFeatures, width);
         if (P == 2 && z) store_sum_of_products(z + row0, sums[m], factor);
         tile.next(shape.blocks);
     }
@@ -223,6 +231,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     using Tiles = Tile<kD>;
     using Phi = Tile<kFeatures>;
     constexpr bool kOutput = kRows != Rows::gradients, kGradient = kRows != Rows::queries;
+    constexpr bool kTotals = P == 2 && kRows == Rows::queries, kOneTile = P == 1 && kD <= kFeatures;
     constexpr int kStride = kFeatures + 4, kWidth = kD + 4;  // eight rows' packs are in different banks
     bf16* x_tile = reinterpret_cast<bf16*>(attention_shared);
     bf16* stages = x_tile + Tiles::size;  // two tiles of the state
@@ -238,12 +247,13 @@ __global__ __launch_bounds__(kAttentionThreads,
     const int i0 = blockIdx.x * kAttentionTile + (kRows == Rows::keys ? 0 : shape.segment);
     const int slot = i0 / shape.segment - (kRows == Rows::keys ? 0 : 1), boundary = shape.boundary(slot);
     const size_t row0 = shape.row(bh, slot);
-    const bf16* state = states + row0 * shape.width;
+    const int width = shape.state_width();
+    const bf16* state = states + row0 * width;
     z = z ? z + row0 : nullptr;
     const LinearRows<bf16, kRows> rows(qkv, dout, shape, bh);
     auto load_state = [&](int tile) {
-        load_tile<kD>(stages + tile % 2 * Tiles::size, state + (size_t)tile * kFeatures * shape.width,
-                      shape.width, kFeatures, shape.width);
+        load_tile<kD>(stages + tile % 2 * Tiles::size, state + (size_t)tile * kFeatures * width, width,
+                      kFeatures, width);
         commit_copies();
     };
     load_tile<kD>(x_tile, rows.x + i0 * rows.x_stride, rows.x_stride, T - i0, D);
@@ -255,13 +265,13 @@ __global__ __launch_bounds__(kAttentionThreads,
     // Features, and the gradients of channels: a lane has half of those of one row.
     const int row = lane % 16, half = lane / 16, i = i0 + 16 * warp + row;
     const RowOfTile<kD> channels{x_tile, 16 * warp + row};
-    const RowTerms terms = linear_terms<kRows>(stats, dot, shape, bh, i, boundary);
+    const RowTerms terms = linear_terms<P, kRows>(stats, dot, shape, bh, i, boundary);
     float o[kD / 8][4] = {}, total = 0, slope = 0;
     FeatureTile<P> tile;
     for (int n = 0; n < shape.tiles; n++, tile.next(shape.blocks)) {
         wait_for_copies<0>();
         __syncthreads();  // all copies are there, and nobody works on the tile before
-        if (n + 1 < shape.tiles) load_state(n + 1);
+        if (!kOneTile && n + 1 < shape.tiles) load_state(n + 1);
         const bf16* s = stages + n % 2 * Tiles::size;
         if constexpr (kOutput) {
 #pragma unroll 1  // both at once do not fit into the registers
@@ -269,7 +279,7 @@ __global__ __launch_bounds__(kAttentionThreads,
                 float features[16];
                 build_features<P>(features, channels, tile, quarter);
                 store_features<kFeatures>(phi, row, 2 * quarter, features, 1);
-                if (P == 2 && totals) {
+                if (kTotals && totals) {
                     float of_z[16];
                     load_few(of_z, z + n * kFeatures + 16 * quarter);
 #pragma unroll
@@ -316,7 +326,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         float factor[2];
         for (int r = 0; r < 2; r++) factor[r] = __shfl_sync(0xFFFFFFFFu, terms.weight, g + 8 * r);
         store_sums<kD>(kRows == Rows::keys ? to + 2 * C : to, stride, o, factor[0], factor[1], T - i0, D);
-        if (totals) {
+        if (kTotals && totals) {
             total += __shfl_xor_sync(0xFFFFFFFFu, total, 16);
             if (half == 0 && i < T) totals[(size_t)bh * T + i] = total;
         }
@@ -324,7 +334,9 @@ __global__ __launch_bounds__(kAttentionThreads,
     if constexpr (kGradient) {
         if (kRows == Rows::keys) to += C;
         for (int r = 0; r < 16 && i0 + 16 * warp + r < T; r++)
-            for (int c = lane; c < D; c += kWarp) to[(16 * warp + r) * stride + c] = dx[r * kWidth + c];
+#pragma unroll
+            for (int c = lane; c < kD; c += kWarp)
+                if (c < D) to[(16 * warp + r) * stride + c] = dx[r * kWidth + c];
         if (!dlog_gamma) return;
         __shared__ double totals_of_warps[kAttentionThreads / kWarp];
         double ddecay = i < T ? (double)slope * linear_distance<kRows>(shape, bh, i, boundary) : 0;
