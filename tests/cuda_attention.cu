@@ -45,6 +45,10 @@ TEST_CASE_TEMPLATE("cuda attention: every head size with every activation", Real
         }
 }
 
+TEST_CASE_TEMPLATE("cuda attention: a decay learned from many sequences", Real, float, gpu::bf16) {
+    check_attention<Real>({{.power = 2}, DecayKind::learned}, {140, 2, 1, 8});
+}
+
 TEST_CASE_TEMPLATE("cuda attention: extreme decays, from forgetting at once to never", Real, float,
                    gpu::bf16) {
     // sigmoid(-30) underflows when it is raised to a power; sigmoid(40) is 1, where a geometric sum is 0 / 0.

@@ -70,6 +70,7 @@ TEST_CASE_TEMPLATE("attention on the GPU: a few new tokens after those in the ca
                 check_cached<Real>(config, decays, 0, 1, 1, 8);
                 check_cached<Real>(config, decays, 65, 2, 3, 9);
                 check_cached<Real>(config, decays, 140, 1, 2, 64);
+                if (scale == ScaleKind::row) check_cached<Real>(config, decays, 600, 1, 1, 3);
             }
 }
 
@@ -90,6 +91,9 @@ TEST_CASE_TEMPLATE("attention on the GPU: a few new tokens after those in the st
     for (int D : {64, 128}) check_cached<Real>(config, true, 20, 1, 2, D, true);
     config.power = 2;
     for (int D : {20, 72}) check_cached<Real>(config, true, 1, 1, 1, D, true);
+    config.scale = ScaleKind::sum;
+    check_cached<Real>(config, false, 1, 1, 1, 65, true);
+    config.scale = ScaleKind::row;
     config.power = 3;
     check_cached<Real>(config, true, 1, 1, 1, thorough() ? 32 : 12, true);
 }

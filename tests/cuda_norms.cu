@@ -84,6 +84,10 @@ TEST_CASE("cuda norms: more keys than one thread adds up in float") {
     check_norms<gpu::bf16>({{.power = 0}, true}, {1, 300, 1, 8}, random_qkv({1, 300, 1, 8}));
 }
 
+TEST_CASE("cuda norms: many sequences") {
+    check_norms<float>({{.power = 2}, true}, {140, 2, 1, 8}, random_qkv({140, 2, 1, 8}));
+}
+
 TEST_CASE("cuda norms: rows that one key has nearly to itself") {
     // As in tests/test_norms.cpp: what is left of error is a float's rounding of large scores.
     const Size size = {1, 40, 2, 8};

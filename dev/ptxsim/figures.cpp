@@ -23,8 +23,57 @@ struct Summary {
     std::map<std::string, uint64_t> missed;  // instructions that never ran, by source line
 };
 
-Summary summarize(const Kernel& k) {
-    const Figures& f = k.figures;
+struct Entry {
+    const Kernel* kernel;
+    Figures figures;
+};
+
+// A template that several objects have is one kernel.
+bool same_code(const Kernel& a, const Kernel& b) {
+    if (a.title != b.title || a.code.size() != b.code.size()) return false;
+    for (size_t i = 0; i < a.code.size(); i++)
+        if (a.mnemonics[a.code[i].mnemonic] != b.mnemonics[b.code[i].mnemonic]) return false;
+    return true;
+}
+
+void add(Figures& to, const Figures& from) {
+    for (size_t i = 0; i < to.warps.size(); i++) {
+        to.warps[i] += from.warps[i];
+        to.lanes[i] += from.lanes[i];
+    }
+    to.launches += from.launches;
+    to.mma += from.mma;
+    to.tensor_flops += from.tensor_flops;
+    to.load_bytes += from.load_bytes;
+    to.store_bytes += from.store_bytes;
+    to.load_sectors += from.load_sectors;
+    to.store_sectors += from.store_sectors;
+    to.shared_accesses += from.shared_accesses;
+    to.bank_conflicts += from.bank_conflicts;
+    to.branches += from.branches;
+    to.divergent_branches += from.divergent_branches;
+}
+
+std::vector<Entry> entries() {
+    std::vector<Entry> all;
+    std::map<std::string, std::vector<size_t>> by_title;
+    for (const Kernel* k : launched_kernels()) {
+        std::vector<size_t>& titled = by_title[k->title];
+        auto same = std::find_if(titled.begin(), titled.end(),
+                                 [&](size_t i) { return same_code(*all[i].kernel, *k); });
+        if (same != titled.end()) {
+            add(all[*same].figures, k->figures);
+        } else {
+            titled.push_back(all.size());
+            all.push_back({k, k->figures});
+        }
+    }
+    return all;
+}
+
+Summary summarize(const Entry& entry) {
+    const Kernel& k = *entry.kernel;
+    const Figures& f = entry.figures;
     Summary s;
     for (size_t i = 0; i < k.code.size(); i++) {
         s.warps += f.warps[i];
@@ -51,11 +100,11 @@ Summary summarize(const Kernel& k) {
 std::string figures_json() {
     nlohmann::ordered_json all;
     all["kernels"] = nlohmann::ordered_json::array();
-    for (const Kernel* k : launched_kernels()) {
-        const Figures& f = k->figures;
-        Summary s = summarize(*k);
+    for (const Entry& entry : entries()) {
+        const Figures& f = entry.figures;
+        Summary s = summarize(entry);
         nlohmann::ordered_json j;
-        j["name"] = k->title;
+        j["name"] = entry.kernel->title;
         j["launches"] = f.launches;
         j["warp_instructions"] = s.warps;
         j["lane_instructions"] = s.lanes;
@@ -84,16 +133,16 @@ std::string figures_table() {
     std::string text =
         "kernel                                   launches  warp instr  lanes  mma      MB read  MB written"
         "  sectors/ideal  conflicts  divergent  coverage  bound us (at least; by)\n";
-    for (const Kernel* k : launched_kernels()) {
-        const Figures& f = k->figures;
-        Summary s = summarize(*k);
+    for (const Entry& entry : entries()) {
+        const Figures& f = entry.figures;
+        Summary s = summarize(entry);
         uint64_t sectors = f.load_sectors + f.store_sectors;
         double ideal = (double)(f.load_bytes + f.store_bytes) / 32;
         char line[512];
         snprintf(
             line, sizeof(line),
             "%-40.40s %8llu %11llu %6.1f %8llu %8.3f %11.3f %14.2f %10llu %10llu %8.1f%%  %.2f (%s)\n",
-            k->title.c_str(), (unsigned long long)f.launches, (unsigned long long)s.warps,
+            entry.kernel->title.c_str(), (unsigned long long)f.launches, (unsigned long long)s.warps,
             s.warps ? (double)s.lanes / (double)s.warps : 0, (unsigned long long)f.mma,
             (double)f.load_bytes / 1e6, (double)f.store_bytes / 1e6, ideal > 0 ? (double)sectors / ideal : 0,
             (unsigned long long)f.bank_conflicts, (unsigned long long)f.divergent_branches,

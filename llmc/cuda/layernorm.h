@@ -25,10 +25,12 @@ __global__ void __launch_bounds__(kNormThreads)
     constexpr int kGroup = 4 * kWarp;
     __shared__ alignas(16) float shared[2][kHeld ? kHeld * kGroup : 4];
     if constexpr (kHeld > 0) {
-        for (int c = threadIdx.x * 4; c < C; c += kNormThreads * 4) {
-            store_floats<4>(&shared[0][c], load_floats<4>(weight + c));
-            store_floats<4>(&shared[1][c], load_floats<4>(bias + c));
-        }
+#pragma unroll
+        for (int c = threadIdx.x * 4; c < kHeld * kGroup; c += kNormThreads * 4)
+            if (c < C) {
+                store_floats<4>(&shared[0][c], load_floats<4>(weight + c));
+                store_floats<4>(&shared[1][c], load_floats<4>(bias + c));
+            }
         weight = shared[0], bias = shared[1];
         __syncthreads();
     }
