@@ -34,12 +34,12 @@ TEST_CASE_TEMPLATE("cuda attention: every head size with every activation", Real
                                    odd ? DecayKind::learned : DecayKind::none},
                                   {1, kEdge<Real> + 16, 1, sizes[i]});
             if (!thorough()) continue;
-            // Every branch of every instance: three tiles; heads with a pack less than the kernel has, and
-            // heads of which the last pack has but one number.
-            const int pack = gpu::Pack<Real>::size, smaller = i > 0 ? sizes[i - 1] : sizes[0] / 2;
+            // Every branch of every instance: three tiles; heads as large as the kernel's, and heads of which
+            // the last pack has but one number.
+            const int smaller = i > 0 ? sizes[i - 1] : sizes[0] / 2;
             for (ScaleKind scale : {ScaleKind::row, ScaleKind::sum})
                 for (DecayKind decay : {DecayKind::none, DecayKind::fixed, DecayKind::learned})
-                    for (int D : {sizes[i] - pack, smaller + 1})
+                    for (int D : {sizes[i], smaller + 1})
                         check_attention<Real>({{.power = power, .scale = scale}, decay},
                                               {1, 2 * kEdge<Real> + 16, 1, D});
         }

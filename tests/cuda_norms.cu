@@ -73,9 +73,12 @@ TEST_CASE_TEMPLATE("cuda norms: every kind at every small size, and every size",
         {1, 65, 1, 32}, {1, 33, 3, 7}, {2, 40, 1, 80}, {1, 64, 1, 20}, {2, 1, 2, 128}};
     const std::vector<NormsOption> options = reference::norms_options();
     for (size_t i = 0; i < options.size(); i++) {
+        const int edge = gpu::attention_tile<Real>;
         for (const Size& size :
-             {Size{2, 1, 1, 8}, Size{2, 7, 3, 8}, Size{1, 35, 1, 5}, large[i % large.size()]})
+             {Size{2, 1, 1, 8}, Size{2, 7, 3, 8}, Size{1, edge + 3, 1, 5}, large[i % large.size()]})
             check_norms<Real>(options[i], size, random_qkv(size));
+        for (const Size& size : large)
+            if (thorough()) check_norms<Real>(options[i], size, random_qkv(size));
     }
 }
 

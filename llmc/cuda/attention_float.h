@@ -278,6 +278,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     Tiles::load(k, head + j0 * stride + C, stride, T - j0, D);
     Tiles::load(v, head + j0 * stride + 2 * C, stride, T - j0, D);
     FloatSums<kD> dk, dv;
+    __builtin_assume(j0 < end * kFloatTile);
     for (int i0 = j0; i0 < end * kFloatTile; i0 += kFloatTile) {
         __syncthreads();
         Tiles::load(q, head + i0 * stride, stride, T - i0, D);

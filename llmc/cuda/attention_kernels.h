@@ -506,6 +506,7 @@ __global__ __launch_bounds__(kAttentionThreads,
                 }
         }
     };
+    __builtin_assume(tile < end);
     for (int i = tile; i < end; i++) {
         wait_for_copies<0>();
         __syncthreads();  // all copies are there, and nobody works on the tile before

@@ -122,7 +122,7 @@ inline void launch_state_kernel(float* shares, float* state, const Real* q, cons
     } else if (power == 2) {
         run(D <= 64 ? attention_state_kernel<2, 64, Real> : attention_state_kernel<2, 128, Real>);
     } else {
-        run(attention_state_kernel<3, 64, Real>);
+        run(attention_state_kernel<3, 32, Real>);
     }
 }
 

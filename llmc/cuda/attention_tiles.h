@@ -167,8 +167,10 @@ __device__ inline void load_tile(bf16* tile, const bf16* from, size_t stride, in
             at += kStep * stride;
         }
     } else {
+        static_assert(Tile<kD>::size / 8 % kAttentionThreads == 0);
 #pragma unroll
-        for (int i = threadIdx.x; i < Tile<kD>::size / 8; i += kAttentionThreads) {
+        for (int n = 0; n < Tile<kD>::size / 8 / kAttentionThreads; n++) {
+            const int i = threadIdx.x + n * kAttentionThreads;
             const int row = i / Tile<kD>::kChunks, chunk = i % Tile<kD>::kChunks;
             const bool present = row < rows && chunk * 8 < D;
             copy_async(tile + Tile<kD>::offset(row, chunk), present ? from + row * stride + chunk * 8 : from,
