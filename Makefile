@@ -72,16 +72,17 @@ all: train_gpt
 
 # In this order: of an inline function that several objects have, the linker takes the first, which must run on all
 # processors.
-train_gpt: $(BUILD)/train_gpt_main.o $(BUILD)/train_gpt.o $(more)
+train_gpt: $(BUILD)/train_gpt_main.o $(BUILD)/run.o $(BUILD)/train_gpt.o $(more)
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 $(BUILD)/train_gpt.o: train_gpt.cpp $(BUILD)/flags
 	$(CXX) $(flags) $(model) -c $< -o $@
 
-# Of both trainers all but the model.
+# Of both trainers all but the model: run.o is the same in both, and takes long.
+$(BUILD)/run.o: llmc/run.cpp
 $(BUILD)/train_gpt_main.o: llmc/cpu/main.cpp
 $(BUILD)/train_gptcu_main.o: llmc/cuda/main.cpp
-$(BUILD)/train_gpt_main.o $(BUILD)/train_gptcu_main.o: $(BUILD)/flags
+$(BUILD)/run.o $(BUILD)/train_gpt_main.o $(BUILD)/train_gptcu_main.o: $(BUILD)/flags
 	$(CXX) $(flags) -O1 $(if $(findstring LLMC_DISPATCH,$(model)),-DLLMC_DISPATCH) -c $(filter %.cpp,$^) -o $@
 
 # What runs before main() would run on processors without this instruction set.
@@ -153,10 +154,10 @@ $(BUILD)/ptx/%.o: %.cu $(BUILD)/flags
 	$(NVCC) $(cuda) $(to_ptx) -MMD -MP -c $< -o $@
 $(BUILD)/ptx/cuda_layers.o: cuda := $(cuda:-O3=-O0)
 
-train_gptcu: $(on_gpu) $(BUILD)/train_gptcu_main.o
+train_gptcu: $(on_gpu) $(BUILD)/train_gptcu_main.o $(BUILD)/run.o
 	$(CXX) $(flags) $^ -o $@ $(libs) $(cudalibs)
 
-train_gptcu_sim: $(on_sim) $(BUILD)/train_gptcu_main.o $(BUILD)/libptxsim.a
+train_gptcu_sim: $(on_sim) $(BUILD)/train_gptcu_main.o $(BUILD)/run.o $(BUILD)/libptxsim.a
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 # Every kernel timed alone: on hardware, and on the simulator, where no time means anything.

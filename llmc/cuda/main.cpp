@@ -1,6 +1,4 @@
-// The program around train_gpt.cu, apart from it because nvcc takes long over the libraries that this
-// includes.
-#include "llmc/main.h"
+#include "llmc/run.h"
 
 namespace gpu {
 Backend backend();  // train_gpt.cu

@@ -1,6 +1,5 @@
-// main() of both trainers: runs the command and turns what goes wrong into one line on stderr and an exit
-// status.
-#pragma once
+#include "llmc/run.h"
+
 #include <cstdio>
 #include <exception>
 #include <new>
@@ -10,8 +9,10 @@
 #include "llmc/options.h"
 #include "llmc/trainer.h"
 
+namespace {
+
 // Returns the exit status.
-inline int run_command(Options& options, const Backend& backend) {
+int run_command(Options& options, const Backend& backend) {
     switch (options.command) {
         case Command::train:
             return train(backend, options.train);
@@ -31,9 +32,9 @@ inline int run_command(Options& options, const Backend& backend) {
     return kExitDone;
 }
 
-// train_dtype: what `train` takes without --dtype.
-inline int run(const char* program, Backend (*choose_backend)(), const char* train_dtype, int argc,
-               char** argv) {
+}  // namespace
+
+int run(const char* program, Backend (*choose_backend)(), const char* train_dtype, int argc, char** argv) {
     try {
         Options options;
         bool help = !parse_options(argc, argv, program, train_dtype, options);
