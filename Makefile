@@ -30,15 +30,20 @@ endif
 
 native   := -march=native
 ifeq ($(DISPATCH),1)
-model    := -march=x86-64-v3 -DLLMC_ISA=avx2 -DLLMC_DISPATCH
-more     := $(BUILD)/avx512.o $(BUILD)/avx512_bf16.o
+model    := -march=x86-64-v3 -DLLMC_ISA=avx2
+models   := $(BUILD)/train_gpt.o $(BUILD)/avx512.o $(BUILD)/avx512_bf16.o
+dispatch := -DLLMC_DISPATCH
 else
 model    := $(native)
+models   := $(BUILD)/train_gpt.o
 endif
 $(BUILD)/avx512.o: isa := -march=x86-64-v4 -DLLMC_ISA=avx512
 $(BUILD)/avx512_bf16.o: isa := -march=x86-64-v4 -mavx512bf16 -DLLMC_ISA=avx512_bf16
 
-tests    := $(patsubst tests/%.cpp,$(BUILD)/%.o,tests/main.cpp $(wildcard tests/test_*.cpp))
+# Most tests spend no time in themselves, and build fastest at -O0. Those that do, and the oracle, are optimised, and come
+# first: of an inline function that several objects have, the linker takes the first.
+busy     := $(addprefix $(BUILD)/,reference.o test_attention.o test_attention_linear.o test_norms.o test_tile.o test_tokenizer.o)
+tests    := $(busy) $(filter-out $(busy),$(patsubst tests/%.cpp,$(BUILD)/%.o,tests/main.cpp $(wildcard tests/test_*.cpp)))
 # Where this processor has AVX-512, what is written for AVX2 and for AVX-512 without BF16 is tested as well.
 lesser   := $(if $(filter 1,$(DISPATCH)),$(if $(filter avx512vl,$(shell cat /proc/cpuinfo)),avx2 avx512))
 
@@ -72,27 +77,27 @@ all: train_gpt
 
 # In this order: of an inline function that several objects have, the linker takes the first, which must run on all
 # processors.
-train_gpt: $(BUILD)/train_gpt_main.o $(BUILD)/run.o $(BUILD)/train_gpt.o $(more)
+train_gpt: $(BUILD)/train_gpt_main.o $(BUILD)/run.o $(models)
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 $(BUILD)/train_gpt.o: train_gpt.cpp $(BUILD)/flags
-	$(CXX) $(flags) $(model) -c $< -o $@
+	$(CXX) $(flags) $(model) $(dispatch) -c $< -o $@
 
 # Of both trainers all but the model: run.o is the same in both, and takes long.
 $(BUILD)/run.o: llmc/run.cpp
 $(BUILD)/train_gpt_main.o: llmc/cpu/main.cpp
 $(BUILD)/train_gptcu_main.o: llmc/cuda/main.cpp
 $(BUILD)/run.o $(BUILD)/train_gpt_main.o $(BUILD)/train_gptcu_main.o: $(BUILD)/flags
-	$(CXX) $(flags) -O1 $(if $(findstring LLMC_DISPATCH,$(model)),-DLLMC_DISPATCH) -c $(filter %.cpp,$^) -o $@
+	$(CXX) $(flags) -O1 $(dispatch) -c $(filter %.cpp,$^) -o $@
 
 # What runs before main() would run on processors without this instruction set.
 $(BUILD)/avx512.o $(BUILD)/avx512_bf16.o: train_gpt.cpp $(BUILD)/flags
 	$(CXX) $(flags) $(isa) -c $< -o $@
 	@if nm $@ | grep _GLOBAL__sub_I; then echo '$@: has static initialisers' >&2; rm $@; false; fi
 
-# Tests build faster at -O1 and run as fast; that of the model, most of whose kernels never run, faster still at -O0.
-$(tests): quick := -O1
-$(BUILD)/test_model.o: quick := -O0
+$(tests): quick := -O0
+$(busy): quick := -O1
+$(BUILD)/reference.o: quick := -O3
 
 $(BUILD)/%.o: tests/%.cpp $(BUILD)/flags
 	$(CXX) $(flags) $(quick) $(native) -c $< -o $@
@@ -113,8 +118,8 @@ $(BUILD)/avx512/%.o: tests/%.cpp $(BUILD)/flags
 	@mkdir -p $(@D)
 	$(CXX) $(flags) -O1 -march=x86-64-v4 -c $< -o $@
 
-$(BUILD)/avx2/tests: $(patsubst %,$(BUILD)/avx2/%.o,main test_attention test_attention_linear test_layers test_tile test_vector)
-$(BUILD)/avx512/tests: $(patsubst %,$(BUILD)/avx512/%.o,main test_attention test_tile test_vector)
+$(BUILD)/avx2/tests: $(patsubst %,$(BUILD)/avx2/%.o,reference main test_attention test_attention_linear test_layers test_tile test_vector)
+$(BUILD)/avx512/tests: $(patsubst %,$(BUILD)/avx512/%.o,reference main test_attention test_tile test_vector)
 $(BUILD)/avx2/tests $(BUILD)/avx512/tests:
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
@@ -133,15 +138,15 @@ $(cutests): $(BUILD)/%.o: tests/%.cu $(BUILD)/flags
 	$(NVCC) $(cuda:-O3=-O1) $(to_ptx) -MMD -MP -c $< -o $@
 
 $(BUILD)/ptxsim_libraries.o $(BUILD)/cuda_model.o: $(BUILD)/%.o: tests/%.cpp $(BUILD)/flags
-	$(CXX) $(flags) -O1 $(native) -isystem $(CUDA)/include -c $< -o $@
+	$(CXX) $(flags) -O0 $(native) $(dispatch) -isystem $(CUDA)/include -c $< -o $@
 
-$(BUILD)/ptxsim/tests: $(BUILD)/main.o $(cutests) $(BUILD)/ptxsim_libraries.o $(BUILD)/cuda_model.o \
-    $(on_sim) $(BUILD)/libptxsim.a
+$(BUILD)/ptxsim/tests: $(sim) $(on_sim) $(models) $(BUILD)/reference.o $(BUILD)/main.o $(cutests) \
+    $(BUILD)/ptxsim_libraries.o $(BUILD)/cuda_model.o
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 # The same objects on hardware, whose driver compiles their PTX: all but what is about the simulator's own reports.
-$(BUILD)/gpu-tests: $(BUILD)/main.o $(filter-out %_faults.o %_streams.o %_samples.o %_figures.o,$(cutests)) \
-    $(BUILD)/cuda_model.o $(on_gpu) $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
+$(BUILD)/gpu-tests: $(BUILD)/main.o $(BUILD)/reference.o $(filter-out %_faults.o %_streams.o %_samples.o %_figures.o,$(cutests)) \
+    $(BUILD)/cuda_model.o $(on_gpu) $(models) $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
 	$(CXX) $(flags) $^ -o $@ $(libs) $(cudalibs)
 
 # The CUDA trainer for hardware; and for this processor, where the PTX alone is enough and takes half the time.

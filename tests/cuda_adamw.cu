@@ -1,5 +1,8 @@
 #include "llmc/cuda/adamw.h"
 
+#include <limits>
+
+#include "dev/ptxsim/report.h"
 #include "tests/cuda_helpers.h"
 
 using namespace cuda_test;

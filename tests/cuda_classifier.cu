@@ -1,8 +1,9 @@
 // llmc/cuda/classifier.h and cross_entropy.h against the oracle.
 #include "llmc/cuda/classifier.h"
 
-#include <doctest/doctest.h>
+#include <limits>
 
+#include "dev/ptxsim/report.h"
 #include "tests/cuda_helpers.h"
 
 using namespace cuda_test;

@@ -4,6 +4,8 @@
 #include <nlohmann/json.hpp>
 
 #include "dev/ptxsim/device.h"
+#include "dev/ptxsim/options.h"
+#include "dev/ptxsim/report.h"
 #include "llmc/cuda/adamw.h"
 #include "llmc/cuda/attention.h"
 #include "llmc/cuda/classifier.h"

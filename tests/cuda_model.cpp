@@ -1,11 +1,11 @@
 // The CUDA model, executed by dev/ptxsim, against the CPU's: the same weights and batch must give the same
 // loss and the same gradient of every tensor.
-#define LLMC_TESTING
 #include "dev/ptxsim/report.h"
+#include "llmc/cpu/dispatch.h"
+#include "llmc/parameters.h"
 #include "tests/helpers.h"
 #include "tests/norms.h"
 #include "tests/reference.h"
-#include "train_gpt.cpp"
 
 namespace gpu {
 Backend backend();  // train_gpt.cu
@@ -79,8 +79,9 @@ void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few 
     cpu_options.gradients = Precision::fp32;
     exact_options = cpu_options;
     exact_options.precision = Precision::fp32;
-    auto exact = cpu::make_model(config, exact_options), gpu = gpu::backend().make_model(config, options);
-    auto cpu = is_bf16 ? cpu::make_model(config, cpu_options) : nullptr;
+    auto exact = cpu::choose_backend().make_model(config, exact_options),
+         gpu = gpu::backend().make_model(config, options);
+    auto cpu = is_bf16 ? cpu::choose_backend().make_model(config, cpu_options) : nullptr;
     std::vector<Model*> models = {exact.get(), gpu.get()};
     if (is_bf16) models.push_back(cpu.get());
     for (Model* model : models) {
@@ -287,14 +288,14 @@ TEST_CASE("the CUDA model against the CPU's: tokens one after another from a cac
                                {3, CacheKind::kv},
                                {2, CacheKind::state},
                                {1, CacheKind::automatic}}) {
-        CAPTURE(power);
         GPTConfig config = small();
         config.power = power, config.positions = PositionKind::rope, config.qk_norm = true,
         config.short_conv = 3;
+        CAPTURE(config.power);
         config.decay = DecayKind::learned;
         ModelOptions options{Purpose::inference, 1, 8};
         options.cache = CacheKind::kv;
-        auto cpu = cpu::make_model(config, options);
+        auto cpu = cpu::choose_backend().make_model(config, options);
         options.cache = kind;
         auto gpu = gpu::backend().make_model(config, options);
         std::vector<int> tokens =

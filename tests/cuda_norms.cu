@@ -1,4 +1,7 @@
 // The norms of llmc/cuda against their definitions (tests/norms.h).
+#include <limits>
+
+#include "dev/ptxsim/report.h"
 #include "llmc/cuda/attention_norms.h"
 #include "tests/cuda_helpers.h"
 #include "tests/norms.h"
