@@ -28,8 +28,9 @@ template <class T, class C>
 void add_compare(const std::string& name, const std::string& type, C) {
     uint8_t n = sizeof(T);
     if constexpr (std::is_arithmetic_v<T>) {
-        add<uint32_t, T, T>("set." + name + ".u32." + type, [](T a, T b) { return C()(a, b) ? ~0u : 0u; });
-        add<uint32_t, T, T>("set." + name + ".s32." + type, [](T a, T b) { return C()(a, b) ? ~0u : 0u; });
+        auto ones = [](T a, T b) { return C()(a, b) ? ~0u : 0u; };
+        add<uint32_t, T, T>("set." + name + ".u32." + type, ones);
+        add<uint32_t, T, T>("set." + name + ".s32." + type, ones);
         add<float, T, T>("set." + name + ".f32." + type, [](T a, T b) { return C()(a, b) ? 1.0f : 0.0f; });
     }
     for (const char* middle : {"", ".and", ".or", ".xor"}) {
@@ -47,15 +48,13 @@ void add_type(const std::string& type) {
     auto op = [&]<class C>(const char* name, C c) { add_compare<T>(name, type, c); };
     op("eq", [](T a, T b) { return a == b; });
     op("ne", [](T a, T b) { return std::is_integral_v<T> ? a != b : a < b || a > b; });
-    op("lt", [](T a, T b) { return a < b; });
-    op("le", [](T a, T b) { return a <= b; });
-    op("gt", [](T a, T b) { return a > b; });
-    op("ge", [](T a, T b) { return a >= b; });
+    auto lt = [](T a, T b) { return a < b; };
+    auto le = [](T a, T b) { return a <= b; };
+    auto gt = [](T a, T b) { return a > b; };
+    auto ge = [](T a, T b) { return a >= b; };
+    op("lt", lt), op("le", le), op("gt", gt), op("ge", ge);
     if constexpr (std::is_integral_v<T>) {
-        op("lo", [](T a, T b) { return a < b; });
-        op("ls", [](T a, T b) { return a <= b; });
-        op("hi", [](T a, T b) { return a > b; });
-        op("hs", [](T a, T b) { return a >= b; });
+        op("lo", lt), op("ls", le), op("hi", gt), op("hs", ge);
     } else {
         op("equ", [](T a, T b) { return !(a < b || a > b); });
         op("neu", [](T a, T b) { return !(a == b); });
