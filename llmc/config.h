@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <iterator>
 #include <string>
+#include <type_traits>
 
 #include "llmc/error.h"
 
@@ -40,6 +41,24 @@ struct AttentionConfig {
     bool softmax() const { return power == 0; }
     bool has_row_sum() const { return power > 0 && scale == ScaleKind::sum; }
 };
+
+// Calls f with the power as a compile-time constant: inner loops then hold no branch on it.
+template <class F>
+void with_power(int power, F f) {
+    switch (power) {
+        case 0:
+            return f(std::integral_constant<int, 0>());
+        case 1:
+            return f(std::integral_constant<int, 1>());
+        case 2:
+            return f(std::integral_constant<int, 2>());
+        case 3:
+            return f(std::integral_constant<int, 3>());
+        case 4:
+            return f(std::integral_constant<int, 4>());
+    }
+    fail("attention: power ", power, ", expected 0 (softmax) to 4");
+}
 
 // m_p = prod_{s<p} (2s+1)(1+2s/D) = E[x^(2p)] for q, k ~ N(0, I_D) and x = q.k/sqrt(D): what x^p must be
 // scaled by for attention rows of unit norm (the bound of arXiv 2410.18613 with its constant worked out).

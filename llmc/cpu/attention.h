@@ -267,24 +267,6 @@ inline size_t forward_scratch(int D) {  // floats
     return (size_t)kTile * (5 * padded(D) + 2 * kTile + 2);
 }
 
-// Calls f with the power as a compile-time constant: the inner loops then hold no branch on it.
-template <class F>
-inline void with_power(int power, F f) {
-    switch (power) {
-        case 0:
-            return f(std::integral_constant<int, 0>());
-        case 1:
-            return f(std::integral_constant<int, 1>());
-        case 2:
-            return f(std::integral_constant<int, 2>());
-        case 3:
-            return f(std::integral_constant<int, 3>());
-        case 4:
-            return f(std::integral_constant<int, 4>());
-    }
-    fail("attention: power ", power, ", expected 0 (softmax) to 4");
-}
-
 template <class Real>
 inline void attention_forward(Real* out,           // (B,T,C)
                               float* stats,        // (stats_size)

@@ -23,19 +23,13 @@ void with_head_size(int D, F f) {
 }
 template <class F>
 void with_activation(int power, F f) {
-    switch (power) {
-        case 0:
-            return f(Softmax());
-        case 1:
-            return f(Poly<1>());
-        case 2:
-            return f(Poly<2>());
-        case 3:
-            return f(Poly<3>());
-        case 4:
-            return f(Poly<4>());
-    }
-    fail("attention: power ", power, ", expected 0 (softmax) to 4");
+    with_power(power, [&](auto p) {
+        if constexpr (p == 0) {
+            f(Softmax());
+        } else {
+            f(Poly<p>());
+        }
+    });
 }
 
 template <class Real>

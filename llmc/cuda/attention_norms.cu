@@ -303,24 +303,6 @@ static __global__ void add_norms_kernel(NormSums* sums, const NormSums* parts /*
     if (threadIdx.x == 0) reinterpret_cast<double*>(sums + h)[number] = total;
 }
 
-// Calls f with the power as a constant.
-template <class F>
-void with_power(int power, F f) {
-    switch (power) {
-        case 0:
-            return f(std::integral_constant<int, 0>());
-        case 1:
-            return f(std::integral_constant<int, 1>());
-        case 2:
-            return f(std::integral_constant<int, 2>());
-        case 3:
-            return f(std::integral_constant<int, 3>());
-        case 4:
-            return f(std::integral_constant<int, 4>());
-    }
-    fail("attention: power ", power, ", expected 0 (softmax) to 4");
-}
-
 template <class Real>
 void attention_norms(NormSums* sums,      // (H)
                      float* scratch,      // (attention_norms_scratch)
