@@ -72,8 +72,8 @@ Floats random_qkv(const Size& size) {
 }  // namespace
 
 TEST_CASE_TEMPLATE("cuda norms: every kind at every small size, and every size", Real, float, gpu::bf16) {
-    const std::vector<Size> large = {
-        {1, 65, 1, 32}, {1, 33, 3, 7}, {2, 40, 1, 80}, {1, 64, 1, 20}, {2, 1, 2, 128}};
+    const std::vector<Size> large = {{1, 65, 1, 32}, {1, 33, 3, 7},  {2, 40, 1, 80},
+                                     {1, 64, 1, 20}, {2, 1, 2, 128}, {1, 34, 1, 127}};
     const std::vector<NormsOption> options = reference::norms_options();
     for (size_t i = 0; i < options.size(); i++) {
         const int edge = gpu::attention_tile<Real>;

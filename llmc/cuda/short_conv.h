@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kConvLanes* kConvRuns, 1)
     int begin = (blockIdx.y * kConvRuns + threadIdx.y) * rows, end = min(T, begin + rows);
     size_t at = (size_t)blockIdx.z * T * W + w;
     float weights[K][kWidth], dtaps[K][kWidth] = {};
-    if (dinp) load_taps(weights, shared, weight, w, W);
+    const bool has_dinp = K < kConvTaps || dinp;  // only of many taps some come without
+    if (has_dinp) load_taps(weights, shared, weight, w, W);
     if (w < W && begin < T) {
         float d[K][kWidth] = {};  // d[s] is row t + first + s
 #pragma unroll
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kConvLanes* kConvRuns, 1)
             for (int s = 0; s < K; s++)
 #pragma unroll
                 for (int i = 0; i < kWidth; i++) dtaps[s][i] += x[i] * d[s][i];
-            if (!dinp) continue;
+            if (!has_dinp) continue;
             float dx[kWidth] = {};
 #pragma unroll
             for (int s = 0; s < K; s++)
