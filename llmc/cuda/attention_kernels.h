@@ -506,7 +506,7 @@ __global__ __launch_bounds__(kAttentionThreads,
                 }
         }
     };
-    __builtin_assume(tile < end);
+    if (!kSegments) __builtin_assume(tile < end);  // else it makes poly1 spill
     for (int i = tile; i < end; i++) {
         wait_for_copies<0>();
         __syncthreads();  // all copies are there, and nobody works on the tile before
