@@ -32,10 +32,14 @@ native   := -march=native
 ifeq ($(DISPATCH),1)
 model    := -march=x86-64-v3 -DLLMC_ISA=avx2
 models   := $(BUILD)/train_gpt.o $(BUILD)/avx512.o $(BUILD)/avx512_bf16.o
+# For tests, those that this processor runs: each takes long to build.
+cpu      := $(shell cat /proc/cpuinfo)
+tested   := $(BUILD)/train_gpt.o $(if $(filter avx512vl,$(cpu)),$(BUILD)/avx512.o) $(if $(filter avx512_bf16,$(cpu)),$(BUILD)/avx512_bf16.o)
 dispatch := -DLLMC_DISPATCH
 else
 model    := $(native)
 models   := $(BUILD)/train_gpt.o
+tested   := $(models)
 endif
 $(BUILD)/avx512.o: isa := -march=x86-64-v4 -DLLMC_ISA=avx512
 $(BUILD)/avx512_bf16.o: isa := -march=x86-64-v4 -mavx512bf16 -DLLMC_ISA=avx512_bf16
@@ -45,7 +49,7 @@ $(BUILD)/avx512_bf16.o: isa := -march=x86-64-v4 -mavx512bf16 -DLLMC_ISA=avx512_b
 busy     := $(addprefix $(BUILD)/,reference.o test_attention.o test_attention_linear.o test_norms.o test_tile.o test_tokenizer.o)
 tests    := $(busy) $(filter-out $(busy),$(patsubst tests/%.cpp,$(BUILD)/%.o,tests/main.cpp $(wildcard tests/test_*.cpp)))
 # Where this processor has AVX-512, what is written for AVX2 and for AVX-512 without BF16 is tested as well.
-lesser   := $(if $(filter 1,$(DISPATCH)),$(if $(filter avx512vl,$(shell cat /proc/cpuinfo)),avx2 avx512))
+lesser   := $(if $(filter 1,$(DISPATCH)),$(if $(filter avx512vl,$(cpu)),avx2 avx512))
 
 # dev/ptxsim stands in for cudart, cuBLAS(Lt) and NCCL: CUDA objects with their PTX in them run on this processor. nvcc
 # is that of the system, if it knows C++20 (from CUDA 12 on), or the one that dev/setup.sh has put into .venv.
@@ -78,6 +82,8 @@ all: train_gpt
 # In this order: of an inline function that several objects have, the linker takes the first, which must run on all
 # processors.
 train_gpt: $(BUILD)/train_gpt_main.o $(BUILD)/run.o $(models)
+$(BUILD)/train_gpt: $(BUILD)/train_gpt_main.o $(BUILD)/run.o $(tested)
+train_gpt $(BUILD)/train_gpt:
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 $(BUILD)/train_gpt.o: train_gpt.cpp $(BUILD)/flags
@@ -140,13 +146,13 @@ $(cutests): $(BUILD)/%.o: tests/%.cu $(BUILD)/flags
 $(BUILD)/ptxsim_libraries.o $(BUILD)/cuda_model.o: $(BUILD)/%.o: tests/%.cpp $(BUILD)/flags
 	$(CXX) $(flags) -O0 $(native) $(dispatch) -isystem $(CUDA)/include -c $< -o $@
 
-$(BUILD)/ptxsim/tests: $(sim) $(on_sim) $(models) $(BUILD)/reference.o $(BUILD)/main.o $(cutests) \
+$(BUILD)/ptxsim/tests: $(sim) $(on_sim) $(tested) $(BUILD)/reference.o $(BUILD)/main.o $(cutests) \
     $(BUILD)/ptxsim_libraries.o $(BUILD)/cuda_model.o
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 # The same objects on hardware, whose driver compiles their PTX: all but what is about the simulator's own reports.
 $(BUILD)/gpu-tests: $(BUILD)/main.o $(BUILD)/reference.o $(filter-out %_faults.o %_streams.o %_samples.o %_figures.o,$(cutests)) \
-    $(BUILD)/cuda_model.o $(on_gpu) $(models) $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
+    $(BUILD)/cuda_model.o $(on_gpu) $(tested) $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
 	$(CXX) $(flags) $^ -o $@ $(libs) $(cudalibs)
 
 # The CUDA trainer for hardware; and for this processor, where the PTX alone is enough and takes half the time.
@@ -203,7 +209,7 @@ programs := $(BUILD)/tests $(lesser:%=$(BUILD)/%/tests) $(if $(NVCC),$(BUILD)/pt
 # What takes longest, first, so that no core waits for it at the end.
 long     := $(if $(NVCC),$(on_sim))
 .PHONY: build-tests run-tests
-build-tests: $(long) train_gpt $(if $(NVCC),train_gptcu_sim $(BUILD)/cuda_layers_sim) $(programs) $(BUILD)/fault_preload.so
+build-tests: $(long) $(BUILD)/train_gpt $(if $(NVCC),train_gptcu_sim $(BUILD)/cuda_layers_sim) $(programs) $(BUILD)/fault_preload.so
 run-tests:
 	$(if $(NVCC),,@echo 'skipped: the tests of CUDA code, for there is no nvcc')
 	@tests/run.sh $(programs)

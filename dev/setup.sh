@@ -44,7 +44,8 @@ stamp=.venv/installed-requirements.txt
 if ! cmp -s requirements.txt "$stamp"; then
     echo "installing Python packages into .venv"
     [ -x .venv/bin/python ] || python3 -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    # Not compiled: Python does that to the few modules that are imported.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
     cp requirements.txt "$stamp"
 fi
 if [ "${1:-}" = torch ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then

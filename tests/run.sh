@@ -6,7 +6,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 # Threads that wait spinning would take minutes more where other programs run beside the tests.
 export OMP_WAIT_POLICY=passive
-export LLMC_TRAIN_GPT=./train_gpt LLMC_FAULT_PRELOAD=build/fault_preload.so
+export LLMC_TRAIN_GPT=build/train_gpt LLMC_FAULT_PRELOAD=build/fault_preload.so
 [ ! -e train_gptcu_sim ] || export LLMC_TRAIN_GPTCU=./train_gptcu_sim
 log=$(mktemp -d)
 trap 'rm -rf "$log"' EXIT

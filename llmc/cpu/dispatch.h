@@ -15,13 +15,13 @@ enum class Isa { native, avx2, avx512, avx512_bf16 };
 template <Isa>
 Backend backend();
 
-#ifdef LLMC_DISPATCH  // the program has the three copies for x86-64
+#ifdef LLMC_DISPATCH  // the program has the copies for x86-64: all three, or those that its processor runs
 template <>
 Backend backend<Isa::avx2>();
 template <>
-Backend backend<Isa::avx512>();
+__attribute__((weak)) Backend backend<Isa::avx512>();
 template <>
-Backend backend<Isa::avx512_bf16>();
+__attribute__((weak)) Backend backend<Isa::avx512_bf16>();
 
 inline bool can_run(Isa isa) {
     bool avx2 =
@@ -45,7 +45,7 @@ inline Backend choose_backend() {
     const char* wanted = std::getenv("LLMC_ISA");
     for (const Copy& copy : copies) {
         if (wanted && std::string(wanted) != copy.name) continue;
-        if (can_run(copy.isa)) {
+        if (copy.backend && can_run(copy.isa)) {
             Backend backend = copy.backend();
             backend.name += str(", ", copy.name);
             return backend;
