@@ -250,7 +250,7 @@ bench-quick: ## the same on a small model, under 2 minutes
 	$(PYTHON) dev/bench/bench.py --train-gpt ./train_gpt --attention $(BUILD)/attention --quick
 
 format: ## clang-format all C++
-	clang-format -i *.cpp *.cu llmc/*.h llmc/*/*.h llmc/*/*.c* tests/*.c* tests/*.h dev/bench/*.c* dev/bench/*.h dev/ptxsim/*.h dev/ptxsim/*.c*
+	clang-format -i *.cpp *.cu llmc/*.h llmc/*.cpp llmc/*/*.h llmc/*/*.c* tests/*.c* tests/*.h dev/bench/*.c* dev/bench/*.h dev/ptxsim/*.h dev/ptxsim/*.c*
 
 clean: ## remove what was built (not .venv, data or out)
 	rm -rf $(BUILD) train_gpt train_gptcu train_gptcu_sim

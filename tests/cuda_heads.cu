@@ -69,8 +69,8 @@ void check_all_heads() {
     check_heads<Real>(1, 65, 2, 16, true, true);
     check_heads<Real>(1, 1, 1, 2, true, true);
     for (int mode = 0; mode < 4; mode++) check_heads<Real>(1, 2, 7, 30, mode & 1, mode & 2);
-    check_heads<Real>(1, 2, 1, 258, true, true);   // several channels a lane
-    for (int mode = 0; mode < 4; mode++)  // too wide for packs of floats
+    check_heads<Real>(1, 2, 1, 258, true, true);  // several channels a lane
+    for (int mode = 0; mode < 4; mode++)          // too wide for packs of floats
         check_heads<Real>(1, 2, 1, 1024, mode & 1, mode & 2);
     for (int D : {255, 1023}) check_heads<Real>(1, 2, 1, D, true, false);
 }
