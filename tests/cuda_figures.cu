@@ -7,7 +7,7 @@
 #include "dev/ptxsim/options.h"
 #include "dev/ptxsim/report.h"
 #include "llmc/cuda/adamw.h"
-#include "llmc/cuda/attention.h"
+#include "llmc/cuda/attention_linear.h"
 #include "llmc/cuda/classifier.h"
 #include "llmc/cuda/embedding.h"
 #include "llmc/cuda/gelu.h"
@@ -216,6 +216,24 @@ std::vector<Json> attention_figures(int power, int T, int D, const std::string& 
                                                nullptr);
         },
         part);
+}
+
+TEST_CASE("cuda figures: a kernel that two objects have is one") {
+    const OnlyFigures only;
+    const int T = 66, D = 8;  // tables are made in attention.o, and in attention_linear.o
+    const AttentionConfig config{.power = 2};
+    Zeros<float> qkv(T * 3 * D), out(T * D),
+        scratch(gpu::attention_linear_forward_scratch<float>(config, 1, T, 1, D, 64));
+    const std::vector<Json> figures = figures_of(
+        [&] {
+            gpu::attention_forward(out.get(), nullptr, scratch.get(), qkv.get(), nullptr, config, 1, T, 1, D,
+                                   nullptr);
+            gpu::attention_linear_forward(out.get(), nullptr, scratch.get(), qkv.get(), nullptr, config, 1, T,
+                                          1, D, nullptr, 64);
+        },
+        "attention_tables");
+    REQUIRE(figures.size() == 1);
+    CHECK(figures[0]["launches"] == 2);
 }
 
 // Products of 16 x 16 scores that a causal head of T has: all below the diagonal, and those on it.

@@ -118,6 +118,10 @@ __global__ void copy_half(const float* in, float* out) {  // half of the lanes o
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (threadIdx.x % 32 < 16) out[i] = in[i];
 }
+__global__ void copy_if(const float* in, float* out, bool wanted) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (wanted) out[i] = in[i];
+}
 
 // 32 writes without conflicts, then 32 reads of columns.
 template <int stride>
@@ -258,6 +262,21 @@ TEST_CASE("ptxsim: figures are those counted by hand") {
     f = figures_of("copy_half", [&] { copy_half<<<4, 256>>>(i, o); });
     check_global(f, 2048, 64, 2048, 64);
     CHECK(f["divergent_branches"] >= 1);
+
+    // All has run where the branch was not taken. Where it was, what it leaves out has not, and is counted by
+    // line.
+    f = figures_of("copy_if", [&] { copy_if<<<1, 32>>>(i, o, true); });
+    CHECK(f["branches"] == 1);
+    CHECK_FIGURE(f, "executed", f["instructions"]);
+    CHECK(f["not_executed"].empty());
+    f = figures_of("copy_if", [&] { copy_if<<<1, 32>>>(i, o, false); });
+    int left_out = 0;
+    for (const auto& [line, instructions] : f["not_executed"].items()) {
+        CHECK(line.find("ptxsim_samples.cu:") != std::string::npos);
+        left_out += instructions.get<int>();
+    }
+    CHECK(left_out > 0);
+    CHECK(left_out == f["instructions"].get<int>() - f["executed"].get<int>());
 
     // Reads of columns: all 32 lanes in one bank, 31 more wavefronts in each of 32 reads.
     check_shared(figures_of("columns_of_32", [&] { columns_of_32<<<1, 32>>>(i, o); }), 64, 992);
