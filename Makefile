@@ -14,7 +14,7 @@ BUILD    := build
 CXXFLAGS ?= -O3 -Wall -Wextra
 # -fno-math-errno lets sqrt be vectorised; -Wno-psabi: vectors wider than the machine's pass through functions here.
 flags    := -std=c++20 -fopenmp -fno-math-errno -Wno-psabi -I. -MMD -MP $(CXXFLAGS)
-libs     := -lpcre2-8 -lz
+libs     := -lz
 ifneq ($(DEPS),)
 flags    += -isystem $(DEPS)/include
 # Not new: what these libraries need in turn is looked for there too.

@@ -15,20 +15,20 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 fail() { echo "gpu_check: $*" >&2; exit 1; }
-includes() { printf '#define PCRE2_CODE_UNIT_WIDTH 8\n'; printf '#include <%s>\n' "$@"; }
+includes() { printf '#include <%s>\n' "$@"; }
 soname() { objdump -p "$1" | awk '/SONAME/ { print $2 }'; }
-headers="doctest/doctest.h CLI/CLI.hpp nlohmann/json.hpp pcre2.h zlib.h"
+headers="doctest/doctest.h CLI/CLI.hpp nlohmann/json.hpp zlib.h"
 
 pack() {
     local new=.deps-new file name needs
     rm -rf $new && mkdir -p $new/include $new/lib
     # Of what these headers include, that which is of their packages.
     includes $headers oneapi/dnnl/dnnl.hpp | g++ -std=c++20 -x c++ -M - | tr -s ' \\' '\n' |
-        grep -E '/(doctest|CLI|nlohmann|oneapi)/|/(pcre2|zlib|zconf)\.h$' | while read -r file; do
+        grep -E '/(doctest|CLI|nlohmann|oneapi)/|/(zlib|zconf)\.h$' | while read -r file; do
             name=$new/include/$(sed 's|.*/include/\([a-z0-9_]*-linux-gnu/\)\?||' <<<"$file")
             mkdir -p "$(dirname "$name")" && cp "$file" "$name"
         done
-    for name in dnnl pcre2-8 z; do
+    for name in dnnl z; do
         file=$(g++ -print-file-name=lib$name.so)
         [ -e "$file" ] || fail "--pack: lib$name.so not found (dev/setup.sh installs it)"
         ln -s "$(soname "$file")" $new/lib/lib$name.so

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(libdnnl-dev doctest-dev libcli11-dev nlohmann-json3-dev libpcre2-dev zlib1g-dev)
+packages=(libdnnl-dev doctest-dev libcli11-dev nlohmann-json3-dev zlib1g-dev)
 command -v "${CXX:-g++}" >/dev/null || packages+=(g++)
 case "${CXX:-}" in *clang*) packages+=(libomp-dev) ;; esac
 command -v python3 >/dev/null || packages+=(python3)
@@ -30,11 +30,11 @@ if command -v dpkg-query >/dev/null && command -v apt-get >/dev/null; then
         rm -f "$log"
     fi
 else
-    for header in doctest/doctest.h CLI/CLI.hpp nlohmann/json.hpp pcre2.h zlib.h; do
-        printf '#define PCRE2_CODE_UNIT_WIDTH 8\n#include <%s>\n' "$header" |
+    for header in doctest/doctest.h CLI/CLI.hpp nlohmann/json.hpp zlib.h; do
+        printf '#include <%s>\n' "$header" |
             "${CXX:-g++}" -x c++ -std=c++20 -E - >/dev/null 2>&1 || {
             echo "setup: <$header> not found. This system has no apt: please install a C++20 compiler, doctest, CLI11," >&2
-            echo "nlohmann-json, PCRE2, zlib and, for speed, oneDNN with its package manager, then try again." >&2
+            echo "nlohmann-json, zlib and, for speed, oneDNN with its package manager, then try again." >&2
             exit 1
         }
     done

@@ -3,17 +3,15 @@
 // encode: added tokens such as <|endoftext|> are cut out first (leftmost, then longest), the rest is split
 // into words by GPT-2's pattern, and the bytes of each word are merged pair by pair, lowest rank first. Every
 // byte is a token of its own, so every text has an encoding, and decode(encode(text)) == text.
-// Anything in the file that would change the ids and is not implemented here is an error at loading.
+// Anything in the file that would change the ids and is not implemented here is an error at loading. Special
+// tokens that a post-processor would put around a text are no part of an encoding here, nor of the shards.
 #pragma once
-#define PCRE2_CODE_UNIT_WIDTH 8
-#include <pcre2.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
-#include <memory>
+#include <iterator>
 #include <nlohmann/json.hpp>
 #include <queue>
 #include <string>
@@ -24,6 +22,7 @@
 
 #include "llmc/error.h"
 #include "llmc/files.h"
+#include "llmc/unicode.h"
 
 // The character at the start of a text that is not empty.
 struct Utf8Char {
@@ -75,51 +74,65 @@ class Utf8Stream {
     std::string held_;
 };
 
-// GPT-2's pattern. \s is spelled out as Unicode's White_Space: PCRE2's own \s is another set.
-class WordSplitter {
-  public:
-    WordSplitter() {
-        const std::string space =
-            R"(\x09-\x0d\x20\x85\xa0\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
-        const std::string pattern = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{L}\p{N})" + space +
-                                    "]+|[" + space + "]+(?![^" + space + "])|[" + space + "]+";
-        int error = 0;
-        PCRE2_SIZE offset = 0;
-        code_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
-                                  PCRE2_UTF | PCRE2_ANCHORED, &error, &offset, nullptr));
-        if (!code_)
-            fail("PCRE2 (built with Unicode?) rejects the word pattern, error ", error, " at ", offset);
-        pcre2_jit_compile(code_.get(), PCRE2_JIT_COMPLETE);  // where there is no JIT, matching is only slower
-    }
+enum class CharClass { letter, number, space, other };
 
-    // Calls word(std::string_view) for each word of a text of well-formed UTF-8; together they are the text.
-    template <class Word>
-    void split(std::string_view text, Word word) const {
-        const std::unique_ptr<pcre2_match_data, Free> match(
-            pcre2_match_data_create_from_pattern(code_.get(), nullptr));
-        if (!match) fail("out of memory for a PCRE2 match");
-        const PCRE2_SIZE* span = pcre2_get_ovector_pointer(match.get());
-        for (size_t at = 0; at < text.size(); at = span[1]) {
-            const int found = pcre2_match(code_.get(), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(),
-                                          at, PCRE2_NO_UTF_CHECK, match.get(), nullptr);
-            if (found < 1)
-                fail("PCRE2 error ", found, " at byte ", at, " of a text of ", text.size(), " bytes");
-            word(text.substr(at, span[1] - at));
-        }
-    }
-
-  private:
-    struct Free {
-        void operator()(pcre2_code* code) const { pcre2_code_free(code); }
-        void operator()(pcre2_match_data* match) const { pcre2_match_data_free(match); }
+// The class of the first character of a text of well-formed UTF-8 that is not empty.
+inline CharClass class_of(std::string_view text) {
+    const int bytes = next_utf8(text).bytes;
+    char32_t code = (unsigned char)text[0];
+    if (bytes > 1) code &= 0x7f >> bytes;
+    for (int i = 1; i < bytes; i++) code = code << 6 | ((unsigned char)text[i] & 0x3f);
+    auto in = [&](const auto& ranges) {
+        const CodeRange* after = std::upper_bound(std::begin(ranges), std::end(ranges), code,
+                                                  [](char32_t c, const CodeRange& r) { return c < r.first; });
+        return after != std::begin(ranges) && code <= after[-1].last;
     };
-    std::unique_ptr<pcre2_code, Free> code_;
+    if (in(kLetters)) return CharClass::letter;
+    if (in(kNumbers)) return CharClass::number;
+    return in(kSpaces) ? CharClass::space : CharClass::other;
+}
+
+// The bytes of the first word of a text that is not empty, by GPT-2's pattern:
+//   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+inline size_t first_word(std::string_view text) {
+    for (std::string_view ending : {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"})
+        if (text.starts_with(ending)) return ending.size();
+    size_t begin = text[0] == ' ' && text.size() > 1 && class_of(text.substr(1)) != CharClass::space;
+    const CharClass kind = class_of(text.substr(begin));
+    size_t last = begin, end = begin;  // the last character of this class, and what follows it
+    for (; end < text.size() && class_of(text.substr(end)) == kind; end += next_utf8(text.substr(end)).bytes)
+        last = end;
+    const bool leaves_one = kind == CharClass::space && end < text.size() && last > 0;
+    return leaves_one ? last : end;
+}
+
+// Calls word(std::string_view) for each word of a text of well-formed UTF-8; together they are the text.
+template <class Word>
+void split_words(std::string_view text, Word word) {
+    while (!text.empty()) {
+        const size_t size = first_word(text);
+        word(text.substr(0, size));
+        text.remove_prefix(size);
+    }
+}
+
+// A tokenizer.json that is as it should be, of a kind that this tokenizer does not implement.
+struct UnsupportedTokenizer : Error {
+    explicit UnsupportedTokenizer(const std::string& what) : Error(kExitFailure, what) {}
 };
+
+// The JSON of a tokenizer.json of any kind.
+inline nlohmann::json read_tokenizer(const std::string& path) {
+    nlohmann::json json = read_json(path);
+    if (!json.is_object()) fail(path, ": expected a JSON object");
+    if (!json.contains("model") || !json.at("model").is_object()) fail(path, ": model is not an object");
+    return json;
+}
 
 class Tokenizer {
   public:
     explicit Tokenizer(const std::string& path) : path_(path) {
-        const nlohmann::json json = read_json(path);
+        const nlohmann::json json = read_tokenizer(path);
         check_supported(json);
         Ids ids = read_vocabulary(json.at("model").at("vocab"));
         read_merges(json.at("model").at("merges"), ids);
@@ -140,21 +153,7 @@ class Tokenizer {
             at += c.bytes;
         }
         std::vector<int> ids;
-        auto encode_plain = [&](std::string_view part) {
-            splitter_.split(part, [&](std::string_view word) { encode_word(word, ids); });
-        };
-        size_t begin = 0;  // of the text since the last added token
-        for (size_t at = 0; at < all.size();) {
-            const AddedToken* added = added_token_at(all.substr(at));
-            if (!added) {
-                at++;
-                continue;
-            }
-            encode_plain(all.substr(begin, at - begin));
-            ids.push_back(added->id);
-            begin = at += added->content.size();
-        }
-        encode_plain(all.substr(begin));
+        encode_part(all, 0, ids);
         return ids;
     }
 
@@ -187,8 +186,25 @@ class Tokenizer {
 
     static uint64_t pair_key(int left, int right) { return (uint64_t)(uint32_t)left << 32 | (uint32_t)right; }
 
-    const AddedToken* added_token_at(std::string_view text) const {
-        for (const AddedToken& token : added_) {  // longest first
+    void encode_part(std::string_view text, size_t round, std::vector<int>& ids) const {
+        if (round == added_.size())
+            return split_words(text, [&](std::string_view word) { encode_word(word, ids); });
+        size_t begin = 0;  // of the text since the last added token
+        for (size_t at = 0; at < text.size();) {
+            const AddedToken* added = added_token_at(text.substr(at), round);
+            if (!added) {
+                at++;
+                continue;
+            }
+            encode_part(text.substr(begin, at - begin), round + 1, ids);
+            ids.push_back(added->id);
+            begin = at += added->content.size();
+        }
+        encode_part(text.substr(begin), round + 1, ids);
+    }
+
+    const AddedToken* added_token_at(std::string_view text, size_t round) const {
+        for (const AddedToken& token : added_[round]) {  // longest first
             if (text.substr(0, token.content.size()) == token.content) return &token;
         }
         return nullptr;
@@ -241,6 +257,33 @@ class Tokenizer {
         return text.size() <= 60 ? text : text.substr(0, 57) + "...";
     }
 
+    template <class... Parts>
+    [[noreturn]] void unsupported(const Parts&... what) const {
+        throw UnsupportedTokenizer(str(path_, ": ", what...));
+    }
+
+    // Whether it neither adds to a text that is encoded without special tokens nor leaves any of it out.
+    static bool keeps_the_ids(const nlohmann::json& processor) {
+        if (processor.is_null()) return true;
+        if (!processor.is_object()) return false;
+        auto list = [&](const char* key) { return processor.value(key, nlohmann::json::array()); };
+        const nlohmann::json type = processor.value("type", nlohmann::json());
+        if (type == "Sequence") {
+            const nlohmann::json parts = list("processors");
+            return std::all_of(parts.begin(), parts.end(), keeps_the_ids);
+        }
+        if (type == "TemplateProcessing") {  // its special tokens are left out, the text is not
+            const nlohmann::json::json_pointer text("/Sequence/id");
+            int texts = 0, others = 0;
+            for (const nlohmann::json& piece : list("single")) {
+                if (piece.is_object() && piece.contains("SpecialToken")) continue;
+                (piece.contains(text) && piece.at(text) == "A" ? texts : others)++;
+            }
+            return texts == 1 && others == 0;
+        }
+        return type == "ByteLevel" || type == "BertProcessing" || type == "RobertaProcessing";
+    }
+
     // An error wherever the file asks for something else than what encode does.
     void check_supported(const nlohmann::json& json) const {
         using Json = nlohmann::json;
@@ -248,24 +291,22 @@ class Tokenizer {
                           std::initializer_list<Json> allowed) {
             const Json value = object.value(key, Json());
             if (std::find(allowed.begin(), allowed.end(), value) == allowed.end())
-                fail(path_, ": ", where, key, " is ", brief(value), ", this tokenizer has only ",
-                     allowed.begin()->dump());
+                unsupported(where, key, " is ", brief(value), ", this tokenizer has only ",
+                            allowed.begin()->dump());
         };
         auto expect_byte_level = [&](const char* key) {
             const Json value = json.value(key, Json());
             if (!value.is_object() || value.value("type", Json()) != "ByteLevel")
-                fail(path_, ": ", key, " is ", brief(value),
-                     ", this tokenizer has only the type \"ByteLevel\"");
+                unsupported(key, " is ", brief(value), ", this tokenizer has only the type \"ByteLevel\"");
         };
-        if (!json.is_object()) fail(path_, ": expected a JSON object");
-        for (const char* key : {"normalizer", "truncation", "padding"}) expect(json, "", key, {nullptr});
+        expect(json, "", "normalizer", {nullptr});
         expect_byte_level("pre_tokenizer");
         expect(json.at("pre_tokenizer"), "pre_tokenizer.", "add_prefix_space", {false});
         expect(json.at("pre_tokenizer"), "pre_tokenizer.", "use_regex", {true, nullptr});
-        for (const char* key : {"decoder", "post_processor"}) {
-            if (json.contains(key) && !json.at(key).is_null()) expect_byte_level(key);
-        }
-        if (!json.contains("model") || !json.at("model").is_object()) fail(path_, ": model is not an object");
+        if (json.contains("decoder") && !json.at("decoder").is_null()) expect_byte_level("decoder");
+        if (const Json processor = json.value("post_processor", Json()); !keeps_the_ids(processor))
+            unsupported("post_processor is ", brief(processor),
+                        ", this tokenizer has only those that add or drop no tokens of a text");
         const Json& model = json.at("model");
         expect(model, "model.", "type", {"BPE", nullptr});
         for (const char* key : {"byte_fallback", "ignore_merges"})
@@ -303,8 +344,8 @@ class Tokenizer {
         for (const auto& [name, value] : vocab.items()) {
             const bool good = value.is_number_unsigned() && value.get<uint64_t>() < vocab.size();
             if (!good || taken[value.get<size_t>()])
-                fail(path_, ": model.vocab: the id of ", brief(name), " is ", brief(value),
-                     ", expected each of 0 to ", vocab.size() - 1, " once");
+                unsupported("model.vocab: the id of ", brief(name), " is ", brief(value),
+                            ", expected each of 0 to ", vocab.size() - 1, " once");
             const int id = value.get<int>();
             taken[id] = true;
             ids[name] = id;
@@ -320,8 +361,8 @@ class Tokenizer {
         for (int byte = 0; byte < 256; byte++) {
             const auto token = ids.find(byte_character(byte));
             if (token == ids.end())
-                fail(path_, ": model.vocab: byte ", byte, " is no token (", brief(byte_character(byte)),
-                     " is missing), so some texts would have no encoding");
+                unsupported("model.vocab: byte ", byte, " is no token (", brief(byte_character(byte)),
+                            " is missing), so some texts would have no encoding");
             byte_ids_[byte] = token->second;
         }
         return ids;
@@ -353,35 +394,33 @@ class Tokenizer {
     void read_added_tokens(const nlohmann::json& tokens, Ids& ids) {
         if (!tokens.is_array()) fail(path_, ": added_tokens is not an array");
         for (const nlohmann::json& token : tokens) {
-            const std::string where = str(path_, ": added_tokens[", added_.size(), "]: ", brief(token), ": ");
+            const std::string where =
+                str("added_tokens[", added_[0].size() + added_[1].size(), "]: ", brief(token), ": ");
             if (!token.is_object() || !token.contains("content") || !token.at("content").is_string() ||
                 token.at("content") == "")
-                fail(where, "there is no content");
+                fail(path_, ": ", where, "there is no content");
             for (const char* flag : {"single_word", "lstrip", "rstrip"}) {
                 if (token.value(flag, nlohmann::json(false)) != false)
-                    fail(where, flag, " is set, this tokenizer has only false");
+                    unsupported(where, flag, " is set, this tokenizer has only false");
             }
-            // Hugging Face cuts out all those with one value before it looks for the others.
-            if (token.value("normalized", nlohmann::json()) !=
-                tokens[0].value("normalized", nlohmann::json()))
-                fail(where, "normalized is not the same for all added tokens, as this tokenizer needs it");
             const std::string content = token.at("content").get<std::string>();
             const int id = ids.emplace(content, vocab_size()).first->second;
-            if (token.value("id", nlohmann::json()) != id) fail(where, "its id should be ", id);
+            if (token.value("id", nlohmann::json()) != id) unsupported(where, "its id should be ", id);
             if (id == vocab_size()) bytes_.push_back(content);
-            if (bytes_[id] != content) fail(where, "in model.vocab this token stands for other bytes");
-            added_.push_back({content, id});
+            if (bytes_[id] != content) unsupported(where, "in model.vocab this token stands for other bytes");
+            added_[token.value("normalized", nlohmann::json(false)) != false].push_back({content, id});
         }
-        std::stable_sort(added_.begin(), added_.end(), [](const AddedToken& a, const AddedToken& b) {
-            return a.content.size() > b.content.size();
-        });
+        for (std::vector<AddedToken>& round : added_)
+            std::stable_sort(round.begin(), round.end(), [](const AddedToken& a, const AddedToken& b) {
+                return a.content.size() > b.content.size();
+            });
     }
 
     std::string path_;
-    WordSplitter splitter_;
     std::array<int, 256> byte_ids_{};             // the token of each byte
     std::vector<std::string> bytes_;              // (vocab_size), what each token decodes to
     std::unordered_map<uint64_t, Merge> merges_;  // by pair_key
-    std::vector<AddedToken> added_;               // longest first
+    // Those that are "normalized" are looked for in what the others leave; longest first.
+    std::array<std::vector<AddedToken>, 2> added_;
     int eot_token_ = -1;
 };

@@ -166,11 +166,10 @@ TEST_CASE("Tokenizer: the same ids as Hugging Face tokenizers") {
     }
 }
 
-TEST_CASE("WordSplitter: GPT-2's words, with Unicode's white space") {
-    const WordSplitter splitter;
+TEST_CASE("split_words: GPT-2's words, with Unicode's white space") {
     auto words = [&](const std::string& text) {
         std::vector<std::string> out;
-        splitter.split(text, [&](std::string_view word) { out.emplace_back(word); });
+        split_words(text, [&](std::string_view word) { out.emplace_back(word); });
         return out;
     };
     using Words = std::vector<std::string>;
@@ -190,6 +189,32 @@ TEST_CASE("WordSplitter: GPT-2's words, with Unicode's white space") {
         const std::string o = other;
         CHECK(words("!" + o + o + "!") == Words{"!" + o + o + "!"});
     }
+}
+
+// The checksum is that of dev/unicode_classes.py, which asks the tokenizers library.
+TEST_CASE("split_words: every code point is cut off as by Hugging Face tokenizers") {
+    auto utf8 = [](char32_t c) -> std::string {
+        if (c < 0x80) return {(char)c};
+        const char last = (char)(0x80 | (c & 0x3f)), third = (char)(0x80 | (c >> 6 & 0x3f));
+        if (c < 0x800) return {(char)(0xc0 | c >> 6), last};
+        if (c < 0x10000) return {(char)(0xe0 | c >> 12), third, last};
+        return {(char)(0xf0 | c >> 18), (char)(0x80 | (c >> 12 & 0x3f)), third, last};
+    };
+    std::string lengths;
+    for (char32_t start = 0; start < 0x110000; start += 4096) {
+        std::string text;
+        for (char32_t c = start; c < start + 4096; c++) {
+            if (c >= 0xd800 && c < 0xe000) continue;
+            const std::string character = utf8(c);
+            text += 'a';
+            text += character;
+            text += '1';
+            text += character;
+            text += '!';
+        }
+        split_words(text, [&](std::string_view word) { lengths += (char)word.size(); });
+    }
+    CHECK(crc32_of(reinterpret_cast<const std::byte*>(lengths.data()), lengths.size()) == 0xdb5eef09);
 }
 
 TEST_CASE("Tokenizer: merges in the older form, \"a b\", are the same") {
@@ -326,7 +351,24 @@ TEST_CASE("Tokenizer: what a file may leave out or say otherwise without other i
     json["model"]["unk_token"] = "<|endoftext|>";  // every byte has a token, so it never comes to this
     json["model"]["continuing_subword_prefix"] = "";
     json["model"]["dropout"] = 0;
+    json["truncation"] = {
+        {"direction", "Right"}, {"max_length", 2}, {"strategy", "LongestFirst"}, {"stride", 0}};
+    json["padding"] = {{"strategy", {{"Fixed", 8}}}, {"pad_id", 0}, {"pad_token", "!"}};
     CHECK(load(folder, json).encode("ab<|endoftext|>c") == ids);
+    // These add special tokens or nothing.
+    const Json text = {{"Sequence", {{"id", "A"}, {"type_id", 0}}}},
+               end = {{"SpecialToken", {{"id", "<|endoftext|>"}, {"type_id", 0}}}},
+               bert = {{"type", "BertProcessing"}, {"sep", {"a", 97}}, {"cls", {"b", 98}}},
+               roberta = {{"type", "RobertaProcessing"}, {"sep", {"a", 97}}, {"cls", {"b", 98}}};
+    for (const Json& single :
+         {Json::array({text}), Json::array({end, text}), Json::array({end, text, end})}) {
+        const Json processor = {{"type", "TemplateProcessing"}, {"single", single}};
+        for (const Json& p : {processor, bert, roberta,
+                              Json{{"type", "Sequence"}, {"processors", {processor, bert, roberta}}}}) {
+            json["post_processor"] = p;
+            CHECK(load(folder, json).encode("ab<|endoftext|>c") == ids);
+        }
+    }
     json.erase("added_tokens");
     const Tokenizer plain = load(folder, json);
     CHECK(plain.eot_token() == -1);
@@ -347,8 +389,6 @@ TEST_CASE("Tokenizer: what it does not implement, or what is malformed, is an er
     };
     check_bad([](Json& j) { j = Json::array(); }, {"expected a JSON object"});
     check_bad([](Json& j) { j["normalizer"] = {{"type", "NFC"}}; }, {"normalizer", "NFC", "null"});
-    check_bad([](Json& j) { j["truncation"] = {{"max_length", 4}}; }, {"truncation", "max_length"});
-    check_bad([](Json& j) { j["padding"] = {{"strategy", 4}}; }, {"padding"});
     check_bad([](Json& j) { j["pre_tokenizer"] = nullptr; }, {"pre_tokenizer is null"});
     check_bad(
         [](Json& j) {
@@ -358,11 +398,16 @@ TEST_CASE("Tokenizer: what it does not implement, or what is malformed, is an er
     check_bad([](Json& j) { j["pre_tokenizer"]["add_prefix_space"] = true; },
               {"pre_tokenizer.add_prefix_space"});
     check_bad([](Json& j) { j["pre_tokenizer"]["use_regex"] = false; }, {"pre_tokenizer.use_regex"});
-    check_bad(
-        [](Json& j) {
-            j["post_processor"] = {{"type", "TemplateProcessing"}};
-        },
-        {"post_processor", "Template"});
+    const Json once = {{"Sequence", {{"id", "A"}}}}, other = {{"Sequence", {{"id", "B"}}}};
+    for (const Json& single : {Json(), Json("$A"), Json::array(), Json::array({once, once}),
+                               Json::array({other}), Json::array({once, 1})}) {
+        const Json processor = {{"type", "TemplateProcessing"}, {"single", single}};
+        check_bad([&](Json& j) { j["post_processor"] = processor; }, {"post_processor", "single"});
+        const Json both = {{"type", "Sequence"}, {"processors", {{{"type", "ByteLevel"}}, processor}}};
+        check_bad([&](Json& j) { j["post_processor"] = both; }, {"post_processor", "ByteLevel"});
+    }
+    check_bad([](Json& j) { j["post_processor"] = {{"type", "Another"}}; }, {"post_processor", "Another"});
+    check_bad([](Json& j) { j["post_processor"] = 1; }, {"post_processor is 1"});
     check_bad([](Json& j) { j["decoder"] = {{"type", "Metaspace"}}; }, {"decoder", "Metaspace"});
     check_bad([](Json& j) { j["decoder"] = 1; }, {"decoder is 1"});
     check_bad([](Json& j) { j["model"] = nullptr; }, {"model is not an object"});
@@ -416,15 +461,6 @@ TEST_CASE("Tokenizer: what it does not implement, or what is malformed, is an er
     for (const char* flag : {"single_word", "lstrip", "rstrip"})
         check_added(flag, true, {std::string(flag) + " is set"});
     check_bad(
-        [](Json& j) {
-            Json other = j["added_tokens"][0];
-            other["id"] = 259;
-            other["content"] = "<|x|>";
-            other["normalized"] = true;
-            j["added_tokens"].push_back(other);
-        },
-        {"added_tokens[1]", "normalized is not the same"});
-    check_bad(
         [](Json& j) {  // "\u00e9" in the vocabulary is the byte 0xe9, not this character
             j["added_tokens"][0]["content"] = "\u00e9";
             j["added_tokens"][0]["id"] = 0xe9;
@@ -433,6 +469,49 @@ TEST_CASE("Tokenizer: what it does not implement, or what is malformed, is an er
     put_file(path, "{\"model\": ");
     check_error([&] { Tokenizer{path}; }, {path, "not valid JSON"});
     check_error([&] { Tokenizer{folder / "none"}; }, {folder / "none", "No such file"});
+}
+
+TEST_CASE("Tokenizer: added tokens that are normalized are looked for after the others") {
+    const TempFolder folder;
+    Json json = small_json({});
+    for (const char* content : {"a<|e", "dof"}) {
+        Json added = json["added_tokens"][0];
+        added["content"] = content;
+        added["normalized"] = true;
+        added["id"] = 256 + json["added_tokens"].size();
+        json["added_tokens"].push_back(added);
+    }
+    CHECK(load(folder, json).encode("endof<|endoftext|>a<|endoftext|>a<|ex") ==
+          std::vector<int>{'e', 'n', 258, 256, 'a', 256, 257, 'x'});
+}
+
+TEST_CASE("Tokenizer: a file of another kind is told from a damaged one") {
+    const TempFolder folder;
+    const std::string path = folder / "tokenizer.json";
+    auto is_unsupported = [&](const std::function<void(Json&)>& change) {
+        Json json = small_json({{"a", "b"}, {"ab", "c"}});
+        change(json);
+        put_file(path, json.dump());
+        try {
+            Tokenizer{path};
+        } catch (const UnsupportedTokenizer&) {
+            return true;
+        } catch (const Error&) {
+        }
+        return false;
+    };
+    CHECK(is_unsupported([](Json& j) { j["normalizer"] = {{"type", "NFC"}}; }));
+    CHECK(is_unsupported([](Json& j) { j["model"]["type"] = "Unigram"; }));
+    CHECK(is_unsupported([](Json& j) { j["pre_tokenizer"]["use_regex"] = false; }));
+    CHECK(is_unsupported([](Json& j) { j["decoder"] = {{"type", "Metaspace"}}; }));
+    CHECK(is_unsupported([](Json& j) { j["post_processor"] = {{"type", "Another"}}; }));
+    CHECK(is_unsupported([](Json& j) { j["model"]["vocab"]["ab"] = 300; }));
+    CHECK(is_unsupported([](Json& j) { j["model"]["vocab"] = Json::object(); }));
+    CHECK(is_unsupported([](Json& j) { j["added_tokens"][0]["lstrip"] = true; }));
+    CHECK_FALSE(is_unsupported([](Json& j) { j = Json::object(); }));
+    CHECK_FALSE(is_unsupported([](Json& j) { j["model"] = 1; }));
+    CHECK_FALSE(is_unsupported([](Json& j) { j["model"]["merges"][1] = "a c"; }));
+    CHECK_FALSE(is_unsupported([](Json& j) { j["added_tokens"] = 1; }));
 }
 
 TEST_CASE("Tokenizer: thousands of damaged files load and keep text whole, or throw Error") {
