@@ -118,9 +118,10 @@ inline void evaluate(const Backend& backend, const EvalOptions& options) {
     int64_t sequences = dataset.sequences();
     if (options.batches > 0) sequences = std::min(sequences, (int64_t)options.batches * options.batch);
     int B = (int)std::min<int64_t>(options.batch, sequences);
+    const std::string path = find_tokenizer(options.data);
+    require_same_tokenizer(path, find_tokenizer(checkpoint.folder));
     std::optional<Tokenizer> tokenizer;  // for the bytes of the text that was predicted
-    if (std::filesystem::exists(join_path(options.data, "tokenizer.json")))
-        tokenizer.emplace(join_path(options.data, "tokenizer.json"));
+    if (!path.empty()) tokenizer = open_if_supported(path, "bits per byte");
     auto model = load_model(backend, checkpoint, options.compute.model_options(Purpose::inference, B, T));
     std::vector<int> inputs((size_t)B * T), targets((size_t)B * T);
     double total = 0;
@@ -149,6 +150,7 @@ inline void dump(const Backend& backend, const DumpOptions& options) {
     if (dataset.sequences() < B)
         usage_error("--batch ", B, ": ", options.data, " has ", dataset.sequences(), " sequences of ", T,
                     " tokens");
+    require_same_tokenizer(find_tokenizer(options.data), find_tokenizer(checkpoint.folder));
     std::vector<int> inputs((size_t)B * T), targets((size_t)B * T);
     DataLoader(dataset, 0, /*shuffle=*/false).batch(0, B, inputs.data(), targets.data());
     auto model = load_model(backend, checkpoint, options.compute.model_options(Purpose::training, B, T));

@@ -81,6 +81,7 @@ struct ComputeFlags {
 struct TrainOptions {
     ModelFlags model;
     std::string data, out, init_from;
+    bool new_tokenizer = false;  // the data's may be another than that of init_from
     int batch = 8;
     int seq = 0;              // 0: the context
     int64_t total_batch = 0;  // tokens a step; 0: one micro-batch
@@ -291,7 +292,12 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
         ->check(one_of(kDecayNames));
     model("--short-conv", o.model.short_conv, "width of a causal convolution on q, k, v (default 0: none)")
         ->check(integer_in(0, 64));
-    model("--init-from", o.init_from, "start from a checkpoint or a GPT-2 folder of Hugging Face");
+    CLI::Option* init_from =
+        model("--init-from", o.init_from, "start from a checkpoint or a GPT-2 folder of Hugging Face");
+    app.add_flag("--new-tokenizer", o.new_tokenizer,
+                 "train it although the data has another tokenizer, in which tokens have other numbers")
+        ->group("Model")
+        ->needs(init_from);
 
     auto batch = [&](const char* flag, auto& value, bool fixed, const char* help) {
         return remember(app.add_option(flag, value, help)->group("Batch")->capture_default_str(), value,

@@ -9,13 +9,18 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdio>
+#include <filesystem>
 #include <functional>
 #include <initializer_list>
 #include <iterator>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <queue>
+#include <set>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -424,3 +429,90 @@ class Tokenizer {
     std::array<std::vector<AddedToken>, 2> added_;
     int eot_token_ = -1;
 };
+
+// FOLDER/tokenizer.json; empty where there is none.
+inline std::string find_tokenizer(const std::string& folder) {
+    const std::string path = (std::filesystem::path(folder) / "tokenizer.json").string();
+    std::error_code unreadable;  // shows when it is read
+    const bool none =
+        std::filesystem::status(path, unreadable).type() == std::filesystem::file_type::not_found;
+    return none ? "" : path;
+}
+
+// For what can do without: a tokenizer.json of another kind is named on stderr, with what there will not be.
+inline std::optional<Tokenizer> open_if_supported(const std::string& path, const char* without) {
+    try {
+        return Tokenizer(path);
+    } catch (const UnsupportedTokenizer& e) {
+        fprintf(stderr, "warning: without %s: %s\n", without, e.what());
+        return std::nullopt;
+    }
+}
+
+namespace tokenizer_detail {
+
+// In a pre-tokenizer, and those inside it: what concerns offsets is left out, and a default written out.
+inline void unify_pre_tokenizer(nlohmann::json& json) {
+    if (json.is_object()) {
+        json.erase("trim_offsets");
+        if (json.value("type", nlohmann::json()) == "ByteLevel" && !json.contains("use_regex"))
+            json["use_regex"] = true;
+    }
+    if (json.is_structured())
+        for (nlohmann::json& part : json) unify_pre_tokenizer(part);
+}
+
+// What decides the ids of a text in a tokenizer.json of any kind: equal for files that a library or a
+// conversion wrote differently.
+inline nlohmann::ordered_json what_decides_ids(const nlohmann::json& file) {
+    using Json = nlohmann::json;
+    auto member = [](const Json& json, const char* key) {
+        return json.is_object() ? json.value(key, Json()) : Json();
+    };
+    Json model = file.at("model"), vocabulary = member(model, "vocab"), merges = member(model, "merges");
+    const Json normalizer = member(file, "normalizer");
+    Json pre_tokenizer = member(file, "pre_tokenizer"), added = Json::object();
+    unify_pre_tokenizer(pre_tokenizer);
+    if (merges.is_array())
+        for (Json& merge : merges) {
+            const std::string text = merge.is_string() ? merge.get<std::string>() : "";
+            const size_t space = text.find(' ');
+            if (space != std::string::npos) merge = {text.substr(0, space), text.substr(space + 1)};
+        }
+    std::set<bool> normalized;  // the values there are
+    for (const Json& token : member(file, "added_tokens")) {
+        const Json content = member(token, "content");
+        if (!content.is_string()) continue;
+        const std::string name = content.get<std::string>();
+        added[name] = {{"id", member(token, "id")}};
+        if (vocabulary.is_object()) vocabulary[name] = member(token, "id");  // some have them there, too
+        for (const char* flag : {"single_word", "lstrip", "rstrip", "normalized"})
+            added[name][flag] = member(token, flag) == true;
+        normalized.insert(member(token, "normalized") == true);
+    }
+    if (normalizer.is_null() && normalized.size() == 1)  // they are all looked for in the same text
+        for (Json& token : added) token.erase("normalized");
+    for (const char* key : {"vocab", "merges"}) model.erase(key);
+    if (member(model, "type") == "BPE")  // for bytes without a token, which a byte-level BPE does not have
+        for (const char* key : {"unk_token", "fuse_unk"}) model.erase(key);
+    Json settings = Json::object();  // those that are not the default
+    for (const auto& [key, value] : model.items())
+        if (value != nullptr && value != false && value != "" && value != 0) settings[key] = value;
+    return {{"vocabulary", vocabulary},       {"merges", merges},      {"normalizer", normalizer},
+            {"pre-tokenizer", pre_tokenizer}, {"added tokens", added}, {"settings of the model", settings}};
+}
+
+}  // namespace tokenizer_detail
+
+// An error where two files give a text other ids: `data` is of the tokens that a model is used on, `model`
+// its own; where either is empty (there is none) nothing is known. `advice` ends the message.
+inline void require_same_tokenizer(const std::string& data, const std::string& model,
+                                   const std::string& advice = "") {
+    if (data.empty() || model.empty() || MappedFile(data).text() == MappedFile(model).text()) return;
+    const nlohmann::ordered_json found = tokenizer_detail::what_decides_ids(read_tokenizer(data));
+    const nlohmann::ordered_json expected = tokenizer_detail::what_decides_ids(read_tokenizer(model));
+    for (const auto& [part, value] : expected.items())
+        if (found.at(part) != value)
+            fail(data, ": this is not the model's tokenizer, ", model, ": they differ in their ", part,
+                 ", so the model would take the data's tokens for others", advice);
+}

@@ -73,7 +73,7 @@ class Trainer {
         } else if (!o.init_from.empty()) {
             initial = open_model(o.init_from);
         }
-        GPTConfig config = choose_model(initial);
+        GPTConfig config = choose_model(initial, resumed.has_value());
         settle_sizes(config);
         TokenDataset train_data(o.data, "train", config.vocab_size, o.seq);
         DataLoader loader(train_data, o.seed);
@@ -131,7 +131,7 @@ class Trainer {
     TrainOptions& o;
     TrainerState state;
     std::unique_ptr<Model> model;
-    std::string tokenizer_text;  // of the dataset's tokenizer.json, copied into checkpoints
+    std::string tokenizer_text;  // of tokenizer.json, copied into checkpoints
     std::optional<Tokenizer> tokenizer;
     std::vector<int> inputs, targets;  // (B,T)
     std::string last_checkpoint;
@@ -173,7 +173,7 @@ class Trainer {
         return checkpoint;
     }
 
-    GPTConfig choose_model(const std::optional<Checkpoint>& initial) {
+    GPTConfig choose_model(const std::optional<Checkpoint>& initial, bool resumed) {
         DatasetInfo info = read_dataset_info(o.data);
         GPTConfig config;
         if (initial) {
@@ -190,13 +190,21 @@ class Trainer {
                 usage_error(e.what());
             }
         }
-        std::string path = join_path(o.data, "tokenizer.json");
-        if (std::filesystem::exists(path)) {
-            tokenizer_text = read_text(path);
-            tokenizer.emplace(path);
-            check_tokenizer(*tokenizer, path, config);
-        }
+        choose_tokenizer(initial, resumed, config);
         return config;
+    }
+
+    // The model's own, where it has one: shards need not have any.
+    void choose_tokenizer(const std::optional<Checkpoint>& initial, bool resumed, const GPTConfig& config) {
+        const std::string of_data = find_tokenizer(o.data);
+        std::string own;
+        if (initial && (resumed || !o.new_tokenizer)) own = find_tokenizer(initial->folder);
+        require_same_tokenizer(of_data, own, resumed ? "" : "; --new-tokenizer trains it all the same");
+        const std::string& path = own.empty() ? of_data : own;
+        if (path.empty()) return;
+        tokenizer_text = read_text(path);
+        tokenizer = open_if_supported(path, "samples");
+        if (tokenizer) check_tokenizer(*tokenizer, path, config);
     }
 
     void settle_sizes(const GPTConfig& config) {

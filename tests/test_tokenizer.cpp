@@ -514,6 +514,98 @@ TEST_CASE("Tokenizer: a file of another kind is told from a damaged one") {
     CHECK_FALSE(is_unsupported([](Json& j) { j["added_tokens"] = 1; }));
 }
 
+TEST_CASE("require_same_tokenizer: only what decides the ids counts") {
+    const TempFolder folder;
+    const std::string data = folder / "data.json", model = folder / "model.json";
+    auto error = [&](const Json& a, const Json& b) {
+        put_file(data, a.dump());
+        put_file(model, b.dump());
+        const std::string there = error_of([&] { require_same_tokenizer(data, model, "; advice"); });
+        put_file(data, b.dump(1));
+        put_file(model, a.dump());
+        CHECK((error_of([&] { require_same_tokenizer(data, model); }) == "") == (there == ""));
+        return there;
+    };
+    const Json json = small_json({{"a", "b"}, {"ab", "c"}});
+    auto changed = [&](const std::function<void(Json&)>& change) {
+        Json other = json;
+        change(other);
+        return other;
+    };
+    // What the libraries write otherwise when they save a file that they have loaded, or GPT-2's first files.
+    const std::function<void(Json&)> same[] = {
+        [](Json&) {},
+        [](Json& j) {
+            j["truncation"] = {{"max_length", 2}}, j["padding"] = {{"pad_id", 0}};
+        },
+        [](Json& j) {
+            j["post_processor"] = {{"type", "TemplateProcessing"}}, j["decoder"] = nullptr;
+        },
+        [](Json& j) {
+            j["model"]["merges"] = {"a b", "ab c"}, j["model"].erase("dropout");
+        },
+        [](Json& j) { j["model"]["continuing_subword_prefix"] = "", j["model"]["dropout"] = 0.0; },
+        [](Json& j) { j["model"]["unk_token"] = "<|endoftext|>", j["model"]["fuse_unk"] = true; },
+        [](Json& j) { j["model"]["ignore_merges"] = false, j["model"]["byte_fallback"] = nullptr; },
+        [](Json& j) { j["model"]["vocab"]["<|endoftext|>"] = 258; },
+        [](Json& j) { j["added_tokens"][0]["normalized"] = true, j["added_tokens"][0]["special"] = false; },
+        [](Json& j) { j["pre_tokenizer"].erase("use_regex"), j["pre_tokenizer"]["trim_offsets"] = false; },
+        [](Json& j) { j.erase("normalizer"), j["version"] = "2.0"; },
+    };
+    for (const auto& change : same) CHECK(error(json, changed(change)) == "");
+    const std::pair<std::function<void(Json&)>, std::string> others[] = {
+        {[](Json& j) { std::swap(j["model"]["vocab"]["a"], j["model"]["vocab"]["b"]); }, "vocabulary"},
+        {[](Json& j) { j["model"]["vocab"]["x y"] = 259; }, "vocabulary"},
+        {[](Json& j) { std::swap(j["model"]["merges"][0], j["model"]["merges"][1]); }, "merges"},
+        {[](Json& j) { j["model"]["merges"].erase(1); }, "merges"},
+        {[](Json& j) { j["added_tokens"][0]["content"] = "</s>"; }, "vocabulary"},
+        {[](Json& j) { j["added_tokens"].erase(0), j["model"]["vocab"]["<|endoftext|>"] = 258; },
+         "added tokens"},
+        {[](Json& j) { j["added_tokens"][0]["lstrip"] = true; }, "added tokens"},
+        {[](Json& j) {
+             j["normalizer"] = {{"type", "NFC"}};
+         },
+         "normalizer"},
+        {[](Json& j) { j["pre_tokenizer"]["use_regex"] = false; }, "pre-tokenizer"},
+        {[](Json& j) { j["pre_tokenizer"]["add_prefix_space"] = true; }, "pre-tokenizer"},
+        {[](Json& j) { j["model"]["ignore_merges"] = true; }, "settings of the model"},
+        {[](Json& j) { j["model"]["type"] = "WordPiece"; }, "settings of the model"},
+    };
+    for (const auto& other : others) {
+        const auto& change = other.first;
+        const std::string& part = other.second;
+        CAPTURE(part);
+        const std::string message = error(json, changed(change));
+        CAPTURE(message);
+        CHECK(message.find(data + ": ") == 0);
+        for (const std::string& word : {model, part, std::string("; advice")})
+            CHECK(message.find(word) != std::string::npos);
+    }
+    // Where "normalized" decides in which order they are looked for.
+    const Json mixed = changed([](Json& j) {
+        j["added_tokens"].push_back(j["added_tokens"][0]);
+        j["added_tokens"][1]["content"] = "</s>", j["added_tokens"][1]["normalized"] = true;
+    });
+    Json turned = mixed;
+    for (Json& token : turned["added_tokens"]) token["normalized"] = token["normalized"] == false;
+    CHECK(error(mixed, turned).find("added tokens") != std::string::npos);
+    // Kinds that the tokenizer here does not implement, and files that none does.
+    Json unigram = {{"model", {{"type", "Unigram"}, {"vocab", {{"a", -1.5}, {"b", -2}}}}}}, longer = unigram;
+    longer["model"]["vocab"].push_back({"c", -3});
+    CHECK(error(unigram, unigram) == "");
+    CHECK(error(unigram, longer).find("vocabulary") != std::string::npos);
+    Json split = json, within = json;
+    split["pre_tokenizer"] = {{"type", "Sequence"}, {"pretokenizers", {json["pre_tokenizer"]}}};
+    within["pre_tokenizer"] = split["pre_tokenizer"];
+    within["pre_tokenizer"]["pretokenizers"][0].erase("use_regex");
+    CHECK(error(split, within) == "");
+    CHECK(error(json, Json::array()) != "");
+    CHECK(error(json, {{"model", {{"vocab", 1}, {"merges", "a b"}}}, {"added_tokens", 7}}) != "");
+    // Where one is missing there is nothing to compare.
+    require_same_tokenizer("", model);
+    require_same_tokenizer(data, "");
+}
+
 TEST_CASE("Tokenizer: thousands of damaged files load and keep text whole, or throw Error") {
     const TempFolder folder;
     const std::string path = folder / "fuzz.json", text = "abcabc <|endoftext|>\u00e9\U0001f600 'll 12\n\n x";
