@@ -493,7 +493,8 @@ inline nlohmann::ordered_json what_decides_ids(const nlohmann::json& file) {
     if (normalizer.is_null() && normalized.size() == 1)  // they are all looked for in the same text
         for (Json& token : added) token.erase("normalized");
     for (const char* key : {"vocab", "merges"}) model.erase(key);
-    if (member(model, "type") == "BPE")  // for bytes without a token, which a byte-level BPE does not have
+    if (!merges.is_null() && !model.contains("type")) model["type"] = "BPE";  // so does the library
+    if (member(model, "type") == "BPE")  // for unknown bytes, and a byte-level BPE knows all
         for (const char* key : {"unk_token", "fuse_unk"}) model.erase(key);
     Json settings = Json::object();  // those that are not the default
     for (const auto& [key, value] : model.items())

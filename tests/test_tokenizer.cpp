@@ -546,6 +546,7 @@ TEST_CASE("require_same_tokenizer: only what decides the ids counts") {
         },
         [](Json& j) { j["model"]["continuing_subword_prefix"] = "", j["model"]["dropout"] = 0.0; },
         [](Json& j) { j["model"]["unk_token"] = "<|endoftext|>", j["model"]["fuse_unk"] = true; },
+        [](Json& j) { j["model"].erase("type"); },
         [](Json& j) { j["model"]["ignore_merges"] = false, j["model"]["byte_fallback"] = nullptr; },
         [](Json& j) { j["model"]["vocab"]["<|endoftext|>"] = 258; },
         [](Json& j) { j["added_tokens"][0]["normalized"] = true, j["added_tokens"][0]["special"] = false; },
