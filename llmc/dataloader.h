@@ -6,7 +6,8 @@
 //
 // Sequence k of a shard is its tokens kT .. kT+T: the first T are the inputs, the last T the targets. So
 // neighbours share one token, no sequence crosses shards, and a shard of n tokens has floor((n-1)/T); what is
-// left at its end is not used. A shard too short for one sequence is an error.
+// left at its end is not used. So a shard may have none, as the last one of a dataset often has; it is an
+// error where no shard has one.
 //
 // Sample n = 0, 1, 2, ... of a loader is place n % N of epoch n / N, N the number of sequences. In every
 // epoch each sequence comes exactly once, in an order that depends on the seed and the epoch alone: not on
@@ -17,6 +18,7 @@
 #include <cctype>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -30,13 +32,16 @@
 #include "llmc/files.h"
 
 // What a dataset folder's meta.json says:
-//   {"name": .., "vocab_size": .., "eot_token": .., "tokens": {"train": .., "val": ..}, "bytes": {the same}}
+//   {"name": .., "vocab_size": .., "eot_token": .., "tokens": {"train": .., "val": ..}, "bytes": {the same},
+//    "shards": {the same}}
 // Only vocab_size must be there. llm.c's published shards have no meta.json: they are GPT-2 tokens.
 struct DatasetInfo {
     struct Split {
         int64_t tokens = -1;  // -1: not said
         int64_t bytes = -1;   // of text, for bits per byte
+        int64_t shards = -1;
     };
+    bool described = false;  // by a meta.json
     std::string name;
     int vocab_size = 50257;
     int eot_token = 50256;  // ends a document; -1: there is none
@@ -49,6 +54,7 @@ inline DatasetInfo read_dataset_info(const std::string& folder) {
     const std::string path = (std::filesystem::path(folder) / "meta.json").string();
     std::error_code unreadable;  // shows when the shards are looked for
     if (!std::filesystem::exists(path, unreadable)) return info;
+    info.described = true;
     const nlohmann::json json = read_json(path);
     if (!json.is_object()) fail(path, ": expected a JSON object");
     auto integer = [&](const nlohmann::json& object, const std::string& key, int64_t low, int64_t high,
@@ -65,7 +71,8 @@ inline DatasetInfo read_dataset_info(const std::string& folder) {
     integer(json, "eot_token", -1, info.vocab_size - 1, info.eot_token);
     if (json.contains("name") && json.at("name").is_string()) info.name = json.at("name").get<std::string>();
     for (const auto& [key, member] :
-         {std::pair("tokens", &DatasetInfo::Split::tokens), std::pair("bytes", &DatasetInfo::Split::bytes)}) {
+         {std::pair("tokens", &DatasetInfo::Split::tokens), std::pair("bytes", &DatasetInfo::Split::bytes),
+          std::pair("shards", &DatasetInfo::Split::shards)}) {
         if (!json.contains(key)) continue;
         integer(json.at(key), "train", 0, INT64_MAX, info.train.*member);
         integer(json.at(key), "val", 0, INT64_MAX, info.val.*member);
@@ -84,7 +91,9 @@ class TokenShard {
         std::memcpy(header, file_.data(), sizeof(header));
         if (header[0] != 20240520 && header[0] != 20240801)
             fail(path, ": magic number ", header[0],
-                 ", expected 20240520 (uint16 tokens) or 20240801 (uint32)");
+                 ", expected 20240520 (uint16 tokens) or 20240801 (uint32). A file of tokens without a "
+                 "header, "
+                 "such as nanoGPT's, is no shard; data/prepare.py makes shards from text");
         width_ = header[0] == 20240520 ? 2 : 4;
         const int version = width_ == 2 ? 1 : 7;
         if (header[1] != version) fail(path, ": version ", header[1], ", expected ", version);
@@ -125,14 +134,22 @@ class TokenDataset {
     // split: "train" or "val"; T >= 1.
     TokenDataset(const std::string& folder, const std::string& split, int vocab_size, int T)
         : vocab_size_(vocab_size), T_(T) {
-        for (const std::string& path : find_shards(folder, split)) {
-            TokenShard& shard = shards_.emplace_back(path);
-            if (shard.tokens() < T + int64_t{1})
-                fail(path, ": ", shard.tokens(), " tokens, a sequence of ", T, " takes ", T + int64_t{1});
+        const DatasetInfo info = read_dataset_info(folder);
+        const DatasetInfo::Split& said = split == "train" ? info.train : info.val;
+        for (const std::string& path : find_shards(folder, split, said.shards)) {
+            const TokenShard& shard = shards_.emplace_back(path);
             tokens_ += shard.tokens();
-            sequences_ += (shard.tokens() - 1) / T;
+            sequences_ += std::max<int64_t>(0, shard.tokens() - 1) / T;
             ends_.push_back(sequences_);
         }
+        if (said.tokens >= 0 && said.tokens != tokens_)
+            fail(folder, ": the ", split, " shards hold ", tokens_, " tokens, but meta.json counts ",
+                 said.tokens);
+        if (sequences_ > 0) return;
+        const TokenShard& longest = *std::max_element(
+            shards_.begin(), shards_.end(), [](auto& a, auto& b) { return a.tokens() < b.tokens(); });
+        fail(longest.path(), ": ", longest.tokens(), " tokens, a sequence of ", T, " takes ", T + int64_t{1},
+             shards_.size() > 1 ? str("; no ", split, " shard is longer") : "");
     }
 
     int64_t sequences() const { return sequences_; }
@@ -159,7 +176,9 @@ class TokenDataset {
         return false;
     }
 
-    static std::vector<std::string> find_shards(const std::string& folder, const std::string& split) {
+    // `said`: how many there are according to meta.json; -1: it does not say.
+    static std::vector<std::string> find_shards(const std::string& folder, const std::string& split,
+                                                int64_t said) {
         std::error_code error;
         std::filesystem::directory_iterator entry(folder, error), end;
         if (error) fail(folder, ": cannot read folder: ", error.message());
@@ -171,8 +190,19 @@ class TokenDataset {
             entry.increment(error);
             if (error) fail(folder, ": cannot read folder: ", error.message());
         }
-        if (paths.empty()) fail(folder, ": no *", split, "*.bin token shard in this folder");
         std::sort(paths.begin(), paths.end());
+        if (said >= 0 && said != (int64_t)paths.size()) {
+            const std::string counts =
+                str("meta.json counts ", said, " ", split, " shards, the folder has ", paths.size());
+            for (int64_t i = 0; i < said; i++) {
+                char name[64];  // as data/prepare.py names them
+                snprintf(name, sizeof(name), "%s_%06lld.bin", split.c_str(), (long long)i);
+                const std::string path = (std::filesystem::path(folder) / name).string();
+                if (!std::filesystem::exists(path, error)) fail(path, ": this shard is missing: ", counts);
+            }
+            fail(folder, ": ", counts);
+        }
+        if (paths.empty()) fail(folder, ": no *", split, "*.bin token shard in this folder");
         return paths;
     }
 

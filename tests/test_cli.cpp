@@ -230,7 +230,7 @@ TEST_CASE("cli: bad token shards are refused, with the file's name") {
         {good.substr(0, 1000), {"1000 bytes", "1024"}},
         {good.substr(0, good.size() - 1), {"65 tokens"}},
         {good + "x", {"65 tokens"}},
-        {with_int(0, 20240521), {"magic", "20240521", "20240520"}},
+        {with_int(0, 20240521), {"magic", "20240521", "20240520", "without a header", "data/prepare.py"}},
         {with_int(1, 2), {"version 2"}},
         {with_int(2, -1), {"-1 tokens"}},
         {with_int(2, 2147483647), {"2147483647 tokens"}},

@@ -96,11 +96,64 @@ TEST_CASE("TokenDataset: number of sequences at the boundaries") {
     write_shard(folder / "train_000000.bin", 0, 4);
     check_error([&] { TokenDataset(folder.path(), "train", 50257, 4); },
                 {folder / "train_000000.bin", "4 tokens", "4 takes 5"});
+    write_shard(folder / "train_000001.bin", 0, 3);
+    check_error([&] { TokenDataset(folder.path(), "train", 50257, 4); },
+                {folder / "train_000000.bin", "4 tokens", "4 takes 5", "no train shard is longer"});
+    std::filesystem::remove(folder / "train_000001.bin");
     check_error([&] { TokenDataset(folder.path(), "train", 50257, std::numeric_limits<int>::max()); },
                 {"4 tokens", "takes 2147483648"});
     write_shard(folder / "train_000000.bin", 0, 2);
     CHECK(first_tokens(DataLoader(TokenDataset(folder.path(), "train", 50257, 1), 3), 0, 1, 1) ==
           std::vector<int>{0});
+}
+
+TEST_CASE("TokenDataset: shards that hold no sequence are passed over where others do") {
+    const TempFolder folder;
+    for (int T : {1, 4}) {
+        write_shard(folder / "train_000000.bin", 100, 2 * T + 1);
+        write_shard(folder / "train_000001.bin", 200, T);
+        write_shard(folder / "train_000002.bin", 300, 0);
+        write_shard(folder / "train_000003.bin", 400, T + 1);
+        write_shard(folder / "train_000004.bin", 500, 1);
+        const TokenDataset train(folder.path(), "train", 50257, T);
+        CHECK(train.tokens() == 4 * T + 3);
+        CHECK(train.sequences() == 3);
+        CHECK(first_tokens(DataLoader(train, 1, false), 0, 4, T) == std::vector<int>{100, 100 + T, 400, 100});
+    }
+}
+
+TEST_CASE("TokenDataset: a folder with more or less than meta.json counts is refused") {
+    const TempFolder folder;
+    auto load = [&] { TokenDataset(folder.path(), "train", 50257, 4); };
+    auto write = [&] {
+        for (int i : {0, 1, 2}) write_shard(folder / ("train_00000" + std::to_string(i) + ".bin"), 0, 10 + i);
+    };
+    auto say = [&](const std::string& counts) {
+        put_file(folder / "meta.json", R"({"vocab_size": 50257)" + counts + "}");
+    };
+    write_shard(folder / "val_000000.bin", 0, 9);  // another split
+    write();
+    for (const char* good : {"", R"(, "tokens": {"train": 33}, "shards": {"train": 3, "val": 9})",
+                             R"(, "tokens": {"val": 1}, "shards": {"train": null})"}) {
+        say(good);
+        CHECK(error_of(load) == "");
+    }
+    say(R"(, "shards": {"train": 3})");
+    for (const char* name : {"train_000000.bin", "train_000001.bin", "train_000002.bin"}) {
+        std::filesystem::remove(folder / name);
+        check_error(load, {folder / name, "missing", "counts 3 train shards", "has 2"});
+        write();
+    }
+    say(R"(, "shards": {"train": 2})");
+    check_error(load, {folder.path(), "counts 2 train shards", "has 3"});
+    say(R"(, "tokens": {"train": 33})");  // without the number of shards
+    std::filesystem::remove(folder / "train_000001.bin");
+    check_error(load, {folder.path(), "train", "22 tokens", "meta.json counts 33"});
+    say(R"(, "tokens": {"train": 33}, "shards": {"train": 3})");
+    write_shard(folder / "train_000001.bin", 0, 12);  // of another dataset
+    check_error(load, {folder.path(), "train", "34 tokens", "meta.json counts 33"});
+    for (int i : {0, 1, 2}) std::filesystem::remove(folder / ("train_00000" + std::to_string(i) + ".bin"));
+    check_error(load, {folder / "train_000000.bin", "missing", "has 0"});
 }
 
 TEST_CASE("TokenDataset: uint32 shards, and both kinds in one folder") {
@@ -325,7 +378,7 @@ TEST_CASE("read_dataset_info: from meta.json, GPT-2's without one") {
     };
     const DatasetInfo info =
         read(R"({"name": "shakespeare", "vocab_size": 1024, "eot_token": 0, "source": "x",
-        "tokens": {"train": 5000000000, "val": 7}, "bytes": {"val": 20}})");
+        "tokens": {"train": 5000000000, "val": 7}, "bytes": {"val": 20}, "shards": {"train": 50, "val": 1}})");
     CHECK(info.name == "shakespeare");
     CHECK(info.vocab_size == 1024);
     CHECK(info.eot_token == 0);
@@ -333,6 +386,8 @@ TEST_CASE("read_dataset_info: from meta.json, GPT-2's without one") {
     CHECK(info.val.tokens == 7);
     CHECK(info.train.bytes == -1);
     CHECK(info.val.bytes == 20);
+    CHECK(info.train.shards == 50);
+    CHECK(info.val.shards == 1);
     CHECK(read(R"({"vocab_size": 65, "eot_token": null})").eot_token == -1);
     check_error([&] { read("[]"); }, {folder / "meta.json", "object"});
     check_error([&] { read("{}"); }, {folder / "meta.json", "vocab_size", "missing"});
