@@ -6,6 +6,7 @@
 #include <iterator>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "llmc/error.h"
 
@@ -75,8 +76,9 @@ struct GPTConfig {
     int context =
         1024;  // longest training sequence; length of the position table where positions are learned
     int vocab_size = 50257;
-    int eot_token = -1;  // ends a document; -1: there is none
-    int power = 0;       // attention: 0 is softmax, p is poly<p>
+    int bos_token = -1;           // starts a text; -1: not said
+    std::vector<int> eos_tokens;  // each ends a text; empty: not said
+    int power = 0;                // attention: 0 is softmax, p is poly<p>
     std::string attention_scale = "row";
     PositionKind positions = PositionKind::learned;
     bool qk_norm = false;
@@ -87,6 +89,11 @@ struct GPTConfig {
 
     int head_size() const { return channels / heads; }
     bool rope() const { return positions == PositionKind::rope; }
+
+    // Texts are the documents of a dataset, and `token` stands between them; -1: the dataset does not say.
+    void set_separator(int token) {
+        if (token >= 0) bos_token = token, eos_tokens = {token};
+    }
 
     // The parsed form of power and attention_scale; an error where attention_scale is no scale.
     AttentionConfig attention() const {

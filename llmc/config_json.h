@@ -4,6 +4,7 @@
 #pragma once
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 #include "llmc/config.h"
 
@@ -24,7 +25,11 @@ inline nlohmann::ordered_json config_to_json(const GPTConfig& c) {
                                    {"qk_norm", c.qk_norm},
                                    {"decay", kDecayNames[(int)c.decay]},
                                    {"short_conv", c.short_conv}};
-    if (c.eot_token >= 0) json["bos_token_id"] = json["eos_token_id"] = c.eot_token;
+    // What is not said is null, because Hugging Face's GPT-2 takes a key that is missing for 50256.
+    json["bos_token_id"] = json["eos_token_id"] = nullptr;
+    if (c.bos_token >= 0) json["bos_token_id"] = c.bos_token;
+    if (c.eos_tokens.size() == 1) json["eos_token_id"] = c.eos_tokens[0];
+    if (c.eos_tokens.size() > 1) json["eos_token_id"] = c.eos_tokens;
     return json;
 }
 
@@ -65,8 +70,23 @@ inline GPTConfig config_from_json(const nlohmann::json& json, const std::string&
     c.channels = integer("n_embd", -1);
     c.context = integer("n_positions", -1);
     c.vocab_size = integer("vocab_size", -1);
-    if (json.contains("eos_token_id") && !json.at("eos_token_id").is_null())
-        c.eot_token = integer("eos_token_id", -1);
+    // One id, or a list, or null. An id that the vocabulary does not have says nothing: the 50256 of Hugging
+    // Face's GPT2Config stays in the config.json of many models with a smaller vocabulary, and -1 in others.
+    auto token_ids = [&](const char* key) {
+        std::vector<int> ids;
+        const nlohmann::json value = json.value(key, nlohmann::json());
+        for (const nlohmann::json& id : value.is_array() ? value : nlohmann::json::array({value})) {
+            if (id.is_null() && !value.is_array()) continue;
+            if (!id.is_number_integer())
+                fail(where, ": \"", key, "\" is ", value.dump(),
+                     ", expected an integer, a list of them or null");
+            if (id >= 0 && id < c.vocab_size) ids.push_back(id.get<int>());
+        }
+        return ids;
+    };
+    const std::vector<int> bos_tokens = token_ids("bos_token_id");
+    if (!bos_tokens.empty()) c.bos_token = bos_tokens[0];
+    c.eos_tokens = token_ids("eos_token_id");
     c.power = name("attention", kAttentionNames);
     c.positions = (PositionKind)name("positions", kPositionNames);
     c.decay = (DecayKind)name("decay", kDecayNames);

@@ -1,10 +1,14 @@
 // Using a model: writing text, evaluating it on a dataset, and dumping one batch for comparison with other
 // backends.
 #pragma once
+#include <fcntl.h>
+#include <poll.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <functional>
 #include <memory>
@@ -21,12 +25,24 @@
 #include "llmc/sampler.h"
 #include "llmc/tokenizer.h"
 
-// Draws n tokens after `prompt` (not empty) and calls emit(token) for each; ends early at the token `end`
-// (-1: none). Where positions are a table, the text goes on past its end from the last half of the context,
-// encoded anew.
+// Where texts start and end. As in transformers' generate(), config.json decides: a text starts with its
+// bos_token_id, any of its eos_token_id ends it, and the tokenizer has no say. Only where config.json says
+// nothing (transformers would refuse to start, and never stop) are they the tokenizer's <|endoftext|>.
+// generation_config.json, which transformers prefers to config.json, is not read: GPT-2's says the same.
+inline int start_token(const GPTConfig& config, const Tokenizer& tokenizer) {  // -1: there is none
+    if (config.bos_token >= 0) return config.bos_token;
+    return config.eos_tokens.empty() ? tokenizer.eot_token() : config.eos_tokens[0];
+}
+inline std::vector<int> end_tokens(const GPTConfig& config, const Tokenizer& tokenizer) {
+    if (!config.eos_tokens.empty() || tokenizer.eot_token() < 0) return config.eos_tokens;
+    return {tokenizer.eot_token()};
+}
+
+// Draws n tokens after `prompt` (not empty) and calls emit(token) for each; ends early at one of `ends`.
+// Where positions are a table, the text goes on past its end from the last half of the context, encoded anew.
 template <class Emit>
-void generate_tokens(Model& model, std::vector<int> prompt, int n, const SamplerOptions& options, int end,
-                     Emit emit) {
+void generate_tokens(Model& model, std::vector<int> prompt, int n, const SamplerOptions& options,
+                     const std::vector<int>& ends, Emit emit) {
     const int context = model.config.context;
     const bool bounded = !model.config.rope();
     auto keep_last = [&](int count) {
@@ -43,7 +59,7 @@ void generate_tokens(Model& model, std::vector<int> prompt, int n, const Sampler
         }
         const float* logits = model.decode(fresh.data(), (int)fresh.size());
         int token = sample_token(logits, model.config.vocab_size, options, i);
-        if (token == end) break;
+        if (std::find(ends.begin(), ends.end(), token) != ends.end()) break;
         emit(token);
         if (bounded) prompt.push_back(token);
         fresh = {token};
@@ -78,21 +94,63 @@ inline void check_tokenizer(const Tokenizer& tokenizer, const std::string& path,
              config.vocab_size);
 }
 
+// All of a file, a FIFO or, where path is "-", of stdin. Says so where nothing comes, because a program that
+// waits for its input looks like one that hangs.
+inline std::string read_prompt(const std::string& path) {
+    const bool standard = path == "-";
+    const std::string name = standard ? "stdin" : path;
+    // O_NONBLOCK: else open() would wait for the writer of a FIFO, and nothing would be said.
+    const Descriptor opened(standard ? -1 : ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+    const int fd = standard ? STDIN_FILENO : opened.fd;
+    if (fd < 0) fail_errno(name, "cannot open");
+    std::string text;
+    std::vector<char> buffer(1 << 16);
+    for (int patience = 500;;) {  // milliseconds until it says so
+        pollfd input = {fd, POLLIN, 0};
+        if (::poll(&input, 1, patience) == 0) {
+            fprintf(stderr, "waiting for the prompt from %s\n", name.c_str());
+            patience = -1;
+            continue;
+        }
+        const ssize_t count = ::read(fd, buffer.data(), buffer.size());
+        if (count == 0) break;
+        if (count > 0) {
+            text.append(buffer.data(), count);
+        } else if (errno != EINTR && errno != EAGAIN) {
+            fail_errno(name, "cannot read");
+        }
+        if (text.size() > INT32_MAX) fail(name, ": more than ", INT32_MAX, " bytes, too long for a prompt");
+    }
+    if (text.starts_with("\xef\xbb\xbf")) text.erase(0, 3);  // a byte order mark, which is no text
+    return text;
+}
+
 inline void generate(const Backend& backend, const GenerateOptions& options) {
     Checkpoint checkpoint = open_model(options.model);
     Tokenizer tokenizer = open_tokenizer(checkpoint);
     check_tokenizer(tokenizer, join_path(checkpoint.folder, "tokenizer.json"), checkpoint.config);
+    const bool from_file = !options.prompt_file.empty();
+    const std::string prompt_text = from_file ? read_prompt(options.prompt_file) : options.prompt;
     std::vector<int> prompt;
     try {
-        prompt = tokenizer.encode(options.prompt);
+        prompt = tokenizer.encode(prompt_text);
     } catch (const Error& e) {
+        if (from_file) fail(options.prompt_file == "-" ? "stdin" : options.prompt_file, ": ", e.what());
         usage_error("--prompt: ", e.what());
     }
+    const GPTConfig& config = checkpoint.config;
     if (prompt.empty()) {
-        if (tokenizer.eot_token() < 0)
-            usage_error("--prompt: expected a text, for the tokenizer has no <|endoftext|>");
-        prompt = {tokenizer.eot_token()};
+        const int start = start_token(config, tokenizer);
+        if (start < 0)
+            usage_error("--prompt: expected a text, because ", checkpoint.folder,
+                        " has neither a bos_token_id in config.json nor a token <|endoftext|>");
+        prompt = {start};
     }
+    if (!config.rope() && (int64_t)prompt.size() > config.context)
+        fprintf(stderr,
+                "warning: the prompt has %zu tokens, of which only the last %d count: the model's learned "
+                "positions end at its context\n",
+                prompt.size(), config.context);
     ModelOptions model_options{Purpose::inference, 1, std::min(256, (int)prompt.size())};
     model_options.cache = (CacheKind)index_of_name(options.cache, kCacheNames, "--cache");
     auto model = load_model(backend, checkpoint, model_options);
@@ -101,10 +159,11 @@ inline void generate(const Backend& backend, const GenerateOptions& options) {
         if (fwrite(piece.data(), 1, piece.size(), stdout) != piece.size() || fflush(stdout) != 0)
             fail_errno("stdout", "cannot write");
     };
-    write(options.prompt);
-    generate_tokens(*model, prompt, options.tokens, options.sampler, tokenizer.eot_token(), [&](int token) {
-        if (token < tokenizer.vocab_size()) write(text.push(tokenizer.decode(token)));
-    });
+    write(prompt_text);
+    generate_tokens(*model, prompt, options.tokens, options.sampler, end_tokens(config, tokenizer),
+                    [&](int token) {
+                        if (token < tokenizer.vocab_size()) write(text.push(tokenizer.decode(token)));
+                    });
     write(text.finish() + "\n");
 }
 
@@ -120,6 +179,8 @@ inline void evaluate(const Backend& backend, const EvalOptions& options) {
     int B = (int)std::min<int64_t>(options.batch, sequences);
     const std::string path = find_tokenizer(options.data);
     require_same_tokenizer(path, find_tokenizer(checkpoint.folder));
+    const DatasetInfo info = read_dataset_info(options.data);
+    const int separator = info.described ? info.eot_token : -1;  // of documents, and no text
     std::optional<Tokenizer> tokenizer;  // for the bytes of the text that was predicted
     if (!path.empty()) tokenizer = open_if_supported(path, "bits per byte");
     auto model = load_model(backend, checkpoint, options.compute.model_options(Purpose::inference, B, T));
@@ -131,7 +192,8 @@ inline void evaluate(const Backend& backend, const EvalOptions& options) {
         loader.batch(done, count, inputs.data(), targets.data());
         total += model->forward(inputs.data(), targets.data(), count, T, 0) * count * T;
         for (int i = 0; tokenizer && i < count * T; i++)
-            if (targets[i] != tokenizer->eot_token() && targets[i] < tokenizer->vocab_size())
+            if (targets[i] != separator && targets[i] != tokenizer->eot_token() &&
+                targets[i] < tokenizer->vocab_size())
                 bytes += tokenizer->decode(targets[i]).size();
     }
     double loss = total / (sequences * T);

@@ -2,6 +2,7 @@
 // complaint is a usage Error that names the flag, the value and what is allowed.
 #pragma once
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <cstdint>
@@ -47,7 +48,7 @@ struct ModelFlags {
     GPTConfig fresh(int vocab_size, int eot_token) const {
         GPTConfig config = with_preset(GPTConfig(), "nano");
         config.vocab_size = vocab_size;
-        config.eot_token = eot_token;
+        config.set_separator(eot_token);
         if (attention && *attention != kAttentionNames[0]) {
             config.positions = PositionKind::rope;
             config.qk_norm = true;
@@ -158,7 +159,7 @@ struct TrainOptions {
 };
 
 struct GenerateOptions {
-    std::string model, prompt;
+    std::string model, prompt, prompt_file;
     int tokens = 256;
     SamplerOptions sampler;
     std::string cache = "auto";
@@ -231,6 +232,15 @@ CLI::Validator one_of(const char* const (&names)[N]) {
     return one_of(std::vector<std::string>(names, names + N));
 }
 
+// A path. An empty one, which --model=$FOLDER is without that variable, would stand for the working
+// directory.
+inline CLI::Validator path_value() {
+    auto check = [](std::string& text) -> std::string {
+        return text.empty() ? "\"\" is not the name of a file or folder" : "";
+    };
+    return CLI::Validator(check, "");
+}
+
 // row, context, mean, sum or a number.
 inline CLI::Validator attention_scale_value() {
     auto check = [](std::string& text) -> std::string {
@@ -293,7 +303,8 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     model("--short-conv", o.model.short_conv, "width of a causal convolution on q, k, v (default 0: none)")
         ->check(integer_in(0, 64));
     CLI::Option* init_from =
-        model("--init-from", o.init_from, "start from a checkpoint or a GPT-2 folder of Hugging Face");
+        model("--init-from", o.init_from, "start from a checkpoint or a GPT-2 folder of Hugging Face")
+            ->check(path_value());
     app.add_flag("--new-tokenizer", o.new_tokenizer,
                  "train it although the data has another tokenizer, in which tokens have other numbers")
         ->group("Model")
@@ -303,9 +314,14 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
         return remember(app.add_option(flag, value, help)->group("Batch")->capture_default_str(), value,
                         fixed);
     };
-    remember(app.add_option("--data", o.data, "folder with train*.bin and val*.bin")->group("Run"), o.data,
-             false);
-    app.add_option("--out", o.out, "folder for checkpoints and metrics.jsonl")->group("Run")->required();
+    remember(app.add_option("--data", o.data, "folder with train*.bin and val*.bin")
+                 ->group("Run")
+                 ->check(path_value()),
+             o.data, false);
+    app.add_option("--out", o.out, "folder for checkpoints and metrics.jsonl")
+        ->group("Run")
+        ->required()
+        ->check(path_value());
     batch("--batch", o.batch, false, "sequences a micro-batch")->check(integer_in(1, 1 << 20));
     batch("--seq", o.seq, true, "tokens a sequence; 0: the context")->check(integer_in(0, 1 << 24));
     batch("--total-batch", o.total_batch, true,
@@ -382,8 +398,14 @@ inline void add_threads(CLI::App& app, int& threads) {
 }
 
 inline void add_generate(CLI::App& app, GenerateOptions& o) {
-    app.add_option("--model", o.model, "a checkpoint, or the --out of a run")->required();
-    app.add_option("--prompt", o.prompt, "text to go on from (default: the start of a document)");
+    app.add_option("--model", o.model, "a checkpoint, or the --out of a run")
+        ->required()
+        ->check(path_value());
+    CLI::Option* prompt =
+        app.add_option("--prompt", o.prompt, "text to go on from (default: the start of a document)");
+    app.add_option("--prompt-file", o.prompt_file, "a file with this text; -: stdin")
+        ->check(path_value())
+        ->excludes(prompt);
     app.add_option("--tokens", o.tokens, "tokens to generate")
         ->capture_default_str()
         ->check(integer_in(0, 1000000000));
@@ -409,8 +431,10 @@ inline void add_generate(CLI::App& app, GenerateOptions& o) {
 }
 
 inline void add_eval(CLI::App& app, EvalOptions& o) {
-    app.add_option("--model", o.model, "a checkpoint, or the --out of a run")->required();
-    app.add_option("--data", o.data, "dataset folder")->required();
+    app.add_option("--model", o.model, "a checkpoint, or the --out of a run")
+        ->required()
+        ->check(path_value());
+    app.add_option("--data", o.data, "dataset folder")->required()->check(path_value());
     app.add_option("--split", o.split, "")->capture_default_str()->check(one_of({"train", "val"}));
     app.add_option("--batches", o.batches, "0: the whole split")
         ->capture_default_str()
@@ -426,13 +450,33 @@ inline void add_eval(CLI::App& app, EvalOptions& o) {
 }
 
 inline void add_dump(CLI::App& app, DumpOptions& o) {
-    app.add_option("--model", o.model, "a checkpoint, or the --out of a run")->required();
-    app.add_option("--data", o.data, "dataset folder")->required();
-    app.add_option("--file", o.file, "where to write (.safetensors)")->required();
+    app.add_option("--model", o.model, "a checkpoint, or the --out of a run")
+        ->required()
+        ->check(path_value());
+    app.add_option("--data", o.data, "dataset folder")->required()->check(path_value());
+    app.add_option("--file", o.file, "where to write (.safetensors)")->required()->check(path_value());
     app.add_option("--batch", o.batch, "sequences")->capture_default_str()->check(integer_in(1, 1 << 20));
     app.add_option("--seq", o.seq, "tokens a sequence")->capture_default_str()->check(integer_in(1, 1 << 24));
     add_compute(app, o.compute, "OPTIONS");
     add_threads(app, o.threads);
+}
+
+// The arguments with each "--flag=" of the command as two, "--flag" and an empty value: CLI11 would take the
+// next argument for its value.
+inline std::vector<std::string> separate_empty_values(const CLI::App& command,
+                                                      const std::vector<std::string>& arguments) {
+    std::vector<std::string> separated;
+    bool is_value = false;  // of the flag before
+    for (const std::string& argument : arguments) {
+        const bool empty = !is_value && argument.ends_with('=');
+        const std::string flag = argument.substr(0, argument.size() - empty);
+        const CLI::Option* option = is_value ? nullptr : command.get_option_no_throw(flag);
+        const bool separates = empty && option && option->get_items_expected_max() > 0;
+        separated.push_back(separates ? flag : argument);
+        if (separates) separated.push_back("");
+        is_value = option && !empty && option->get_items_expected_min() > 0;
+    }
+    return separated;
 }
 
 }  // namespace options_detail
@@ -453,14 +497,19 @@ inline bool parse_options(int argc, char** argv, const char* program, const char
     options_detail::add_generate(*generate, options.generate);
     options_detail::add_eval(*eval, options.eval);
     options_detail::add_dump(*dump, options.dump);
-    bool known = argc > 1 && (argv[1] == std::string("--help") || argv[1] == std::string("-h"));
-    for (const CLI::App* subcommand : {train, generate, eval, dump})
-        known |= argc > 1 && subcommand->check_name(argv[1]);
+    std::vector<std::string> arguments(argv + std::min(argc, 1), argv + argc);
+    bool known = !arguments.empty() && (arguments[0] == "--help" || arguments[0] == "-h");
+    for (const CLI::App* subcommand : {train, generate, eval, dump}) {
+        if (arguments.empty() || !subcommand->check_name(arguments[0])) continue;
+        known = true;
+        arguments = options_detail::separate_empty_values(*subcommand, arguments);
+    }
     if (!known)
-        usage_error(argc > 1 ? str("unknown command \"", argv[1], "\"") : "no command",
+        usage_error(arguments.empty() ? "no command" : str("unknown command \"", arguments[0], "\""),
                     ": expected train, generate, eval or dump (see --help)");
     try {
-        app.parse(argc, argv);
+        std::reverse(arguments.begin(), arguments.end());  // as parse() takes them
+        app.parse(arguments);
     } catch (const CLI::Success& help) {
         app.exit(help);
         return false;

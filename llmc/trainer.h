@@ -142,7 +142,6 @@ class Trainer {
     // The checkpoint to go on from, its options taken over; none for a new run.
     std::optional<Checkpoint> find_start() {
         std::optional<Checkpoint> checkpoint;
-        if (o.out.empty()) usage_error("--out \"\": expected the name of a folder");
         bool holds_run =
             std::filesystem::exists(join_path(o.out, "metrics.jsonl")) || !checkpoint_steps(o.out).empty();
         if (!o.resume_from.empty()) {
@@ -182,6 +181,7 @@ class Trainer {
             if (info.vocab_size > config.vocab_size)
                 fail(o.data, ": its vocabulary of ", info.vocab_size, " is larger than the ",
                      config.vocab_size, " of ", initial->folder);
+            if (info.described) config.set_separator(info.eot_token);
         } else {
             config = o.model.fresh(info.vocab_size, info.eot_token);
             try {
@@ -351,15 +351,16 @@ class Trainer {
     }
 
     void sample() {
-        std::vector<int> prompt = {tokenizer->eot_token()};
+        std::vector<int> prompt = {start_token(model->config, *tokenizer)};
         if (prompt[0] < 0) prompt = tokenizer->encode("\n");
         SamplerOptions options;
         options.seed = o.seed + state.step;
         std::vector<int> tokens;
         try {
-            generate_tokens(*model, prompt, o.sample_tokens, options, tokenizer->eot_token(), [&](int token) {
-                if (token < tokenizer->vocab_size()) tokens.push_back(token);
-            });
+            generate_tokens(*model, prompt, o.sample_tokens, options, end_tokens(model->config, *tokenizer),
+                            [&](int token) {
+                                if (token < tokenizer->vocab_size()) tokens.push_back(token);
+                            });
         } catch (const NonfiniteLogits&) {
             diverged(state.step, "a logit of the sample is not finite");
         }

@@ -63,14 +63,14 @@ struct Result {
 };
 
 struct Run {
-    Strings environment = {};    // NAME=VALUE, besides this process's own
-    double kill_after = 0;       // seconds until SIGKILL; 0: never
-    std::string stdout_to = {};  // a file instead of Result::out
-    std::string program = {};    // instead of train_gpt
+    Strings environment = {};     // NAME=VALUE, besides this process's own
+    double kill_after = 0;        // seconds until SIGKILL; 0: never
+    std::string stdout_to = {};   // a file instead of Result::out
+    std::string stdin_from = {};  // a file; closed otherwise
+    std::string program = {};     // instead of train_gpt
 };
 
-// Runs the program with the words of `line` and then `more` as its arguments, stdin closed. Too long a run
-// is an error.
+// Runs the program with the words of `line` and then `more` as its arguments. Too long a run is an error.
 inline Result train_gpt(const std::string& line, const Strings& more = {}, const Run& run = {}) {
     const double limit = 120;  // seconds
     Strings arguments = {run.program.empty() ? environment("LLMC_TRAIN_GPT", "./train_gpt") : run.program};
@@ -91,7 +91,10 @@ inline Result train_gpt(const std::string& line, const Strings& more = {}, const
     REQUIRE(err);
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);
-    posix_spawn_file_actions_addclose(&actions, 0);
+    if (run.stdin_from.empty())
+        posix_spawn_file_actions_addclose(&actions, 0);
+    else
+        posix_spawn_file_actions_addopen(&actions, 0, run.stdin_from.c_str(), O_RDONLY, 0);
     posix_spawn_file_actions_adddup2(&actions, fileno(out), 1);
     posix_spawn_file_actions_adddup2(&actions, fileno(err), 2);
     if (!run.stdout_to.empty())

@@ -183,7 +183,11 @@ TEST_CASE("config.json goes out and comes back; what it may not say is refused")
     config.layers = 3, config.heads = 2, config.channels = 20, config.context = 7, config.vocab_size = 99;
     config.power = 2, config.attention_scale = "0.125", config.positions = PositionKind::rope;
     config.qk_norm = true, config.decay = DecayKind::fixed, config.short_conv = 4;
-    CHECK(config_from_json(nlohmann::json::parse(config_to_json(config).dump()), "f") == config);
+    for (const std::vector<int>& ends : {std::vector<int>(), {98}, {3, 0}}) {
+        config.bos_token = ends.empty() ? -1 : ends[0], config.eos_tokens = ends;
+        CHECK(config_from_json(nlohmann::json::parse(config_to_json(config).dump()), "f") == config);
+    }
+    CHECK(config_to_json(GPTConfig()).at("eos_token_id").is_null());
     const nlohmann::json good = config_to_json(config);
     auto refused = [&](const char* key, nlohmann::json value, std::initializer_list<std::string> parts) {
         CAPTURE(key);
@@ -210,6 +214,14 @@ TEST_CASE("config.json goes out and comes back; what it may not say is refused")
     refused("model_type", "llama", {"the/file", "llama"});
     refused("activation_function", "relu", {"the/file", "relu"});
     refused("n_inner", 7, {"the/file", "n_inner"});
+    for (const char* key : {"bos_token_id", "eos_token_id"})
+        for (const nlohmann::json& value :
+             {R"("</s>")"_json, "1.5"_json, "true"_json, "[1, null]"_json, "[[1]]"_json})
+            refused(key, value, {"the/file", key, value.dump(), "integer"});
+    nlohmann::json outside = good;
+    outside["bos_token_id"] = 50256, outside["eos_token_id"] = {99, -1, 5, UINT64_MAX};
+    CHECK(config_from_json(outside, "f").bos_token == -1);
+    CHECK(config_from_json(outside, "f").eos_tokens == std::vector<int>{5});
     for (const char* key : {"n_layer", "n_head", "n_embd", "n_positions", "vocab_size"}) {
         nlohmann::json bad = good;
         bad.erase(key);
