@@ -367,6 +367,7 @@ TEST_CASE("read_dataset_info: from meta.json, GPT-2's without one") {
     const TempFolder folder;
     std::filesystem::create_directory(folder / "fineweb");
     const DatasetInfo gpt2 = read_dataset_info(folder / "fineweb/");
+    CHECK_FALSE(gpt2.described);
     CHECK(gpt2.name == "fineweb");
     CHECK(gpt2.vocab_size == 50257);
     CHECK(gpt2.eot_token == 50256);
@@ -379,6 +380,7 @@ TEST_CASE("read_dataset_info: from meta.json, GPT-2's without one") {
     const DatasetInfo info =
         read(R"({"name": "shakespeare", "vocab_size": 1024, "eot_token": 0, "source": "x",
         "tokens": {"train": 5000000000, "val": 7}, "bytes": {"val": 20}, "shards": {"train": 50, "val": 1}})");
+    CHECK(info.described);
     CHECK(info.name == "shakespeare");
     CHECK(info.vocab_size == 1024);
     CHECK(info.eot_token == 0);
