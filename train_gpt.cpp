@@ -33,6 +33,7 @@
 #include "llmc/cpu/memory.h"
 #include "llmc/cpu/qk_norm_rope.h"
 #include "llmc/cpu/short_conv.h"
+#include "llmc/cpu/threads.h"
 #include "llmc/model.h"
 #include "llmc/parameters.h"
 
@@ -553,7 +554,7 @@ inline double measured_peak(Precision precision) {
 
 inline int set_threads(int threads) {
     if (threads > 0) omp_set_num_threads(threads);
-    return omp_get_max_threads();
+    return settle_threads();
 }
 
 inline std::unique_ptr<Model> make_model(const GPTConfig& config, const ModelOptions& options) {

@@ -1,10 +1,13 @@
 // The flags that say how a model is computed, as users meet them: --dtype, --attention-kernel, --recompute,
 // --cache,
 // --norms-every, and the choice of the instruction set.
+#include <sched.h>
+
 #include <cmath>
 #include <set>
 
 #include "tests/cli.h"
+#include "tests/reference.h"
 
 namespace {
 
@@ -52,6 +55,33 @@ double largest_difference(const std::vector<double>& a, const std::vector<double
     return largest;
 }
 
+// LLMC_ISA=NAME for each instruction set that this processor has.
+const Strings& instruction_sets() {
+    static const Strings all = [] {
+        Strings found;
+        for (const char* isa : {"avx2", "avx512", "avx512_bf16"}) {
+            const std::string variable = str("LLMC_ISA=", isa);
+            const Result probe = train_gpt("eval --model none --data none", {}, {{variable}});
+            if (!contains(probe.err, variable)) found.push_back(variable);  // else it was refused
+        }
+        return found;
+    }();
+    return all;
+}
+
+// While it lives, this process and those that it starts run on one core, as under taskset or in a cpuset.
+struct OnOneCore {
+    cpu_set_t before;
+    explicit OnOneCore(bool wanted) {
+        REQUIRE(sched_getaffinity(0, sizeof(before), &before) == 0);
+        cpu_set_t one;
+        CPU_ZERO(&one);
+        CPU_SET(sched_getcpu(), &one);
+        if (wanted) REQUIRE(sched_setaffinity(0, sizeof(one), &one) == 0);
+    }
+    ~OnOneCore() { sched_setaffinity(0, sizeof(before), &before); }
+};
+
 }  // namespace
 
 TEST_CASE("cli: bf16 trains like float32, and is not it") {
@@ -83,19 +113,67 @@ TEST_CASE("cli: the linear kernel follows the tiled one") {
 }
 
 TEST_CASE("cli: every instruction set of this processor trains alike") {
-    std::set<std::string> ran;
     for (const char* dtype : {"fp32", "bf16"}) {
         const std::string flags = str("--attention poly3 --dtype ", dtype);
         const std::vector<double> best = losses(flags);
-        for (const char* isa : {"avx2", "avx512", "avx512_bf16"}) {
-            const std::string variable = str("LLMC_ISA=", isa);
-            const Result probe = train_gpt("eval --model none --data none", {}, {{variable}});
-            if (contains(probe.err, variable)) continue;  // refused: not this processor's
-            ran.insert(isa);
-            CHECK(largest_difference(losses(flags, {variable}), best) < (dtype[0] == 'f' ? 1e-4 : 2e-2));
+        for (const std::string& isa : instruction_sets())
+            CHECK(largest_difference(losses(flags, {isa}), best) < (dtype[0] == 'f' ? 1e-4 : 2e-2));
+    }
+    MESSAGE("instruction sets that were run: ", instruction_sets().size());
+}
+
+TEST_CASE("cli: whatever limits OpenMP's threads, logits, loss, gradients and text are the same") {
+    const TempFolder folder;
+    const std::string model = train_model(fixture().data, folder / "run",
+                                          kLong + " --sample-every 0 --attention poly3 --decay learned", 12);
+    const auto text = [&](const Strings& environment) {
+        const Result result = train_gpt("generate --temperature 0 --tokens 40 --model " + model,
+                                        {"--prompt", "The king"}, {environment});
+        check_done(result);
+        return result.out;
+    };
+    const auto numbers = [&](const char* dtype, const Strings& environment) {
+        check_done(train_gpt(str("dump --data ", fixture().data, " --model ", model,
+                                 " --batch 2 --seq 128 --dtype ", dtype, " --file ", folder / "dump"),
+                             {}, {environment}));
+        return Safetensors(folder / "dump");
+    };
+    const Strings limits = {"OMP_THREAD_LIMIT=3", "OMP_MAX_ACTIVE_LEVELS=0", "OMP_DYNAMIC=true", "one core"};
+    for (const std::string& isa : instruction_sets()) {
+        CAPTURE(isa);
+        const Strings free = {isa, "OMP_NUM_THREADS=4"};
+        const std::string expected_text = text(free);
+        const Safetensors fp32 = numbers("fp32", free), bf16 = numbers("bf16", free);
+        for (const std::string& limit : limits) {
+            CAPTURE(limit);
+            const bool one_core = limit == "one core";
+            const OnOneCore scope(one_core);
+            const Strings limited = one_core ? Strings{isa} : Strings{isa, "OMP_NUM_THREADS=4", limit};
+            CHECK(text(limited) == expected_text);
+            for (const char* dtype : {"fp32", "bf16"}) {
+                CAPTURE(dtype);
+                const bool is_bf16 = dtype[0] == 'b';
+                const Safetensors &expected = is_bf16 ? bf16 : fp32, got = numbers(dtype, limited);
+                for (const auto& [name, entry] : expected.header.items()) {
+                    if (name == "__metadata__") continue;
+                    CAPTURE(name);
+                    const double error = reference::relative_error(
+                        reference::to_double(got.values(name)), reference::to_double(expected.values(name)));
+                    CHECK(error < (is_bf16 ? 1e-2 : 1e-5));
+                }
+            }
         }
     }
-    MESSAGE("instruction sets that were run: ", ran.size());
+}
+
+TEST_CASE("matmul: right where OpenMP gives fewer threads, without a program that has set their number") {
+    const std::string tests = fs::read_symlink("/proc/self/exe");
+    const Result result =
+        train_gpt("--no-colors", {"--test-case=matmul: the linear layer*"},
+                  {.environment = {"OMP_NUM_THREADS=4", "OMP_THREAD_LIMIT=3"}, .program = tests});
+    CAPTURE(result.out);
+    CHECK(result.status == 0);
+    CHECK(contains(result.out, "2 passed | 0 failed"));
 }
 
 TEST_CASE("cli: LLMC_ISA with a name that is none is refused") {

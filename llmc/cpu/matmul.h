@@ -18,6 +18,7 @@
 
 #include "llmc/cpu/bf16.h"
 #include "llmc/cpu/isa.h"
+#include "llmc/cpu/threads.h"
 
 namespace cpu::inline LLMC_ISA {
 
@@ -70,9 +71,10 @@ inline void matmul_loops(float* c,        // (M,N)
 #ifdef LLMC_ONEDNN
 namespace onednn {
 
-// A oneDNN matmul primitive is made for one set of sizes; making one takes longer than running a small one,
-// so they are kept. Called from one thread only: oneDNN spreads the work over OpenMP's threads itself.
-using Key = std::tuple<int, int, int, int>;  // M, N, K, and the rest in bits
+// A oneDNN matmul primitive is made for one set of sizes and one number of threads; making one takes longer
+// than running a small one, so they are kept. Called from one thread only: oneDNN spreads the work over
+// OpenMP's threads itself.
+using Key = std::tuple<int, int, int, int, int>;  // M, N, K, threads, and the rest in bits
 
 // What a product is but for its sizes.
 struct Kind {
@@ -85,9 +87,10 @@ struct Kind {
 
 struct KeyHash {
     size_t operator()(const Key& key) const {
-        auto [M, N, K, bits] = key;
+        auto [M, N, K, threads, bits] = key;
         size_t hash = M;
-        for (size_t part : {(size_t)N, (size_t)K, (size_t)bits}) hash = hash * 0x9E3779B97F4A7C15u + part;
+        for (size_t part : {(size_t)N, (size_t)K, (size_t)threads, (size_t)bits})
+            hash = hash * 0x9E3779B97F4A7C15u + part;
         return hash;
     }
 };
@@ -142,7 +145,7 @@ inline void matmul(Result* c, const Factor* a, const Factor* b, int M, int N, in
               bias != nullptr,
               std::is_same_v<Factor, bf16>,
               std::is_same_v<Result, bf16>};
-    Key key(M, N, K, kind.bits());
+    Key key(M, N, K, settle_threads(), kind.bits());
     auto found = products.find(key);
     if (found == products.end()) found = products.emplace(key, make_product(M, N, K, kind)).first;
     Product& p = found->second;
