@@ -26,6 +26,7 @@
 #include "llmc/model.h"
 #include "llmc/norms.h"
 #include "llmc/options.h"
+#include "llmc/peak.h"
 #include "llmc/schedule.h"
 #include "llmc/tokenizer.h"
 
@@ -82,7 +83,8 @@ class Trainer {
 
         model = backend.make_model(config, o.model_options());
         describe(config, train_data);
-        peak = backend.measured_peak(o.model_options().precision);  // before the model takes the memory
+        // Before the model takes the memory.
+        peak.emplace([&] { return backend.measured_peak(o.model_options().precision); });
         model->allocate();
         inputs.resize((size_t)o.batch * o.seq);
         targets.resize((size_t)o.batch * o.seq);
@@ -135,7 +137,7 @@ class Trainer {
     std::optional<Tokenizer> tokenizer;
     std::vector<int> inputs, targets;  // (B,T)
     std::string last_checkpoint;
-    double peak = 0;  // measured operations a second
+    std::optional<Peak> peak;
     double seconds_a_step = 0;
     const bool terminal = isatty(STDOUT_FILENO);
 
@@ -299,7 +301,7 @@ class Trainer {
         if (!norms.empty()) write_norms(metrics, norms);
         // A running mean, so that one slow step does not make the time left jump.
         seconds_a_step = seconds_a_step == 0 ? seconds : 0.9 * seconds_a_step + 0.1 * seconds;
-        double share = operations_per_token(model->config, o.seq) * tokens_per_second / peak;
+        double share = peak->share(operations_per_token(model->config, o.seq) * tokens_per_second);
         printf(
             "step %*d/%d | loss %s%.4f%s | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | %.0f%% of peak | %s "
             "left\n",

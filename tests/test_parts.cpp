@@ -11,6 +11,7 @@
 #include "llmc/config_json.h"
 #include "llmc/metrics.h"
 #include "llmc/parameters.h"
+#include "llmc/peak.h"
 #include "llmc/rng.h"
 #include "llmc/sampler.h"
 #include "llmc/schedule.h"
@@ -262,4 +263,22 @@ TEST_CASE("the line of a head's norms in metrics.jsonl") {
           R"({"step":7,"layer":1,"head":2,"attention_norm":1.5,"jacobian_norm":2.5,"max_weight":0.75,)"
           R"("negative_mass":0.25,"effective_keys":3.5,"score_std":1.25,"max_score":4.0,)"
           R"("moment_excess":null})");
+}
+
+TEST_CASE("a peak that was measured in a bad moment is measured again, and no step is above it") {
+    std::vector<double> rates = {100, 800, 300};  // as they would be measured, one after the other
+    size_t measured = 0;
+    Peak peak([&] {
+        if (measured == rates.size()) fail("out of memory");
+        return rates[measured++];
+    });
+    CHECK(peak.share(50) == 0.5);
+    CHECK(peak.share(400) == 0.5);  // and not 4
+    CHECK(peak.share(800) == 1);
+    CHECK(measured == 2);
+    CHECK(peak.share(1000) == 1);  // the new measurement says less than the step
+    CHECK(peak.share(500) == 0.5);
+    CHECK(measured == 3);
+    CHECK(peak.share(2000) == 1);  // it cannot be measured any more
+    CHECK(peak.share(500) == 0.25);
 }
