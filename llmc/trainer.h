@@ -4,9 +4,7 @@
 // in the checkpoint or follows from the step's number: the place in the data, the learning rate, the moments,
 // and random numbers, which are functions of seed and counter. So a resumed run goes on bit for bit.
 #pragma once
-#include <fcntl.h>
 #include <signal.h>
-#include <sys/file.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -27,6 +25,7 @@
 #include "llmc/norms.h"
 #include "llmc/options.h"
 #include "llmc/peak.h"
+#include "llmc/run_folder.h"
 #include "llmc/schedule.h"
 #include "llmc/tokenizer.h"
 
@@ -66,6 +65,7 @@ class Trainer {
     Trainer(const Backend& backend, TrainOptions& options) : backend(backend), o(options) {}
 
     int run() {
+        RunFolder folder(o.out);
         std::optional<Checkpoint> resumed = find_start();
         o.threads = backend.set_threads(o.threads);
         std::optional<Checkpoint> initial;  // where the weights come from: none for a new model
@@ -89,17 +89,10 @@ class Trainer {
         inputs.resize((size_t)o.batch * o.seq);
         targets.resize((size_t)o.batch * o.seq);
         load_weights(initial, resumed.has_value());
-        std::error_code error;
-        std::filesystem::create_directories(o.out, error);
-        if (error) fail(o.out, ": cannot create: ", error.message());
-        sync_folder(parent_folder(o.out));
-        Descriptor lock(::open(o.out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-        if (lock.fd < 0) fail_errno(o.out, "cannot open folder");
-        if (::flock(lock.fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
-            fail(o.out, ": another train_gpt is training in this folder");
         if (o.resume) delete_leftovers(o.out);
         if (resumed) set_aside_later_checkpoints(o.out, state.step);
         MetricsLog metrics(join_path(o.out, "metrics.jsonl"), resumed ? state.step : -1);
+        folder.keep();
 
         catch_stop_signals();
         if (state.step == 0 && val_data) validate(*val_data, metrics);
@@ -122,7 +115,9 @@ class Trainer {
                 checkpoint(metrics);
             }
             printf("stopped after step %d; %s\n", state.step,
-                   o.checkpoint_every > 0 ? "go on with --resume" : "no checkpoint was asked for");
+                   o.checkpoint_every == 0 ? "no checkpoint was asked for"
+                   : state.step == 0       ? "there is nothing to go on from yet"
+                                           : "go on with --resume");
             return kExitInterrupted;
         }
         return kExitDone;
@@ -144,21 +139,27 @@ class Trainer {
     // The checkpoint to go on from, its options taken over; none for a new run.
     std::optional<Checkpoint> find_start() {
         std::optional<Checkpoint> checkpoint;
-        bool holds_run =
-            std::filesystem::exists(join_path(o.out, "metrics.jsonl")) || !checkpoint_steps(o.out).empty();
+        bool has_checkpoints = !checkpoint_steps(o.out).empty();
+        std::error_code missing;
+        bool has_metrics =
+            std::filesystem::file_size(join_path(o.out, "metrics.jsonl"), missing) > 0 && !missing;
         if (!o.resume_from.empty()) {
             checkpoint = open_model(o.resume_from);
-            std::error_code missing;
-            if (holds_run && !std::filesystem::equivalent(parent_folder(checkpoint->folder), o.out, missing))
+            if ((has_checkpoints || has_metrics) &&
+                !std::filesystem::equivalent(parent_folder(checkpoint->folder), o.out, missing))
                 usage_error("--out ", o.out, " holds another run than --resume ", o.resume_from, " is of");
             if (!checkpoint->trainer)
                 fail(o.resume_from, ": trainer.json is missing, so it can only be given to --init-from");
         } else if (o.resume) {
             checkpoint = newest_checkpoint(o.out);
             if (!checkpoint) printf("nothing to resume in %s: starting from the beginning\n", o.out.c_str());
-        } else if (holds_run) {
+        } else if (has_checkpoints) {
             usage_error("--out ", o.out,
                         " already holds a run: go on with --resume, or choose another folder");
+        } else if (has_metrics) {
+            usage_error("--out ", o.out,
+                        " holds the metrics of a run that wrote no checkpoint: add --resume to start from "
+                        "the beginning in their place, or choose another folder");
         }
         if (checkpoint) {
             std::string file = join_path(checkpoint->folder, "trainer.json");
@@ -170,6 +171,9 @@ class Trainer {
             if (state.step > o.steps)
                 usage_error("--steps ", o.steps, ": ", file, " has done ", state.step, " already");
         }
+        if (o.data.empty() && o.resume)
+            usage_error("--data is required: ", o.out,
+                        " holds no checkpoint, so this run starts from the beginning");
         if (o.data.empty()) usage_error("--data is required");
         return checkpoint;
     }

@@ -18,13 +18,16 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <initializer_list>
 #include <iterator>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <set>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/helpers.h"
@@ -68,6 +71,8 @@ struct Run {
     std::string stdout_to = {};   // a file instead of Result::out
     std::string stdin_from = {};  // a file; closed otherwise
     std::string program = {};     // instead of train_gpt
+    // Called where the program stops itself (SIGSTOP); then it goes on.
+    std::function<void()> when_stopped = {};
 };
 
 // Runs the program with the words of `line` and then `more` as its arguments. Too long a run is an error.
@@ -107,7 +112,11 @@ inline Result train_gpt(const std::string& line, const Strings& more = {}, const
     using Clock = std::chrono::steady_clock;
     const Clock::time_point start = Clock::now();
     int status = 0;
-    while (waitpid(pid, &status, WNOHANG) == 0) {
+    while (waitpid(pid, &status, WNOHANG | WUNTRACED) == 0 || WIFSTOPPED(status)) {
+        if (std::exchange(status, 0) != 0) {
+            if (run.when_stopped) run.when_stopped();
+            kill(pid, SIGCONT);
+        }
         const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
         if (seconds > (run.kill_after > 0 ? run.kill_after : limit)) kill(pid, SIGKILL);
         if (seconds > limit) FAIL("no end after ", limit, " s: ", line);
@@ -252,6 +261,30 @@ inline std::vector<Json> read_metrics(const std::string& out) {
         entries.push_back(entry);
     }
     return entries;
+}
+
+// What does not depend on the clock.
+inline std::vector<Json> timeless_metrics(const std::string& out) {
+    std::vector<Json> entries = read_metrics(out);
+    for (Json& entry : entries) entry.erase("ms"), entry.erase("tokens_per_second");
+    return entries;
+}
+
+inline std::set<std::string> names_in(const std::string& folder) {
+    std::set<std::string> names;
+    for (const auto& entry : std::filesystem::directory_iterator(folder))
+        names.insert(entry.path().filename().string());
+    return names;
+}
+
+// What tests/fault_preload.c is told: at the n-th change below `folder` this happens.
+inline Run fault(const std::string& folder, int n, const std::string& what, int value = 0,
+                 const std::string& log = "") {
+    return {
+        {"LD_PRELOAD=" +
+             std::filesystem::absolute(environment("LLMC_FAULT_PRELOAD", "build/fault_preload.so")).string(),
+         "FAULT_FOLDER=" + folder, str("FAULT_AT=", n), "FAULT_DO=" + what, str("FAULT_VALUE=", value),
+         "FAULT_LOG=" + log}};
 }
 
 }  // namespace cli

@@ -41,19 +41,6 @@ std::string step_name(int step) {
     return str("step_000000", step < 10 ? "0" : "", step);
 }
 
-// What does not depend on the clock.
-std::vector<Json> timeless_metrics(const std::string& out) {
-    std::vector<Json> entries = read_metrics(out);
-    for (Json& entry : entries) entry.erase("ms"), entry.erase("tokens_per_second");
-    return entries;
-}
-
-std::set<std::string> names_in(const std::string& folder) {
-    std::set<std::string> names;
-    for (const auto& entry : fs::directory_iterator(folder)) names.insert(entry.path().filename().string());
-    return names;
-}
-
 const Strings kModelFiles = {"config.json", "model.safetensors", "tokenizer.json", "optimizer.safetensors"};
 
 Runs::Runs() {
@@ -102,14 +89,6 @@ void check_same_end(const std::string& out) {
     check_same_metrics(timeless_metrics(out), runs().metrics);
     CHECK(names_in(out).count("step_00000050") == 1);
     check_checkpoints(out);
-}
-
-Run fault(const std::string& folder, int n, const std::string& what, int value = 0,
-          const std::string& log = "") {
-    return {
-        {"LD_PRELOAD=" + fs::absolute(environment("LLMC_FAULT_PRELOAD", "build/fault_preload.so")).string(),
-         "FAULT_FOLDER=" + folder, str("FAULT_AT=", n), "FAULT_DO=" + what, str("FAULT_VALUE=", value),
-         "FAULT_LOG=" + log}};
 }
 
 std::string resume(const std::string& out, const std::string& flags = "") {
@@ -329,11 +308,18 @@ TEST_CASE("resume: SIGTERM and Ctrl-C finish the step and write a checkpoint") {
     const std::string out = folder / "twice";
     CHECK(train_gpt(runs().train(out), {}, fault(out, 10, "twice", SIGINT)).status == -SIGINT);
     CHECK(names_in(out) == std::set<std::string>{"metrics.jsonl"});
+    check_failed(train_gpt(runs().train(out)), 2, {"--out " + out, "no checkpoint", "add --resume"});
+    check_failed(train_gpt(resume(out)), 2, {"--data is required", out + " holds no checkpoint"});
     const Result again = train_gpt(runs().train(out) + " --resume");
     check_done(again);
     CHECK(contains(again.out, "nothing to resume in " + out));
     check_same_end(out);
     // Without checkpoints there is nothing to go on with, which must not be promised.
+    const std::string early = folder / "early";  // call 3 is the first validation
+    const Result before = train_gpt(runs().train(early), {}, fault(early, 3, "signal", SIGTERM));
+    CHECK(before.status == 130);
+    CHECK(contains(before.out, "stopped after step 0"));
+    CHECK_FALSE(contains(before.out, "--resume"));
     const std::string none = folder / "none";
     const Result stopped = train_gpt(
         "train --threads 2 --batch 2 --checkpoint-every 0 --data " + runs().data + " --out " + none + kSizes,

@@ -1,0 +1,67 @@
+// The folder of a run, made where it is missing, and locked before anything in it is looked at: so what was
+// seen there, a run or none, stays true until this run has ended.
+#pragma once
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <filesystem>
+#include <string>
+#include <system_error>
+#include <vector>
+
+#include "llmc/error.h"
+#include "llmc/files.h"
+
+class RunFolder {
+  public:
+    explicit RunFolder(const std::string& path) : path_(path) {
+        do {
+            make(path_);
+            if (lock_.fd >= 0) ::close(lock_.fd);
+            lock_.fd = ::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+            if (lock_.fd < 0 && errno == ENOENT) continue;
+            if (lock_.fd < 0) fail_errno(path_, "cannot open folder");
+            if (::flock(lock_.fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+                keep();  // it belongs to that run now, whoever made it
+                fail(path_, ": another train_gpt is training in this folder");
+            }
+        } while (!is_locked());
+    }
+
+    // From now on the folder stays, also after a failure. Until then one that was made here goes.
+    void keep() { made_.folders.clear(); }
+
+  private:
+    struct Made {
+        std::vector<std::string> folders;  // the outer before the inner
+        ~Made() {
+            // Where something lies in one by now, rmdir leaves it as it is.
+            for (size_t i = folders.size(); i-- > 0;) ::rmdir(folders[i].c_str());
+        }
+    };
+
+    void make(const std::filesystem::path& folder) {
+        std::error_code error;
+        if (std::filesystem::exists(folder, error)) return;
+        if (!error && folder.has_parent_path()) make(folder.parent_path());
+        if (!error && std::filesystem::create_directory(folder, error)) {
+            made_.folders.push_back(folder.string());
+            sync_folder(parent_folder(folder.string()));
+        }
+        if (error) fail(path_, ": cannot create: ", error.message());
+    }
+
+    // Is what is locked still the folder of this name? A start that failed may have removed it in between.
+    bool is_locked() const {
+        struct stat locked, named;
+        if (::fstat(lock_.fd, &locked) != 0 || ::stat(path_.c_str(), &named) != 0) return false;
+        return locked.st_dev == named.st_dev && locked.st_ino == named.st_ino;
+    }
+
+    const std::string path_;
+    Descriptor lock_{-1};
+    Made made_;  // destroyed first, under the lock
+};

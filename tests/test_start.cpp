@@ -1,0 +1,126 @@
+// How a run starts: its folder and who may write there.
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <set>
+
+#include "tests/cli.h"
+
+namespace {
+
+using namespace cli;
+namespace fs = std::filesystem;
+
+// A run of 6 steps with nothing beside it, and the number of the call by which its last checkpoint gets its
+// name.
+struct Fixture {
+    TempFolder folder;
+    const std::string data = folder / "data", whole = folder / "whole";
+    int last_rename = 0;
+
+    Fixture() {
+        write_dataset(data, kTokenizerVocab, random_tokens(65, kTokenizerVocab, 1),
+                      random_tokens(33, kTokenizerVocab, 2));
+        const std::string log = folder / "log";
+        check_done(train_gpt(train(whole), {}, fault(whole, 0, "", 0, log)));
+        const Strings calls = lines_of(get_file(log));
+        for (size_t n = 0; n < calls.size(); n++)
+            if (calls[n] == "rename " + whole + "/step_00000006") last_rename = (int)n + 1;
+        REQUIRE(last_rename > 0);
+    }
+    std::string train(const std::string& out) const {
+        return "train --steps 6 --checkpoint-every 2 --keep-checkpoints 2 --data " + data + kTiny +
+               " --out " + out;
+    }
+};
+
+const Fixture& fixture() {
+    static const Fixture fixture;
+    return fixture;
+}
+
+// The same log, the same last checkpoint, and nothing else.
+void check_same_run(const std::string& out) {
+    CHECK(names_in(out) == names_in(fixture().whole));
+    CHECK(timeless_metrics(out) == timeless_metrics(fixture().whole));
+    for (const char* file : {"/step_00000006/model.safetensors", "/step_00000006/optimizer.safetensors"})
+        CHECK((get_file(out + file) == get_file(fixture().whole + file)));
+}
+
+void check_locked(const std::string& line) {
+    check_failed(train_gpt(line), 1, {"another train_gpt is training in this folder"});
+}
+
+}  // namespace
+
+TEST_CASE("start: beside a run that trains in the folder, no other starts") {
+    const TempFolder folder;
+    const std::string out = folder / "out";
+    bool overlapped = false;
+    Run run = fault(out, fixture().last_rename, "signal", SIGSTOP);
+    run.when_stopped = [&] {
+        const auto names = names_in(out);
+        const std::string log = get_file(out + "/metrics.jsonl");
+        for (const std::string& flags :
+             {std::string(), std::string(" --resume"), std::string(" --resume --steps 9"),
+              " --resume " + out + "/step_00000002"})
+            check_locked("train --threads 2 --out " + out +
+                         (flags.empty() ? " --data " + fixture().data : flags));
+        CHECK(names_in(out) == names);
+        CHECK(get_file(out + "/metrics.jsonl") == log);
+        overlapped = true;
+    };
+    check_done(train_gpt(fixture().train(out), {}, run));
+    CHECK(overlapped);
+    check_same_run(out);
+}
+
+TEST_CASE("start: a run that another one overtakes finds what that has done") {
+    const TempFolder folder;
+    const std::string out = folder / "out";
+    Run run = fault(folder.path(), 1, "signal", SIGSTOP);  // before it makes the folder
+    run.when_stopped = [&] { check_done(train_gpt(fixture().train(out))); };
+    check_failed(train_gpt(fixture().train(out), {}, run), 2, {out, "already holds a run"});
+    check_same_run(out);
+    fs::remove_all(out);
+    check_done(train_gpt(fixture().train(out) + " --resume", {}, run));
+    check_same_run(out);
+
+    // After it has made the folder: another run has locked that, or has removed it.
+    run = fault(folder.path(), 2, "signal", SIGSTOP);
+    fs::remove_all(out);
+    int held = -1;
+    run.when_stopped = [&] {
+        held = ::open(out.c_str(), O_RDONLY | O_DIRECTORY);
+        REQUIRE(::flock(held, LOCK_EX) == 0);
+    };
+    check_failed(train_gpt(fixture().train(out), {}, run), 1, {"another train_gpt"});
+    CHECK(fs::exists(out));
+    check_locked(fixture().train(out) + " --resume " + fixture().whole + "/step_00000006");
+    ::close(held);
+    fs::remove(out);
+    run.when_stopped = [&] { fs::remove(out); };
+    check_done(train_gpt(fixture().train(out), {}, run));
+    check_same_run(out);
+}
+
+TEST_CASE("start: one that fails leaves the folders that were there, and no other") {
+    const TempFolder folder;
+    const std::string deep = folder / "a/b/", empty = folder / "empty", no_data = " --data " + folder.path();
+    fs::create_directory(empty);
+    for (const std::string& out : {deep, empty})
+        for (const std::string& flags : {no_data, no_data + " --resume", std::string(" --resume --steps 3")})
+            CHECK(train_gpt("train --threads 2 --out " + out + flags).status > 0);
+    CHECK(names_in(folder.path()) == std::set<std::string>{"empty"});
+    // The lock is there until the folder is gone.
+    const std::string out = folder / "out";
+    Run run = fault(out, 2, "signal", SIGSTOP);
+    run.when_stopped = [&] { check_locked(fixture().train(out)); };
+    check_failed(train_gpt("train --threads 2 --out " + out + no_data, {}, run), 1, {folder.path()});
+    CHECK_FALSE(fs::exists(out));
+    // A log without a line is no run.
+    put_file(empty + "/metrics.jsonl", "");
+    check_done(train_gpt(fixture().train(empty)));
+    check_same_run(empty);
+}
