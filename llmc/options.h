@@ -117,8 +117,18 @@ struct TrainOptions {
         std::string flag;
         bool fixed;          // changing it would make another run
         bool given = false;  // on the command line
+        CLI::Validator allowed;
         std::function<nlohmann::json()> get;
         std::function<void(const nlohmann::json&)> set;
+
+        // What is wrong with a value of trainer.json, by the check of what is typed after the flag; "" where
+        // nothing is.
+        std::string complaint(const nlohmann::json& value) const {
+            bool is_text = get().is_string();
+            if (is_text && value.is_string()) return allowed(value.get_ref<const std::string&>());
+            std::string text = value.dump(), found = allowed(text);
+            return found.empty() && is_text ? text + " is not a text" : found;
+        }
     };
     std::vector<Setting> settings;
 
@@ -141,11 +151,9 @@ struct TrainOptions {
                 fail(file, ": no ", s.flag, " among its options");
             const nlohmann::json& value = saved.at(s.flag);
             if (!s.given) {
-                try {
-                    s.set(value);
-                } catch (const nlohmann::json::exception&) {
-                    fail(file, ": the option ", s.flag, " is ", value.dump());
-                }
+                std::string complaint = s.complaint(value);
+                if (!complaint.empty()) fail(file, ": ", s.flag, ": ", complaint);
+                s.set(value);
             } else if (s.get() != value) {
                 if (s.fixed)
                     usage_error(s.flag, " ", s.get().dump(), " contradicts ", file, ", which has ",
@@ -276,7 +284,7 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     auto remember = [&](CLI::Option* option, auto& value, bool fixed) {
         auto get = [&value] { return nlohmann::json(value); };
         auto set = [&value](const nlohmann::json& json) { json.get_to(value); };
-        o.settings.push_back({option->get_name(), fixed, false, get, set});
+        o.settings.push_back({option->get_name(), fixed, false, {}, get, set});
         return option;
     };
     auto model = [&](const char* flag, auto& value, const char* help) {
@@ -367,7 +375,8 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
         o.gradients, false);
     remember(app.add_flag("--stochastic-rounding", o.stochastic_rounding,
                           "of the weights to bf16, rather than to the nearest (train_gptcu)")
-                 ->group("Compute"),
+                 ->group("Compute")
+                 ->check(one_of({"true", "false"}).description("")),
              o.stochastic_rounding, false);
     app.add_flag("--cuda-graph", o.cuda_graph, "launch forward and backward passes as graphs (train_gptcu)")
         ->group("Compute");
@@ -521,6 +530,9 @@ inline bool parse_options(int argc, char** argv, const char* program, const char
           std::pair(eval, Command::eval), std::pair(dump, Command::dump)})
         if (subcommand->parsed()) options.command = command;
     options.train.resume = train->count("--resume") > 0;
-    for (TrainOptions::Setting& s : options.train.settings) s.given = train->count(s.flag) > 0;
+    for (TrainOptions::Setting& s : options.train.settings) {
+        s.given = train->count(s.flag) > 0;
+        s.allowed = *train->get_option(s.flag)->get_validator(0);
+    }
     return true;
 }

@@ -75,13 +75,19 @@ class Trainer {
             initial = open_model(o.init_from);
         }
         GPTConfig config = choose_model(initial, resumed.has_value());
-        settle_sizes(config);
+        try {
+            settle_sizes(config);
+            model = backend.make_model(config, o.model_options());
+        } catch (const Error& e) {
+            if (!resumed || e.status != kExitUsage) throw;
+            usage_error(e.what(), " (flags that are not given are those of ",
+                        join_path(resumed->folder, "trainer.json"), ")");
+        }
         TokenDataset train_data(o.data, "train", config.vocab_size, o.seq);
         DataLoader loader(train_data, o.seed);
         std::optional<TokenDataset> val_data;
         if (o.val_every > 0 && o.val_batches > 0) val_data.emplace(o.data, "val", config.vocab_size, o.seq);
 
-        model = backend.make_model(config, o.model_options());
         describe(config, train_data);
         // Before the model takes the memory.
         peak.emplace([&] { return backend.measured_peak(o.model_options().precision); });

@@ -1,10 +1,12 @@
-// How a run starts: its folder and who may write there.
+// How a run starts: its folder and who may write there, and what it takes over from a checkpoint's
+// trainer.json.
 #include <fcntl.h>
 #include <sys/file.h>
 #include <unistd.h>
 
 #include <set>
 
+#include "llmc/checkpoint.h"
 #include "tests/cli.h"
 
 namespace {
@@ -50,6 +52,14 @@ void check_same_run(const std::string& out) {
 
 void check_locked(const std::string& line) {
     check_failed(train_gpt(line), 1, {"another train_gpt is training in this folder"});
+}
+
+// Changes what a checkpoint remembers of the command line, as a program of another version might.
+void set_option(const std::string& checkpoint, const std::string& flag, const Json& value) {
+    Json trainer = Json::parse(get_file(checkpoint + "/trainer.json"));
+    trainer["options"][flag] = value;
+    trainer["crc32"] = checkpoint_detail::json_crc32(trainer);
+    put_file(checkpoint + "/trainer.json", trainer.dump(2) + "\n");
 }
 
 }  // namespace
@@ -123,4 +133,43 @@ TEST_CASE("start: one that fails leaves the folders that were there, and no othe
     put_file(empty + "/metrics.jsonl", "");
     check_done(train_gpt(fixture().train(empty)));
     check_same_run(empty);
+}
+
+TEST_CASE("start: what a checkpoint says of an option is checked as what is typed") {
+    const TempFolder folder;
+    const std::string out = folder / "out", last = out + "/step_00000006", file = last + "/trainer.json";
+    fs::create_directory(out);
+    fs::copy(fixture().whole + "/step_00000006", last);
+    const std::string start = "train_gpt: error: ", resume = "train --resume --out " + out;
+    const Json options = Json::parse(get_file(file)).at("options");
+    CHECK(options.size() == 27);
+    for (const auto& [flag, good] : options.items()) {
+        std::vector<Json> bad = {nullptr, {good}};
+        if (good.is_string()) bad.insert(bad.end(), {"", 9});
+        if (good.is_string() && flag != "--data") bad.push_back("poly9");
+        if (good.is_boolean()) bad.insert(bad.end(), {1, "true"});
+        if (good.is_number()) bad.insert(bad.end(), {-2, 1e99, good.dump()});
+        if (good.is_number_integer()) bad.push_back(8.5);
+        if (good.is_number_integer() && flag != "--seed" && flag != "--total-batch")
+            bad.push_back(uint64_t{1} << 32);
+        if (flag == "--batch" || flag == "--steps") bad.push_back(0);
+        for (const Json& value : bad) {
+            CAPTURE(flag);
+            CAPTURE(value.dump());
+            set_option(last, flag, value);
+            const Result saved = train_gpt(resume);
+            check_failed(saved, 1, {file + ": " + flag + ": "});
+            // In the same words as for a flag, where it can be typed at all.
+            if (good.is_boolean() || value.is_string() != good.is_string()) continue;
+            const std::string text = good.is_string() ? value.get<std::string>() : value.dump();
+            const Result typed = train_gpt("train --out " + out, {flag, text});
+            CHECK(typed.status == 2);
+            CHECK(saved.err == start + file + ": " + typed.err.substr(start.size()));
+        }
+        set_option(last, flag, good);
+    }
+    // Each is good by itself, but they do not go together.
+    set_option(last, "--total-batch", 48);
+    check_failed(train_gpt(resume), 2, {"--total-batch 48", "--batch 2 x --seq 16", file});
+    CHECK(names_in(out) == std::set<std::string>{"step_00000006"});
 }
