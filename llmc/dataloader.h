@@ -48,12 +48,23 @@ struct DatasetInfo {
     Split train, val;
 };
 
+// The entries of a dataset folder; an error where they cannot be read.
+inline std::filesystem::directory_iterator open_folder(const std::string& folder) {
+    std::error_code error;
+    std::filesystem::directory_iterator entries(folder, error);
+    if (error) fail(folder, ": cannot read folder: ", error.message());
+    return entries;
+}
+
 inline DatasetInfo read_dataset_info(const std::string& folder) {
     DatasetInfo info;
     info.name = base_name(folder);
     const std::string path = (std::filesystem::path(folder) / "meta.json").string();
-    std::error_code unreadable;  // shows when the shards are looked for
-    if (!std::filesystem::exists(path, unreadable)) return info;
+    std::error_code error;
+    if (!std::filesystem::exists(path, error)) {
+        if (error) fail(path, ": cannot read: ", error.message());
+        return info;
+    }
     info.described = true;
     const nlohmann::json json = read_json(path);
     if (!json.is_object()) fail(path, ": expected a JSON object");
@@ -180,8 +191,7 @@ class TokenDataset {
     static std::vector<std::string> find_shards(const std::string& folder, const std::string& split,
                                                 int64_t said) {
         std::error_code error;
-        std::filesystem::directory_iterator entry(folder, error), end;
-        if (error) fail(folder, ": cannot read folder: ", error.message());
+        std::filesystem::directory_iterator entry = open_folder(folder), end;
         std::vector<std::string> paths;
         while (entry != end) {
             const std::filesystem::path& path = entry->path();

@@ -6,6 +6,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -135,6 +136,12 @@ struct TrainOptions {
     TrainOptions() = default;
     TrainOptions(const TrainOptions&) = delete;  // settings point into it
     TrainOptions& operator=(const TrainOptions&) = delete;
+
+    bool given(const std::string& flag) const {
+        for (const Setting& s : settings)
+            if (s.flag == flag) return s.given;
+        return false;
+    }
 
     nlohmann::json remembered() const {
         nlohmann::json json;
@@ -326,6 +333,13 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
                  ->group("Run")
                  ->check(path_value()),
              o.data, false);
+    // From any working directory the same folder is meant: by a name that is relative to another one, a run
+    // could go on with other data without a word.
+    o.settings.back().get = [&o]() -> nlohmann::json {
+        std::error_code error;
+        std::string path = std::filesystem::absolute(o.data, error).string();
+        return error ? o.data : path;
+    };
     app.add_option("--out", o.out, "folder for checkpoints and metrics.jsonl")
         ->group("Run")
         ->required()

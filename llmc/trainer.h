@@ -181,6 +181,13 @@ class Trainer {
             usage_error("--data is required: ", o.out,
                         " holds no checkpoint, so this run starts from the beginning");
         if (o.data.empty()) usage_error("--data is required");
+        try {
+            open_folder(o.data);
+        } catch (const Error& e) {
+            if (!checkpoint || o.given("--data")) throw;
+            fail(e.what(), " (", join_path(checkpoint->folder, "trainer.json"),
+                 " names it: give --data if it is elsewhere)");
+        }
         return checkpoint;
     }
 

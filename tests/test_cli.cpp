@@ -298,6 +298,11 @@ TEST_CASE("cli: dataset folders with missing or broken parts are refused") {
         check_failed(train_gpt("train --data " + data + " --out " + out + kTiny), 1, bad.parts);
         CHECK_FALSE(fs::exists(out));
     }
+    fs::remove_all(data);  // which is not a folder of llm.c's with GPT-2's vocabulary
+    const std::string on = " --batch 2 --threads 2 --data " + data, &model = fixture().model;
+    for (const std::string& command :
+         {"train --out " + out + " --init-from " + model, "eval --model " + model})
+        check_failed(train_gpt(command + on), 1, {data + ": cannot read folder"});
 }
 
 TEST_CASE("cli: a broken model.safetensors is refused, with its tensor") {

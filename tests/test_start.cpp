@@ -135,6 +135,26 @@ TEST_CASE("start: one that fails leaves the folders that were there, and no othe
     check_same_run(empty);
 }
 
+TEST_CASE("start: from another working directory, and with data that are elsewhere by now") {
+    const TempFolder folder;
+    const std::string out = folder / "out", data = folder / "data", moved = folder / "moved";
+    fs::copy(fixture().data, data);
+    const std::string program = fs::absolute(environment("LLMC_TRAIN_GPT", "./train_gpt")).string();
+    check_done(
+        train_gpt("-C " + folder.path() + " " + program + " train --steps 1 --data data --out out" + kTiny,
+                  {}, {{}, 0, "", "/usr/bin/env"}));
+    const std::string resume = "train --resume --threads 2 --out " + out;
+    check_done(train_gpt(resume));
+    fs::rename(data, moved);
+    check_failed(train_gpt(resume), 1,
+                 {data + ": cannot read folder", out + "/step_00000001/trainer.json", "--data"});
+    const Result lost = train_gpt(resume + " --data " + (folder / "lost"));
+    check_failed(lost, 1, {folder / "lost: cannot read folder"});
+    CHECK_FALSE(contains(lost.err, "trainer.json"));
+    CHECK(train_gpt(resume + " --steps 2 --data " + moved).status == 0);
+    check_done(train_gpt(resume));
+}
+
 TEST_CASE("start: what a checkpoint says of an option is checked as what is typed") {
     const TempFolder folder;
     const std::string out = folder / "out", last = out + "/step_00000006", file = last + "/trainer.json";
