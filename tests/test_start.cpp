@@ -163,7 +163,9 @@ TEST_CASE("start: what a checkpoint says of an option is checked as what is type
     const std::string start = "train_gpt: error: ", resume = "train --resume --out " + out;
     const Json options = Json::parse(get_file(file)).at("options");
     CHECK(options.size() == 27);
-    for (const auto& [flag, good] : options.items()) {
+    for (const auto& option : options.items()) {
+        const std::string flag = option.key();
+        const Json good = option.value();
         std::vector<Json> bad = {nullptr, {good}};
         if (good.is_string()) bad.insert(bad.end(), {"", 9});
         if (good.is_string() && flag != "--data") bad.push_back("poly9");
