@@ -1,6 +1,6 @@
 // The flags that say how a model is computed, as users meet them: --dtype, --attention-kernel, --recompute,
 // --cache,
-// --norms-every, and the choice of the instruction set.
+// --norms-every, the choice of the instruction set, and what limits the number of threads.
 #include <sched.h>
 
 #include <cmath>
