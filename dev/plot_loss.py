@@ -4,19 +4,26 @@
 """
 
 import argparse
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from metrics import read_metrics
 
-def read_metrics(run: str) -> list[dict]:
+
+def read_losses(run: str) -> dict[str, list[tuple[int, float]]]:
+    """For "loss" and "val_loss" each step that has one, and its value."""
     path = Path(run) / "metrics.jsonl"
+    losses = {"loss": [], "val_loss": []}
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except OSError as error:
-        sys.exit(f"plot_loss: {path}: {error.strerror}")
-    except json.JSONDecodeError as error:
-        sys.exit(f"plot_loss: {path}: not JSON: {error}")
+        for number, entry in read_metrics(path):
+            for key in losses.keys() & entry.keys():
+                if type(entry.get("step")) is not int or type(entry[key]) not in (int, float):
+                    raise ValueError(f'{path}:{number}: "step" or "{key}" is no number')
+                losses[key].append((entry["step"], entry[key]))
+    except ValueError as error:
+        sys.exit(f"plot_loss: {error}")
+    return losses
 
 
 def smoothed(values: list[float], keep: float = 0.95) -> list[float]:
@@ -28,11 +35,11 @@ def smoothed(values: list[float], keep: float = 0.95) -> list[float]:
     return out
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", help="--out folders of train_gpt train")
     parser.add_argument("--out", default="loss.png", help="picture to write (default loss.png)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     import matplotlib
 
@@ -41,9 +48,7 @@ def main() -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for i, run in enumerate(args.runs):
-        metrics = read_metrics(run)
-        train = [(m["step"], m["loss"]) for m in metrics if "loss" in m]
-        val = [(m["step"], m["val_loss"]) for m in metrics if "val_loss" in m]
+        train, val = read_losses(run).values()
         name = Path(run).name
         if train:
             steps, losses = zip(*train)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from metrics import read_metrics
+
 Series = dict[tuple[int, ...], list[tuple[int, dict]]]  # by (layer, head) or (layer,): steps and their lines
 DRAWN = {"attention_norm", "jacobian_norm", "effective_keys", "entropy", "moment_excess", "gradient_norm"}
 
@@ -46,22 +48,10 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def read_metrics(path: Path) -> tuple[Series, Series]:
+def read_norms(path: Path) -> tuple[Series, Series]:
     """The lines with norms by (layer, head), those with gradients by (layer,)."""
     heads, layers = {}, {}
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not text") from None
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from None
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object")
+    for number, entry in read_metrics(path):
         for series, keys, mark in [(heads, ("layer", "head"), "attention_norm"),
                                    (layers, ("layer",), "gradient_norm")]:
             if mark not in entry:
@@ -111,7 +101,7 @@ def predictions(config: dict, T: int) -> list[tuple[float, float]]:
 
 
 def read_run(folder: str) -> Run:
-    heads, layers = read_metrics(Path(folder) / "metrics.jsonl")
+    heads, layers = read_norms(Path(folder) / "metrics.jsonl")
     name = Path(folder).resolve().name
     checkpoints = sorted(Path(folder).glob("step_*/config.json"))
     if not checkpoints:  # none written yet: what the lines say is all there is

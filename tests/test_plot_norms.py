@@ -76,6 +76,12 @@ class PlotNormsTest(unittest.TestCase):
                  for line in norm_lines()]
         self.check_drawn(self.make_run("nulls", nulls))
 
+    def test_a_half_written_last_line_is_left_out(self) -> None:
+        run = self.make_run("live", norm_lines())
+        with open(Path(run) / "metrics.jsonl", "a") as metrics:
+            metrics.write('{"step":30,"layer":0,"head":0,"attention_no')
+        self.assertEqual([step for step, _ in plot_norms.read_run(run).heads[0, 0]], [0, 10, 20])
+
     def test_label_and_newest_checkpoint(self) -> None:
         config = CONFIG | {"attention": "poly2", "attention_scale": "mean", "decay": "fixed"}
         run = plot_norms.read_run(self.make_run("run", norm_lines(), config))
@@ -127,8 +133,8 @@ class PlotNormsTest(unittest.TestCase):
             run = self.make_run(f"broken{i}", [*norm_lines(), line])
             self.check_refused([run], f"{run}/metrics.jsonl:{len(norm_lines()) + 1}: ")
         binary = self.make_run("binary", norm_lines())
-        (Path(binary) / "metrics.jsonl").write_bytes(b"\xff\xfe\x00")
-        self.check_refused([binary], binary, "not text")
+        (Path(binary) / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\n")
+        self.check_refused([binary], f"{binary}/metrics.jsonl:1: expected a JSON object")
 
     def test_bad_config(self) -> None:
         for i, config in enumerate(["{", "[]", {"attention": "poly3"}, CONFIG | {"attention": "cubic"},
