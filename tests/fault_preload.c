@@ -1,6 +1,6 @@
-// LD_PRELOAD library of tests/test_resume.cpp: counts the calls by which a program changes what is on the
-// disk under one folder, and lets something happen at the n-th. Between two calls the disk does not change,
-// so dying before call n + 1 is dying after call n too.
+// LD_PRELOAD library of tests/test_resume.cpp and tests/test_prepare_faults.py: counts the calls by which a
+// program changes what is on the disk under one folder, and lets something happen at the n-th. Between two calls
+// the disk does not change, so dying before call n + 1 is dying after call n too.
 //
 //   FAULT_FOLDER  the folder's absolute path; where it is not set nothing is counted
 //   FAULT_AT      n, from 1
@@ -101,6 +101,15 @@ int open(const char* path, int flags, ...) {
     va_end(rest);
     if (!(flags & (O_CREAT | O_TRUNC))) return (int)syscall(SYS_openat, AT_FDCWD, path, flags, 0);
     CALL("open", 1, AT_FDCWD, path, syscall(SYS_openat, AT_FDCWD, path, flags, mode));
+}
+
+// Python's name for it.
+int open64(const char* path, int flags, ...) {
+    va_list rest;
+    va_start(rest, flags);
+    mode_t mode = flags & O_CREAT ? va_arg(rest, mode_t) : 0;
+    va_end(rest);
+    return open(path, flags, mode);
 }
 
 int fsync(int fd) {
