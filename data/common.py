@@ -1,4 +1,4 @@
-"""What the dataset modules share: errors; documents from files, URLs and the library `datasets`.
+"""What prepare.py and the dataset modules share: errors, what is left out, text as it is read and shown.
 
 A dataset module has
     DESCRIPTION   one line for --help
@@ -8,15 +8,19 @@ A dataset module has
     size(args)    about how many bytes of text there are, for the progress bar
     documents(args)   an iterator of str: the documents, always in the same order
     validation(args)  the same for the validation split, where the dataset has its own; else absent or None
-where args is prepare.py's command line.
+where args is prepare.py's command line, with `skipped`, which counts what documents(args) leaves out.
 """
-import logging
+import codecs
+import io
+import os
+import re
+import stat
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -34,43 +38,115 @@ def one_line(error: Exception) -> str:
     return " ".join(str(getattr(error, "strerror", None) or getattr(error, "reason", None) or error).split())
 
 
+def shown(path) -> str:
+    """A path for meta.json: a file's name need not be UTF-8."""
+    return os.fsencode(str(path)).decode(errors="replace")
+
+
+class Skipped:
+    """What is left out, by kind: how many, and the names of the first where they have names."""
+    NAMES = 10
+
+    def __init__(self):
+        self.kinds: dict[str, dict] = {}
+
+    def add(self, kind: str, path: Path | None = None) -> None:
+        entry = self.kinds.setdefault(kind, {"count": 0, "names": []})
+        entry["count"] += 1
+        if path is not None and len(entry["names"]) < self.NAMES:
+            entry["names"].append(shown(path))
+
+    def __str__(self) -> str:
+        parts = []
+        for kind, entry in self.kinds.items():
+            names = entry["names"] + ["..."] * (0 < len(entry["names"]) < entry["count"])
+            parts.append(f"{kind}: {entry['count']}" + f" ({', '.join(names)})" * bool(names))
+        return "; ".join(parts)
+
+
+# --- Text that is read --------------------------------------------------------------------------------------
+
+FORMATS = [(re.compile(pattern, re.DOTALL), what) for pattern, what in [
+    (rb"\x1f\x8b", "gzip file, not text; unpack it first"),
+    (rb"\x28\xb5\x2f\xfd", "Zstandard file, not text; unpack it first"),
+    (rb"\xfd7zXZ\0", "xz file, not text; unpack it first"),
+    (rb"BZh[1-9]1AY&SY", "bzip2 file, not text; unpack it first"),
+    (rb"PK\x03\x04", "zip file, not text; unpack it first"),
+    (rb"7z\xbc\xaf\x27\x1c", "7z file, not text; unpack it first"),
+    (rb"%PDF-", "PDF file, not text"),
+    (rb"PAR1[\0-\x08\x0e-\x1f]", "parquet file, not text; --from of the dataset openwebtext reads it"),
+    (rb"ARROW1\0\0", "Arrow file, not text"),
+    (rb"\xff\xfe|\xfe\xff", "text file in UTF-16 or UTF-32; convert it to UTF-8 first")]]
+
+
+def regular(path) -> None:
+    """A Failure where it is a pipe or a device, on which reading could wait for ever."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder says what is wrong
+        raise Failure(f"{path}: not a regular file")
+
+
 @contextmanager
-def open_text(path: str | Path) -> Iterator[TextIO]:
-    """The file as UTF-8, line ends as they are; whatever goes wrong becomes a Failure that names it."""
+def open_text(path, errors: str = "strict") -> Iterator[TextIO]:
+    """The file as UTF-8, without a byte order mark at its start, line ends as they are; `errors` is --errors.
+    Whatever goes wrong becomes a Failure that names the file."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        regular(path)
+        with open(path, "rb") as file:
+            start = file.read(16)
+        for form, what in FORMATS:
+            if form.match(start):
+                raise Failure(f"{path}: a {what}")
+        with open(path, encoding="utf-8-sig", errors=errors, newline="") as file:
             yield file
     except UnicodeDecodeError as error:
-        raise Failure(f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x}, {error.reason}") from error
+        with open(path, "rb") as file:
+            raise not_utf8(path, file) from error
     except OSError as error:
         raise Failure(f"{path}: {one_line(error)}") from error
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """The documents of a text file, which <|endoftext|> separates. Memory holds one of them, not the file."""
-    with open_text(path) as file:
-        rest = ""
-        while block := file.read(max(1 << 18, len(rest))):  # doubling: linear also where a document is long
-            *whole, rest = (rest + block).split(END_OF_TEXT)
-            yield from whole
-        yield rest
+def decode(content: bytes, name: str, errors: str) -> str:
+    """The same for what is not a file."""
+    try:
+        return content.decode("utf-8-sig", errors)
+    except UnicodeDecodeError as error:
+        raise not_utf8(name, io.BytesIO(content)) from error
 
 
-def text_files(paths: Iterable[str]) -> list[Path]:
-    """The files, and in the place of each folder the files in and below it by name, hidden ones left out."""
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file()
-                            and not any(part.startswith(".") for part in p.relative_to(path).parts))
-            if not inside:
-                raise Failure(f"{path}: no files in this folder")
-            files += inside
-        elif path.exists():
-            files.append(path)
-        else:
-            raise Failure(f"{path}: no such file or folder")
-    return files
+def not_utf8(path, file: BinaryIO) -> Failure:
+    """Says where: a decoder knows only the place in the block that it was given."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    before, block = 0, b"-"
+    while block:
+        kept = len(decoder.getstate()[0])  # of the block before, the first bytes of a character
+        block = file.read(1 << 18)
+        try:
+            decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            return Failure(f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
+                           f"{before - kept + error.start}, {error.reason}; "
+                           "--errors replace reads U+FFFD in its place")
+        before += len(block)
+    return Failure(f"{path}: changed while it was read")
+
+
+def row_text(row, column: str, where: str, errors: str) -> str:
+    """The text in a row of a table; "" where it is null."""
+    if not isinstance(row, dict) or column not in row:
+        keys = ", ".join(map(repr, row)) if isinstance(row, dict) else f"a value of type {type(row).__name__}"
+        raise Failure(f"{where}: expected {column!r}, found {keys or 'nothing'}")
+    text = row[column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise Failure(f"{where}: {column!r} holds a value of type {type(text).__name__}, expected text")
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        if errors == "strict":
+            raise Failure(f"{where}: {column!r} has half of a surrogate pair, which is no character; "
+                          "--errors replace reads it as U+FFFD")
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+    return text
 
 
 def download(url: str, instead: str) -> bytes:
@@ -80,27 +156,3 @@ def download(url: str, instead: str) -> bytes:
             return response.read()
     except (OSError, HTTPException) as error:
         raise Failure(f"cannot download {url}: {one_line(error)}; {instead}") from error
-
-
-def stream_rows(name: str, config: str | None, split: str, local: str | None = None) -> Iterator[str]:
-    """The column `text` of a dataset of the Hugging Face hub, or of a folder of parquet files; streamed."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise Failure(f"the dataset {name} needs the package datasets: pip install datasets") from error
-    datasets.disable_progress_bars()
-    for library in "datasets", "huggingface_hub":
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # the error says what they would log
-    try:
-        if local is None:
-            rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        else:
-            files = [str(file) for file in text_files([local])]
-            rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-        for row in rows:
-            yield row["text"]
-    except Failure:
-        raise
-    except Exception as error:  # the library raises dozens of types, its own and those of five others
-        what = f"{type(error).__name__}: {one_line(error)[:300]}"
-        raise Failure(f"cannot read {local or name}: {what}") from error

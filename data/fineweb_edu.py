@@ -1,7 +1,7 @@
 """FineWeb-Edu's sample of 10 billion tokens: web pages that teach something; one document a page."""
 from collections.abc import Iterator
 
-from common import stream_rows
+from rows import parquet_rows, stream_rows
 
 DESCRIPTION = "FineWeb-Edu, the sample of 10 billion tokens: 9.7 million web pages, 46 GB"
 SOURCE = "HuggingFaceFW/fineweb-edu, sample-10BT"
@@ -14,4 +14,6 @@ def size(args) -> int:
 
 
 def documents(args) -> Iterator[str]:
-    return stream_rows("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", args.local)
+    if args.local is None:
+        return stream_rows("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", args)
+    return parquet_rows(args)

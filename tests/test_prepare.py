@@ -120,23 +120,33 @@ class PrepareTest(unittest.TestCase):
         process.stdout.close()
         process.stderr.close()
 
+    def run_prepare(self, *arguments, out: Path | None = None, **environment) -> tuple[int, str, str]:
+        return self.output(self.start(*arguments, out=out, **environment))
+
     def prepare(self, *arguments, out: Path | None = None, **environment) -> str:
-        status, output, errors = self.output(self.start(*arguments, out=out, **environment))
+        status, output, errors = self.run_prepare(*arguments, out=out, **environment)
         self.assertEqual((status, errors), (0, ""))
         return output
 
     def refused(self, status: int, message: str, *arguments, out: Path | None = None, **environment) -> None:
-        ended, output, errors = self.output(self.start(*arguments, out=out, **environment))
+        ended, output, errors = self.run_prepare(*arguments, out=out, **environment)
         self.assertIn(message, errors)
         self.assertEqual((ended, output, errors.count("\n")), (status, "", 1), errors)
         self.assertTrue(errors.startswith("prepare.py: error: "), errors)
+
+    def stub_datasets(self, code: str) -> dict[str, str]:
+        """The environment in which `import datasets` finds this, instead of the library or its absence."""
+        (self.folder / "stub").mkdir()
+        (self.folder / "stub" / "datasets.py").write_text(f"disable_progress_bars = lambda: None\n{code}\n")
+        return {"PYTHONPATH": str(self.folder / "stub")}
 
 
 class Contents(PrepareTest):
     def check_documents(self, documents: list[str]) -> None:
         train, val = read_documents(self.out, "train"), read_documents(self.out, "val")
-        self.assertEqual(val, documents[::20])
-        self.assertEqual(train, [document for i, document in enumerate(documents) if i % 20])
+        # Of the first 17 the first 5, of the next 17 two come nearest to 6 %.
+        self.assertEqual(val, documents[:5] + documents[17:19])
+        self.assertEqual(train, documents[5:17] + documents[19:])
         meta = read_meta(self.out)
         for split, part in ("train", train), ("val", val):
             self.assertEqual(meta["documents"][split], len(part))
@@ -145,18 +155,18 @@ class Contents(PrepareTest):
             self.assertEqual(meta["shards"][split], 1)
 
     def test_bytes(self):
-        self.prepare("text", self.corpus(), "--tokenizer", "byte")
+        self.prepare("text", self.corpus(), "--tokenizer", "byte", "--val-fraction", "0.06")
         self.check_documents(DOCUMENTS)
         meta = read_meta(self.out)
         self.assertEqual((meta["name"], meta["tokenizer"], meta["vocab_size"], meta["eot_token"]),
                          ("text", "byte", 257, 256))
         tokens = read_split(self.out, "val")
-        self.assertEqual(bytes(tokens[1:meta["bytes"]["val"] + 2][tokens[1:] != 256].astype(np.uint8)),
-                         "".join(DOCUMENTS[::20]).encode())
+        self.assertEqual(bytes(tokens[tokens != 256].astype(np.uint8)),
+                         "".join(DOCUMENTS[:5] + DOCUMENTS[17:19]).encode())
 
     def test_bpe(self):
         corpus = self.corpus()
-        self.prepare("text", corpus, "--tokenizer", "bpe:300")
+        self.prepare("text", corpus, "--tokenizer", "bpe:300", "--val-fraction", "0.06")
         self.check_documents(DOCUMENTS)
         meta = read_meta(self.out)
         self.assertEqual((meta["tokenizer"], meta["vocab_size"], meta["eot_token"]), ("bpe:300", 300, 299))
@@ -166,7 +176,8 @@ class Contents(PrepareTest):
         self.assertIn("Ġcat", tokenizer["model"]["vocab"])
         self.assertFalse([token for token in tokenizer["model"]["vocab"] if "zq" in token],
                          "trained on the validation split")
-        self.prepare("text", corpus, "--tokenizer", "bpe:300", out=self.folder / "again")
+        self.prepare("text", corpus, "--tokenizer", "bpe:300", "--val-fraction", "0.06",
+                     out=self.folder / "again")
         self.assertEqual(final_files(self.out), final_files(self.folder / "again"))
 
     def test_the_stream_is_the_same_for_any_shards_and_workers(self):
@@ -187,7 +198,8 @@ class Contents(PrepareTest):
     def test_a_long_document_is_encoded_as_a_whole(self):
         source = random.Random(1)
         gaps = [" ", "  ", "\n", "\n\n", " \n", "\r\n", "\t", "\u00a0", "!\x1c", "", "\u3000\n", "。\n", "'s "]
-        documents = ["short", "".join(word + source.choice(gaps) for word in random_text(700_000, 2).split())]
+        documents = [random_text(40_000, 3),
+                     "".join(word + source.choice(gaps) for word in random_text(700_000, 2).split())]
         self.prepare("text", self.corpus(documents), "--tokenizer", "bpe:400")
         self.assertEqual(read_documents(self.out, "train"), documents[1:])
         tokenizer = Tokenizer.from_file(str(self.out / "tokenizer.json"))
@@ -204,18 +216,22 @@ class Contents(PrepareTest):
 
     def test_val_fraction(self):
         corpus = self.corpus()
-        for fraction, count in ("0.5", 20), ("0.3", 12), ("0.001", 1):
+        for fraction, cut in (0.5, False), (0.3, False), (0.001, True):
             self.prepare("text", corpus, "--val-fraction", fraction, "--overwrite")
             val, train = read_documents(self.out, "val"), read_documents(self.out, "train")
-            self.assertEqual((len(val), len(train)), (count, len(DOCUMENTS) - count))
-            self.assertEqual(sorted(val + train), sorted(DOCUMENTS))
+            sizes = read_meta(self.out)["bytes"]
+            self.assertAlmostEqual(sizes["val"] / sum(sizes.values()), fraction, delta=fraction / 10)
+            self.assertEqual(len(val + train), len(DOCUMENTS) + cut)
+            self.assertEqual(sorted("".join(val + train)), sorted("".join(DOCUMENTS)))
 
     def test_end_of_text_separates_the_documents_of_a_file(self):
         (self.folder / "a.txt").write_text("<|endoftext|>".join(["one", "two\n", " \n", "three"]))
         (self.folder / "b.txt").write_text("four<|endoftext|>")
-        self.prepare("text", "a.txt", "b.txt", "--val-fraction", "0.01")
-        self.assertEqual(read_documents(self.out, "val") + read_documents(self.out, "train"),
-                         ["one", "two\n", "three", "four"])
+        (self.folder / "c.txt").write_text("<|endoftext|>five<|endoftext|>six\n<|endoftext|>\n")
+        self.assertIn("skipped: empty documents: 1\n",
+                      self.prepare("text", "a.txt", "b.txt", "c.txt", "--val-fraction", "0.12"))
+        self.assertEqual((read_documents(self.out, "val"), read_documents(self.out, "train")),
+                         (["one"], ["two\n", "three", "four", "five", "six\n"]))
 
     def test_end_of_text_inside_a_document_is_text(self):
         (self.folder / "input.txt").write_text("a line\n" * 50 + "an <|endoftext|> in it\n" + "a line\n" * 50)
@@ -242,7 +258,7 @@ class Contents(PrepareTest):
         documents = ["Hello world", "First Citizen:\nBefore we proceed any further, hear me speak.\n",
                      "I'll say   it's 2024"]
         self.prepare("text", self.corpus(documents), "--tokenizer", "gpt2",
-                     "--gpt2-files", f"{TEST_DATA}/gpt2")
+                     "--gpt2-files", f"{TEST_DATA}/gpt2", "--val-fraction", "0.12")
         self.assertEqual(read_split(self.out, "val").tolist(), [50256, 15496, 995])
         self.assertEqual(read_split(self.out, "train")[:15].tolist(),
                          [50256, 5962, 22307, 25, 198, 8421, 356, 5120, 597, 2252, 11, 3285, 502, 2740, 13])
@@ -298,16 +314,10 @@ class Datasets(PrepareTest):
         self.assertEqual(read_meta(self.out)["split"], "the dataset's own")
 
     def test_wikitext2_without_its_train_split(self):
-        self.prepare("wikitext2", "--from", self.wikitext("valid.txt", "test.txt"))
+        self.prepare("wikitext2", "--from", self.wikitext("valid.txt", "test.txt"), "--val-fraction", "0.16")
         self.assertEqual([document.splitlines()[0] for split in ("val", "train")
                           for document in read_documents(self.out, split)],
                          [f" = {name} {i} = " for name in ("valid.txt", "test.txt") for i in range(3)])
-
-    def stub_datasets(self, code: str) -> dict[str, str]:
-        """The environment in which `import datasets` finds this, instead of the library or its absence."""
-        (self.folder / "stub").mkdir()
-        (self.folder / "stub" / "datasets.py").write_text(f"disable_progress_bars = lambda: None\n{code}\n")
-        return {"PYTHONPATH": str(self.folder / "stub")}
 
     def test_streamed_datasets(self):
         stub = self.stub_datasets("def load_dataset(name, config=None, split=None, streaming=False):\n"
@@ -380,13 +390,13 @@ class Refusals(PrepareTest):
         third = "text", "short.txt", "short.txt", "later.txt"
         for message, *arguments in [
                 ("missing.txt: no such file or folder", "text", "short.txt", "missing.txt"),
-                ("latin1.txt: not UTF-8: byte 0xfc", "text", "latin1.txt"),
-                ("later.txt: not UTF-8: byte 0x80", *third),
-                ("later.txt: not UTF-8: byte 0x80", *third, "--tokenizer", "bpe:260"),
+                ("latin1.txt: not UTF-8: byte 0xfc at offset 2, ", "text", "latin1.txt"),
+                ("later.txt: not UTF-8: byte 0x80 at offset 1000000, ", *third),
+                ("later.txt: not UTF-8: byte 0x80 at offset 1000000, ", *third, "--tokenizer", "bpe:260"),
                 ("folder: no files in this folder", "text", "folder"),
                 ("empty.txt: no text in it", "text", "empty.txt"),
                 ("blank.txt: no text in it", "text", "blank.txt"),
-                ("tiny.txt: one document of 1 characters, too few to split", "text", "tiny.txt"),
+                ("tiny.txt: too little text to split, none of it is for train", "text", "tiny.txt"),
                 ("bpe:1000: the train split of short.txt has too little text, enough for bpe:27",
                  "text", "short.txt", "--tokenizer", "bpe:1000"),
                 ("encoder.json: not GPT-2's encoder.json", *gpt2, "gpt2"),
@@ -442,8 +452,11 @@ class Interruptions(PrepareTest):
     def test_ctrl_c_while_a_worker_trains_the_bpe(self):
         fifo, writer = self.folder / "fifo", None
         os.mkfifo(fifo)
-        # The program itself first looks at two documents, then a worker reads all of them.
-        process = self.start("text", self.corpus(["one\n", "two\n"]), fifo, "--tokenizer", "bpe:260")
+        # The program itself first looks at one document, then a worker reads all of them.
+        stub = self.stub_datasets("def load_dataset(name, config=None, split=None, streaming=False):\n"
+                                  "    yield {'text': 'a document'}\n"
+                                  f"    open({str(fifo)!r}).read()")
+        process = self.start("openwebtext", "--tokenizer", "bpe:260", **stub)
         while writer is None:
             self.assertIsNone(process.poll())
             with contextlib.suppress(OSError):  # ENXIO: the worker does not read it yet
