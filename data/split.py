@@ -25,9 +25,9 @@ def rule(share: float, asked: bool) -> str:
     if not asked and share < LEAST_SHARE:
         wanted += f" (at first {LEAST_SHARE:g}, until val has {LEAST_BYTES} bytes)"
     return (f"by bytes: of each {documents_of_group(share)} documents (or {GROUP_CHARACTERS} characters) the "
-            f"first, as many as come nearest to {wanted} of the text so far, are val; where that is more than a "
-            "third off (at the end of the text an eighth), the end of the longest document after them makes up "
-            "for it")
+            f"first, as many as come nearest to {wanted} of the text so far, are val; where that is more "
+            "than a third off, at the end of the text an eighth, the end of the longest document after them "
+            "makes up for it")
 
 
 def split(documents: Iterable[str], share: float, asked: bool = True) -> Iterator[tuple[str, str]]:

@@ -210,6 +210,15 @@ class Texts(InProcess):
             self.refused(1, f"bad.txt: not UTF-8: byte 0xe4 at offset {len(before)}, ", "text", "bad.txt")
         self.refused(1, "--errors replace", "text", "bad.txt")
 
+    def test_errors_replace_is_for_every_dataset_of_text_files(self):
+        (self.folder / "train.txt").write_bytes(" = Title = \n".encode() + b"Gr\xfc\xdfe\n" * 20)
+        (self.folder / "valid.txt").write_text(" = Title = \n text\n")
+        for name, path in ("tinyshakespeare", "train.txt"), ("tinystories", "train.txt"), ("wikitext2", "."):
+            self.refused(1, "train.txt: not UTF-8: byte 0xfc at offset 14, ", name, "--from", path,
+                         "--overwrite")
+            self.prepare(name, "--from", path, "--errors", "replace", "--overwrite")
+            self.assertIn("Gr\ufffd\ufffde\n", read_documents(self.out, "train")[0])
+
     def test_a_byte_order_mark_is_no_text(self):
         for flags in [], ["--errors", "replace"]:
             self.assertEqual(self.one_text("\ufeffone\n\ufefftwo\n".encode() * 1 + b"more\n" * 20, *flags),
