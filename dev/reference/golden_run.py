@@ -1,0 +1,150 @@
+"""Writes tests/golden/run: a short training run of the PyTorch twin, for the trainer's to be held against.
+
+    python dev/reference/golden_run.py
+
+- initial/: the model that the run starts from; data/: token shards.
+- flags.txt: what `train_gpt train` is given besides --init-from, --data and --out.
+- metrics.jsonl: the lines that it must log, without what the clock decides and without the attention's norms.
+- last.safetensors: the weights after the last step and, as m.<name> and v.<name>, AdamW's moments.
+
+No flag has its default, and each decides the result: the clip binds in some steps and not in others, eps is as
+large as the gradients, the steps end in the second epoch. Of the trainer's own there is only the order of the
+data, which is written here once more. All is computed in float64 from the float32 weights.
+"""
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from golden import GOLDEN
+from gpt import GPT, GPTConfig, load, save
+from shards import windows, write_shard
+from training import adamw
+
+RUN = GOLDEN / "run"
+# Every kind of parameter: those that decay, and those that do not for each of the reasons there are.
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=8, n_positions=12, vocab_size=29, qk_norm=True, decay="learned",
+                   short_conv=2)
+FLAGS = {"seed": 12345678901234567890, "batch": 2, "seq": 9, "total-batch": 36, "steps": 8, "warmup": 3,
+         "schedule": "linear", "lr": 0.03, "final-lr-fraction": 0.25, "weight-decay": 0.4, "beta1": 0.8,
+         "beta2": 0.93, "eps": 1e-3, "grad-clip": 0.5, "val-every": 3, "val-batches": 2, "norms-every": 4}
+U64 = 2**64 - 1
+
+
+def mix(x: int) -> int:
+    """SplitMix64's output function."""
+    x = (x + 0x9e3779b97f4a7c15) & U64
+    x = ((x ^ (x >> 30)) * 0xbf58476d1ce4e5b9) & U64
+    x = ((x ^ (x >> 27)) * 0x94d049bb133111eb) & U64
+    return x ^ (x >> 31)
+
+
+def shuffled(index: int, count: int, seed: int, epoch: int) -> int:
+    """Which of `count` sequences is at place `index` of an epoch: the swap-or-not shuffle (Hoang, Morris, Rogaway
+    2012) in 128 rounds. Each pairs x with key - x and swaps the two or not, by a bit of the larger one's hash."""
+    key = mix((mix(seed) + epoch) & U64)
+    x = index
+    for round_ in range(128):
+        round_key = mix((key + round_) & U64)
+        partner = (round_key - x) % count
+        if mix(round_key ^ mix(max(x, partner))) >> 63:
+            x = partner
+    return x
+
+
+def learning_rate(step: int) -> float:
+    peak, steps, warmup, final = (FLAGS[key] for key in ("lr", "steps", "warmup", "final-lr-fraction"))
+    if step <= warmup:
+        return peak * step / warmup
+    return peak * (1 - (1 - final) * (step - warmup) / (steps - warmup))
+
+
+def write_inputs() -> None:
+    """The model that the run starts from, with gradients of every size, and the shards."""
+    rng = np.random.default_rng(5)
+    model = GPT(CONFIG)
+    for name, parameter in model.named_parameters():
+        mean = 1.0 if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight", "q_gain", "decay")) else 0.0
+        parameter.data = torch.from_numpy(rng.normal(mean, 0.2, parameter.shape)).float()
+    save(model, RUN / "initial")
+    (RUN / "data").mkdir(exist_ok=True)
+    for name, count in {"train_000000": 100, "train_000001": 73, "val_000000": 75}.items():
+        write_shard(RUN / "data" / f"{name}.bin", rng.integers(CONFIG.vocab_size, size=count))
+    (RUN / "data" / "meta.json").write_text(json.dumps({"vocab_size": CONFIG.vocab_size}) + "\n")
+
+
+def micro_batches(split: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets (B,T): epochs in an order of their own each, or the validation split as it is, once."""
+    B, sequences = FLAGS["batch"], list(windows(RUN / "data", FLAGS["seq"], split))
+    N = len(sequences)
+    places = range(0, FLAGS["val-batches"] * B if split == "val" else 10**6, B)
+    for first in places:
+        rows = range(first, first + B)
+        if split == "train":
+            rows = [shuffled(n % N, N, FLAGS["seed"], n // N) for n in rows]
+        batch = torch.from_numpy(np.stack([sequences[row] for row in rows]).astype(np.int64))
+        yield batch[:, :-1], batch[:, 1:]
+
+
+def norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float((tensor**2).sum()) for tensor in tensors))
+
+
+def train(model: GPT) -> Iterator[tuple[dict, torch.optim.Optimizer]]:
+    def validation() -> dict:
+        with torch.no_grad():
+            losses = [model(*batch)[1].item() for batch in micro_batches("val")]
+        return {"val_loss": sum(losses) / len(losses)}
+
+    due = lambda every: step == FLAGS["steps"] or step % every == 0  # noqa: E731
+    optimizer = adamw(model, 0.0, FLAGS["weight-decay"], (FLAGS["beta1"], FLAGS["beta2"]), FLAGS["eps"])
+    count = FLAGS["total-batch"] // (FLAGS["batch"] * FLAGS["seq"])
+    batches = micro_batches("train")
+    yield {"step": 0, **validation()}, optimizer
+    for step in range(1, FLAGS["steps"] + 1):
+        optimizer.zero_grad()
+        losses = []
+        for _ in range(count):
+            _, loss = model(*next(batches))
+            (loss / count).backward()
+            losses.append(loss.item())
+        layer_norms = [norm([p.grad for p in block.parameters()]) for block in model.h]
+        whole_norm = nn.utils.clip_grad_norm_(model.parameters(), FLAGS["grad-clip"]).item()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        optimizer.step()
+        yield {"step": step, "loss": sum(losses) / count, "lr": learning_rate(step), "grad_norm": whole_norm,
+               "tokens": step * FLAGS["total-batch"]}, optimizer
+        if step == 1 or step % FLAGS["norms-every"] == 0:
+            for layer, layer_norm in enumerate(layer_norms):
+                yield {"step": step, "layer": layer, "gradient_norm": layer_norm}, optimizer
+        if due(FLAGS["val-every"]):
+            yield {"step": step, **validation()}, optimizer
+
+
+def main() -> None:
+    write_inputs()
+    model = load(RUN / "initial", torch.float64)
+    lines = []
+    for line, optimizer in train(model):
+        lines.append(line)
+    (RUN / "flags.txt").write_text("".join(f"--{flag} {value}\n" for flag, value in FLAGS.items()))
+    (RUN / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for prefix, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
+        tensors |= {f"{prefix}.{name}": optimizer.state[parameter][key]
+                    for name, parameter in model.named_parameters()}
+    save_file({name: tensor.float() for name, tensor in tensors.items()}, RUN / "last.safetensors")
+    norms = [line["grad_norm"] for line in lines if "grad_norm" in line]
+    if not min(norms) < FLAGS["grad-clip"] < max(norms):
+        raise SystemExit(f"golden_run.py: --grad-clip {FLAGS['grad-clip']} is not among the norms {norms}")
+    print(f"{sum(file.stat().st_size for file in RUN.rglob('*') if file.is_file())} bytes in {RUN}")
+
+
+if __name__ == "__main__":
+    main()
