@@ -4,6 +4,7 @@
 #include <sched.h>
 
 #include <cmath>
+#include <limits>
 #include <set>
 
 #include "tests/cli.h"
@@ -99,6 +100,23 @@ TEST_CASE("cli: recomputation changes no loss") {
         const std::string flags = str("--attention poly3 --dtype ", dtype, " --recompute ");
         const std::vector<double> all = losses(flags + "none");
         for (const char* recompute : {"gelu", "layernorm", "block"}) CHECK(losses(flags + recompute) == all);
+    }
+    // And each takes less memory than the one before.
+    const TempFolder folder;
+    int last = std::numeric_limits<int>::max();
+    for (const std::string recompute : {"none", "gelu", "layernorm", "block"}) {
+        CAPTURE(recompute);
+        const Result result = train_gpt(
+            str("train --layers 8 --heads 2 --channels 64 --context 128 --batch 8 --steps 1 --val-every 0 "
+                "--sample-every 0 --checkpoint-every 0 --data ",
+                fixture().data, " --out ", folder / recompute, " --recompute ", recompute));
+        check_done(result);
+        const std::string label = ", activations ";
+        const size_t at = result.out.find(label);
+        REQUIRE(at != std::string::npos);
+        const int mebibytes = std::stoi(result.out.substr(at + label.size()));
+        CHECK(mebibytes < last);
+        last = mebibytes;
     }
 }
 

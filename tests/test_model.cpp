@@ -201,6 +201,13 @@ TEST_CASE("generation with the cache gives the logits of the training forward pa
                     CHECK(relative_error(logits, expected.data() + (size_t)(position - 1) * V, V) < 1e-5);
                 }
             }
+            // Nor does generation leave anything behind for the next batch, such as later positions' angles.
+            model->clear_cache();
+            model->decode(inputs.data(), 2);
+            model->decode(inputs.data(), kSeq);
+            std::vector<float> again(expected.size());
+            model->all_logits(again.data(), inputs.data(), 1, kSeq);
+            CHECK(again == expected);
         }
     }
 }

@@ -23,6 +23,20 @@ TEST_CASE("Philox4x32-10 gives its authors' known answers") {
           PhiloxBlock{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd});
     CHECK(philox({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, 0xa4093822, 0x299f31d0) ==
           PhiloxBlock{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
+    CHECK(random_block(0x299f31d0a4093822, 0x0370734413198a2e, 0x85a308d3243f6a88) ==
+          PhiloxBlock{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
+}
+
+// Or the weights of a seed would no longer be what they were.
+TEST_CASE("normal numbers are Box and Muller's of the blocks of a stream, from block 0 on") {
+    float x[3];
+    fill_normal(x, 3, 0.5, 0, 0);
+    auto radius = [](uint32_t bits) { return 0.5 * std::sqrt(-2 * std::log((bits + 0.5) / 4294967296)); };
+    const double turn = 2 * std::acos(-1.0) / 4294967296;
+    CHECK(x[0] == doctest::Approx(radius(0x6627e8d5) * std::cos(turn * 0xe169c58d)).epsilon(1e-6));
+    CHECK(x[1] == doctest::Approx(radius(0x6627e8d5) * std::sin(turn * 0xe169c58d)).epsilon(1e-6));
+    CHECK(x[2] == doctest::Approx(radius(0xbc57ac4c) * std::cos(turn * 0x9b00dbd8)).epsilon(1e-6));
+    CHECK(random_stream("a") == 0xaf63dc4c8601ec8c);  // FNV-1a's own test vector
 }
 
 TEST_CASE("normal numbers have the moments of a normal distribution, whatever the number of threads") {
@@ -151,7 +165,18 @@ TEST_CASE("the sampler draws from the distribution that its options leave") {
     check({.top_p = 0.69}, {0.4 / 0.7, 0, 0.3 / 0.7, 0});
     check({.top_p = 0.85}, {0.4 / 0.9, 0, 0.3 / 0.9, 0.2 / 0.9});
     check({.top_p = 0.0}, {1, 0, 0, 0});
+    // In this order: temperature, top-k, top-p.
+    check({.temperature = 0.5, .top_p = 0.8}, {0.64, 0, 0.36, 0});
+    check({.top_k = 3, .top_p = 0.75}, {0.4 / 0.7, 0, 0.3 / 0.7, 0});
     check({.temperature = 0}, {1, 0, 0, 0});
+    // Of equal tokens the first stay; two of four reach a half.
+    const std::vector<float> equal(4);
+    for (const SamplerOptions& options : {SamplerOptions{.top_k = 2}, SamplerOptions{.top_p = 0.5}}) {
+        std::set<int> drawn;
+        for (int i = 0; i < 100; i++) drawn.insert(sample_token(equal.data(), 4, options, i));
+        CHECK(drawn == std::set<int>{0, 1});
+    }
+    CHECK(sample_token(equal.data(), 4, {.temperature = 0}, 0) == 0);
     CHECK(frequencies({.seed = 1}) == frequencies({.seed = 1}));
     CHECK(frequencies({.seed = 1}) != frequencies({.seed = 2}));
     std::vector<float> huge = {1e30f, -1e30f, 3e38f, 0};

@@ -166,6 +166,7 @@ TEST_CASE("resume: a checkpoint gets its name when it is on the disk, and only t
               folder_synced = call_number({"fsync", step_name(30) + ".tmp"});
     CHECK(folder_synced < renamed);
     CHECK(calls()[renamed] == Call{"fsync", ""});
+    CHECK(call_number({"fsync", "metrics.jsonl"}) < renamed);  // the log is never behind a checkpoint
     CHECK(call_number({"rename", step_name(10) + ".tmp"}) > renamed + 1);
     Strings files = kModelFiles;
     files.push_back("trainer.json");

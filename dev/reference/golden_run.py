@@ -4,7 +4,7 @@
 
 - initial/: the model that the run starts from; data/: token shards.
 - flags.txt: what `train_gpt train` is given besides --init-from, --data and --out.
-- metrics.jsonl: the lines that it must log, without what the clock decides and without the attention's norms.
+- metrics.jsonl: the lines that it must log, without what the clock decides, and some of the attention's norms.
 - last.safetensors: the weights after the last step and, as m.<name> and v.<name>, AdamW's moments.
 
 No flag has its default, and each decides the result: the clip binds in some steps and not in others, eps is as
@@ -13,14 +13,16 @@ data, which is written here once more. All is computed in float64 from the float
 """
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from attention import attention_matrix
 from golden import GOLDEN
 from gpt import GPT, GPTConfig, load, save
 from shards import windows, write_shard
@@ -73,7 +75,7 @@ def write_inputs() -> None:
         parameter.data = torch.from_numpy(rng.normal(mean, 0.2, parameter.shape)).float()
     save(model, RUN / "initial")
     (RUN / "data").mkdir(exist_ok=True)
-    for name, count in {"train_000000": 100, "train_000001": 73, "val_000000": 75}.items():
+    for name, count in {"train_000000": 100, "train_000001": 73, "val_000000": 84}.items():
         write_shard(RUN / "data" / f"{name}.bin", rng.integers(CONFIG.vocab_size, size=count))
     (RUN / "data" / "meta.json").write_text(json.dumps({"vocab_size": CONFIG.vocab_size}) + "\n")
 
@@ -91,6 +93,24 @@ def micro_batches(split: str) -> Iterator[tuple[Tensor, Tensor]]:
         yield batch[:, :-1], batch[:, 1:]
 
 
+def recording(matrices: list[Tensor]) -> Callable[..., Tensor]:
+    """attention_matrix, which leaves what it returns in `matrices` too."""
+    def recorded(*args) -> Tensor:
+        matrices.append(attention_matrix(*args))
+        return matrices[-1]
+
+    return recorded
+
+
+def attention_norms(A: Tensor) -> Iterator[dict]:
+    """Of a layer's A (B,H,T,T), softmax: a line a head."""
+    for head in range(A.shape[1]):
+        rows = A[:, head].flatten(0, 1)  # (B T,T)
+        yield {"head": head, "attention_norm": rows.square().sum(-1).mean().sqrt().item(),
+               "max_weight": rows.max().item(), "effective_keys": (1 / rows.square().sum(-1)).mean().item(),
+               "entropy": -torch.xlogy(rows, rows).sum(-1).mean().item()}
+
+
 def norm(tensors: list[Tensor]) -> float:
     return math.sqrt(sum(float((tensor**2).sum()) for tensor in tensors))
 
@@ -101,16 +121,16 @@ def train(model: GPT) -> Iterator[tuple[dict, torch.optim.Optimizer]]:
             losses = [model(*batch)[1].item() for batch in micro_batches("val")]
         return {"val_loss": sum(losses) / len(losses)}
 
-    due = lambda every: step == FLAGS["steps"] or step % every == 0  # noqa: E731
     optimizer = adamw(model, 0.0, FLAGS["weight-decay"], (FLAGS["beta1"], FLAGS["beta2"]), FLAGS["eps"])
     count = FLAGS["total-batch"] // (FLAGS["batch"] * FLAGS["seq"])
     batches = micro_batches("train")
     yield {"step": 0, **validation()}, optimizer
     for step in range(1, FLAGS["steps"] + 1):
         optimizer.zero_grad()
-        losses = []
+        losses, matrices = [], []  # A of every layer, one micro-batch after the other
         for _ in range(count):
-            _, loss = model(*next(batches))
+            with mock.patch("gpt.attention_matrix", recording(matrices)):
+                _, loss = model(*next(batches))
             (loss / count).backward()
             losses.append(loss.item())
         layer_norms = [norm([p.grad for p in block.parameters()]) for block in model.h]
@@ -121,9 +141,11 @@ def train(model: GPT) -> Iterator[tuple[dict, torch.optim.Optimizer]]:
         yield {"step": step, "loss": sum(losses) / count, "lr": learning_rate(step), "grad_norm": whole_norm,
                "tokens": step * FLAGS["total-batch"]}, optimizer
         if step == 1 or step % FLAGS["norms-every"] == 0:
-            for layer, layer_norm in enumerate(layer_norms):
-                yield {"step": step, "layer": layer, "gradient_norm": layer_norm}, optimizer
-        if due(FLAGS["val-every"]):
+            for layer in range(CONFIG.n_layer):
+                for line in attention_norms(matrices[layer].detach()):  # of the first micro-batch
+                    yield {"step": step, "layer": layer, **line}, optimizer
+                yield {"step": step, "layer": layer, "gradient_norm": layer_norms[layer]}, optimizer
+        if step % FLAGS["val-every"] == 0 or step == FLAGS["steps"]:
             yield {"step": step, **validation()}, optimizer
 
 
