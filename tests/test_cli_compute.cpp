@@ -193,6 +193,20 @@ TEST_CASE("matmul: right where OpenMP gives fewer threads, without a program tha
     CHECK(contains(result.out, "2 passed | 0 failed"));
 }
 
+TEST_CASE("cli: the best instruction set runs where none is asked for") {
+    const TempFolder folder;
+    const Result result = train_gpt(str("train --steps 1 --val-every 0 --sample-every 0 --data ",
+                                        fixture().data, " --out ", folder / "run", kLong));
+    check_done(result);
+    const Strings sets = instruction_sets();
+    const bool has_choice = !contains(result.out, "on the CPU (");
+    for (const char* isa : {"avx512_bf16", "avx512", "avx2"})
+        if (has_choice && std::count(sets.begin(), sets.end(), str("LLMC_ISA=", isa))) {
+            CHECK(contains(result.out, str("on the CPU, ", isa, " (")));
+            break;
+        }
+}
+
 TEST_CASE("cli: LLMC_ISA with a name that is none is refused") {
     const Result result = train_gpt("eval --model none --data none", {}, {{"LLMC_ISA=mmx"}});
     // A program that was built for one processor (make DISPATCH=0) has no choice to make.

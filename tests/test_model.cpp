@@ -397,6 +397,29 @@ TEST_CASE("the first tensor with a NaN is found where it arose") {
     model->weights.h[1].fc_bias[3] = before;
 }
 
+TEST_CASE("the gradient is clipped to the norm that is given, and by 0 not at all") {
+    SafetensorsFile params(kGolden + "params.safetensors");
+    std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
+    for (double max_norm : {0.0, 0.5, 1e9}) {
+        CAPTURE(max_norm);
+        auto model = golden_model(golden_cases()[0].config, params, {Purpose::training, kBatch, kSeq});
+        model->zero_gradients();
+        model->forward(inputs.data(), targets.data(), kBatch, kSeq, 1.0f);
+        model->backward(inputs.data(), kBatch, kSeq);
+        AdamW adamw;
+        adamw.beta1 = 0.75;
+        double norm = model->update(adamw, 1e-3, max_norm, 1), moment = 0;
+        CHECK(norm > 1);
+        for (const ParameterTensor& t : model->table.tensors) {
+            std::vector<float> m(t.size);
+            model->read(Store::m, t, m.data());
+            moment += squares(m.data(), t.size);
+        }
+        double expected = 0.25 * (max_norm == 0.5 ? 0.5 : norm);
+        CHECK(std::abs(std::sqrt(moment) - expected) < 1e-5 * expected);
+    }
+}
+
 TEST_CASE("training learns a repeated sequence, for every attention") {
     for (int power = 0; power <= 4; power++) {
         CAPTURE(power);

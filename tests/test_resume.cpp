@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <sys/file.h>
 #include <unistd.h>
+#include <zlib.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -239,6 +240,14 @@ TEST_CASE("resume: a full disk at the start, and under dump") {
     const std::string out = folder / "out";
     check_failed(train_gpt(runs().train(out), {}, fault(out, 1, "full")), 1, {out, "No space left"});
     CHECK_FALSE(fs::exists(out));
+    // A folder that is made is on the disk before there is anything in it.
+    const TempFolder logs;
+    const std::string made = folder / "made";
+    check_done(train_gpt(runs().train(made), {}, fault(folder.path(), 0, "", 0, logs / "log")));
+    const Strings begin = lines_of(get_file(logs / "log"));
+    REQUIRE(begin.size() > 2);
+    CHECK(begin[0] == "mkdir " + made);
+    CHECK(begin[1] == "fsync " + folder.path());
     fs::create_directory(out);
     const std::string dump = "dump --threads 2 --batch 1 --seq 16 --data " + runs().data + " --model " +
                              runs().whole + " --file " + out + "/dump";
@@ -482,6 +491,33 @@ TEST_CASE("resume: a damaged checkpoint is reported and the one before it used")
     CHECK(contains(result.err, "step_00000020"));
     CHECK((get_file(out + "/metrics.jsonl") == log));
     CHECK(names_in(out) == std::set<std::string>{"metrics.jsonl", "step_00000010", "step_00000020"});
+}
+
+TEST_CASE("resume: a trainer.json that is not one is refused though its checksum is right") {
+    const TempFolder folder;
+    const std::string checkpoint = folder / "step_00000020", path = checkpoint + "/trainer.json";
+    fs::copy(runs().whole + "/step_00000020", checkpoint);
+    const Json good = Json::parse(get_file(path));
+    auto write = [&](const char* key, const Json& value) {
+        Json json = good;
+        json[key] = value;
+        json.erase("crc32");
+        const std::string text = json.dump();
+        json["crc32"] = ::crc32(0, (const Bytef*)text.data(), text.size());
+        put_file(path, json.dump());
+    };
+    const std::string eval = "eval --threads 2 --data " + runs().data + " --model " + checkpoint;
+    write("step", 20);
+    check_done(train_gpt(eval));
+    struct Bad {
+        const char* key;
+        Json value;
+    };
+    for (const Bad& bad : {Bad{"version", 2}, Bad{"step", -1}, Bad{"samples", -1}}) {
+        CAPTURE(bad.key);
+        write(bad.key, bad.value);
+        check_failed(train_gpt(eval), 1, {path, bad.key});
+    }
 }
 
 TEST_CASE("resume: a damaged checkpoint does not count among those to keep") {

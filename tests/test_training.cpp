@@ -27,11 +27,39 @@ double relative_error(const std::vector<float>& a, const std::vector<float>& b) 
     return std::sqrt(difference / squares);
 }
 
-// The lines of the log without what the clock decides.
+// To a relative error; doctest::Approx allows its epsilon of 1 as well.
+bool near(double value, double expected, double error) {
+    return std::abs(value - expected) <= error * std::abs(expected);
+}
+
+// The lines of the log without what the clock decides: a step's time, and its tokens over that time.
 std::vector<Json> timeless_metrics(const std::string& folder) {
     std::vector<Json> lines = read_metrics(folder);
-    for (Json& line : lines) line.erase("ms"), line.erase("tokens_per_second");
+    for (Json& line : lines) {
+        if (line.contains("ms")) {
+            const double seconds = line.at("ms").get<double>() / 1000, rate = line.at("tokens_per_second");
+            CHECK(near(seconds * rate * line.at("step").get<double>(), line.at("tokens"), 1e-9));
+        }
+        line.erase("ms"), line.erase("tokens_per_second");
+    }
     return lines;
+}
+
+// A dataset of 4 training and 4 validation sequences of 16 tokens, and a model of it after one step.
+struct Fixture {
+    TempFolder folder;
+    std::string data = folder / "data", model;
+
+    Fixture() {
+        write_dataset(data, kTokenizerVocab, random_tokens(65, kTokenizerVocab, 1),
+                      random_tokens(65, kTokenizerVocab, 2));
+        model = train_model(data, folder / "run", kSizes + " --batch 2 --val-every 0 --sample-every 0");
+    }
+};
+
+const Fixture& fixture() {
+    static const Fixture fixture;
+    return fixture;
 }
 
 }  // namespace
@@ -55,11 +83,12 @@ TEST_CASE("cli: a run's losses, rates, norms, weights and moments equal those of
         CAPTURE(lines[i]);
         if (!expected[i].contains("head")) CHECK(lines[i].size() == expected[i].size());
         for (const auto& [key, value] : expected[i].items())
-            CHECK(lines[i].value(key, NAN) == doctest::Approx(value.get<double>()).epsilon(2e-6));
+            CHECK(near(lines[i].value(key, NAN), value, 2e-6));
     }
     const std::string end = "/step_00000008";
     const Safetensors last(kRun + "/last.safetensors"), weights(out + end + "/model.safetensors"),
         moments(out + end + "/optimizer.safetensors");
+    CHECK(weights.header.at("__metadata__") == Json{{"format", "pt"}});  // transformers asks for it
     size_t compared = 0;
     for (const Safetensors* file : {&weights, &moments})
         for (const auto& [name, entry] : file->header.items()) {
@@ -97,20 +126,38 @@ TEST_CASE("cli: a run's losses, rates, norms, weights and moments equal those of
 TEST_CASE("cli: weights follow the seed, samples the seed and the step; what is not said has its default") {
     const TempFolder folder;
     const std::string data = folder / "data", out = folder / "out";
-    write_dataset(data, kTokenizerVocab, random_tokens(65, kTokenizerVocab, 1),
-                  random_tokens(65, kTokenizerVocab, 2));
+    fs::copy(fixture().data, data);
     put_file(data + "/meta.json", Json{{"vocab_size", kTokenizerVocab}, {"eot_token", 0}}.dump());
     // At a rate of 0 the weights stay as they start.
     const uint64_t seed = (uint64_t{1} << 32) + 7;
     const Result run =
         train_gpt(str("train --lr 0 --steps 20 --checkpoint-every 10 --sample-every 10 --sample-tokens 20 "
-                      "--attention poly3 --seed ",
-                      seed, " --data ", data, " --out ", out, kTiny));
+                      "--attention poly3 --threads 2 --seed ",
+                      seed, " --data ", data, " --out ", out, kSizes));
     check_done(run);
     CHECK(contains(run.out, "poly3, scale row, rope positions, qk-norm\n"));
     CHECK(contains(run.out, "20 steps, cosine schedule to 0 after 2 steps of warm-up, fp32\n"));
+    CHECK(contains(run.out, " over 64 tokens\n"));  // all there are, though a batch is larger
     const std::string last = out + "/step_00000020";
     CHECK(Json::parse(get_file(last + "/config.json")).value("eos_token_id", -1) == 0);
+    const Json options = Json::parse(get_file(last + "/trainer.json")).at("options"),
+               defaults = {{"--batch", 8},
+                           {"--final-lr-fraction", 0.1},
+                           {"--weight-decay", 0.1},
+                           {"--beta1", 0.9},
+                           {"--beta2", 0.95},
+                           {"--eps", 1e-8},
+                           {"--grad-clip", 1.0},
+                           {"--val-every", 100},
+                           {"--val-batches", 20},
+                           {"--norms-every", 0},
+                           {"--keep-checkpoints", 3},
+                           {"--attention-kernel", "auto"},
+                           {"--recompute", "none"}};
+    for (const auto& [flag, value] : defaults.items()) {
+        CAPTURE(flag);
+        CHECK(options.at(flag) == value);
+    }
     const Safetensors weights(last + "/model.safetensors");
     for (const char* name : {"wte.weight", "h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight"}) {
         CAPTURE(name);
@@ -131,11 +178,8 @@ TEST_CASE("cli: weights follow the seed, samples the seed and the step; what is 
 
 TEST_CASE("cli: generate draws token after token by its seed, up to the end of the document") {
     const TempFolder folder;
-    const std::string data = folder / "data", model = folder / "model";
-    write_dataset(data, kTokenizerVocab, random_tokens(65, kTokenizerVocab, 1),
-                  random_tokens(65, kTokenizerVocab, 2));
-    copy_model(train_model(data, folder / "out", kSizes + " --batch 2 --val-every 0 --sample-every 0"),
-               model);
+    const std::string model = folder / "model";
+    copy_model(fixture().model, model);
     Safetensors zeros(model + "/model.safetensors");  // every token is equally likely
     zeros.data.assign(zeros.data.size(), 0);
     put_file(model + "/model.safetensors", zeros.text());
@@ -144,15 +188,15 @@ TEST_CASE("cli: generate draws token after token by its seed, up to the end of t
     int ends = 0;
     for (int top_k : {0, 3})  // the first three are <|endoftext|> and two others
         for (uint64_t seed : {3, 4}) {
+            CAPTURE(top_k);
+            CAPTURE(seed);
             SamplerOptions options;
             options.top_k = top_k, options.seed = seed;
             std::string expected = "A";
             for (int i = 0; i < 12; i++) {
                 const int token = sample_token(logits.data(), kTokenizerVocab, options, i);
-                if (token == tokenizer.eot_token()) {
-                    ends++;
-                    break;
-                }
+                ends += token == tokenizer.eot_token();
+                if (token == tokenizer.eot_token()) break;
                 expected += tokenizer.decode(token);
             }
             Utf8Stream printable;
@@ -168,22 +212,31 @@ TEST_CASE("cli: generate draws token after token by its seed, up to the end of t
 
 TEST_CASE("cli: --threads decides how many threads there are") {
     const TempFolder folder;
-    const std::string data = folder / "data", out = folder / "out";
-    write_dataset(data, kTokenizerVocab, random_tokens(65, kTokenizerVocab, 1),
-                  random_tokens(65, kTokenizerVocab, 2));
     // OpenMP names each thread that it starts.
     const Run naming = {{"OMP_DISPLAY_AFFINITY=true", "OMP_AFFINITY_FORMAT=thread %n"}};
-    const std::string model = " --threads 3 --model " + out, on_data = " --data " + data;
+    const std::string data = " --threads 3 --data " + fixture().data, model = " --model " + fixture().model;
     for (const std::string& command :
-         {"train --steps 1 --val-every 0 --sample-every 0 --threads 3 --batch 2 --out " + out + on_data +
+         {"train --steps 1 --val-every 0 --sample-every 0 --batch 2 --out " + (folder / "out") + data +
               kSizes,
-          "eval" + model + on_data, "dump --batch 2 --seq 8 --file " + (folder / "dump") + model + on_data,
-          "generate --tokens 1" + model}) {
+          "eval" + model + data, "dump --batch 2 --seq 8 --file " + (folder / "dump") + model + data,
+          "generate --tokens 1 --threads 3" + model}) {
         CAPTURE(command);
         const Result result = train_gpt(command, {}, naming);
         CHECK(result.status == 0);
-        const Strings lines = lines_of(result.err);
-        CHECK(std::set<std::string>(lines.begin(), lines.end()) ==
-              std::set<std::string>{"thread 0", "thread 1", "thread 2"});
+        std::set<std::string> threads;
+        for (const std::string& line : lines_of(result.err))
+            if (line.rfind("thread ", 0) == 0) threads.insert(line);
+        CHECK(threads == std::set<std::string>{"thread 0", "thread 1", "thread 2"});
     }
+}
+
+TEST_CASE("cli: data with more tokens than the model has are refused") {
+    const TempFolder folder;
+    const std::string data = folder / "data", out = folder / "out";
+    write_dataset(data, kTokenizerVocab + 1, random_tokens(65, kTokenizerVocab, 1),
+                  random_tokens(65, kTokenizerVocab, 2));
+    check_failed(train_gpt("train --steps 1 --batch 2 --data " + data + " --out " + out + " --init-from " +
+                           fixture().model),
+                 1, {"901", "900"});
+    CHECK_FALSE(fs::exists(out));
 }

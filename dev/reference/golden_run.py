@@ -2,7 +2,7 @@
 
     python dev/reference/golden_run.py
 
-- initial/: the model that the run starts from; data/: token shards.
+- initial/: the model that the run starts from, its names as GPT2LMHeadModel writes them; data/: token shards.
 - flags.txt: what `train_gpt train` is given besides --init-from, --data and --out.
 - metrics.jsonl: the lines that it must log, without what the clock decides, and some of the attention's norms.
 - last.safetensors: the weights after the last step and, as m.<name> and v.<name>, AdamW's moments.
@@ -74,6 +74,8 @@ def write_inputs() -> None:
         mean = 1.0 if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight", "q_gain", "decay")) else 0.0
         parameter.data = torch.from_numpy(rng.normal(mean, 0.2, parameter.shape)).float()
     save(model, RUN / "initial")
+    save_file({f"transformer.{name}": tensor for name, tensor in model.state_dict().items()},
+              RUN / "initial" / "model.safetensors", metadata={"format": "pt"})
     (RUN / "data").mkdir(exist_ok=True)
     for name, count in {"train_000000": 100, "train_000001": 73, "val_000000": 84}.items():
         write_shard(RUN / "data" / f"{name}.bin", rng.integers(CONFIG.vocab_size, size=count))
@@ -115,16 +117,16 @@ def norm(tensors: list[Tensor]) -> float:
     return math.sqrt(sum(float((tensor**2).sum()) for tensor in tensors))
 
 
-def train(model: GPT) -> Iterator[tuple[dict, torch.optim.Optimizer]]:
+def train(model: GPT, optimizer: torch.optim.Optimizer) -> Iterator[dict]:
+    """The lines of metrics.jsonl."""
     def validation() -> dict:
         with torch.no_grad():
             losses = [model(*batch)[1].item() for batch in micro_batches("val")]
         return {"val_loss": sum(losses) / len(losses)}
 
-    optimizer = adamw(model, 0.0, FLAGS["weight-decay"], (FLAGS["beta1"], FLAGS["beta2"]), FLAGS["eps"])
     count = FLAGS["total-batch"] // (FLAGS["batch"] * FLAGS["seq"])
     batches = micro_batches("train")
-    yield {"step": 0, **validation()}, optimizer
+    yield {"step": 0, **validation()}
     for step in range(1, FLAGS["steps"] + 1):
         optimizer.zero_grad()
         losses, matrices = [], []  # A of every layer, one micro-batch after the other
@@ -139,22 +141,21 @@ def train(model: GPT) -> Iterator[tuple[dict, torch.optim.Optimizer]]:
             group["lr"] = learning_rate(step)
         optimizer.step()
         yield {"step": step, "loss": sum(losses) / count, "lr": learning_rate(step), "grad_norm": whole_norm,
-               "tokens": step * FLAGS["total-batch"]}, optimizer
+               "tokens": step * FLAGS["total-batch"]}
         if step == 1 or step % FLAGS["norms-every"] == 0:
             for layer in range(CONFIG.n_layer):
                 for line in attention_norms(matrices[layer].detach()):  # of the first micro-batch
-                    yield {"step": step, "layer": layer, **line}, optimizer
-                yield {"step": step, "layer": layer, "gradient_norm": layer_norms[layer]}, optimizer
+                    yield {"step": step, "layer": layer, **line}
+                yield {"step": step, "layer": layer, "gradient_norm": layer_norms[layer]}
         if step % FLAGS["val-every"] == 0 or step == FLAGS["steps"]:
-            yield {"step": step, **validation()}, optimizer
+            yield {"step": step, **validation()}
 
 
 def main() -> None:
     write_inputs()
     model = load(RUN / "initial", torch.float64)
-    lines = []
-    for line, optimizer in train(model):
-        lines.append(line)
+    optimizer = adamw(model, 0.0, FLAGS["weight-decay"], (FLAGS["beta1"], FLAGS["beta2"]), FLAGS["eps"])
+    lines = list(train(model, optimizer))
     (RUN / "flags.txt").write_text("".join(f"--{flag} {value}\n" for flag, value in FLAGS.items()))
     (RUN / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
