@@ -91,7 +91,8 @@ TEST_CASE("cli: a run's losses, rates, norms, weights and moments equal those of
     CHECK(weights.header.at("__metadata__") == Json{{"format", "pt"}});  // transformers asks for it
     size_t compared = 0;
     for (const Safetensors* file : {&weights, &moments})
-        for (const auto& [name, entry] : file->header.items()) {
+        for (const auto& [key, entry] : file->header.items()) {
+            const std::string name = key;
             if (name == "__metadata__") continue;
             CAPTURE(name);
             CHECK(entry.at("shape") == last.header.at(name).at("shape"));
@@ -154,7 +155,8 @@ TEST_CASE("cli: weights follow the seed, samples the seed and the step; what is 
                            {"--keep-checkpoints", 3},
                            {"--attention-kernel", "auto"},
                            {"--recompute", "none"}};
-    for (const auto& [flag, value] : defaults.items()) {
+    for (const auto& [key, value] : defaults.items()) {
+        const std::string flag = key;
         CAPTURE(flag);
         CHECK(options.at(flag) == value);
     }
