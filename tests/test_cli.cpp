@@ -487,6 +487,16 @@ TEST_CASE("cli: training that diverges stops with status 3 and keeps the last ch
                 }
             }
         }
+        // At a position that no sequence reaches it shows in no loss, but must not come into a checkpoint.
+        Safetensors bad = good;
+        bad.poke("wpe.weight", 15 * 16, std::nanf(""));
+        put_file(path, bad.text());
+        const std::string out = folder / "out";
+        fs::remove_all(out);
+        check_failed(train_gpt("train --steps 1 --seq 8 --val-every 0 --init-from " + model + " --out " +
+                               out + data + flags),
+                     3, {"diverged", "wpe.weight", "last checkpoint: none"});
+        CHECK_FALSE(fs::exists(out + "/step_00000001"));
     }
     SUBCASE("a learning rate that is far too large, after good steps") {
         const std::string out = folder / "out";
