@@ -124,7 +124,33 @@ TEST_CASE("cli: a run's losses, rates, norms, weights and moments equal those of
         CHECK((get_file(again + end + file) == get_file(out + end + file)));
 }
 
-TEST_CASE("cli: weights follow the seed, samples the seed and the step; what is not said has its default") {
+TEST_CASE("cli: what a run is not told has its default") {
+    const Json options = Json::parse(get_file(fixture().model + "/trainer.json")).at("options");
+    const Json expected = {{"--lr", 6e-4},
+                           {"--schedule", "cosine"},
+                           {"--final-lr-fraction", 0.1},
+                           {"--weight-decay", 0.1},
+                           {"--beta1", 0.9},
+                           {"--beta2", 0.95},
+                           {"--eps", 1e-8},
+                           {"--grad-clip", 1.0},
+                           {"--seed", 1},
+                           {"--dtype", "fp32"},
+                           {"--attention-kernel", "auto"},
+                           {"--recompute", "none"},
+                           {"--val-batches", 20},
+                           {"--norms-every", 0},
+                           {"--checkpoint-every", 500},
+                           {"--keep-checkpoints", 3},
+                           {"--sample-tokens", 128}};
+    for (const auto& [key, value] : expected.items()) {
+        const std::string flag = key;
+        CAPTURE(flag);
+        CHECK(options.at(flag) == value);
+    }
+}
+
+TEST_CASE("cli: weights follow the seed, samples the seed and the step") {
     const TempFolder folder;
     const std::string data = folder / "data", out = folder / "out";
     fs::copy(fixture().data, data);
@@ -141,25 +167,6 @@ TEST_CASE("cli: weights follow the seed, samples the seed and the step; what is 
     CHECK(contains(run.out, " over 64 tokens\n"));  // all there are, though a batch is larger
     const std::string last = out + "/step_00000020";
     CHECK(Json::parse(get_file(last + "/config.json")).value("eos_token_id", -1) == 0);
-    const Json options = Json::parse(get_file(last + "/trainer.json")).at("options"),
-               defaults = {{"--batch", 8},
-                           {"--final-lr-fraction", 0.1},
-                           {"--weight-decay", 0.1},
-                           {"--beta1", 0.9},
-                           {"--beta2", 0.95},
-                           {"--eps", 1e-8},
-                           {"--grad-clip", 1.0},
-                           {"--val-every", 100},
-                           {"--val-batches", 20},
-                           {"--norms-every", 0},
-                           {"--keep-checkpoints", 3},
-                           {"--attention-kernel", "auto"},
-                           {"--recompute", "none"}};
-    for (const auto& [key, value] : defaults.items()) {
-        const std::string flag = key;
-        CAPTURE(flag);
-        CHECK(options.at(flag) == value);
-    }
     const Safetensors weights(last + "/model.safetensors");
     for (const char* name : {"wte.weight", "h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight"}) {
         CAPTURE(name);
