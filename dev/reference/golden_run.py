@@ -4,12 +4,12 @@
 
 - initial/: the model that the run starts from, its names as GPT2LMHeadModel writes them; data/: token shards.
 - flags.txt: what `train_gpt train` is given besides --init-from, --data and --out.
-- metrics.jsonl: the lines that it must log, without what the clock decides, and some of the attention's norms.
+- metrics.jsonl: the lines that it must log, without what the clock decides; of the attention's norms, some.
 - last.safetensors: the weights after the last step and, as m.<name> and v.<name>, AdamW's moments.
 
-No flag has its default, and each decides the result: the clip binds in some steps and not in others, eps is as
-large as the gradients, the steps end in the second epoch. Of the trainer's own there is only the order of the
-data, which is written here once more. All is computed in float64 from the float32 weights.
+No flag has its default, and each decides the result: the clip binds in some steps and not in others, eps is
+large, the steps end in the second epoch. What the twin takes from the trainer is only the order of the data,
+which is written here once more. All is computed in float64 from the float32 weights.
 """
 import json
 import math
@@ -30,8 +30,8 @@ from training import adamw
 
 RUN = GOLDEN / "run"
 # Every kind of parameter: those that decay, and those that do not for each of the reasons there are.
-CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=8, n_positions=12, vocab_size=29, qk_norm=True, decay="learned",
-                   short_conv=2)
+CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=8, n_positions=12, vocab_size=29, qk_norm=True,
+                   decay="learned", short_conv=2)
 FLAGS = {"seed": 12345678901234567890, "batch": 2, "seq": 9, "total-batch": 36, "steps": 8, "warmup": 3,
          "schedule": "linear", "lr": 0.03, "final-lr-fraction": 0.25, "weight-decay": 0.4, "beta1": 0.8,
          "beta2": 0.93, "eps": 1e-3, "grad-clip": 0.5, "val-every": 3, "val-batches": 2, "norms-every": 4}
@@ -47,8 +47,9 @@ def mix(x: int) -> int:
 
 
 def shuffled(index: int, count: int, seed: int, epoch: int) -> int:
-    """Which of `count` sequences is at place `index` of an epoch: the swap-or-not shuffle (Hoang, Morris, Rogaway
-    2012) in 128 rounds. Each pairs x with key - x and swaps the two or not, by a bit of the larger one's hash."""
+    """Which of `count` sequences is at place `index` of an epoch: the swap-or-not shuffle (Hoang, Morris and
+    Rogaway 2012) in 128 rounds. Each pairs x with key - x, and swaps the two or not by a bit of the larger
+    one's hash."""
     key = mix((mix(seed) + epoch) & U64)
     x = index
     for round_ in range(128):
@@ -83,7 +84,7 @@ def write_inputs() -> None:
 
 
 def micro_batches(split: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets (B,T): epochs in an order of their own each, or the validation split as it is, once."""
+    """Inputs and targets (B,T): epochs, each in its own order, or once the validation split as it is."""
     B, sequences = FLAGS["batch"], list(windows(RUN / "data", FLAGS["seq"], split))
     N = len(sequences)
     places = range(0, FLAGS["val-batches"] * B if split == "val" else 10**6, B)
