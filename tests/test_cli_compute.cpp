@@ -1,6 +1,7 @@
 // The flags that say how a model is computed, as users meet them: --dtype, --attention-kernel, --recompute,
 // --cache,
 // --norms-every, the choice of the instruction set, and what limits the number of threads.
+#include <algorithm>
 #include <sched.h>
 
 #include <cmath>
