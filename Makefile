@@ -151,7 +151,7 @@ $(BUILD)/ptxsim/tests: $(sim) $(on_sim) $(tested) $(BUILD)/reference.o $(BUILD)/
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 # The same objects on hardware, whose driver compiles their PTX: all but what is about the simulator's own reports.
-$(BUILD)/gpu-tests: $(BUILD)/main.o $(BUILD)/reference.o $(filter-out %_faults.o %_streams.o %_samples.o %_figures.o,$(cutests)) \
+$(BUILD)/gpu-tests: $(BUILD)/main.o $(BUILD)/reference.o $(filter-out %_faults.o %_races.o %_streams.o %_samples.o %_figures.o,$(cutests)) \
     $(BUILD)/cuda_model.o $(on_gpu) $(tested) $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
 	$(CXX) $(flags) $^ -o $@ $(libs) $(cudalibs)
 

@@ -54,6 +54,29 @@ __global__ void sync_warp(const int* in, int* out, bool fixed) {
     out[t] = tile[31 - t];  // fault: sync_warp
 }
 
+// The leader reads once more what all have read, and its own read says nothing of theirs.
+__global__ void leader_updates(int* out, bool fixed) {
+    __shared__ int count;
+    const int t = threadIdx.x;
+    if (t == 0) count = 0;
+    __syncwarp();
+    out[t] = count;  // fault: leader_updates
+    if (fixed) __syncwarp();
+    asm volatile("" ::: "memory");  // the compiler would keep what it has read
+    if (t == 0) count += 1;         // fault: leader_updates
+}
+
+// The first of the lanes that write has read before, the second has not.
+__global__ void leaders_write(int* out, bool fixed) {
+    __shared__ int flag;
+    const int t = threadIdx.x;
+    if (t == 0) flag = 0;
+    __syncwarp();
+    if (t == 0) out[0] = flag;  // fault: leaders_write
+    if (fixed) __syncwarp();
+    if (t < 2) flag = 1;  // fault: leaders_write
+}
+
 __global__ void early_return(const int* in, int* out, bool fixed) {
     __shared__ int tile[64];
     const int t = threadIdx.x, n = 40;
@@ -251,6 +274,33 @@ __global__ void early_copy(const int4* in, int4* out, bool fixed) {
     out[t] = make_int4(before.x, before.y, tile[63 - t].z, tile[63 - t].w);
 }
 
+// Who writes where a copy comes from, or goes to, must have waited for it: a barrier does not.
+__global__ void source_written(int4* in, int4* out, bool fixed) {
+    __shared__ int4 tile[64];
+    const int t = threadIdx.x;
+    const unsigned to = (unsigned)__cvta_generic_to_shared(tile + t);
+    COPY_ASYNC(to, in + t);  // fault: source_written
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    if (fixed) asm volatile("cp.async.wait_group 0;" ::: "memory");
+    __syncthreads();
+    in[63 - t] = make_int4(1, 2, 3, 4);  // fault: source_written
+    __syncthreads();
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    out[t] = tile[t];
+}
+
+__global__ void target_written(const int4* in, int4* out, bool fixed) {
+    __shared__ int4 tile[64];
+    const int t = threadIdx.x;
+    const unsigned to = (unsigned)__cvta_generic_to_shared(tile + t);
+    COPY_ASYNC(to, in + t);  // fault: target_written
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    if (fixed) asm volatile("cp.async.wait_group 0;" ::: "memory");
+    tile[t] = make_int4(1, 2, 3, 4);  // fault: target_written
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    out[t] = tile[t];
+}
+
 __global__ void host_pointer(const int* in, int* out) {
     out[threadIdx.x] = in[threadIdx.x];  // fault: host_pointer
 }
@@ -372,6 +422,10 @@ const std::vector<Case>& cases() {
          [](Buffers& b, bool fixed) { sync_after<<<1, 64>>>(b.in.get(), b.out.get(), fixed); }},
         {"sync_warp", Fault::race,
          [](Buffers& b, bool fixed) { sync_warp<<<1, 32>>>(b.in.get(), b.out.get(), fixed); }},
+        {"leader_updates", Fault::race,
+         [](Buffers& b, bool fixed) { leader_updates<<<1, 32>>>(b.out.get(), fixed); }},
+        {"leaders_write", Fault::race,
+         [](Buffers& b, bool fixed) { leaders_write<<<1, 32>>>(b.out.get(), fixed); }},
         {"early_return", Fault::barrier,
          [](Buffers& b, bool fixed) { early_return<<<1, 64>>>(b.in.get(), b.out.get(), fixed); }},
         {"early_return_of_a_warp", Fault::barrier,
@@ -434,6 +488,14 @@ const std::vector<Case>& cases() {
              early_copy<<<1, 64>>>((int4*)b.in.get(), (int4*)b.out.get(), fixed);
              cudaDeviceSynchronize();
              ptxsim::options().uninit = true;
+         }},
+        {"source_written", Fault::race,
+         [](Buffers& b, bool fixed) {
+             source_written<<<1, 64>>>((int4*)b.in.get(), (int4*)b.out.get(), fixed);
+         }},
+        {"target_written", Fault::race,
+         [](Buffers& b, bool fixed) {
+             target_written<<<1, 64>>>((int4*)b.in.get(), (int4*)b.out.get(), fixed);
          }},
         {"host_pointer", Fault::host_access,
          [](Buffers& b, bool fixed) {

@@ -513,6 +513,8 @@ class Decoder {
         }
         // Memory and other lanes: registers in order, vectors flattened, addresses apart.
         places(s, in);
+        auto file = module_.text.files.find(in.source.file);
+        in.memory.of_toolkit = file != module_.text.files.end() && is_toolkit_file(file->second);
         if (find_memory(s, &in) || find_warp(s, &in)) return emit();
         fail("unknown instruction " + name);
     }

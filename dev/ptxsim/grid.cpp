@@ -147,7 +147,7 @@ void Block::complete(int number) {
         }
         if (!released) continue;
         w.clock.join(b.clock);
-        w.clock.sync_lanes(released, w.live, grid->races.events.last());
+        w.clock.sync_lanes(released, w.present, grid->races.events.last());
     }
 }
 

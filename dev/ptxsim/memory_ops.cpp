@@ -181,9 +181,7 @@ void locate_shared(Warp& w, const Instruction& in, Mask lanes, const uint64_t* a
         each(good, [&](int i) { std::fill_n(&b.shared_known[a[i]], bytes, (uint8_t)kWritten); });
     if (o.race && b.warps.size() * kWarpSize > 1) {
         uint64_t event = b.grid->races.events.add(b.number, w.index, &in);
-        each(good, [&](int i) {
-            if (check_race(w, in, i, a[i], bytes, kind, true, event)) out->repeated |= 1u << i;
-        });
+        out->repeated |= check_races(w, in, good, a, bytes, kind, true, event);
     }
     out->lanes |= good;
 }
@@ -217,9 +215,7 @@ void locate_global(Warp& w, const Instruction& in, Mask lanes, const uint64_t* a
     });
     if (o.race) {
         uint64_t event = g.races.events.add(w.block->number, w.index, &in);
-        each(good, [&](int i) {
-            if (check_race(w, in, i, a[i], bytes, kind, false, event)) out->repeated |= 1u << i;
-        });
+        out->repeated |= check_races(w, in, good, a, bytes, kind, false, event);
     }
     out->lanes |= good;
 }
@@ -474,8 +470,9 @@ void run_copy(Warp& w, const Instruction& in, Mask lanes) {
     int bytes = (int)*w.src<uint32_t>(in.o[0]);
     const uint32_t* source_bytes = in.o[1] == kIgnored ? nullptr : w.src<uint32_t>(in.o[1]);
     Block& b = *w.block;
-    // The copy may write at any time from here on to the wait, which is a second event.
+    // The copy may read and write at any time from here on to the wait, which is a second event.
     uint64_t event = options().race ? b.grid->races.events.add(b.number, w.index, &in) : 0;
+    Mask good = 0;
     each(lanes, [&](int i) {
         if ((to[i] & kWindowMask) == kSharedWindow) to[i] &= ~kWindowMask;
         if (!aligned(w, in, i, to[i], bytes, AccessKind::write)) return;
@@ -484,10 +481,12 @@ void run_copy(Warp& w, const Instruction& in, Mask lanes) {
         if (!inside) return refuse(w, in, i, to[i], bytes, AccessKind::write, false, shared_place(w, to[i]));
         int n = source_bytes ? (int)std::min<uint32_t>(source_bytes[i], (uint32_t)bytes) : bytes;
         std::fill_n(&b.shared_known[to[i]], bytes, (uint8_t)kPending);
-        w.copies[i].push_back({(uint32_t)to[i], from[i], (uint8_t)bytes, (uint8_t)n, w.copy_groups[i]});
+        w.copies[i].push_back(
+            {(uint32_t)to[i], from[i], (uint8_t)bytes, (uint8_t)n, w.copy_groups[i], event});
         w.has_copies |= 1u << i;
-        if (event) check_race(w, in, i, to[i], bytes, AccessKind::write, true, event);
+        good |= 1u << i;
     });
+    if (event) check_races(w, in, good, to, bytes, AccessKind::write, true, event);
     count_shared(w, lanes, to, bytes);
     // What is read from global memory, by lanes with the same number of bytes.
     for (Mask rest = lanes; rest && !b.grid->stopped();) {
@@ -520,7 +519,7 @@ void run_wait(Warp& w, const Instruction& in, Mask lanes) {
     Mask waiting = lanes & w.has_copies;
     uint64_t event =
         waiting && options().race ? w.block->grid->races.events.add(w.block->number, w.index, &in) : 0;
-    each(waiting, [&](int i) { finish_copies(w, in, i, left, in.o[0] == kIgnored, event); });
+    each(waiting, [&](int i) { finish_copies(w, i, left, in.o[0] == kIgnored, event); });
 }
 
 // ---- ldmatrix, stmatrix: matrices of 8 x 8 words of 16 bits; lane 8 m + r has the address of row r of
@@ -595,7 +594,7 @@ bool find_copy(const Statement& s, Instruction* in) {
 
 }  // namespace
 
-void finish_copies(Warp& w, const Instruction& in, int lane, uint32_t left, bool all, uint64_t event) {
+void finish_copies(Warp& w, int lane, uint32_t left, bool all, uint64_t event) {
     std::vector<PendingCopy>& copies = w.copies[lane];
     Block& b = *w.block;
     size_t kept = 0;
@@ -609,7 +608,13 @@ void finish_copies(Warp& w, const Instruction& in, int lane, uint32_t left, bool
         if (c.source_bytes && memory::contains(c.from, c.source_bytes))
             memcpy(&b.shared[c.to], memory::view(c.from), c.source_bytes);
         std::fill_n(&b.shared_known[c.to], c.bytes, (uint8_t)kWritten);
-        if (event) check_race(w, in, lane, c.to, c.bytes, AccessKind::write, true, event);
+        if (!event) continue;
+        const Instruction& copy = *b.grid->races.events[c.event].instruction;
+        uint64_t at[kWarpSize];
+        at[lane] = c.to;
+        check_races(w, copy, 1u << lane, at, c.bytes, AccessKind::write, true, event, c.event);
+        at[lane] = c.from;
+        check_races(w, copy, 1u << lane, at, c.source_bytes, AccessKind::read, false, event, c.event);
     }
     copies.resize(kept);
     if (!kept) w.has_copies &= ~(1u << lane);

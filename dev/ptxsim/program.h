@@ -45,8 +45,9 @@ struct MemoryAccess {
     uint8_t bytes = 4;     // of an element
     uint8_t elements = 1;  // of a vector
     bool is_signed = false;
-    bool ordered = false;   // volatile, or .acquire, .release: no race with another such
-    bool releases = false;  // as if a fence were before it
+    bool ordered = false;     // volatile, or .acquire, .release: no race with another such
+    bool releases = false;    // as if a fence were before it
+    bool of_toolkit = false;  // of CUDA's own headers
     uint8_t register_bytes = 4;
     uint8_t address_bytes = 8;  // of the registers that hold the first and the second address
     uint8_t second_address_bytes = 8;

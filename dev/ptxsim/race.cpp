@@ -2,22 +2,9 @@
 
 #include <algorithm>
 
-#include "dev/ptxsim/warp.h"
+#include "dev/ptxsim/lanes.h"
 
 namespace ptxsim {
-
-uint64_t Events::next_ = 1;
-
-uint64_t Events::add(uint64_t block, int warp, const Instruction* instruction) {
-    if (events_.empty()) first_ = next_;
-    events_.push_back({block, instruction, warp});
-    return next_++;
-}
-
-void Events::clear() {
-    events_.clear();
-    first_ = next_;
-}
 
 void RaceClock::join(const RaceClock& other) {
     for (int i = 0; i < kMaxWarps; i++) {
@@ -30,49 +17,103 @@ void RaceClock::join(const RaceClock& other) {
     }
 }
 
-void RaceClock::sync_lanes(uint32_t lanes, uint32_t live, uint64_t event) {
-    if ((lanes & live) == live) {
+void RaceClock::sync_lanes(uint32_t lanes, uint32_t all, uint64_t event) {
+    if (lanes == all) {
         synced = event;
         return;
     }
     if (!pairs) pairs = std::make_unique<std::array<uint64_t, 32 * 32>>();
-    for (int a = 0; a < 32; a++)
+    for (int a = 0; a < 32; a++) {
+        uint64_t* known = &(*pairs)[a * 32];  // what each lane knows of lane a
+        uint64_t most = lanes >> a & 1 ? event : 0;
         for (int b = 0; b < 32; b++)
-            if (lanes >> a & lanes >> b & 1) (*pairs)[a * 32 + b] = event;
+            if (lanes >> b & 1) most = std::max(most, known[b]);
+        for (int b = 0; b < 32; b++)
+            if (lanes >> b & 1) known[b] = most;
+    }
 }
 
 void SharedRaces::reset(size_t bytes) {
-    records_.assign((bytes + 1) / 2, AccessRecord());
+    records_.assign((bytes + AccessRecord::kBytes - 1) / AccessRecord::kBytes, AccessRecord());
 }
 
 AccessRecord* GlobalRaces::record(uint64_t address) {
     uint64_t page = address / kPage;
     if (page != last_page_) {
         auto& slot = pages_[page];
-        if (!slot) slot = std::make_unique<std::array<AccessRecord, kPage / 2>>();
+        if (!slot) slot = std::make_unique<std::array<AccessRecord, kPage / AccessRecord::kBytes>>();
         last_page_ = page;
         last_ = slot->data();
     }
-    return last_ + address % kPage / 2;
+    return last_ + address % kPage / AccessRecord::kBytes;
 }
 
 namespace {
 
-bool of_toolkit(const Grid& g, const Instruction& in) {
-    auto it = g.kernel.module->text.files.find(in.source.file);
-    return it != g.kernel.module->text.files.end() && is_toolkit_file(it->second);
-}
-
-// Whether an earlier access is ordered before what this lane does now.
-bool ordered(const Warp& w, int lane, const Access& earlier, const Event& event) {
+// Whether an earlier access is ordered before what this lane does now. If not, *other is its lane.
+bool ordered(const Warp& w, int lane, const Access& earlier, const Event& event, int* other) {
     const RaceClock& clock = w.clock;
+    *other = earlier.first;
     if (event.block != w.block->number) {
+        if (clock.blocks.empty()) return false;
         auto it = clock.blocks.find(event.block);
         return it != clock.blocks.end() && earlier.event <= it->second[event.warp];
     }
     if (event.warp != w.index) return earlier.event <= clock.seen[event.warp];
-    if (((int)earlier.lane == lane && !earlier.many) || earlier.event <= clock.synced) return true;
-    return clock.pairs && earlier.event <= (*clock.pairs)[earlier.lane * 32 + lane];
+    if (earlier.event <= clock.synced) return true;
+    for (int by : {(int)earlier.first, (int)earlier.last}) {
+        *other = by;
+        if (by != lane && !(clock.pairs && earlier.event <= (*clock.pairs)[by * 32 + lane])) return false;
+    }
+    return true;
+}
+
+// Whether a races with all that b would race with, at the same bytes.
+bool covers(const Access& a, const Access& b) {
+    return a.write >= b.write && a.atomic <= b.atomic;
+}
+
+bool equal(const AccessRecord& a, const AccessRecord& b) {
+    uint64_t x[AccessRecord::kKept], y[AccessRecord::kKept], differs = 0;
+    memcpy(x, a.kept, sizeof x);
+    memcpy(y, b.kept, sizeof y);
+    for (int i = 0; i < AccessRecord::kKept; i++) differs |= x[i] ^ y[i];
+    return !differs;
+}
+
+// Puts `now` in front. A full record forgets first what says no more than two newer accesses that race with
+// all that it races with: the newest such, and one that is as far from the newest as it is, by which is meant
+// other lanes of its warp, another warp of its block, or another block. A barrier of the whole warp, block or
+// grid that comes after these two and orders them orders all three.
+void add(AccessRecord* r, const Access& now, const Events& events) {
+    constexpr int n = AccessRecord::kKept;
+    Access all[n + 1] = {now};
+    std::copy(r->kept, r->kept + n, all + 1);
+    if (!all[n].event) {
+        std::copy(all, all + n, r->kept);
+        return;
+    }
+    auto distance = [&](const Access& a, const Access& b) {
+        const Event &x = events[a.event], &y = events[b.event];
+        return x.block != y.block ? 2 : x.warp != y.warp ? 1 : 0;
+    };
+    auto is_superfluous = [&](int k) {
+        const Access* newest = nullptr;
+        for (int j = 0; j < k; j++) {
+            if (!covers(all[j], all[k]) || all[k].bytes & ~all[j].bytes) continue;
+            if (newest && distance(all[j], *newest) == distance(all[k], *newest)) return true;
+            if (!newest) newest = &all[j];
+        }
+        return false;
+    };
+    Mask superfluous = 0;
+    for (int k = 1; k <= n; k++) superfluous |= (Mask)is_superfluous(k) << k;
+    for (int k = n; !superfluous; k--)  // the oldest, then, but no plain write
+        if (!all[k].write || all[k].atomic) superfluous = 1u << k;
+    int kept = 0;
+    for (int k = 0; k <= n; k++)
+        if (!(superfluous >> k & 1)) r->kept[kept++] = all[k];
+    std::fill(r->kept + kept, std::end(r->kept), Access());
 }
 
 // After a fence an atomic hands on what its lane's warp and block know; any atomic takes what was handed on.
@@ -96,75 +137,121 @@ void synchronize(Warp& w, uint64_t address, uint64_t event, bool releases) {
     for (auto& [block, known] : w.clock.blocks) put(block, known);
 }
 
-}  // namespace
+// One instruction's access to one record after the other.
+struct Check {
+    Warp& w;
+    const Instruction& in;
+    AccessKind kind;
+    bool is_shared;
+    uint64_t since;
+    const Events& events;
+    int lane = 0;
+    Access now = {};
+    bool told = false;  // of this lane
+    Mask repeated = 0;
 
-bool check_race(Warp& w, const Instruction& in, int lane, uint64_t address, int bytes, AccessKind kind,
-                bool is_shared, uint64_t event) {
-    Grid& g = *w.block->grid;
-    bool repeated = false, found = false;
-    if (is_atomic(kind)) {
-        uint64_t of_block = is_shared ? 1ull << 63 | w.block->number << 20 : 0;
-        synchronize(w, address | of_block, event, in.memory.releases);
-    }
-    auto conflict = [&](const Access& earlier, unsigned part, bool is_read) {
-        if (earlier.event == 0 || !g.races.events.knows(earlier.event) || !(earlier.bytes & part))
-            return false;
-        if (earlier.atomic && is_atomic(kind)) return false;
-        // The toolkit's own loops around atom.cas begin with a plain read.
-        if (is_atomic(kind) && is_read && of_toolkit(g, *g.races.events[earlier.event].instruction))
-            return false;
-        if (!writes(kind) && earlier.atomic && of_toolkit(g, in)) return false;
-        if (earlier.event == event) {
-            repeated |= (int)earlier.lane != lane && kind == AccessKind::write;
-            return false;
+    // Reports a race with what is kept.
+    void look(const AccessRecord& r) {
+        for (const Access& e : r.kept) {
+            if (!e.event) break;
+            if (!(e.bytes & now.bytes) || e.event == now.event || !(e.write || now.write) ||
+                (e.atomic && now.atomic))
+                continue;
+            int other;
+            if (!ordered(w, lane, e, events[e.event], &other) || e.event > since) tell(e, other);
         }
-        return !ordered(w, lane, earlier, g.races.events[earlier.event]);
-    };
-    auto tell = [&](const Access& earlier, bool earlier_writes) {
-        if (found) return;
-        found = true;
-        const Event& e = g.races.events[earlier.event];
+    }
+
+    void keep(AccessRecord* r) {
+        for (Access& e : r->kept) {  // by a lane before this one
+            if (e.event != now.event) break;
+            repeated |= (Mask)(e.bytes & now.bytes && (int)e.last != lane) << lane;
+            if (e.bytes != now.bytes) continue;
+            e.last = now.last;
+            return;
+        }
+        const bool plain_write = now.write && !now.atomic;
+        int n = 0, kept = 0, other;
+        for (; n < AccessRecord::kKept && r->kept[n].event; n++) {
+            Access e = r->kept[n];
+            // A write that does not follow has been told of.
+            if (e.bytes & now.bytes && e.event != now.event && covers(now, e) &&
+                (plain_write || ordered(w, lane, e, events[e.event], &other)))
+                e.bytes &= ~now.bytes;
+            if (e.bytes) r->kept[kept++] = e;
+        }
+        while (n > kept) r->kept[--n] = Access();
+        add(r, now, events);
+    }
+
+    void tell(const Access& earlier, int other) {
+        if (told) return;
+        told = true;
+        const Event& e = events[earlier.event];
         std::string who = e.block != w.block->number ? "block " + std::to_string(e.block)
                           : e.warp != w.index        ? "warp " + std::to_string(e.warp)
-                                                     : "lane " + std::to_string(earlier.lane);
-        const char* now = !writes(kind) ? "reads" : kind == AccessKind::atomic ? "updates" : "writes";
+                                                     : "lane " + std::to_string(other);
+        const char* verb = !writes(kind) ? "reads" : kind == AccessKind::atomic ? "updates" : "writes";
         report_at(Fault::race, w, in, lane,
-                  std::string(now) + (is_shared ? " shared" : " global") + " memory that " + who +
+                  std::string(verb) + (is_shared ? " shared" : " global") + " memory that " + who +
                       " of the same " +
                       (e.block != w.block->number ? "grid"
                        : e.warp != w.index        ? "block"
                                                   : "warp") +
-                      (earlier_writes ? " wrote" : " read") + ", and nothing orders the two",
+                      (earlier.write ? " wrote" : " read") + ", and nothing orders the two",
                   e.instruction);
-    };
-    for (int k = 0; k < bytes;) {
-        uint64_t at = address + k;
-        unsigned part = at & 1 ? 2 : bytes - k >= 2 ? 3 : 1;
-        k += part == 3 ? 2 : 1;
-        AccessRecord* r = is_shared ? w.block->shared_races.record(at) : g.races.record(at);
-        if (conflict(r->write, part, false)) tell(r->write, true);
-        Access now;
-        now.event = event, now.lane = lane & 31, now.bytes = part & 3, now.atomic = is_atomic(kind),
-        now.many = 0;
-        if (!writes(kind)) {
-            // Keep reads of two different warps, the newest of each.
-            Access& first = r->reads[0];
-            bool same = first.event && g.races.events.knows(first.event) &&
-                        g.races.events[first.event].warp == w.index &&
-                        g.races.events[first.event].block == w.block->number;
-            if (!same) r->reads[1] = first;
-            if (!(same && first.event == event)) first = now;
-            if (same && first.event == event) {
-                first.bytes |= part & 3;
-                first.many |= (int)first.lane != lane;
-            }
-        } else {
-            for (const Access& read : r->reads)
-                if (conflict(read, part, true)) tell(read, false);
-            r->write = now;
-        }
     }
-    return repeated;
+};
+
+}  // namespace
+
+Mask check_races(Warp& w, const Instruction& in, Mask lanes, const uint64_t* addresses, int bytes,
+                 AccessKind kind, bool is_shared, uint64_t event, uint64_t since) {
+    Grid& g = *w.block->grid;
+    Check check{w, in, kind, is_shared, since, g.races.events};
+    check.now.event = event, check.now.write = writes(kind);
+    // The toolkit's own loops around atom.cas begin with a plain read.
+    check.now.atomic = is_atomic(kind) || (!writes(kind) && in.memory.of_toolkit);
+    constexpr int kBytes = AccessRecord::kBytes;
+    constexpr unsigned kWhole = (1 << kBytes) - 1;
+    auto each_record = [&](int lane, auto f) {
+        check.lane = lane, check.told = false;
+        check.now.first = check.now.last = lane & 31;
+        for (int k = 0; k < bytes;) {
+            const uint64_t at = addresses[lane] + k;
+            const int skipped = at % kBytes, n = std::min(bytes - k, kBytes - skipped);
+            check.now.bytes = ((1u << n) - 1) << skipped & kWhole;
+            k += n;
+            f(is_shared ? w.block->shared_races.record(at) : g.races.record(at));
+        }
+    };
+    if (check.now.write && !check.now.atomic) {
+        // First all lanes look, because the first to write makes the others forget what it follows itself.
+        each(lanes, [&](int i) { each_record(i, [&](AccessRecord* r) { check.look(*r); }); });
+        each(lanes, [&](int i) { each_record(i, [&](AccessRecord* r) { check.keep(r); }); });
+        return check.repeated;
+    }
+    AccessRecord before, after;  // of the bytes before these: neighbours mostly have the same
+    each(lanes, [&](int i) {
+        if (is_atomic(kind)) {
+            uint64_t of_block = is_shared ? 1ull << 63 | w.block->number << 20 : 0;
+            synchronize(w, addresses[i] | of_block, event, in.memory.releases);
+        }
+        bool is_known = false;
+        each_record(i, [&](AccessRecord* r) {
+            const bool whole = check.now.bytes == kWhole && bytes > kBytes;
+            if (whole && is_known && equal(*r, before)) {
+                *r = after;
+                return;
+            }
+            is_known = whole;
+            if (whole) before = *r;
+            check.look(*r);
+            check.keep(r);
+            if (whole) after = *r;
+        });
+    });
+    return 0;
 }
 
 }  // namespace ptxsim

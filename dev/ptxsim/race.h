@@ -7,8 +7,15 @@
 // last event of warp w that is ordered before what this warp does now. Between blocks only an atomic after a
 // fence orders: it hands on what its thread knows to whoever reads that address by an atomic later.
 //
-// A record of memory covers two bytes (with a bit a byte) and holds the last write and two reads of different
-// warps. Forgetting older reads loses races now and then, and invents none.
+// A record of memory covers four bytes (with a bit a byte) and holds the accesses that a later one may race
+// with. An access makes an earlier one superfluous where it follows it and races with all that the earlier
+// one would race with: a plain write does so for everything, a read only for reads. So a thread that reads
+// again leaves the reads of other threads in place, about which its own says nothing.
+//
+// The last plain write always stays; six accesses do, in all. Where there are more, those go first that no
+// barrier of a whole warp, block or grid can tell from one that stays: of the reads, say, there stay the
+// newest, and the newest by other lanes of its warp, by another warp of its block, and by another block.
+// Forgetting more than that loses races now and then, and invents none.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -43,18 +50,20 @@ struct RaceClock {
     std::array<uint64_t, kMaxWarps> at_fence = {};         // what fences have made visible to all
 
     void join(const RaceClock& other);
-    void sync_lanes(uint32_t lanes, uint32_t live, uint64_t event);
+    // A barrier of `lanes`; `all` are those that the warp began with.
+    void sync_lanes(uint32_t lanes, uint32_t all, uint64_t event);
 };
 
 struct Access {  // event 0: none
     uint64_t event : 48;
-    uint64_t lane : 5;
-    uint64_t bytes : 2;
+    uint64_t first : 5, last : 5;  // the outermost of its lanes: where both are ordered, all are taken to be
+    uint64_t bytes : 4;
+    uint64_t write : 1;
     uint64_t atomic : 1;
-    uint64_t many : 1;  // other lanes, too, in the same event
 };
 struct AccessRecord {
-    Access write, reads[2];
+    static constexpr int kBytes = 4, kKept = 6;
+    Access kept[kKept] = {};  // the newest first, what is not used at the end
 };
 
 // What an event was.
@@ -64,18 +73,17 @@ struct Event {
     int warp;
 };
 
-// The events of a launch.
+// The events of a launch, which count from 1.
 class Events {
   public:
-    uint64_t add(uint64_t block, int warp, const Instruction* instruction);
-    const Event& operator[](uint64_t event) const { return events_[event - first_]; }
-    bool knows(uint64_t event) const { return event >= first_; }
-    uint64_t last() const { return first_ + events_.size() - 1; }
-    void clear();  // a new launch: all that was is ordered before it
+    uint64_t add(uint64_t block, int warp, const Instruction* instruction) {
+        events_.push_back({block, instruction, warp});
+        return last();
+    }
+    const Event& operator[](uint64_t event) const { return events_[event - 1]; }
+    uint64_t last() const { return events_.size(); }
 
   private:
-    static uint64_t next_;
-    uint64_t first_ = 1;
     std::vector<Event> events_;
 };
 
@@ -83,7 +91,7 @@ class Events {
 class SharedRaces {
   public:
     void reset(size_t bytes);
-    AccessRecord* record(uint64_t offset) { return &records_[offset / 2]; }
+    AccessRecord* record(uint64_t offset) { return &records_[offset / AccessRecord::kBytes]; }
 
   private:
     std::vector<AccessRecord> records_;
@@ -98,14 +106,17 @@ class GlobalRaces {
 
   private:
     static constexpr int kPage = 4096;
-    std::unordered_map<uint64_t, std::unique_ptr<std::array<AccessRecord, kPage / 2>>> pages_;
+    std::unordered_map<uint64_t, std::unique_ptr<std::array<AccessRecord, kPage / AccessRecord::kBytes>>>
+        pages_;
     uint64_t last_page_ = ~0ull;
     AccessRecord* last_ = nullptr;
 };
 
-// Looks at one lane's access and keeps it; reports a race. `event` is the warp's instruction's. True where
-// another lane has written these bytes in this very instruction, which is a race if the values differ.
-bool check_race(Warp& warp, const Instruction& in, int lane, uint64_t address, int bytes, AccessKind kind,
-                bool is_shared, uint64_t event);
+// Looks at an access of some lanes and keeps it; reports races. `event` is the instruction's. Returns the
+// lanes that write bytes which a lane before them writes in this very instruction: a race if the values
+// differ.
+//   since: an access that goes on in the background since this event; nothing orders what came in between
+uint32_t check_races(Warp& warp, const Instruction& in, uint32_t lanes, const uint64_t* addresses, int bytes,
+                     AccessKind kind, bool is_shared, uint64_t event, uint64_t since = ~0ull);
 
 }  // namespace ptxsim

@@ -34,6 +34,7 @@ struct PendingCopy {  // of cp.async, by one lane
     uint64_t from;
     uint8_t bytes, source_bytes;
     uint32_t group;
+    uint64_t event;  // that it began with
 };
 
 struct Warp {
@@ -147,6 +148,6 @@ std::string thread_name(const Warp& warp, int lane);
 
 // memory_ops.cpp: the cp.async copies of a lane that are due when `left` of its groups may stay open, or all.
 // event: of the wait, for the races; 0: not looked for.
-void finish_copies(Warp& w, const Instruction& in, int lane, uint32_t left, bool all, uint64_t event);
+void finish_copies(Warp& w, int lane, uint32_t left, bool all, uint64_t event);
 
 }  // namespace ptxsim

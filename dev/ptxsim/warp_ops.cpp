@@ -110,7 +110,7 @@ void run_elect(Warp& w, const Instruction& in, Mask lanes) {
 }
 
 void run_warp_barrier(Warp& w, const Instruction&, Mask lanes) {
-    w.clock.sync_lanes(lanes, w.live, w.block->grid->races.events.last());
+    w.clock.sync_lanes(lanes, w.present, w.block->grid->races.events.last());
 }
 
 // ---- printf
