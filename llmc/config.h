@@ -29,7 +29,7 @@ int index_of_name(const std::string& name, const Names& names, const std::string
         if (name == candidate) return i;
         allowed += str(i++ ? ", " : "", candidate);
     }
-    fail(where, ": \"", name, "\" is not one of ", allowed);
+    fail(where, ": ", shown(name), " is not one of ", allowed);
 }
 
 // How q k^T / sqrt(D) becomes A. `sum` and `constant` and the rest concern polynomials only.
@@ -106,8 +106,8 @@ struct GPTConfig {
         const char* end = attention_scale.data() + attention_scale.size();
         auto [stop, error] = std::from_chars(attention_scale.data(), end, a.constant);
         if (error != std::errc() || stop != end || !std::isfinite(a.constant) || a.constant == 0)
-            fail("attention_scale: \"", attention_scale,
-                 "\" is not row, context, mean, sum or a number other than 0");
+            fail("attention_scale: ", shown(attention_scale),
+                 " is not row, context, mean, sum or a number other than 0");
         a.scale = ScaleKind::constant;
         return a;
     }

@@ -2,11 +2,13 @@
 // `positions`, `qk_norm`, `decay` and `short_conv`; a config.json without ours is a plain GPT-2. Apart from
 // config.h, which all layers include, for the JSON library takes long to build.
 #pragma once
+#include <climits>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
 #include "llmc/config.h"
+#include "llmc/files.h"
 
 inline nlohmann::ordered_json config_to_json(const GPTConfig& c) {
     nlohmann::ordered_json json = {{"model_type", "gpt2"},
@@ -41,21 +43,18 @@ inline GPTConfig config_from_json(const nlohmann::json& json, const std::string&
             if (fallback >= 0) return fallback;
             fail(where, ": \"", key, "\" is missing");
         }
-        const auto& value = json.at(key);
-        if (!value.is_number_integer() || value < -(int64_t{1} << 31) || value >= (int64_t{1} << 31))
-            fail(where, ": \"", key, "\" is ", value.dump(), ", expected an integer");
-        return value.get<int>();
+        return (int)json_integer(json, key, INT_MIN, INT_MAX, where);
     };
     auto name = [&](const char* key, const auto& names) {
         if (!json.contains(key)) return 0;
         const auto& value = json.at(key);
-        if (!value.is_string()) fail(where, ": \"", key, "\" is ", value.dump(), ", expected a string");
+        if (!value.is_string()) fail(where, ": \"", key, "\" is ", brief(value), ", expected a string");
         return index_of_name(value.get<std::string>(), names, str(where, ": \"", key, "\""));
     };
     auto fixed = [&](const char* key, const nlohmann::json& expected) {
         if (json.contains(key) && json.at(key) != expected)
-            fail(where, ": \"", key, "\" is ", json.at(key).dump(), ", this trainer has only ",
-                 expected.dump());
+            fail(where, ": \"", key, "\" is ", brief(json.at(key)), ", this trainer has only ",
+                 brief(expected));
     };
     fixed("model_type", "gpt2");
     fixed("layer_norm_epsilon", 1e-5);
@@ -93,16 +92,16 @@ inline GPTConfig config_from_json(const nlohmann::json& json, const std::string&
     c.short_conv = integer("short_conv", 0);
     if (json.contains("n_inner") && !json.at("n_inner").is_null() &&
         json.at("n_inner") != 4 * int64_t{c.channels})
-        fail(where, ": \"n_inner\" is ", json.at("n_inner").dump(), ", this trainer has only 4 n_embd");
+        fail(where, ": \"n_inner\" is ", brief(json.at("n_inner")), ", this trainer has only 4 n_embd");
     if (json.contains("qk_norm")) {
         if (!json.at("qk_norm").is_boolean())
-            fail(where, ": \"qk_norm\" is ", json.at("qk_norm").dump(), ", expected true or false");
+            fail(where, ": \"qk_norm\" is ", brief(json.at("qk_norm")), ", expected true or false");
         c.qk_norm = json.at("qk_norm").get<bool>();
     }
     if (json.contains("attention_scale")) {
         const auto& scale = json.at("attention_scale");
         if (!scale.is_string() && !scale.is_number())
-            fail(where, ": \"attention_scale\" is ", scale.dump(), ", expected a string or a number");
+            fail(where, ": \"attention_scale\" is ", brief(scale), ", expected a string or a number");
         c.attention_scale = scale.is_string() ? scale.get<std::string>() : scale.dump();
     }
     c.validate(where);

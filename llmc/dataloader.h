@@ -60,11 +60,7 @@ inline DatasetInfo read_dataset_info(const std::string& folder) {
     DatasetInfo info;
     info.name = base_name(folder);
     const std::string path = (std::filesystem::path(folder) / "meta.json").string();
-    std::error_code error;
-    if (!std::filesystem::exists(path, error)) {
-        if (error) fail(path, ": cannot read: ", error.message());
-        return info;
-    }
+    if (!path_exists(path)) return info;
     info.described = true;
     const nlohmann::json json = read_json(path);
     if (!json.is_object()) fail(path, ": expected a JSON object");
@@ -73,7 +69,7 @@ inline DatasetInfo read_dataset_info(const std::string& folder) {
         if (!object.is_object() || !object.contains(key) || object.at(key).is_null()) return;
         const auto& value = object.at(key);
         if (!value.is_number_integer() || value < low || value > high)
-            fail(path, ": \"", key, "\" is ", value.dump(), ", expected an integer from ", low, " to ", high);
+            fail(path, ": \"", key, "\" is ", brief(value), ", expected an integer from ", low, " to ", high);
         out = value.get<std::remove_reference_t<decltype(out)>>();
     };
     if (!json.contains("vocab_size")) fail(path, ": \"vocab_size\" is missing");

@@ -1,10 +1,15 @@
 // One exception type for everything a user can run into. main() prints its text as one line on stderr and
 // exits with its status, so a message must name the file, flag or value at fault and what was expected.
+// Whatever is in those, the message stays one line, of bounded length, that a terminal only shows.
 #pragma once
+#include <cstdio>
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+
+#include "llmc/utf8.h"
 
 enum ExitStatus : int {
     kExitDone = 0,
@@ -14,9 +19,44 @@ enum ExitStatus : int {
     kExitInterrupted = 130  // Ctrl-C or SIGTERM, after a checkpoint
 };
 
+// `text` as a message may show it. Control characters, Unicode's that break or turn a line included, and
+// bytes that are not UTF-8 become \n, \t or \x1b; a text longer than `longest` bytes loses its middle.
+inline std::string printable(std::string_view text, size_t longest = 1000) {
+    std::string out;
+    for (size_t at = 0; at < text.size();) {
+        const Utf8Char next = next_utf8(text.substr(at));
+        const std::string_view c = text.substr(at, next.bytes);
+        at += c.size();
+        const bool control = (unsigned char)c[0] < 0x20 || c[0] == 0x7f ||
+                             (c >= "\xc2\x80" && c < "\xc2\xa0") ||
+                             (c >= "\xe2\x80\xa8" && c <= "\xe2\x80\xae") ||  // U+2028 to U+202E
+                             (c >= "\xe2\x81\xa6" && c <= "\xe2\x81\xa9");    // U+2066 to U+2069
+        if (next.kind == Utf8Char::whole && !control) {
+            out += c;
+            continue;
+        }
+        for (const char byte : c) {
+            char escape[5];
+            snprintf(escape, sizeof(escape), "\\x%02x", (unsigned char)byte);
+            out += byte == '\n' ? "\\n" : byte == '\r' ? "\\r" : byte == '\t' ? "\\t" : escape;
+        }
+    }
+    if (out.size() <= longest) return out;
+    auto inside = [&](size_t at) { return (out[at] & 0xc0) == 0x80; };  // a character
+    size_t begin = (longest - 3) / 2, end = out.size() - begin;
+    while (inside(begin)) begin--;
+    while (inside(end)) end++;
+    return out.substr(0, begin) + "..." + out.substr(end);
+}
+
+// A value of a flag or a name from a file, as a message may show it.
+inline std::string shown(std::string_view text) {
+    return "\"" + printable(text, 60) + "\"";
+}
+
 struct Error : std::runtime_error {
     int status;
-    Error(int status, const std::string& what) : std::runtime_error(what), status(status) {}
+    Error(int status, const std::string& what) : std::runtime_error(printable(what)), status(status) {}
 };
 
 // str("a", 1, 2.5) is "a12.5".
@@ -37,4 +77,10 @@ template <class... Parts>
 template <class... Parts>
 [[noreturn]] void usage_error(const Parts&... parts) {
     throw Error(kExitUsage, str(parts...));
+}
+
+// A line on stderr about what does not stop the program.
+template <class... Parts>
+void warn(const Parts&... parts) {
+    fprintf(stderr, "warning: %s\n", printable(str(parts...)).c_str());
 }

@@ -11,19 +11,23 @@
 #include <unistd.h>
 #include <zlib.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <unordered_set>
 #include <utility>
 #include <vector>
 
 #include "llmc/error.h"
+#include "llmc/utf8.h"
 
 // "PATH: cannot open: No such file or directory", from errno.
 template <class... Parts>
@@ -55,12 +59,14 @@ inline bool sync_descriptor(int fd) {
 class MappedFile {
   public:
     explicit MappedFile(const std::string& path) : path_(path) {
-        const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+        // What follows a NUL would not count, and to open a pipe would wait for a writer.
+        if (path.find('\0') != std::string::npos) fail(path, ": cannot open: no file has a NUL in its name");
+        const Descriptor file(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
         if (file.fd < 0) fail_errno(path, "cannot open");
         struct stat info;
         if (::fstat(file.fd, &info) != 0) fail_errno(path, "cannot stat");
         if (S_ISDIR(info.st_mode)) fail(path, ": cannot read: is a directory, expected a file");
-        if (!S_ISREG(info.st_mode)) fail(path, ": cannot read: not a regular file");
+        if (!S_ISREG(info.st_mode)) fail(path, ": cannot read: a pipe or a device, expected a regular file");
         if (info.st_size == 0) return;
         void* memory = ::mmap(nullptr, info.st_size, PROT_READ, MAP_PRIVATE, file.fd, 0);
         if (memory == MAP_FAILED) fail_errno(path, "cannot map");
@@ -191,6 +197,30 @@ inline void rename_synced(const std::string& from, const std::string& to) {
     sync_folder(parent_folder(to));
 }
 
+// Is `name`, from a file, one of a file in the same folder?
+inline bool is_file_name(const std::string& name) {
+    return !name.empty() && name != "." && name != ".." &&
+           name.find_first_of(std::string("/\0", 2)) == name.npos;
+}
+
+// Is there a file or a folder of this name? An error where the system does not say.
+inline bool path_exists(const std::string& path) {
+    struct stat info;
+    if (::stat(path.c_str(), &info) == 0) return true;
+    if (errno != ENOENT && errno != ENOTDIR) fail_errno(path, "cannot open");
+    return false;
+}
+
+// The names in a folder, in any order.
+inline std::vector<std::string> names_in_folder(const std::string& path) {
+    std::vector<std::string> names;
+    std::error_code error;
+    std::filesystem::directory_iterator entry(path, error), end;
+    for (; !error && entry != end; entry.increment(error)) names.push_back(entry->path().filename().string());
+    if (error) fail(path, ": cannot read folder: ", error.message());
+    return names;
+}
+
 inline std::string read_text(const std::string& path) {
     return std::string(MappedFile(path).text());
 }
@@ -221,8 +251,14 @@ inline void write_text_atomically(const std::string& path, const std::string& te
     write_file_atomically(path, [&](FileWriter& file) { file.write(text.data(), text.size()); });
 }
 
+// A JSON value as a message may show it.
+inline std::string brief(const nlohmann::json& value) {
+    return printable(value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace), 60);
+}
+
 // JSON from outside. `where` (a path) starts the one-line message. A repeated key is an error, since readers
-// differ on which value counts; so is nesting past 64 levels, since everything that walks a value recurses.
+// differ on which value counts; so is nesting past 64 levels, since everything that walks a value recurses;
+// so is a NUL, which the library would take for the end.
 inline nlohmann::json parse_json(std::string_view text, const std::string& where) {
     using Event = nlohmann::json::parse_event_t;
     std::vector<std::unordered_set<std::string>> keys;  // of every object that is open
@@ -231,18 +267,74 @@ inline nlohmann::json parse_json(std::string_view text, const std::string& where
         if (event == Event::object_start) keys.emplace_back();
         if (event == Event::object_end) keys.pop_back();
         if (event == Event::key && !keys.back().insert(value.get<std::string>()).second)
-            fail(where, ": not usable JSON: the key ", value.dump(), " stands twice in one object");
+            fail(where, ": not usable JSON: the key ", brief(value), " stands twice in one object");
         return true;
     };
-    try {
-        return nlohmann::json::parse(text.begin(), text.end(), check);
-    } catch (const nlohmann::json::exception& e) {
-        const std::string what = e.what();  // "[json.exception.parse_error.101] parse error at line 1, ..."
-        fail(where, ": not valid JSON: ", what.substr(what.find("] ") + 2, 200));
+    size_t bad = text.find('\0');
+    if (bad == text.npos) {
+        try {
+            return nlohmann::json::parse(text.begin(), text.end(), check);
+        } catch (const nlohmann::json::parse_error& e) {
+            bad = e.byte - 1;
+        } catch (const nlohmann::json::out_of_range&) {
+            fail(where, ": not usable JSON: a number in it is too large");
+        }
     }
+    bad = std::min({bad, text.size(), first_bad_utf8(text)});
+    const std::string_view before = text.substr(0, bad);
+    const auto line = 1 + std::count(before.begin(), before.end(), '\n');
+    const size_t column = bad - (before.rfind('\n') + 1) + 1;  // npos + 1 is 0
+    std::string found = "end of text";
+    if (bad < text.size()) {
+        const Utf8Char c = next_utf8(text.substr(bad));
+        found =
+            c.kind == Utf8Char::whole ? str("'", text.substr(bad, c.bytes), "'") : "byte that is not UTF-8";
+    }
+    fail(where, ": not valid JSON: unexpected ", found, " at line ", line, ", byte ", column);
 }
 
 inline nlohmann::json read_json(const std::string& path) {
     const MappedFile file(path);
     return parse_json(file.text(), path);
+}
+
+// An integer from low to high under `key` of a JSON object, which is from `where`.
+inline int64_t json_integer(const nlohmann::json& object, const std::string& key, int64_t low, int64_t high,
+                            const std::string& where) {
+    if (!object.contains(key)) fail(where, ": \"", key, "\" is missing");
+    const nlohmann::json& value = object.at(key);
+    const bool fits =
+        value.is_number_integer() && !(value.is_number_unsigned() && value.get<uint64_t>() > INT64_MAX);
+    if (!fits || value.get<int64_t>() < low || value.get<int64_t>() > high)
+        fail(where, ": \"", key, "\" is ", brief(value), ", expected an integer from ", low, " to ", high);
+    return value.get<int64_t>();
+}
+
+// JSON is UTF-8, and a path need not be. As JSON a path is a string; one that is not UTF-8 is an array of its
+// parts that are, as strings, and of the bytes between them, as numbers.
+inline nlohmann::json json_of_path(const std::string& path) {
+    if (first_bad_utf8(path) == path.size()) return path;
+    nlohmann::json parts = nlohmann::json::array();
+    for (size_t at = 0; at < path.size();) {
+        const size_t good = first_bad_utf8(std::string_view(path).substr(at));
+        if (good > 0) parts.push_back(path.substr(at, good));
+        at += good;
+        if (at < path.size()) parts.push_back((unsigned char)path[at++]);
+    }
+    return parts;
+}
+
+// The same path again; none where `json` is not what json_of_path makes.
+inline std::optional<std::string> path_of_json(const nlohmann::json& json) {
+    std::string path;
+    for (const nlohmann::json& part : json.is_array() ? json : nlohmann::json::array({json})) {
+        if (part.is_string())
+            path += part.get<std::string>();
+        else if (json.is_array() && part.is_number_unsigned() && part.get<uint64_t>() < 256)
+            path += (char)part.get<int>();
+        else
+            return {};
+    }
+    if (path.find('\0') != path.npos) return {};
+    return path;
 }

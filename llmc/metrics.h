@@ -3,7 +3,6 @@
 #include <fcntl.h>
 #include <unistd.h>
 
-#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
@@ -18,14 +17,16 @@ class MetricsLog {
     // last line, is dropped, so that no step is there twice; all of it (last_step -1) where there was nothing
     // to go on from.
     MetricsLog(const std::string& path, int last_step) : path_(path) {
-        if (std::filesystem::exists(path)) {
+        if (path_exists(path)) {
             std::istringstream lines(read_text(path));
             std::string kept;
             for (std::string line; std::getline(lines, line);) {
-                nlohmann::json entry = nlohmann::json::parse(line, nullptr, false);
-                if (entry.is_object() && entry.contains("step") && entry["step"].is_number_integer() &&
-                    entry["step"] <= last_step)
+                try {
+                    json_integer(parse_json(line, path), "step", 0, last_step, path);
                     kept += line + "\n";
+                } catch (const Error&) {
+                    // of a later step, or not whole
+                }
             }
             write_text_atomically(path, kept);
         }

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <exception>
 #include <new>
+#include <stdexcept>
 
 #include "llmc/error.h"
 #include "llmc/inference.h"
@@ -46,8 +47,12 @@ int run(const char* program, Backend (*choose_backend)(), const char* train_dtyp
         return e.status;
     } catch (const std::bad_alloc&) {
         fprintf(stderr, "%s: error: out of memory\n", program);
-    } catch (const std::exception& e) {  // of a library
-        fprintf(stderr, "%s: error: %s\n", program, e.what());
+    } catch (const std::length_error&) {  // more elements than a vector can ever have
+        fprintf(stderr, "%s: error: out of memory\n", program);
+    } catch (const std::exception& e) {
+        // A mistake of ours: what libraries throw is to be caught where they are called.
+        fprintf(stderr, "%s: error: internal error, please report it: %s\n", program,
+                printable(e.what()).c_str());
     }
     return kExitFailure;
 }

@@ -28,31 +28,7 @@
 #include "llmc/error.h"
 #include "llmc/files.h"
 #include "llmc/unicode.h"
-
-// The character at the start of a text that is not empty.
-struct Utf8Char {
-    enum Kind { whole, cut, bad } kind;  // cut: the text ends inside it
-    int bytes;                           // its length; where bad, how many bytes to replace by one U+FFFD
-};
-
-// Well-formed as in table 3-7 of the Unicode standard: nothing overlong, no surrogates, none past U+10FFFF.
-inline Utf8Char next_utf8(std::string_view text) {
-    const unsigned char lead = text[0];
-    if (lead < 0x80) return {Utf8Char::whole, 1};
-    if (lead < 0xc2 || lead > 0xf4) return {Utf8Char::bad, 1};
-    const int length = lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
-    for (int i = 1; i < length; i++) {
-        if ((size_t)i == text.size()) return {Utf8Char::cut, i};
-        unsigned char low = 0x80, high = 0xbf;
-        if (i == 1 && lead == 0xe0) low = 0xa0;
-        if (i == 1 && lead == 0xed) high = 0x9f;
-        if (i == 1 && lead == 0xf0) low = 0x90;
-        if (i == 1 && lead == 0xf4) high = 0x8f;
-        const unsigned char byte = text[i];
-        if (byte < low || byte > high) return {Utf8Char::bad, i};
-    }
-    return {Utf8Char::whole, length};
-}
+#include "llmc/utf8.h"
 
 // Makes a stream of bytes printable: a character that is not whole yet is held back, what can never become
 // one is replaced by U+FFFD.
@@ -127,8 +103,9 @@ struct UnsupportedTokenizer : Error {
 };
 
 // The JSON of a tokenizer.json of any kind.
-inline nlohmann::json read_tokenizer(const std::string& path) {
-    nlohmann::json json = read_json(path);
+inline nlohmann::json read_tokenizer(const MappedFile& file) {
+    const std::string& path = file.path();
+    nlohmann::json json = parse_json(file.text(), path);
     if (!json.is_object()) fail(path, ": expected a JSON object");
     if (!json.contains("model") || !json.at("model").is_object()) fail(path, ": model is not an object");
     return json;
@@ -136,8 +113,9 @@ inline nlohmann::json read_tokenizer(const std::string& path) {
 
 class Tokenizer {
   public:
-    explicit Tokenizer(const std::string& path) : path_(path) {
-        const nlohmann::json json = read_tokenizer(path);
+    explicit Tokenizer(const std::string& path) : Tokenizer(MappedFile(path)) {}
+    explicit Tokenizer(const MappedFile& file) : path_(file.path()) {
+        const nlohmann::json json = read_tokenizer(file);
         check_supported(json);
         Ids ids = read_vocabulary(json.at("model").at("vocab"));
         read_merges(json.at("model").at("merges"), ids);
@@ -151,12 +129,8 @@ class Tokenizer {
         if (text.size() > INT32_MAX)
             fail("cannot encode a text of ", text.size(), " bytes, at most ", INT32_MAX);
         const std::string_view all = text;
-        for (size_t at = 0; at < all.size();) {
-            const Utf8Char c = next_utf8(all.substr(at));
-            if (c.kind != Utf8Char::whole)
-                fail("cannot encode text that is not valid UTF-8 at byte offset ", at);
-            at += c.bytes;
-        }
+        if (const size_t bad = first_bad_utf8(all); bad < all.size())
+            fail("cannot encode text that is not valid UTF-8 at byte offset ", bad);
         std::vector<int> ids;
         encode_part(all, 0, ids);
         return ids;
@@ -254,12 +228,6 @@ class Tokenizer {
             consider(best.left);
         }
         for (int i = 0; i >= 0; i = nodes[i].next) ids.push_back(nodes[i].id);
-    }
-
-    // A value for a message, in one line of ASCII and not too long.
-    static std::string brief(const nlohmann::json& value) {
-        const std::string text = value.dump(-1, ' ', true);
-        return text.size() <= 60 ? text : text.substr(0, 57) + "...";
     }
 
     template <class... Parts>

@@ -58,7 +58,12 @@ TEST_CASE("MappedFile: what cannot be read is named with the reason") {
     const TempFolder folder;
     check_error([&] { MappedFile(folder / "none"); }, {folder / "none", "No such file or directory"});
     check_error([&] { MappedFile(folder.path()); }, {folder.path(), "is a directory"});
-    check_error([&] { MappedFile("/dev/null"); }, {"/dev/null", "not a regular file"});
+    check_error([&] { MappedFile("/dev/null"); }, {"/dev/null", "expected a regular file"});
+    REQUIRE(::mkfifo((folder / "pipe").c_str(), 0600) == 0);
+    check_error([&] { MappedFile(folder / "pipe"); }, {folder / "pipe", "expected a regular file"});
+    write_text(folder / "cut", "x");
+    check_error([&] { MappedFile(std::string(folder / "cut") + std::string("\0y", 2)); },
+                {"cut\\x00y", "NUL"});
     write_text(folder / "secret", "x");
     ::chmod((folder / "secret").c_str(), 0);
     if (::geteuid() != 0)
@@ -221,12 +226,16 @@ TEST_CASE("read_json: a value, or one line that says where and what") {
     put_file(path, R"({"a": [1, 2.5, "x"], "b": {"a": null, "c": 0}, "c": {"a": 1}})");
     CHECK(read_json(path).at("a").at(1) == 2.5);
     CHECK(read_json(path).at("c").at("a") == 1);
-    check_bad("{\n  \"a\": 1,\n  \"b\": ]\n}", {"line 3", "not valid JSON", "unexpected ']'"});
-    check_bad("{\"a\": 1", {"line 1", "input"});
-    check_bad("", {"input"});
-    check_bad("{} {}", {"not valid JSON", "line 1"});
-    check_bad("{\"a\": 1e999}", {"number overflow"});
-    check_bad("{\"a\": \"\xff\"}", {"ill-formed UTF-8"});
+    check_bad("{\n  \"a\": 1,\n  \"b\": ]\n}", {"not valid JSON: unexpected ']' at line 3, byte 8"});
+    check_bad("{\"a\": 1", {"unexpected end of text at line 1, byte 8"});
+    check_bad("", {"unexpected end of text at line 1, byte 1"});
+    check_bad("{} {}", {"not valid JSON: unexpected '{' at line 1, byte 4"});
+    check_bad("{\"a\": 1e999}", {"a number in it is too large"});
+    check_bad("{\"a\":\n \"\xff\"}", {"unexpected byte that is not UTF-8 at line 2, byte 3"});
+    check_bad(std::string("{}\0", 3), {"not valid JSON: unexpected '\\x00' at line 1, byte 3"});
+    check_bad(std::string("{\"a\": 1}\0rubbish", 16), {"unexpected '\\x00' at line 1, byte 9"});
+    check_bad("{\"a\": \"b\nc\"}", {"unexpected '\\n' at line 1, byte 9"});
+    check_bad("{\"a\": \u4e2d}", {"unexpected '\u4e2d' at line 1, byte 7"});
     check_bad(R"({"x": [{"a": 1, "a": 1}]})", {"the key \"a\" stands twice"});
     check_bad(R"({"a": 1, "x": {"b": 1}, "a": 1})", {"the key \"a\" stands twice"});
     check_bad(std::string(1000000, '['), {"64 levels"});
@@ -234,4 +243,78 @@ TEST_CASE("read_json: a value, or one line that says where and what") {
     put_file(path, std::string(60, '[') + std::string(60, ']'));
     CHECK(read_json(path).is_array());
     check_error([&] { read_json(folder / "none"); }, {folder / "none", "No such file or directory"});
+}
+
+TEST_CASE("printable: one line, of bounded length, that a terminal only shows") {
+    CHECK(printable("plain \u00e9 \u4e2d \\ \"x\"") == "plain \u00e9 \u4e2d \\ \"x\"");
+    CHECK(printable("a\nb\tc\rd") == "a\\nb\\tc\\rd");
+    CHECK(printable(std::string("\0\x1b[31m\x7f", 7)) == "\\x00\\x1b[31m\\x7f");
+    CHECK(printable("\xff\xc3 \xe4\xb8") == "\\xff\\xc3 \\xe4\\xb8");
+    CHECK(printable("\u0085\u009f\u00a0") == "\\xc2\\x85\\xc2\\x9f\u00a0");
+    CHECK(printable("\u2027\u2028\u202e\u202f") == "\u2027\\xe2\\x80\\xa8\\xe2\\x80\\xae\u202f");
+    CHECK(printable("\u2065\u2066\u2069\u206a") == "\u2065\\xe2\\x81\\xa6\\xe2\\x81\\xa9\u206a");
+    const std::string once = printable("a\n\xff");
+    CHECK(printable(once) == once);
+    CHECK(printable("12345678", 8) == "12345678");
+    CHECK(printable("123456789", 8) == "12...89");
+    std::string wide;
+    for (int i = 0; i < 100; i++) wide += "\u4e2d";
+    for (size_t longest : {8, 9, 10, 11, 60}) {
+        const std::string cut = printable(wide, longest);
+        CHECK(cut.size() <= longest);
+        CHECK(first_bad_utf8(cut) == cut.size());
+        CHECK(cut.find("...") != cut.npos);
+    }
+    CHECK(shown("a\n") == "\"a\\n\"");
+    CHECK(shown(std::string(100, 'x')).size() <= 62);
+    CHECK(brief({{"a", std::string(100, 'x')}}).size() <= 60);
+    CHECK(brief("\xff").size() > 0);
+    check_error([] { fail(std::string(5000, 'x'), "\n: expected y"); }, {"xxx...xxx", "x\\n: expected y"});
+    CHECK(error_of([] { fail(std::string(5000, 'x')); }).size() <= 1000);
+}
+
+TEST_CASE("a path in JSON: any bytes, and every one back") {
+    CHECK(json_of_path("a/\u00e9") == "a/\u00e9");
+    CHECK(json_of_path("") == "");
+    CHECK(json_of_path("a\xff\xfe/b\xc3").dump() == R"(["a",255,254,"/b",195])");
+    std::mt19937 random(3);
+    for (int round = 0; round < 2000; round++) {
+        std::string path;
+        for (int i = random() % 8; i > 0; i--) path += (char)(1 + random() % 255);
+        CHECK(path_of_json(nlohmann::json::parse(json_of_path(path).dump())) == path);
+    }
+    for (const char* bad :
+         {"1", "null", "{}", "[256]", "[-1]", "[1.5]", "[[]]", "[\"a\", null]", "[0]", R"("a\u0000b")"}) {
+        CAPTURE(bad);
+        CHECK_FALSE(path_of_json(nlohmann::json::parse(bad)).has_value());
+    }
+}
+
+TEST_CASE("json_integer: in range, or one line that says what was expected") {
+    const nlohmann::json json = {{"a", 5},   {"b", -5},  {"c", UINT64_MAX},
+                                 {"d", 5.0}, {"e", "5"}, {"f", INT64_MAX}};
+    CHECK(json_integer(json, "a", 0, 5, "F") == 5);
+    CHECK(json_integer(json, "b", -5, 5, "F") == -5);
+    CHECK(json_integer(json, "f", 0, INT64_MAX, "F") == INT64_MAX);
+    check_error([&] { json_integer(json, "a", 0, 4, "F"); },
+                {"F: \"a\" is 5, expected an integer from 0 to 4"});
+    for (const char* key : {"b", "c", "d", "e"})
+        check_error([&] { json_integer(json, key, 0, INT64_MAX, "F"); },
+                    {"F: \"", key, "expected an integer from 0"});
+    check_error([&] { json_integer(json, "x", 0, 1, "F"); }, {"F: \"x\" is missing"});
+    check_error([&] { json_integer(5, "x", 0, 1, "F"); }, {"F: \"x\" is missing"});
+}
+
+TEST_CASE("path_exists and names_in_folder say what the system says") {
+    const TempFolder folder;
+    put_file(folder / "\xff", "");
+    CHECK(path_exists(folder / "\xff"));
+    CHECK_FALSE(path_exists(folder / "none"));
+    CHECK_FALSE(path_exists(folder / "\xff/none"));
+    CHECK(names_in_folder(folder.path()) == std::vector<std::string>{"\xff"});
+    check_error([&] { names_in_folder(folder / "none"); }, {folder / "none", "No such file or directory"});
+    const std::string loop = folder / "loop";
+    std::filesystem::create_symlink(loop, loop);
+    check_error([&] { path_exists(loop); }, {loop, "Too many levels of symbolic links"});
+    check_error([] { path_exists(std::string(5000, 'x')); }, {"File name too long"});
 }

@@ -266,7 +266,9 @@ TEST_CASE("the metrics log drops what lies past the step it goes on from") {
         MetricsLog log(path, 0);
         for (int step = 1; step <= 5; step++) log.write({{"step", step}, {"loss", 1.0 / step}});
     }
-    put_file(path, read_text(path) + "{\"step\": 6, \"lo");  // killed while writing
+    put_file(path, read_text(path) +
+                       std::string("{\"step\":3}\0\0\n", 13) +  // zeros, as a power cut leaves them
+                       "{\"step\":-1}\n{\"step\":{}}\n[3]\n" + "{\"step\": 6, \"lo");  // killed while writing
     MetricsLog(path, 3).write({{"step", 4}, {"loss", 9.0}});
     CHECK(read_text(path) ==
           "{\"step\":1,\"loss\":1.0}\n{\"step\":2,\"loss\":0.5}\n"
