@@ -6,16 +6,29 @@
 // final name that does not match its trainer.json (a bad disk, a stray edit) is reported too, and the one
 // before it used.
 //
-// A folder without trainer.json, with config.json and model.safetensors, is a model: Hugging Face's GPT-2,
-// for one.
+// A folder without trainer.json, with config.json and model.safetensors or its shards and their index, is a
+// model: Hugging Face's GPT-2, for one.
+//
+// A run that goes on deletes its old checkpoints, while others read them. So all files of one are opened
+// before any is used: what is open can be read to its end, whatever becomes of its name.
 #pragma once
+#include <fcntl.h>
+#include <sys/file.h>
+
 #include <algorithm>
+#include <cerrno>
+#include <climits>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
+#include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <system_error>
+#include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "llmc/config_json.h"
@@ -37,16 +50,18 @@ inline std::string checkpoint_name(int step) {
     return name;
 }
 
+// The step of a checkpoint of this name; -1 where it is no checkpoint's.
+inline int step_of_name(const std::string& name) {
+    int step = -1;
+    return sscanf(name.c_str(), "step_%d", &step) == 1 && name == checkpoint_name(step) ? step : -1;
+}
+
 // The steps of the folders of `out` with a checkpoint's final name, newest first.
 inline std::vector<int> checkpoint_steps(const std::string& out) {
     std::vector<int> steps;
-    std::error_code error;
-    for (const auto& entry : std::filesystem::directory_iterator(out, error)) {
-        std::string name = entry.path().filename().string();
-        int step = 0, length = 0;
-        if (sscanf(name.c_str(), "step_%d%n", &step, &length) == 1 && name == checkpoint_name(step))
-            steps.push_back(step);
-    }
+    if (!path_exists(out)) return steps;
+    for (const std::string& name : names_in_folder(out))
+        if (int step = step_of_name(name); step >= 0) steps.push_back(step);
     std::sort(steps.rbegin(), steps.rend());
     return steps;
 }
@@ -130,14 +145,32 @@ inline std::string write_checkpoint(const std::string& out, const Model& model, 
         write_file(temporary, "trainer.json", trainer.dump(2) + "\n");
         sync_folder(temporary);
         rename_synced(temporary, folder);
-    } catch (const fs::filesystem_error& e) {
-        fs::remove_all(temporary, ignored);
-        fail(e.what());
     } catch (...) {
         fs::remove_all(temporary, ignored);
         throw;
     }
     return folder;
+}
+
+// The paths of the folders of `out` that have a temporary name: checkpoints that are being written or
+// deleted, or whose writing or deletion was stopped.
+inline std::vector<std::string> unfinished_checkpoints(const std::string& out) {
+    std::vector<std::string> paths;
+    if (!path_exists(out)) return paths;
+    for (const std::string& name : names_in_folder(out))
+        if (name.ends_with(".tmp") && step_of_name(name.substr(0, name.size() - 4)) >= 0)
+            paths.push_back(join_path(out, name));
+    std::sort(paths.begin(), paths.end());
+    return paths;
+}
+
+// Of the run that this process has locked: what cannot be deleted is said, and tried again the next time.
+inline void delete_unfinished_checkpoints(const std::string& out) {
+    for (const std::string& path : unfinished_checkpoints(out)) {
+        std::error_code error;
+        std::filesystem::remove_all(path, error);
+        if (error) warn(path, ": cannot delete: ", error.message());
+    }
 }
 
 // Deletes all but the newest `keep` checkpoints; 0 keeps all.
@@ -148,10 +181,9 @@ inline void delete_old_checkpoints(const std::string& out, int keep) {
         std::string folder = join_path(out, checkpoint_name(steps[i]));
         std::error_code error;
         std::filesystem::rename(folder, folder + ".tmp", error);
-        if (!error) std::filesystem::remove_all(folder + ".tmp", error);
-        if (error)
-            fprintf(stderr, "warning: %s: cannot delete: %s\n", folder.c_str(), error.message().c_str());
+        if (error) warn(folder, ": cannot delete: ", error.message());
     }
+    delete_unfinished_checkpoints(out);
 }
 
 // Before a run goes on from `step`: checkpoints of later steps, which are damaged or of a run that is given
@@ -163,41 +195,78 @@ inline void set_aside_later_checkpoints(const std::string& out, int step) {
         std::error_code ignored;
         std::filesystem::remove_all(aside, ignored);
         rename_synced(folder, aside);
-        printf("set aside as %s\n", aside.c_str());
+        printf("set aside as %s\n", printable(aside).c_str());
     }
 }
 
-// A folder with a model in it, checked against its trainer.json where it has one.
+// A folder with a model in it, checked whole when it is opened, before any memory is taken for it:
+// config.json against the names and shapes in the weights' files, and all against trainer.json where there is
+// one.
 class Checkpoint {
   public:
     std::string folder;
     GPTConfig config;
     std::optional<TrainerState> trainer;  // absent in a folder that holds only a model
 
-    explicit Checkpoint(const std::string& folder) : folder(folder) {
-        if (!std::filesystem::is_directory(folder))
-            fail(folder, ": not a folder, expected a checkpoint or a model");
-        std::string path = join_path(folder, "trainer.json");
-        if (std::filesystem::exists(path)) read_trainer(path);
-        path = join_path(folder, "config.json");
-        config = config_from_json(read_json(path), path);
+    explicit Checkpoint(const std::string& folder) : folder(folder), files_(std::make_shared<Files>()) {
+        if (has("trainer.json")) read_trainer(open("trainer.json"));
+        const MappedFile& config_file = open("config.json");
+        if (has("model.safetensors"))
+            files_->weights.emplace(SafetensorsFile(take("model.safetensors")));
+        else if (has("model.safetensors.index.json"))
+            files_->weights.emplace(open("model.safetensors.index.json"), [&](const std::string& name) {
+                return MappedFile(join_path(folder, name));
+            });
+        else
+            fail(folder, ": neither model.safetensors nor model.safetensors.index.json is in this folder");
+        if (trainer) files_->optimizer.emplace(SafetensorsFile(take("optimizer.safetensors")));
+        if (has("tokenizer.json")) open("tokenizer.json");
+        config = config_from_json(parse_json(config_file.text(), config_file.path()), config_file.path());
+        check_tensors();
+    }
+
+    // tokenizer.json; null where there is none.
+    const MappedFile* tokenizer() const {
+        const auto found = files_->opened.find("tokenizer.json");
+        return found == files_->opened.end() ? nullptr : &found->second;
     }
 
     // Weights into `model`, whose config is this one's.
-    void load_weights(Model& model) const {
-        SafetensorsFile file(join_path(folder, "model.safetensors"));
-        bool prefixed = !file.find("wte.weight") && file.find("transformer.wte.weight");
-        load(model, file, prefixed ? "transformer." : "", Store::weights);
-    }
+    void load_weights(Model& model) const { load(model, *files_->weights, files_->prefix, Store::weights); }
 
     void load_optimizer(Model& model) const {
-        SafetensorsFile file(join_path(folder, "optimizer.safetensors"));
-        load(model, file, "m.", Store::m);
-        load(model, file, "v.", Store::v);
+        load(model, *files_->optimizer, "m.", Store::m);
+        load(model, *files_->optimizer, "v.", Store::v);
     }
 
+    // Nothing can be loaded any more. An open file takes its space on the disk after it is deleted.
+    void close() const { *files_ = {}; }
+
   private:
-    static void load(Model& model, const SafetensorsFile& file, const std::string& prefix, Store store) {
+    struct Files {
+        std::map<std::string, MappedFile> opened;  // by name
+        std::optional<SafetensorsSet> weights;
+        std::optional<SafetensorsFile> optimizer;  // with trainer
+        std::string prefix;                        // of the weights' names
+    };
+    std::shared_ptr<Files> files_;  // of all copies of this object
+
+    MappedFile& open(const std::string& name) const {
+        const auto found = files_->opened.find(name);
+        if (found != files_->opened.end()) return found->second;
+        return files_->opened.emplace(name, MappedFile(join_path(folder, name))).first->second;
+    }
+    MappedFile take(const std::string& name) const {
+        MappedFile file = std::move(open(name));
+        files_->opened.erase(name);
+        return file;
+    }
+    bool has(const std::string& name) const {
+        return files_->opened.count(name) > 0 || path_exists(join_path(folder, name));
+    }
+
+    template <class Tensors>
+    static void load(Model& model, const Tensors& file, const std::string& prefix, Store store) {
         std::vector<float> values;
         for (const ParameterTensor& t : model.table.tensors) {
             values.resize(t.size);
@@ -206,56 +275,87 @@ class Checkpoint {
         }
     }
 
-    void read_trainer(const std::string& path) {
-        nlohmann::json json = read_json(path);
-        try {
-            if (json.at("version") != kCheckpointVersion)
-                fail(path, ": version ", json.at("version").dump(), ", expected ", kCheckpointVersion);
-            if (json.at("crc32") != checkpoint_detail::json_crc32(json))
-                fail(path, ": its checksum is not the one it names: the file is damaged");
-            for (const auto& [name, expected] : json.at("files").items()) {
-                if (name.empty() || name.find('/') != std::string::npos)
-                    fail(path, ": bad file name \"", name, "\"");
-                MappedFile file(join_path(folder, name));
-                if (file.size() != expected.at("size").get<uint64_t>())
-                    fail(file.path(), ": ", file.size(), " bytes, but trainer.json says ",
-                         expected.at("size").dump());
-                if (crc32_of(file.data(), file.size()) != expected.at("crc32").get<uint32_t>())
-                    fail(file.path(), ": its checksum is not the one in trainer.json: the file is damaged");
-            }
-            trainer.emplace();
-            trainer->step = json.at("step").get<int>();
-            trainer->samples = json.at("samples").get<int64_t>();
-            trainer->options = json.at("options");
-            if (trainer->step < 0 || trainer->samples < 0) fail(path, ": negative step or samples");
-        } catch (const nlohmann::json::exception& e) {
-            fail(path, ": not a checkpoint's trainer.json: ", e.what());
+    void check_tensors() const {
+        const ParameterTable table(config, config.vocab_size);
+        const SafetensorsSet& weights = *files_->weights;
+        const bool prefixed = !weights.find("wte.weight") && weights.find("transformer.wte.weight");
+        const std::string prefix = files_->prefix = prefixed ? "transformer." : "";
+        std::unordered_set<std::string> known;
+        for (const ParameterTensor& t : table.tensors) {
+            weights.expect(prefix + t.name, t.shape);
+            known.insert(prefix + t.name);
         }
+        // What Hugging Face's files may hold besides: the causal mask, and the embedding's second name.
+        for (int l = 0; l < config.layers; l++)
+            for (const char* mask : {".attn.bias", ".attn.masked_bias"})
+                known.insert(str(prefix, "h.", l, mask));
+        known.insert("lm_head.weight");
+        for (const SafetensorsFile& file : weights.files()) check_known(file, known);
+        const TensorView *head = weights.find("lm_head.weight"), *wte = weights.find(prefix + "wte.weight");
+        if (head && (head->shape != wte->shape || head->dtype != wte->dtype ||
+                     std::memcmp(head->data, wte->data, wte->bytes) != 0))
+            fail(weights.path(), ": lm_head.weight is not the same as ", prefix,
+                 "wte.weight, this trainer has only tied embeddings");
+        if (!trainer) return;
+        known.clear();
+        for (const char* moment : {"m.", "v."})
+            for (const ParameterTensor& t : table.tensors) {
+                files_->optimizer->expect(moment + t.name, t.shape);
+                known.insert(moment + t.name);
+            }
+        check_known(*files_->optimizer, known);
+    }
+
+    void check_known(const SafetensorsFile& file, const std::unordered_set<std::string>& known) const {
+        for (const TensorView& tensor : file.tensors())
+            if (!known.count(tensor.name))
+                fail(file.path(), ": tensor ", shown(tensor.name), " ", shape_text(tensor.shape),
+                     " does not belong to the model that ", join_path(folder, "config.json"), " describes");
+    }
+
+    void read_trainer(const MappedFile& file) {
+        const std::string& path = file.path();
+        const nlohmann::json json = parse_json(file.text(), path);
+        if (!json.is_object()) fail(path, ": expected a JSON object");
+        const int64_t version = json_integer(json, "version", 0, INT64_MAX, path);
+        if (version != kCheckpointVersion)
+            fail(path, ": version ", version, ", expected ", kCheckpointVersion);
+        if (json_integer(json, "crc32", 0, UINT32_MAX, path) != checkpoint_detail::json_crc32(json))
+            fail(path, ": its checksum is not the one it names: the file is damaged");
+        const nlohmann::json files = json.value("files", nlohmann::json());
+        if (!files.is_object()) fail(path, ": \"files\" is ", brief(files), ", expected an object");
+        for (const auto& [name, expected] : files.items()) {
+            if (!is_file_name(name) || !expected.is_object())
+                fail(path, ": \"files\" has ", shown(name), ": ", brief(expected),
+                     ", expected the name of a file with its size and crc32");
+            open(name);
+        }
+        for (const auto& [name, expected] : files.items()) {
+            const MappedFile& found = open(name);
+            const int64_t size = json_integer(expected, "size", 0, INT64_MAX, path);
+            if (found.size() != (uint64_t)size)
+                fail(found.path(), ": ", found.size(), " bytes, but trainer.json says ", size);
+            if (crc32_of(found.data(), found.size()) != json_integer(expected, "crc32", 0, UINT32_MAX, path))
+                fail(found.path(), ": its checksum is not the one in trainer.json: the file is damaged");
+        }
+        trainer.emplace();
+        trainer->step = (int)json_integer(json, "step", 0, INT_MAX, path);
+        trainer->samples = json_integer(json, "samples", 0, INT64_MAX, path);
+        trainer->options = json.value("options", nlohmann::json());
     }
 };
 
-inline bool is_leftover(const std::filesystem::directory_entry& entry) {
-    std::string name = entry.path().filename().string();
-    return name.starts_with("step_") && name.ends_with(".tmp") && entry.is_directory();
-}
-
-// What interrupted writes left, which newest_checkpoint reports.
+// Before a run goes on, which this process has locked: what interrupted ones left.
 inline void delete_leftovers(const std::string& out) {
-    std::error_code error;
-    for (const auto& entry : std::filesystem::directory_iterator(out, error))
-        if (is_leftover(entry)) std::filesystem::remove_all(entry.path(), error);
+    for (const std::string& path : unfinished_checkpoints(out))
+        warn(path, ": incomplete, left by a run that was stopped; deleted");
+    delete_unfinished_checkpoints(out);
 }
 
 // The newest whole checkpoint of a run; none where it has written none. What is broken is reported on stderr,
 // and an error only where nothing else is left.
 inline std::optional<Checkpoint> newest_checkpoint(const std::string& out) {
-    std::error_code error;
-    for (const auto& entry : std::filesystem::directory_iterator(out, error)) {
-        if (is_leftover(entry))
-            fprintf(stderr, "warning: %s: incomplete, left by a run that was stopped; ignored\n",
-                    entry.path().c_str());
-    }
-    std::vector<int> steps = checkpoint_steps(out);
+    const std::vector<int> steps = checkpoint_steps(out);
     for (int step : steps) {
         std::string folder = join_path(out, checkpoint_name(step));
         try {
@@ -263,16 +363,32 @@ inline std::optional<Checkpoint> newest_checkpoint(const std::string& out) {
             if (!checkpoint.trainer) fail(folder, ": trainer.json is missing");
             return checkpoint;
         } catch (const Error& e) {
-            fprintf(stderr, "warning: broken checkpoint ignored: %s\n", e.what());
+            // A run that goes on may have deleted it, having written a newer one.
+            const std::vector<int> now = checkpoint_steps(out);
+            if (std::find(now.begin(), now.end(), step) == now.end()) return newest_checkpoint(out);
+            warn("broken checkpoint ignored: ", e.what());
         }
     }
     if (!steps.empty()) fail(out, ": none of its ", steps.size(), " checkpoints is whole");
     return std::nullopt;
 }
 
+// Is a process training in this folder? It holds a lock on it as long as it does (llmc/trainer.h).
+inline bool is_training_in(const std::string& out) {
+    const Descriptor folder(::open(out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    return folder.fd >= 0 && ::flock(folder.fd, LOCK_SH | LOCK_NB) != 0 && errno == EWOULDBLOCK;
+}
+
 // A model to generate with or to evaluate: the folder itself, or the newest checkpoint of a run.
 inline Checkpoint open_model(const std::string& folder) {
-    if (!std::filesystem::exists(join_path(folder, "config.json")))
-        if (std::optional<Checkpoint> newest = newest_checkpoint(folder)) return *newest;
-    return Checkpoint(folder);
+    std::error_code error;
+    if (!path_exists(folder) || !std::filesystem::is_directory(folder, error))
+        fail(folder, ": not a folder, expected a checkpoint or a model");
+    if (path_exists(join_path(folder, "config.json"))) return Checkpoint(folder);
+    const std::vector<std::string> unfinished = unfinished_checkpoints(folder);
+    if (!unfinished.empty() && !is_training_in(folder))
+        for (const std::string& path : unfinished)
+            if (path_exists(path)) warn(path, ": incomplete, left by a run that was stopped; ignored");
+    if (std::optional<Checkpoint> newest = newest_checkpoint(folder)) return *newest;
+    fail(folder, ": there is neither a config.json nor a checkpoint in this folder");
 }

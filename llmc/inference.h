@@ -77,7 +77,8 @@ inline std::unique_ptr<Model> load_model(const Backend& backend, const Checkpoin
 }
 
 inline Tokenizer open_tokenizer(const Checkpoint& checkpoint) {
-    return Tokenizer(join_path(checkpoint.folder, "tokenizer.json"));
+    if (const MappedFile* file = checkpoint.tokenizer()) return Tokenizer(*file);
+    return Tokenizer(join_path(checkpoint.folder, "tokenizer.json"));  // an error that names it
 }
 
 // An error where a batch does not fit the model's positions, or the integers that count its tokens.
@@ -177,12 +178,12 @@ inline void evaluate(const Backend& backend, const EvalOptions& options) {
     int64_t sequences = dataset.sequences();
     if (options.batches > 0) sequences = std::min(sequences, (int64_t)options.batches * options.batch);
     int B = (int)std::min<int64_t>(options.batch, sequences);
-    const std::string path = find_tokenizer(options.data);
-    require_same_tokenizer(path, find_tokenizer(checkpoint.folder));
+    const std::optional<MappedFile> file = find_tokenizer(options.data);
+    require_same_tokenizer(file ? &*file : nullptr, checkpoint.tokenizer());
     const DatasetInfo info = read_dataset_info(options.data);
     const int separator = info.described ? info.eot_token : -1;  // of documents, and no text
     std::optional<Tokenizer> tokenizer;  // for the bytes of the text that was predicted
-    if (!path.empty()) tokenizer = open_if_supported(path, "bits per byte");
+    if (file) tokenizer = open_if_supported(*file, "bits per byte");
     auto model = load_model(backend, checkpoint, options.compute.model_options(Purpose::inference, B, T));
     std::vector<int> inputs((size_t)B * T), targets((size_t)B * T);
     double total = 0;
@@ -197,8 +198,8 @@ inline void evaluate(const Backend& backend, const EvalOptions& options) {
                 bytes += tokenizer->decode(targets[i]).size();
     }
     double loss = total / (sequences * T);
-    printf("%s, %s: %lld tokens in %lld sequences of %d\n", options.data.c_str(), options.split.c_str(),
-           (long long)(sequences * T), (long long)sequences, T);
+    printf("%s, %s: %lld tokens in %lld sequences of %d\n", printable(options.data).c_str(),
+           options.split.c_str(), (long long)(sequences * T), (long long)sequences, T);
     printf("loss %.6f | perplexity %.4f", loss, std::exp(loss));
     if (bytes > 0) printf(" | bits per byte %.4f", total / std::log(2.0) / bytes);
     printf("\n");
@@ -212,7 +213,8 @@ inline void dump(const Backend& backend, const DumpOptions& options) {
     if (dataset.sequences() < B)
         usage_error("--batch ", B, ": ", options.data, " has ", dataset.sequences(), " sequences of ", T,
                     " tokens");
-    require_same_tokenizer(find_tokenizer(options.data), find_tokenizer(checkpoint.folder));
+    const std::optional<MappedFile> file = find_tokenizer(options.data);
+    require_same_tokenizer(file ? &*file : nullptr, checkpoint.tokenizer());
     std::vector<int> inputs((size_t)B * T), targets((size_t)B * T);
     DataLoader(dataset, 0, /*shuffle=*/false).batch(0, B, inputs.data(), targets.data());
     auto model = load_model(backend, checkpoint, options.compute.model_options(Purpose::training, B, T));
@@ -244,5 +246,5 @@ inline void dump(const Backend& backend, const DumpOptions& options) {
             }
         writer.close();
     });
-    printf("loss %.6f; wrote %s\n", loss, options.file.c_str());
+    printf("loss %.6f; wrote %s\n", loss, printable(options.file).c_str());
 }

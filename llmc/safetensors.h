@@ -5,6 +5,8 @@
 // file ends, and each has exactly the bytes of its shape and dtype. A tensor of no elements and one of no
 // dimensions (a scalar) are both allowed. Data need not be aligned: read it with read_floats or memcpy.
 //
+// A model may lie in several files with an index: SafetensorsSet.
+//
 // Writing: the tensors are announced first and then appended in that order, so that nothing is held in
 // memory; a file that is not complete at close() is an error.
 #pragma once
@@ -13,9 +15,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -72,7 +76,9 @@ inline float half_to_float(uint16_t half) {
 
 class SafetensorsFile {
   public:
-    explicit SafetensorsFile(const std::string& path) : file_(path) {
+    explicit SafetensorsFile(const std::string& path) : SafetensorsFile(MappedFile(path)) {}
+    explicit SafetensorsFile(MappedFile opened) : file_(std::move(opened)) {
+        const std::string& path = file_.path();
         const uint64_t size = file_.size();
         uint64_t header_size = 0;
         if (size < 8) fail(path, ": not a safetensors file: ", size, " bytes, expected 8 and a header");
@@ -100,19 +106,26 @@ class SafetensorsFile {
     const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
     const TensorView* find(const std::string& name) const {
-        for (const TensorView& tensor : tensors_) {
-            if (tensor.name == name) return &tensor;
-        }
-        return nullptr;
+        const auto found = numbers_.find(name);
+        return found == numbers_.end() ? nullptr : &tensors_[found->second];
     }
 
-    // The tensor `name`, which must be there with this shape, as floats.
-    void read_floats(const std::string& name, const std::vector<int64_t>& shape,
-                     float* out /*(shape)*/) const {
+    // The tensor `name`, which must be there with this shape, of a dtype that read_floats reads.
+    const TensorView& expect(const std::string& name, const std::vector<int64_t>& shape) const {
         const TensorView* tensor = find(name);
-        if (!tensor) fail(path(), ": tensor \"", name, "\" ", shape_text(shape), " is missing");
+        if (!tensor) fail(path(), ": tensor ", shown(name), " ", shape_text(shape), " is missing");
         if (tensor->shape != shape)
             fail_at(name, "its shape is ", shape_text(tensor->shape), ", expected ", shape_text(shape));
+        const DType dtype = tensor->dtype;
+        if (dtype != DType::F32 && dtype != DType::F16 && dtype != DType::BF16 && dtype != DType::F64)
+            fail_at(name, "its dtype is ", dtype_info(dtype).name, ", expected F32, F16, BF16 or F64");
+        return *tensor;
+    }
+
+    // The tensor that expect() gives, as floats.
+    void read_floats(const std::string& name, const std::vector<int64_t>& shape,
+                     float* out /*(shape)*/) const {
+        const TensorView* tensor = &expect(name, shape);
         switch (tensor->dtype) {
             case DType::F32:
                 if (tensor->bytes > 0) std::memcpy(out, tensor->data, tensor->bytes);
@@ -124,9 +137,8 @@ class SafetensorsFile {
             case DType::BF16:
                 return convert<uint16_t>(*tensor, out,
                                          [](uint16_t x) { return std::bit_cast<float>(uint32_t{x} << 16); });
-            default:
-                fail_at(name, "its dtype is ", dtype_info(tensor->dtype).name,
-                        ", expected F32, F16, BF16 or F64");
+            default:  // expect() has refused it
+                break;
         }
     }
 
@@ -135,7 +147,7 @@ class SafetensorsFile {
 
     template <class... Parts>
     [[noreturn]] void fail_at(const std::string& tensor, const Parts&... parts) const {
-        fail(path(), ": tensor ", nlohmann::json(tensor).dump(), ": ", parts...);
+        fail(path(), ": tensor ", shown(tensor), ": ", parts...);
     }
 
     template <class Raw, class Convert>
@@ -176,7 +188,7 @@ class SafetensorsFile {
         const std::string dtype_name = value.at("dtype").get<std::string>();
         int dtype = 0;
         while (dtype < kDTypes && dtype_name != dtype_info((DType)dtype).name) dtype++;
-        if (dtype == kDTypes) fail_at(name, "unknown dtype ", value.at("dtype").dump());
+        if (dtype == kDTypes) fail_at(name, "unknown dtype ", shown(dtype_name));
 
         TensorView tensor{name, (DType)dtype, read_integers(name, value, "shape"), nullptr, 0};
         const std::vector<int64_t> offsets = read_integers(name, value, "data_offsets");
@@ -211,13 +223,84 @@ class SafetensorsFile {
                                           : " (there is a hole before them)");
             end = tensor.data + tensor.bytes;
         }
+        for (size_t i = 0; i < tensors_.size(); i++) numbers_[tensors_[i].name] = i;
         const auto unused = file_.data() + file_.size() - end;
         if (unused != 0) fail(path(), ": ", unused, " bytes after the last tensor's data, expected none");
     }
 
     MappedFile file_;
     std::vector<TensorView> tensors_;
+    std::unordered_map<std::string, size_t> numbers_;  // in tensors_, by name
     std::map<std::string, std::string> metadata_;
+};
+
+// The tensors of one file, or of several with Hugging Face's index: {"weight_map": {tensor: file}}. An index
+// must say of each tensor of its files where it is, and be right.
+class SafetensorsSet {
+  public:
+    explicit SafetensorsSet(SafetensorsFile file) : path_(file.path()) { files_.push_back(std::move(file)); }
+
+    // open(name) gives the MappedFile of a file beside the index.
+    SafetensorsSet(const MappedFile& index, const std::function<MappedFile(const std::string&)>& open)
+        : path_(index.path()) {
+        const nlohmann::json json = parse_json(index.text(), path_);
+        if (!json.is_object() || !json.contains("weight_map") || !json.at("weight_map").is_object())
+            fail(path_, ": weight_map is not an object");
+        const nlohmann::json& map = json.at("weight_map");
+        std::map<std::string, size_t> numbers;  // in files_, by name
+        for (const auto& [tensor, name] : map.items()) {
+            if (!name.is_string() || !is_file_name(name.get<std::string>()))
+                fail(path_, ": tensor ", shown(tensor), " is said to be in ", brief(name),
+                     ", expected the name of a file in the same folder");
+            numbers[name.get<std::string>()] = 0;
+        }
+        for (auto& [name, number] : numbers) {
+            number = files_.size();
+            const SafetensorsFile& file = files_.emplace_back(open(name));
+            for (const TensorView& tensor : file.tensors()) {
+                const auto said = map.find(tensor.name);
+                if (said == map.end())
+                    fail(file.path(), ": tensor ", shown(tensor.name), " is not in ", path_);
+                if (*said != name)
+                    fail(file.path(), ": tensor ", shown(tensor.name), " is here, but ", path_, " says in ",
+                         brief(*said));
+            }
+        }
+        for (const auto& [tensor, name] : map.items()) {
+            const SafetensorsFile& file = files_[numbers.at(name.get<std::string>())];
+            if (!file.find(tensor))
+                fail(file.path(), ": tensor ", shown(tensor), " is not here, though ", path_, " says so");
+        }
+    }
+
+    const std::string& path() const { return path_; }  // of the file, or of the index
+    const std::vector<SafetensorsFile>& files() const { return files_; }
+
+    const TensorView* find(const std::string& name) const {
+        const TensorView* tensor = nullptr;
+        for (const SafetensorsFile& file : files_)
+            if (!tensor) tensor = file.find(name);
+        return tensor;
+    }
+
+    // As those of SafetensorsFile.
+    const TensorView& expect(const std::string& name, const std::vector<int64_t>& shape) const {
+        return file_of(name, shape).expect(name, shape);
+    }
+    void read_floats(const std::string& name, const std::vector<int64_t>& shape,
+                     float* out /*(shape)*/) const {
+        file_of(name, shape).read_floats(name, shape, out);
+    }
+
+  private:
+    const SafetensorsFile& file_of(const std::string& name, const std::vector<int64_t>& shape) const {
+        for (const SafetensorsFile& file : files_)
+            if (file.find(name)) return file;
+        fail(path_, ": tensor ", shown(name), " ", shape_text(shape), " is missing");
+    }
+
+    std::string path_;
+    std::vector<SafetensorsFile> files_;
 };
 
 struct TensorSpec {
@@ -284,7 +367,7 @@ class SafetensorsWriter {
 
     template <class... Parts>
     [[noreturn]] void fail_at(const std::string& tensor, const Parts&... parts) const {
-        fail(file_.path(), ": tensor \"", tensor, "\": ", parts...);
+        fail(file_.path(), ": tensor ", shown(tensor), ": ", parts...);
     }
     void skip_finished() {
         while (current_ < pending_.size() && pending_[current_].bytes == 0) current_++;

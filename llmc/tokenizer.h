@@ -398,21 +398,19 @@ class Tokenizer {
     int eot_token_ = -1;
 };
 
-// FOLDER/tokenizer.json; empty where there is none.
-inline std::string find_tokenizer(const std::string& folder) {
+// FOLDER/tokenizer.json, where there is one.
+inline std::optional<MappedFile> find_tokenizer(const std::string& folder) {
     const std::string path = (std::filesystem::path(folder) / "tokenizer.json").string();
-    std::error_code unreadable;  // shows when it is read
-    const bool none =
-        std::filesystem::status(path, unreadable).type() == std::filesystem::file_type::not_found;
-    return none ? "" : path;
+    if (!path_exists(path)) return std::nullopt;
+    return MappedFile(path);
 }
 
 // For what can do without: a tokenizer.json of another kind is named on stderr, with what there will not be.
-inline std::optional<Tokenizer> open_if_supported(const std::string& path, const char* without) {
+inline std::optional<Tokenizer> open_if_supported(const MappedFile& file, const char* without) {
     try {
-        return Tokenizer(path);
+        return Tokenizer(file);
     } catch (const UnsupportedTokenizer& e) {
-        fprintf(stderr, "warning: without %s: %s\n", without, e.what());
+        warn("without ", without, ": ", e.what());
         return std::nullopt;
     }
 }
@@ -474,14 +472,14 @@ inline nlohmann::ordered_json what_decides_ids(const nlohmann::json& file) {
 }  // namespace tokenizer_detail
 
 // An error where two files give a text other ids: `data` is of the tokens that a model is used on, `model`
-// its own; where either is empty (there is none) nothing is known. `advice` ends the message.
-inline void require_same_tokenizer(const std::string& data, const std::string& model,
+// its own; where either is null (there is none) nothing is known. `advice` ends the message.
+inline void require_same_tokenizer(const MappedFile* data, const MappedFile* model,
                                    const std::string& advice = "") {
-    if (data.empty() || model.empty() || MappedFile(data).text() == MappedFile(model).text()) return;
-    const nlohmann::ordered_json found = tokenizer_detail::what_decides_ids(read_tokenizer(data));
-    const nlohmann::ordered_json expected = tokenizer_detail::what_decides_ids(read_tokenizer(model));
+    if (!data || !model || data->text() == model->text()) return;
+    const nlohmann::ordered_json found = tokenizer_detail::what_decides_ids(read_tokenizer(*data));
+    const nlohmann::ordered_json expected = tokenizer_detail::what_decides_ids(read_tokenizer(*model));
     for (const auto& [part, value] : expected.items())
         if (found.at(part) != value)
-            fail(data, ": this is not the model's tokenizer, ", model, ": they differ in their ", part,
+            fail(data->path(), ": this is not the model's tokenizer, ", model->path(), ": they differ in their ", part,
                  ", so the model would take the data's tokens for others", advice);
 }

@@ -158,7 +158,8 @@ class Trainer {
                 fail(o.resume_from, ": trainer.json is missing, so it can only be given to --init-from");
         } else if (o.resume) {
             checkpoint = newest_checkpoint(o.out);
-            if (!checkpoint) printf("nothing to resume in %s: starting from the beginning\n", o.out.c_str());
+            if (!checkpoint)
+                printf("nothing to resume in %s: starting from the beginning\n", printable(o.out).c_str());
         } else if (has_checkpoints) {
             usage_error("--out ", o.out,
                         " already holds a run: go on with --resume, or choose another folder");
@@ -172,7 +173,7 @@ class Trainer {
             std::string changes = o.recall(checkpoint->trainer->options, file);
             state = *checkpoint->trainer;
             last_checkpoint = checkpoint->folder;
-            printf("resuming from %s after step %d\n", checkpoint->folder.c_str(), state.step);
+            printf("resuming from %s after step %d\n", printable(checkpoint->folder).c_str(), state.step);
             if (!changes.empty()) printf("changed by the command line: %s\n", changes.c_str());
             if (state.step > o.steps)
                 usage_error("--steps ", o.steps, ": ", file, " has done ", state.step, " already");
@@ -215,15 +216,15 @@ class Trainer {
 
     // The model's own, where it has one: shards need not have any.
     void choose_tokenizer(const std::optional<Checkpoint>& initial, bool resumed, const GPTConfig& config) {
-        const std::string of_data = find_tokenizer(o.data);
-        std::string own;
-        if (initial && (resumed || !o.new_tokenizer)) own = find_tokenizer(initial->folder);
-        require_same_tokenizer(of_data, own, resumed ? "" : "; --new-tokenizer trains it all the same");
-        const std::string& path = own.empty() ? of_data : own;
-        if (path.empty()) return;
-        tokenizer_text = read_text(path);
-        tokenizer = open_if_supported(path, "samples");
-        if (tokenizer) check_tokenizer(*tokenizer, path, config);
+        const std::optional<MappedFile> of_data = find_tokenizer(o.data);
+        const MappedFile *file = of_data ? &*of_data : nullptr, *own = nullptr;
+        if (initial && (resumed || !o.new_tokenizer)) own = initial->tokenizer();
+        require_same_tokenizer(file, own, resumed ? "" : "; --new-tokenizer trains it all the same");
+        if (own) file = own;
+        if (!file) return;
+        tokenizer_text = file->text();
+        tokenizer = open_if_supported(*file, "samples");
+        if (tokenizer) check_tokenizer(*tokenizer, file->path(), config);
     }
 
     void settle_sizes(const GPTConfig& config) {
@@ -244,6 +245,7 @@ class Trainer {
         if (initial) {
             initial->load_weights(*model);
             if (resumed) initial->load_optimizer(*model);
+            initial->close();
             return;
         }
         std::vector<float> values;
@@ -266,8 +268,8 @@ class Trainer {
                config.layers, config.heads, config.channels, config.context, config.vocab_size,
                model->table.count);
         printf("attention  %s\n", attention.c_str());
-        printf("data       %s: %lld tokens, %lld sequences of %d\n", o.data.c_str(), (long long)data.tokens(),
-               (long long)data.sequences(), o.seq);
+        printf("data       %s: %lld tokens, %lld sequences of %d\n", printable(o.data).c_str(),
+               (long long)data.tokens(), (long long)data.sequences(), o.seq);
         printf("batch      %lld tokens a step, in %lld micro-batches of %d x %d; %lld steps an epoch\n",
                (long long)o.total_batch, (long long)(o.total_batch / ((int64_t)o.batch * o.seq)), o.batch,
                o.seq, (long long)steps_an_epoch);
@@ -397,7 +399,7 @@ class Trainer {
         state.options = o.remembered();
         last_checkpoint = write_checkpoint(o.out, *model, state, tokenizer_text);
         delete_old_checkpoints(o.out, o.keep_checkpoints);
-        printf("wrote %s\n", last_checkpoint.c_str());
+        printf("wrote %s\n", printable(last_checkpoint).c_str());
         fflush(stdout);
     }
 };

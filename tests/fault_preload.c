@@ -10,6 +10,8 @@
 //                 error   the call fails with errno FAULT_VALUE
 //                 full    the disk is full from here on: this write takes half of its bytes, and from then on
 //                         whatever needs space fails with ENOSPC
+//                 stuck   from here on nothing can be deleted: errno FAULT_VALUE
+//   FAULT_GONE    a file: when it has been opened for reading, its folder gets another name
 //   FAULT_LOG     a file outside of the folder, which gets a line a call: "write PATH"
 //
 // The calls go to the kernel directly, so there is no other function that could be called by mistake.
@@ -68,6 +70,10 @@ static enum fate fate_of(const char* call, int needs_space, int fd, const char* 
         errno = ENOSPC;
         return count == at && writes ? HALF : needs_space ? FAIL : GO_ON;
     }
+    if (strcmp(what, "stuck") == 0) {
+        errno = value;
+        return strcmp(call, "unlink") == 0 ? FAIL : GO_ON;
+    }
     if (count > at) return GO_ON;
     if (strcmp(what, "error") == 0) {
         errno = value;
@@ -81,6 +87,14 @@ static enum fate fate_of(const char* call, int needs_space, int fd, const char* 
     raise(value);
     if (strcmp(what, "twice") == 0) raise(value);
     return GO_ON;
+}
+
+static void rename_folder_of(const char* path) {
+    char folder[PATH_MAX], other[PATH_MAX + 8];
+    snprintf(folder, sizeof(folder), "%s", path);
+    *strrchr(folder, '/') = 0;
+    snprintf(other, sizeof(other), "%s.gone", folder);
+    syscall(SYS_renameat2, AT_FDCWD, folder, AT_FDCWD, other, 0);
 }
 
 #define CALL(name, needs_space, fd, path, system_call) \
@@ -99,7 +113,11 @@ int open(const char* path, int flags, ...) {
     va_start(rest, flags);
     mode_t mode = flags & O_CREAT ? va_arg(rest, mode_t) : 0;
     va_end(rest);
-    if (!(flags & (O_CREAT | O_TRUNC))) return (int)syscall(SYS_openat, AT_FDCWD, path, flags, 0);
+    if (!(flags & (O_CREAT | O_TRUNC))) {
+        int fd = (int)syscall(SYS_openat, AT_FDCWD, path, flags, 0);
+        if (strcmp(path, setting("FAULT_GONE")) == 0) rename_folder_of(path);
+        return fd;
+    }
     CALL("open", 1, AT_FDCWD, path, syscall(SYS_openat, AT_FDCWD, path, flags, mode));
 }
 

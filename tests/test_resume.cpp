@@ -531,6 +531,64 @@ TEST_CASE("resume: a damaged checkpoint does not count among those to keep") {
     CHECK(contains(result.out, "step_00000015 after step 15"));
 }
 
+TEST_CASE("resume: an old checkpoint that cannot be deleted is named as it is, each time, until it can be") {
+    const TempFolder folder;
+    const std::string out = folder / "out";
+    copy_begun(out);
+    fs::remove_all(out + "/step_00000030.tmp");
+    const Result stuck = train_gpt(resume(out), {}, fault(out, 1, "stuck", EIO));
+    CHECK(stuck.status == 0);
+    std::multiset<std::string> found, expected;
+    for (const std::string& line : lines_of(stuck.err)) found.insert(line);
+    for (int old : {10, 10, 10, 20, 20, 30})  // after the checkpoints of step 30, 40 and 50
+        expected.insert("warning: " + out + "/" + step_name(old) + ".tmp: cannot delete: Input/output error");
+    CHECK(found == expected);
+    check_same_end(out);
+    const Result result = train_gpt(resume(out));
+    CHECK(result.status == 0);
+    CHECK(lines_of(result.err).size() == 3);
+    CHECK(contains(result.err, out + "/step_00000010.tmp: incomplete"));
+    CHECK(names_in(out) == std::set<std::string>{"metrics.jsonl", "step_00000040", "step_00000050"});
+}
+
+TEST_CASE("resume: a run that goes on can be read, whatever it is writing or deleting") {
+    const TempFolder folder;
+    const std::string out = folder / "out";
+    auto generate = [&](const std::string& model, const Run& run = {}) {
+        return train_gpt("generate --temperature 0 --tokens 20 --threads 2 --model " + model, {}, run);
+    };
+    const std::string step_10 = generate(runs().begun + "/step_00000010").out,
+                      step_20 = generate(runs().begun + "/step_00000020").out;
+    CHECK(step_10 != step_20);
+    copy_begun(out);
+    // step_00000030.tmp is what a running one writes, and what a stopped one has left.
+    const int held = ::open(out.c_str(), O_RDONLY | O_DIRECTORY);
+    REQUIRE(::flock(held, LOCK_EX) == 0);
+    const Result beside = generate(out);
+    check_done(beside);
+    CHECK(beside.out == step_20);
+    ::close(held);
+    const Result stopped = generate(out);
+    CHECK(stopped.err ==
+          "warning: " + out + "/step_00000030.tmp: incomplete, left by a run that was stopped; ignored\n");
+    CHECK(stopped.out == step_20);
+    // The newest goes when this file of it has been opened: all of it is open before any is used, or another
+    // is taken.
+    fs::remove_all(out + "/step_00000030.tmp");
+    for (const char* file :
+         {"trainer.json", "config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json"}) {
+        CAPTURE(file);
+        const std::string newest = out + "/step_00000020";
+        Run run = fault("", 0, "");
+        run.environment.push_back("FAULT_GONE=" + newest + "/" + file);
+        const Result result = generate(out, run);
+        check_done(result);
+        CHECK(result.out == (file == std::string("tokenizer.json") ? step_20 : step_10));
+        CHECK_FALSE(fs::exists(newest));
+        fs::rename(newest + ".gone", newest);
+    }
+}
+
 TEST_CASE("resume: flags that would make another run are refused, others change it and are named") {
     const TempFolder folder;
     const std::string out = folder / "out";

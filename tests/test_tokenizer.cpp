@@ -520,10 +520,17 @@ TEST_CASE("require_same_tokenizer: only what decides the ids counts") {
     auto error = [&](const Json& a, const Json& b) {
         put_file(data, a.dump());
         put_file(model, b.dump());
-        const std::string there = error_of([&] { require_same_tokenizer(data, model, "; advice"); });
+        const std::string there = error_of([&] {
+            const MappedFile data_file(data), model_file(model);
+            require_same_tokenizer(&data_file, &model_file, "; advice");
+        });
         put_file(data, b.dump(1));
         put_file(model, a.dump());
-        CHECK((error_of([&] { require_same_tokenizer(data, model); }) == "") == (there == ""));
+        const std::string back = error_of([&] {
+            const MappedFile data_file(data), model_file(model);
+            require_same_tokenizer(&data_file, &model_file);
+        });
+        CHECK((back == "") == (there == ""));
         return there;
     };
     const Json json = small_json({{"a", "b"}, {"ab", "c"}});
@@ -603,8 +610,9 @@ TEST_CASE("require_same_tokenizer: only what decides the ids counts") {
     CHECK(error(json, Json::array()) != "");
     CHECK(error(json, {{"model", {{"vocab", 1}, {"merges", "a b"}}}, {"added_tokens", 7}}) != "");
     // Where one is missing there is nothing to compare.
-    require_same_tokenizer("", model);
-    require_same_tokenizer(data, "");
+    const MappedFile file(model);
+    require_same_tokenizer(nullptr, &file);
+    require_same_tokenizer(&file, nullptr);
 }
 
 TEST_CASE("Tokenizer: thousands of damaged files load and keep text whole, or throw Error") {
