@@ -17,6 +17,7 @@
 
 #include "llmc/config_json.h"
 #include "llmc/error.h"
+#include "llmc/files.h"
 #include "llmc/model.h"
 #include "llmc/sampler.h"
 #include "llmc/schedule.h"
@@ -62,8 +63,8 @@ struct ModelFlags {
         nlohmann::ordered_json wanted = config_to_json(over(existing)), found = config_to_json(existing);
         for (const auto& [key, value] : wanted.items())
             if (value != found[key])
-                usage_error("the command line asks for ", key, " ", value.dump(), ", but ", file, " has ",
-                            found[key].dump());
+                usage_error("the command line asks for ", key, " ", brief(value), ", but ", file, " has ",
+                            brief(found[key]));
     }
 };
 
@@ -125,10 +126,11 @@ struct TrainOptions {
         // What is wrong with a value of trainer.json, by the check of what is typed after the flag; "" where
         // nothing is.
         std::string complaint(const nlohmann::json& value) const {
-            bool is_text = get().is_string();
-            if (is_text && value.is_string()) return allowed(value.get_ref<const std::string&>());
-            std::string text = value.dump(), found = allowed(text);
-            return found.empty() && is_text ? text + " is not a text" : found;
+            const bool is_text = get().is_string() || get().is_array();  // see json_of_path
+            if (is_text)
+                if (std::optional<std::string> text = path_of_json(value)) return allowed(*text);
+            std::string typed = value.dump(), found = allowed(typed);
+            return found.empty() && is_text ? brief(value) + " is not a text" : found;
         }
     };
     std::vector<Setting> settings;
@@ -163,10 +165,10 @@ struct TrainOptions {
                 s.set(value);
             } else if (s.get() != value) {
                 if (s.fixed)
-                    usage_error(s.flag, " ", s.get().dump(), " contradicts ", file, ", which has ",
-                                value.dump());
-                changes += str(changes.empty() ? "" : ", ", s.flag, " ", s.get().dump(), " (was ",
-                               value.dump(), ")");
+                    usage_error(s.flag, " ", brief(s.get()), " contradicts ", file, ", which has ",
+                                brief(value));
+                changes += str(changes.empty() ? "" : ", ", s.flag, " ", brief(s.get()), " (was ",
+                               brief(value), ")");
             }
         }
         return changes;
@@ -215,7 +217,7 @@ inline CLI::Validator in_range(Number low, Number high) {
         const char* end = text.data() + text.size();
         auto [stop, error] = std::from_chars(text.data(), end, value);
         if (error == std::errc() && stop == end && value >= low && value <= high) return "";
-        return str("\"", text, "\" is not ", std::is_integral_v<Number> ? "an integer" : "a number", " from ",
+        return str(shown(text), " is not ", std::is_integral_v<Number> ? "an integer" : "a number", " from ",
                    low, " to ", high);
     };
     return CLI::Validator(check, "");
@@ -289,8 +291,17 @@ inline void add_compute(CLI::App& app, ComputeFlags& o, const char* group) {
 
 inline void add_train(CLI::App& app, TrainOptions& o) {
     auto remember = [&](CLI::Option* option, auto& value, bool fixed) {
-        auto get = [&value] { return nlohmann::json(value); };
-        auto set = [&value](const nlohmann::json& json) { json.get_to(value); };
+        constexpr bool is_text = std::is_same_v<decltype(value), std::string&>;  // which may be a path
+        auto get = [&value] {
+            if constexpr (is_text) return json_of_path(value);
+            return nlohmann::json(value);
+        };
+        auto set = [&value](const nlohmann::json& json) {
+            if constexpr (is_text)
+                value = path_of_json(json).value();
+            else
+                json.get_to(value);
+        };
         o.settings.push_back({option->get_name(), fixed, false, {}, get, set});
         return option;
     };
@@ -502,6 +513,13 @@ inline std::vector<std::string> separate_empty_values(const CLI::App& command,
     return separated;
 }
 
+// The flag that a message of CLI11 is about.
+inline std::string first_flag(const std::string& message) {
+    const size_t begin = message.find("--");
+    return begin == message.npos ? message
+                                 : message.substr(begin, message.find_first_of(" :=", begin) - begin);
+}
+
 }  // namespace options_detail
 
 // Fills `options`. Returns false where there is nothing to do, because help was asked for and has been
@@ -528,7 +546,7 @@ inline bool parse_options(int argc, char** argv, const char* program, const char
         arguments = options_detail::separate_empty_values(*subcommand, arguments);
     }
     if (!known)
-        usage_error(arguments.empty() ? "no command" : str("unknown command \"", arguments[0], "\""),
+        usage_error(arguments.empty() ? "no command" : str("unknown command ", shown(arguments[0])),
                     ": expected train, generate, eval or dump (see --help)");
     try {
         std::reverse(arguments.begin(), arguments.end());  // as parse() takes them
@@ -536,6 +554,12 @@ inline bool parse_options(int argc, char** argv, const char* program, const char
     } catch (const CLI::Success& help) {
         app.exit(help);
         return false;
+    } catch (const CLI::ExtrasError&) {
+        usage_error("unexpected argument ", shown(app.remaining(true).front()), " (see --help)");
+    } catch (const CLI::ArgumentMismatch& e) {
+        usage_error(options_detail::first_flag(e.what()), ": expected one value, given once");
+    } catch (const CLI::ConversionError& e) {  // numbers have been checked before
+        usage_error(options_detail::first_flag(e.what()), ": expected no value");
     } catch (const CLI::ParseError& e) {
         usage_error(e.what());
     }
