@@ -208,6 +208,18 @@ TEST_CASE("cli: the best instruction set runs where none is asked for") {
         }
 }
 
+TEST_CASE("cli: what oneDNN cannot multiply is one line of ours") {
+    const TempFolder folder;
+    const Result result = train_gpt(
+        "train --dtype bf16 --steps 1 --val-every 0 --sample-every 0 --checkpoint-every 0 "
+        "--data " +
+            fixture().data + " --out " + (folder / "run") + kLong,
+        {}, {{"ONEDNN_MAX_CPU_ISA=SSE41"}});
+    // Without AVX-512 BF16, or without oneDNN, it is not asked to.
+    if (result.status != 0)
+        check_failed(result, 1, {"oneDNN cannot multiply (", "in bf16", "ONEDNN_MAX_CPU_ISA"});
+}
+
 TEST_CASE("cli: LLMC_ISA with a name that is none is refused") {
     const Result result = train_gpt("eval --model none --data none", {}, {{"LLMC_ISA=mmx"}});
     // A program that was built for one processor (make DISPATCH=0) has no choice to make.

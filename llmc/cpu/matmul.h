@@ -7,6 +7,7 @@
 #pragma once
 #include <cstddef>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -19,6 +20,7 @@
 #include "llmc/cpu/bf16.h"
 #include "llmc/cpu/isa.h"
 #include "llmc/cpu/threads.h"
+#include "llmc/error.h"
 
 namespace cpu::inline LLMC_ISA {
 
@@ -136,7 +138,7 @@ inline Product make_product(int M, int N, int K, const Kind& kind) {
 
 template <class Result, class Factor>
 inline void matmul(Result* c, const Factor* a, const Factor* b, int M, int N, int K, bool trans_a,
-                   bool trans_b, bool accumulate, const float* bias) {
+                   bool trans_b, bool accumulate, const float* bias) try {
     static dnnl::stream stream(engine());
     static std::unordered_map<Key, Product, KeyHash> products;
     Kind kind{trans_a,
@@ -155,6 +157,11 @@ inline void matmul(Result* c, const Factor* a, const Factor* b, int M, int N, in
     if (bias) p.bias.set_data_handle(const_cast<float*>(bias));
     p.primitive.execute(stream, p.arguments);
     stream.wait();
+} catch (const dnnl::error& e) {
+    if (e.status == dnnl_out_of_memory) throw std::bad_alloc();
+    fail("oneDNN cannot multiply (", M, ",", K, ") by (", K, ",", N, ") in ",
+         std::is_same_v<Factor, bf16> ? "bf16" : "float32", " on this processor (status ", (int)e.status,
+         "); is ONEDNN_MAX_CPU_ISA set?");
 }
 
 }  // namespace onednn
