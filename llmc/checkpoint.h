@@ -373,7 +373,7 @@ inline std::optional<Checkpoint> newest_checkpoint(const std::string& out) {
     return std::nullopt;
 }
 
-// Is a process training in this folder? It holds a lock on it as long as it does (llmc/trainer.h).
+// Is a process training in this folder? It holds a lock on it as long as it does (llmc/run_folder.h).
 inline bool is_training_in(const std::string& out) {
     const Descriptor folder(::open(out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     return folder.fd >= 0 && ::flock(folder.fd, LOCK_SH | LOCK_NB) != 0 && errno == EWOULDBLOCK;

@@ -109,7 +109,7 @@ inline std::string read_prompt(const std::string& path) {
     for (int patience = 500;;) {  // milliseconds until it says so
         pollfd input = {fd, POLLIN, 0};
         if (::poll(&input, 1, patience) == 0) {
-            fprintf(stderr, "waiting for the prompt from %s\n", name.c_str());
+            fprintf(stderr, "waiting for the prompt from %s\n", printable(name).c_str());
             patience = -1;
             continue;
         }
@@ -148,10 +148,8 @@ inline void generate(const Backend& backend, const GenerateOptions& options) {
         prompt = {start};
     }
     if (!config.rope() && (int64_t)prompt.size() > config.context)
-        fprintf(stderr,
-                "warning: the prompt has %zu tokens, of which only the last %d count: the model's learned "
-                "positions end at its context\n",
-                prompt.size(), config.context);
+        warn("the prompt has ", prompt.size(), " tokens, of which only the last ", config.context,
+             " count: the model's learned positions end at its context");
     ModelOptions model_options{Purpose::inference, 1, std::min(256, (int)prompt.size())};
     model_options.cache = (CacheKind)index_of_name(options.cache, kCacheNames, "--cache");
     auto model = load_model(backend, checkpoint, model_options);

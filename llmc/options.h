@@ -349,7 +349,7 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     o.settings.back().get = [&o]() -> nlohmann::json {
         std::error_code error;
         std::string path = std::filesystem::absolute(o.data, error).string();
-        return error ? o.data : path;
+        return json_of_path(error ? o.data : path);
     };
     app.add_option("--out", o.out, "folder for checkpoints and metrics.jsonl")
         ->group("Run")

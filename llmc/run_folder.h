@@ -24,7 +24,7 @@ class RunFolder {
             lock_.fd = ::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
             if (lock_.fd < 0 && errno == ENOENT) continue;
             if (lock_.fd < 0) fail_errno(path_, "cannot open folder");
-            if (::flock(lock_.fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+            if (!lock()) {
                 keep();  // it belongs to that run now, whoever made it
                 fail(path_, ": another train_gpt is training in this folder");
             }
@@ -52,6 +52,17 @@ class RunFolder {
             sync_folder(parent_folder(folder.string()));
         }
         if (error) fail(path_, ": cannot create: ", error.message());
+    }
+
+    // False where another run has the lock. One who reads the folder holds it for a moment (is_training_in),
+    // so a lock that is taken is tried for again. A file system without locks has none to give: that is no
+    // other run.
+    bool lock() const {
+        for (int attempt = 0; ::flock(lock_.fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK; attempt++) {
+            if (attempt == 20) return false;
+            usleep(5000);
+        }
+        return true;
     }
 
     // Is what is locked still the folder of this name? A start that failed may have removed it in between.

@@ -480,6 +480,7 @@ inline void require_same_tokenizer(const MappedFile* data, const MappedFile* mod
     const nlohmann::ordered_json expected = tokenizer_detail::what_decides_ids(read_tokenizer(*model));
     for (const auto& [part, value] : expected.items())
         if (found.at(part) != value)
-            fail(data->path(), ": this is not the model's tokenizer, ", model->path(), ": they differ in their ", part,
-                 ", so the model would take the data's tokens for others", advice);
+            fail(data->path(), ": this is not the model's tokenizer, ", model->path(),
+                 ": they differ in their ", part, ", so the model would take the data's tokens for others",
+                 advice);
 }
