@@ -32,8 +32,8 @@ bool near(double value, double expected, double error) {
     return std::abs(value - expected) <= error * std::abs(expected);
 }
 
-// The lines of the log without what the clock decides: a step's time, and its tokens over that time.
-std::vector<Json> timeless_metrics(const std::string& folder) {
+// The lines of the log without what the clock decides, which is checked: a step's time, and its tokens over it.
+std::vector<Json> checked_metrics(const std::string& folder) {
     std::vector<Json> lines = read_metrics(folder);
     for (Json& line : lines) {
         if (line.contains("ms")) {
@@ -76,7 +76,7 @@ TEST_CASE("cli: a run's losses, rates, norms, weights and moments equal those of
                              "8 steps, linear schedule to 0.03 after 3 steps of warm-up, fp32\n",
                              "step 0: validation loss 3.4246 over 36 tokens\n"})
         CHECK(contains(run.out, part));
-    const std::vector<Json> lines = timeless_metrics(out), expected = timeless_metrics(kRun);
+    const std::vector<Json> lines = checked_metrics(out), expected = timeless_metrics(kRun);
     REQUIRE(lines.size() == expected.size());
     for (size_t i = 0; i < lines.size(); i++) {
         CAPTURE(expected[i]);
@@ -116,7 +116,7 @@ TEST_CASE("cli: a run's losses, rates, norms, weights and moments equal those of
     fs::create_directory(again);
     fs::copy(out + "/step_00000005", again + "/step_00000005");
     check_done(train_gpt("train --resume --threads 2 --out " + again));
-    const std::vector<Json> rest = timeless_metrics(again);
+    const std::vector<Json> rest = checked_metrics(again);
     REQUIRE(rest.size() < lines.size());
     CHECK(rest == std::vector<Json>(lines.end() - rest.size(), lines.end()));
     CHECK(rest.front().at("step") == 6);
