@@ -51,7 +51,8 @@ inline std::string printable(std::string_view text, size_t longest = 1000) {
 
 // A value of a flag or a name from a file, as a message may show it.
 inline std::string shown(std::string_view text) {
-    return "\"" + printable(text, 60) + "\"";
+    std::string quoted_text = "\"";  // not by +, of which GCC 12 warns (its bug 105651)
+    return quoted_text.append(printable(text, 60)).append("\"");
 }
 
 struct Error : std::runtime_error {

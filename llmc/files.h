@@ -335,6 +335,6 @@ inline std::optional<std::string> path_of_json(const nlohmann::json& json) {
         else
             return {};
     }
-    if (path.find('\0') != path.npos) return {};
+    if (path.find('\0') != path.npos || json_of_path(path) != json) return {};
     return path;
 }

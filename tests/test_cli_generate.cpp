@@ -195,8 +195,9 @@ TEST_CASE("cli: training starts and ends its samples, and its checkpoints' texts
     put_file(data + "/tokenizer.json", byte_tokenizer("</s>"));
     put_file(data + "/meta.json", Json{{"vocab_size", kVocab}, {"eot_token", kEnd}}.dump());
     const Result result = train_gpt(
-        "train --steps 1 --batch 1 --lr 1e-9 --seed 6 --sample-tokens 200 --threads 2 --init-from " + model +
-        " --data " + data + " --out " + (folder / "out"));
+        "train --steps 1 --batch 1 --lr 1e-9 --seed 6 --sample-tokens 200 --threads 2 --new-tokenizer "
+        "--init-from " +
+        model + " --data " + data + " --out " + (folder / "out"));
     check_done(result);
     const std::string checkpoint = folder / "out/step_00000001", start = "--- a sample after step 1\n";
     const Json written = Json::parse(get_file(checkpoint + "/config.json"));

@@ -142,7 +142,7 @@ TEST_CASE("start: from another working directory, and with data that are elsewhe
     const std::string program = fs::absolute(environment("LLMC_TRAIN_GPT", "./train_gpt")).string();
     check_done(
         train_gpt("-C " + folder.path() + " " + program + " train --steps 1 --data data --out out" + kTiny,
-                  {}, {{}, 0, "", "/usr/bin/env"}));
+                  {}, {.program = "/usr/bin/env"}));
     const std::string resume = "train --resume --threads 2 --out " + out;
     check_done(train_gpt(resume));
     fs::rename(data, moved);

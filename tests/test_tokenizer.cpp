@@ -404,7 +404,7 @@ TEST_CASE("Tokenizer: what it does not implement, or what is malformed, is an er
         const Json processor = {{"type", "TemplateProcessing"}, {"single", single}};
         check_bad([&](Json& j) { j["post_processor"] = processor; }, {"post_processor", "single"});
         const Json both = {{"type", "Sequence"}, {"processors", {{{"type", "ByteLevel"}}, processor}}};
-        check_bad([&](Json& j) { j["post_processor"] = both; }, {"post_processor", "ByteLevel"});
+        check_bad([&](Json& j) { j["post_processor"] = both; }, {"post_processor", "Sequence"});
     }
     check_bad([](Json& j) { j["post_processor"] = {{"type", "Another"}}; }, {"post_processor", "Another"});
     check_bad([](Json& j) { j["post_processor"] = 1; }, {"post_processor is 1"});
