@@ -10,12 +10,14 @@
 //   make train_gptcu_sim: the same object on dev/ptxsim, for machines without a GPU
 #include <chrono>
 #include <cmath>
-#include <compare>
 #include <map>
 #include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
+#include "llmc/activations.h"
 #include "llmc/config.h"
 #include "llmc/cuda/adamw.h"
 #include "llmc/cuda/attention.h"
@@ -36,52 +38,6 @@
 
 namespace gpu {
 
-// What the forward pass leaves for the backward pass. Where an option is off its output is its input.
-template <class Real>
-struct LayerActivations {
-    Real* ln_1;            // (B,T,C)
-    float* ln_1_mean;      // (B,T)
-    float* ln_1_rstd;      // (B,T)
-    Real* qkv;             // (B,T,3C)
-    Real* conv;            // (B,T,3C): after the short convolution
-    Real* heads;           // (B,T,3C): after qk-norm and RoPE
-    float* qk_rstd;        // (B,T,2H)
-    Real* attn;            // (B,T,C)
-    float* attn_stats;     // (stats_size)
-    float* residual_attn;  // (B,T,C): residual stream after attention
-    Real* ln_2;            // (B,T,C)
-    float* ln_2_mean;      // (B,T)
-    float* ln_2_rstd;      // (B,T)
-    Real* fc;              // (B,T,4C)
-    Real* gelu;            // (B,T,4C)
-    float* residual_mlp;   // (B,T,C): residual stream after the MLP
-};
-
-template <class Real>
-struct Activations {
-    int* inputs;      // (B,T)
-    int* targets;     // (B,T)
-    float* embedded;  // (B,T,C)
-    std::vector<LayerActivations<Real>> h;
-    Real* ln_f;        // (B,T,C)
-    float* ln_f_mean;  // (B,T)
-    float* ln_f_rstd;  // (B,T)
-    Real* delta;       // (B,T,C): what a block adds to the residual stream; reused
-    Real* logits;      // (classifier_rows,Vp), then their gradient; reused
-    float* losses;     // (B,T)
-};
-
-// Gradients of activations, reused from layer to layer.
-template <class Real>
-struct ActivationGradients {
-    float* residual;      // (B,T,C)
-    Real* residual_real;  // (B,T,C): the same for matrix products
-    Real* norm;           // (B,T,C): of a LayerNorm's output, or of attention's
-    Real* qkv;            // (B,T,3C)
-    Real* conv;           // (B,T,3C), with short_conv
-    Real* fc;             // (B,T,4C)
-};
-
 template <class Real, class Gradient = float>
 struct GPT : Model {
     static constexpr bool kIsFloat = std::is_same_v<Real, float>;
@@ -89,11 +45,15 @@ struct GPT : Model {
 
     AttentionConfig attention;
     int L, H, D, C, V, Vp;
-    Tensors weights;
-    Tensors gradients;  // where Gradient is bf16 without those of matrices and embeddings
+    Tensors<float> weights;
+    Tensors<Real> weights_real;  // the weights as matrix products take them
+    Tensors<Gradient, float> gradients;
     Activations<Real> acts;
     ActivationGradients<Real> grads;
-    float* scratch;      // of the layers' partial sums and tables, one after the other
+    int* inputs;         // (B,T)
+    int* targets;        // (B,T)
+    Real* logits;        // (classifier_rows,Vp), then their gradient; reused
+    float* scratch;      // (scratch_size): partial sums and tables of the layers, one after the other
     float* fixed_decay;  // (H), with decay fixed
     float* rope;         // (T,D), with RoPE: of the positions of the tokens now in the model
     Cache<Real> cache;
@@ -109,32 +69,23 @@ struct GPT : Model {
           Vp(padded_vocabulary(config)),
           options(options),
           training(options.purpose == Purpose::training) {
-        auto require_linear_form = [&](bool wanted, const char* flag) {
-            if (wanted && !has_linear_form(attention, D))
-                usage_error(
-                    flag, ": ", kAttentionNames[attention.power], ", scale ", config.attention_scale,
-                    ", heads of ", D,
-                    ": expected poly1, poly2, or poly3 with heads of at most 32, and no scale sum with odd "
-                    "powers");
-        };
-        require_linear_form(options.kernel == AttentionKernel::linear, "--attention-kernel linear");
-        require_linear_form(options.cache == CacheKind::state, "--cache state");
-        if (options.stochastic_rounding && kIsFloat)
-            usage_error(
-                "--stochastic-rounding: there is no copy of the weights to round without --dtype bf16");
-        if (options.gradients == Precision::bf16 && kFloatGradients)
-            usage_error("--gradients bf16: expected --dtype bf16 with it");
-        if (D > 128) usage_error("heads of ", D, " channels: the CUDA trainer has kernels for at most 128");
-        state_plan.add(array(Store::weights), table.size, "weights");
-        if (!kIsFloat) state_plan.add(weights_real, table.size, "weights in bf16");
-        if (training) {
-            state_plan.add(all_gradients, table.size, "gradients");
-            if (!kFloatGradients) state_plan.add(small_gradients, small_size(table));
-            state_plan.add(array(Store::m), table.size, "AdamW's m");
-            state_plan.add(array(Store::v), table.size, "AdamW's v");
-        }
-        decode_rows = std::min(256, options.batch * options.seq);
-        plan_activations();
+        size_t B = options.batch, T = options.seq;
+        parameter_plan.add(arrays.weights, table.size);
+        if (!kIsFloat) parameter_plan.add(arrays.copy, table.size);
+        if (training) parameter_plan.add(gradient_array, table.size);
+        if (training && !kFloatGradients) parameter_plan.add(small_array, small_size(table));
+        plan_activations(activation_plan, acts, grads, config, options,
+                         stats_size<Real>(attention, B, T, H, D));
+        activation_plan.add(inputs, B * T);
+        activation_plan.add(targets, B * T);
+        activation_plan.add(logits, (size_t)classifier_rows((int)(B * T), Vp) * Vp);
+        activation_plan.add(workspace, kMatmulWorkspace);
+        activation_plan.add(squares, 1 + kSquaresBlocks);
+        activation_plan.add(factor, 1);
+        activation_plan.add(loss_sum, 1);
+        activation_plan.add(fixed_decay, H);
+        if (config.rope()) activation_plan.add(rope, T * D);
+        activation_plan.add(scratch, scratch_size((int)B, (int)T));
     }
 
     ~GPT() override {
@@ -143,35 +94,35 @@ struct GPT : Model {
         if (stream) cudaStreamDestroy(stream);
     }
 
-    void start_forward(const int* inputs, const int* targets, int B, int T, float dloss,
-                       AttentionNorms* norms = nullptr) override {
+    void run(const Batch& batch, const Pass& pass, const ReadyFunction& ready = {}) override {
+        copy_to_device(targets, batch.targets, (size_t)batch.B * batch.T, stream);
+        place_tokens(batch.inputs, batch.B, batch.T, nullptr);
+        if (!options.cuda_graph || pass.norms) return enqueue(batch.B, batch.T, pass, ready);
+        launch_graph(batch.B, batch.T, pass);
+        // The kernels of a graph are in the stream all at once.
+        for (int bucket = 0; pass.backward && pass.last && ready && bucket <= L; bucket++) ready(bucket);
+    }
+
+    // Puts the kernels of a pass into the stream. The tokens are on the device already.
+    void enqueue(int B, int T, const Pass& pass, const ReadyFunction& ready) {
         int N = B * T;
-        copy_to_device(acts.targets, targets, N, stream);
-        place_tokens(inputs, B, T, nullptr);
-        auto enqueue = [&](NormSums* sums) {
-            forward_blocks(B, T, nullptr, sums);
-            classifier(acts.losses, dloss != 0 ? grads.norm : nullptr,
-                       dloss != 0 ? gradient(weights.wte) : nullptr, acts.logits, acts.ln_f,
-                       real(weights.wte), acts.targets, dloss / N, accumulates, N, C, V, Vp, *matmuls,
-                       stream);
-            add_mean_loss(loss, acts.losses, N, stream);
-        };
-        if (norms) {
-            if (norm_sums.size() == 0) norm_sums = DeviceArray<NormSums>(L * H);
-            enqueue(norm_sums.get());
-            std::vector<NormSums> sums(L * H);
-            copy_to_host(sums.data(), norm_sums.get(), L * H, stream);
-            for (int head = 0; head < L * H; head++) norms[head] = sums[head].norms(attention, B, T, D);
-        } else {
-            launch({.backward = false, .B = B, .T = T, .dloss = dloss, .accumulates = accumulates},
-                   [&] { enqueue(nullptr); });
-        }
+        if (pass.norms && norm_sums.size() == 0) norm_sums = DeviceArray<NormSums>(L * H);
+        forward_blocks(B, T, nullptr, pass.norms ? norm_sums.get() : nullptr);
+        classifier(acts.losses, pass.backward ? grads.norm : nullptr, gradients.wte, logits, acts.ln_f,
+                   weights_real.wte, targets, pass.loss_scale / N, !pass.first, N, C, V, Vp, *matmuls,
+                   stream);
+        add_mean_loss(loss_sum, acts.losses, N, stream);
+        if (pass.backward) backward(B, T, pass, ready);
+        if (!pass.norms) return;
+        std::vector<NormSums> sums(L * H);
+        copy_to_host(sums.data(), norm_sums.get(), L * H, stream);
+        for (int head = 0; head < L * H; head++) pass.norms[head] = sums[head].norms(attention, B, T, D);
     }
 
     double take_loss() override {
         double total;
-        copy_to_host(&total, loss, 1, stream);
-        check(cudaMemsetAsync(loss, 0, sizeof total, stream));
+        copy_to_host(&total, loss_sum, 1, stream);
+        check(cudaMemsetAsync(loss_sum, 0, sizeof total, stream));
         return total;
     }
 
@@ -179,7 +130,7 @@ struct GPT : Model {
     // those in it.
     void place_tokens(const int* tokens, int B, int T, const Cache<Real>* cache) {
         int start = cache ? cache->length : 0;
-        copy_to_device(acts.inputs, tokens, (size_t)B * T, stream);
+        copy_to_device(inputs, tokens, (size_t)B * T, stream);
         if (config.rope() && (cache || rope_end != T)) {
             std::vector<float> angles = rope_table(T, D, start);
             copy_to_device(rope, angles.data(), angles.size(), stream);
@@ -191,12 +142,13 @@ struct GPT : Model {
     // From the tokens to the output of the last LayerNorm. sums (L,H), or null: of the attention's norms.
     void forward_blocks(int B, int T, Cache<Real>* cache, NormSums* sums = nullptr) {
         int start = cache ? cache->length : 0, N = B * T;
-        embedding_forward(acts.embedded, acts.inputs, weights.wte,
+        embedding_forward(acts.embedded, inputs, weights.wte,
                           weights.wpe ? weights.wpe + (size_t)start * C : nullptr, B, T, C, stream);
         float* residual = acts.embedded;
         for (int l = 0; l < L; l++) {
             LayerActivations<Real>& a = acts.h[l];
-            LayerTensors& w = weights.h[l];
+            const auto& w = weights.h[l];
+            const auto& w_real = weights_real.h[l];
             if (l == 0)
                 layernorm_forward(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N,
                                   C, stream);
@@ -204,7 +156,7 @@ struct GPT : Model {
             if (sums)
                 attention_norms(sums + l * H, scratch, a.heads, a.attn_stats, decay(l), attention, B, T, H, D,
                                 stream);
-            matmul_forward(acts.delta, a.gelu, real(w.fc_proj_weight), real(w.fc_proj_bias), N, 4 * C, C,
+            matmul_forward(acts.delta, a.gelu, w_real.fc_proj_weight, w_real.fc_proj_bias, N, 4 * C, C,
                            *matmuls, stream);
             // The addition to the residual stream goes together with the LayerNorm that reads it next.
             bool last = l + 1 == L;
@@ -222,9 +174,10 @@ struct GPT : Model {
     // is what goes into the block.
     void forward_to_gelu(int l, const float* residual, int B, int T, Cache<Real>* cache) {
         LayerActivations<Real>& a = acts.h[l];
-        LayerTensors& w = weights.h[l];
+        const auto& w = weights.h[l];
+        const auto& w_real = weights_real.h[l];
         int N = B * T;
-        matmul_forward(a.qkv, a.ln_1, real(w.attn_weight), real(w.attn_bias), N, C, 3 * C, *matmuls, stream);
+        matmul_forward(a.qkv, a.ln_1, w_real.attn_weight, w_real.attn_bias, N, C, 3 * C, *matmuls, stream);
         if (config.short_conv && cache) {
             cache->short_conv_forward(a.conv, a.qkv, w.conv_weight, l, T);
         } else if (config.short_conv) {
@@ -241,51 +194,54 @@ struct GPT : Model {
             attention_forward(a.attn, a.attn_stats, scratch, a.heads, decay(l), attention, B, T, H, D,
                               stream);
         }
-        matmul_forward(acts.delta, a.attn, real(w.attn_proj_weight), real(w.attn_proj_bias), N, C, C,
-                       *matmuls, stream);
+        matmul_forward(acts.delta, a.attn, w_real.attn_proj_weight, w_real.attn_proj_bias, N, C, C, *matmuls,
+                       stream);
         residual_layernorm_forward(a.residual_attn, a.ln_2, a.ln_2_mean, a.ln_2_rstd, residual, acts.delta,
                                    w.ln_2_weight, w.ln_2_bias, N, C, stream);
         if (gelu_fuses(4 * C)) {
-            matmul_gelu_forward(a.gelu, a.fc, a.ln_2, real(w.fc_weight), real(w.fc_bias), N, C, 4 * C,
-                                *matmuls, stream);
+            matmul_gelu_forward(a.gelu, a.fc, a.ln_2, w_real.fc_weight, w_real.fc_bias, N, C, 4 * C, *matmuls,
+                                stream);
         } else {
-            matmul_forward(a.fc, a.ln_2, real(w.fc_weight), real(w.fc_bias), N, C, 4 * C, *matmuls, stream);
+            matmul_forward(a.fc, a.ln_2, w_real.fc_weight, w_real.fc_bias, N, C, 4 * C, *matmuls, stream);
             gelu_forward(a.gelu, a.fc, (size_t)N * 4 * C, stream);
         }
     }
 
-    // Follows forward(), which left the gradient of ln_f's output in grads.norm and the output projection's
-    // share of the gradients.
-    void backward(const int*, int B, int T) override {
-        launch({.backward = true, .B = B, .T = T, .dloss = 0, .accumulates = accumulates},
-               [&] { backward_blocks(B, T); });
-        accumulates = true;
-    }
-
-    void backward_blocks(int B, int T) {
+    // Follows the forward pass. The classifier has left the gradient of ln_f's output in grads.norm and the
+    // output projection's part of the gradient of wte.
+    void backward(int B, int T, const Pass& pass, const ReadyFunction& ready) {
         int N = B * T;
+        bool accumulate = !pass.first;
+        if (pass.first) zero_added_gradients();
+        auto is_ready = [&](int bucket) {
+            if (!pass.last) return;
+            if constexpr (!kFloatGradients)
+                small_gradients.round(gradient_array, small_array, buckets[bucket], stream);
+            if (ready) ready(bucket);
+        };
         check(cudaMemsetAsync(grads.residual, 0, (size_t)N * C * sizeof(float), stream));
         layernorm_backward(grads.residual, copy_of_residual(), gradients.ln_f_weight, gradients.ln_f_bias,
                            scratch, grads.norm, acts.h[L - 1].residual_mlp, acts.ln_f_mean, acts.ln_f_rstd,
                            weights.ln_f_weight, N, C, stream);
         for (int l = L - 1; l >= 0; l--) {
             LayerActivations<Real>& a = acts.h[l];
-            LayerTensors& w = weights.h[l];
-            LayerTensors& d = gradients.h[l];
+            const auto& w = weights.h[l];
+            const auto& w_real = weights_real.h[l];
+            const auto& d = gradients.h[l];
             const float* residual = l > 0 ? acts.h[l - 1].residual_mlp : acts.embedded;
             recompute(l, residual, B, T);
             bool fuses = gelu_fuses(4 * C);
-            matmul_gelu_backward(grads.fc, gradient(w.fc_proj_weight), d.fc_proj_bias, grads.residual_real,
-                                 a.gelu, real(w.fc_proj_weight), fuses ? a.fc : nullptr, accumulates, N,
-                                 4 * C, C, *matmuls, stream);
+            matmul_gelu_backward(grads.fc, d.fc_proj_weight, d.fc_proj_bias, grads.residual_real, a.gelu,
+                                 w_real.fc_proj_weight, fuses ? a.fc : nullptr, accumulate, N, 4 * C, C,
+                                 *matmuls, stream);
             if (!fuses) gelu_backward(grads.fc, d.fc_bias, scratch, grads.fc, a.fc, N, 4 * C, stream);
-            matmul_backward(grads.norm, gradient(w.fc_weight), fuses ? d.fc_bias : nullptr, grads.fc, a.ln_2,
-                            real(w.fc_weight), accumulates, N, C, 4 * C, *matmuls, stream);
+            matmul_backward(grads.norm, d.fc_weight, fuses ? d.fc_bias : nullptr, grads.fc, a.ln_2,
+                            w_real.fc_weight, accumulate, N, C, 4 * C, *matmuls, stream);
             layernorm_backward(grads.residual, copy_of_residual(), d.ln_2_weight, d.ln_2_bias, scratch,
                                grads.norm, a.residual_attn, a.ln_2_mean, a.ln_2_rstd, w.ln_2_weight, N, C,
                                stream);
-            matmul_backward(grads.norm, gradient(w.attn_proj_weight), d.attn_proj_bias, grads.residual_real,
-                            a.attn, real(w.attn_proj_weight), accumulates, N, C, C, *matmuls, stream);
+            matmul_backward(grads.norm, d.attn_proj_weight, d.attn_proj_bias, grads.residual_real, a.attn,
+                            w_real.attn_proj_weight, accumulate, N, C, C, *matmuls, stream);
             if (linear(T)) {
                 attention_linear_backward(grads.qkv, d.decay, scratch, grads.norm, a.attn, a.attn_stats,
                                           a.heads, decay(l), attention, B, T, H, D, stream);
@@ -302,77 +258,73 @@ struct GPT : Model {
                                     3 * C, config.short_conv, stream);
                 dqkv = grads.conv;
             }
-            matmul_backward(grads.norm, gradient(w.attn_weight), d.attn_bias, dqkv, a.ln_1,
-                            real(w.attn_weight), accumulates, N, C, 3 * C, *matmuls, stream);
+            matmul_backward(grads.norm, d.attn_weight, d.attn_bias, dqkv, a.ln_1, w_real.attn_weight,
+                            accumulate, N, C, 3 * C, *matmuls, stream);
             layernorm_backward(grads.residual, copy_of_residual(), d.ln_1_weight, d.ln_1_bias, scratch,
                                grads.norm, residual, a.ln_1_mean, a.ln_1_rstd, w.ln_1_weight, N, C, stream);
+            is_ready(L - 1 - l);
         }
-        embedding_backward(gradient(weights.wte), gradient(weights.wpe), scratch, grads.residual, acts.inputs,
-                           B, T, C, V, stream);
-        if constexpr (!kFloatGradients) round_gradients(all_gradients, small_gradients, small_places, stream);
+        embedding_backward(gradients.wte, gradients.wpe, scratch, grads.residual, inputs, B, T, C, V, stream);
+        is_ready(L);
     }
 
-    // What forward() did not keep of block l. residual (B,T,C) is what goes into the block.
+    // What the forward pass did not keep of block l. residual (B,T,C) is what goes into the block.
     void recompute(int l, const float* residual, int B, int T) {
         LayerActivations<Real>& a = acts.h[l];
-        LayerTensors& w = weights.h[l];
+        const auto& w = weights.h[l];
         int N = B * T;
-        bool shared = l + 1 < L;  // later blocks have overwritten it
-        if (options.recompute == Recompute::block && shared) {
+        if (is_recomputed(options, Recompute::block, l, L)) {
             layernorm_forward(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N, C,
                               stream);
             forward_to_gelu(l, residual, B, T, nullptr);
-        } else if (options.recompute != Recompute::none && shared) {
+            return;
+        }
+        if (is_recomputed(options, Recompute::gelu, l, L))
             gelu_forward(a.gelu, a.fc, (size_t)N * 4 * C, stream);
-            if (options.recompute == Recompute::layernorm) {
-                layernorm_recompute(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N,
-                                    C, stream);
-                layernorm_recompute(a.ln_2, a.ln_2_mean, a.ln_2_rstd, a.residual_attn, w.ln_2_weight,
-                                    w.ln_2_bias, N, C, stream);
-            }
+        if (is_recomputed(options, Recompute::layernorm, l, L)) {
+            layernorm_recompute(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N, C,
+                                stream);
+            layernorm_recompute(a.ln_2, a.ln_2_mean, a.ln_2_rstd, a.residual_attn, w.ln_2_weight, w.ln_2_bias,
+                                N, C, stream);
         }
     }
 
-    // The gradients of the matrices are assigned by the first backward pass, so only the rest is zeroed.
-    void zero_gradients() override {
-        accumulates = false;
+    // Those that layers add to. The first pass assigns all others.
+    void zero_added_gradients() {
         for (const ParameterTensor& t : table.tensors)
-            if (t.name == "wpe.weight" || (!t.weight_decay && kFloatGradients))
-                check(cudaMemsetAsync(all_gradients + t.offset, 0, t.size * sizeof(Gradient), stream));
+            if (!gradient_is_assigned(t.kind) && (kFloatGradients || !has_small_gradient(t.kind)))
+                check(cudaMemsetAsync(gradient_array + t.offset, 0, t.size * sizeof(Gradient), stream));
         if (!kFloatGradients)
-            check(cudaMemsetAsync(small_gradients, 0, small_size(table) * sizeof(float), stream));
+            check(cudaMemsetAsync(small_array, 0, small_size(table) * sizeof(float), stream));
     }
 
-    double gradient_norm(int layer = -1) const override {
-        const Gradient *begin = all_gradients, *end = begin + table.size;
-        if (layer >= 0) {
-            begin = gradient(weights.h[layer].ln_1_weight);
-            end = gradient(layer + 1 < L ? weights.h[layer + 1].ln_1_weight : weights.ln_f_weight);
-        }
+    double gradient_norm(Slice slice) const override {
         double total;
-        sum_of_squares(squares, squares + 1, begin, end - begin, stream);
+        sum_of_squares(squares, squares + 1, gradient_array + slice.begin, slice.size(), stream);
         copy_to_host(&total, squares, 1, stream);
         return std::sqrt(total);
     }
 
-    double update(const AdamW& o, double learning_rate, double max_norm, int step) override {
-        std::vector<DecayRange> ranges = decay_ranges(table, (float)o.weight_decay);
-        if (decays.size() != ranges.size()) decays = DeviceArray<DecayRange>(ranges.size());
-        copy_to_device(decays.get(), ranges.data(), ranges.size(), stream);
-        sum_of_squares(squares, squares + 1, all_gradients, table.size, stream);
-        clip_factor(scale, squares, max_norm, stream);
-        adamw_update(array(Store::weights), weights_real, all_gradients, array(Store::m), array(Store::v),
-                     table.size, (float)learning_rate, (float)o.beta1, (float)o.beta2, (float)o.eps,
-                     decays.get(), (int)ranges.size(), scale, step, options.stochastic_rounding, options.seed,
-                     stream);
+    // The norm and the factor stay on the device, so that the optimizer's step need not wait for the host.
+    void clip_gradients(double max_norm) override {
+        sum_of_squares(squares, squares + 1, gradient_array, table.size, stream);
+        clip_factor(factor, squares, max_norm, stream);
+    }
+
+    double clipped_norm() override {
         double total;
         copy_to_host(&total, squares, 1, stream);
         return std::sqrt(total);
+    }
+
+    std::unique_ptr<Optimizer> make_optimizer(const AdamW& adamw) override {
+        return std::make_unique<AdamWOptimizer<Real, Gradient>>(
+            table, arrays, adamw, options.stochastic_rounding, options.seed, stream);
     }
 
     const float* decode(const int* tokens, int n) override {
         for (int done = 0; done < n;) {
-            int count = std::min(n - done, decode_rows);
+            int count = std::min({n - done, kPromptRows, options.batch * options.seq});
             cache.begin([&](int l) { return decay(l); });
             place_tokens(tokens + done, 1, count, &cache);
             forward_blocks(1, count, &cache);
@@ -394,93 +346,74 @@ struct GPT : Model {
     }
 
     void read(Store store, const ParameterTensor& t, float* out) const override {
-        if (store != Store::gradients) return copy_to_host(out, array(store) + t.offset, t.size, stream);
+        if (store == Store::weights) return DeviceMemory::read(out, arrays.weights + t.offset, t.size);
         std::vector<Gradient> values(t.size);
-        copy_to_host(values.data(), all_gradients + t.offset, t.size, stream);
+        DeviceMemory::read(values.data(), gradient_array + t.offset, t.size);
         std::copy(values.begin(), values.end(), out);
     }
     void write(Store store, const ParameterTensor& t, const float* in) override {
-        copy_to_device(array(store) + t.offset, in, t.size, stream);
-        if (!kIsFloat && store == Store::weights) {
-            std::vector<Real> rounded(t.size);
-            for (size_t i = 0; i < t.size; i++) rounded[i] = Real(in[i]);
-            copy_to_device(weights_real + t.offset, rounded.data(), t.size, stream);
-            check(cudaStreamSynchronize(stream));
+        if (store == Store::gradients) {
+            std::vector<Gradient> values(in, in + t.size);
+            return DeviceMemory::write(gradient_array + t.offset, values.data(), t.size);
         }
-        check(cudaStreamSynchronize(stream));
+        DeviceMemory::write(arrays.weights + t.offset, in, t.size);
+        if constexpr (!kIsFloat) {
+            std::vector<Real> rounded(in, in + t.size);
+            DeviceMemory::write(arrays.copy + t.offset, rounded.data(), t.size);
+        }
     }
 
-    // Weights and moments, then activations in the order of the forward pass, then gradients in that of the
-    // backward pass.
     std::string first_nonfinite() const override {
-        check(cudaStreamSynchronize(stream));
-        for (const ParameterTensor& t : table.tensors)
-            for (auto [store, what] :
-                 {std::pair(Store::weights, "weight "), std::pair(Store::m, "AdamW's m of "),
-                  std::pair(Store::v, "AdamW's v of ")})
-                if (array(store) && !all_finite(array(store) + t.offset, t.size)) return what + t.name;
-        std::string activation = activation_plan.first_nonfinite();
-        if (!activation.empty()) return "activation " + activation;
-        for (size_t i = training ? table.tensors.size() : 0; i-- > 0;) {
-            const ParameterTensor& t = table.tensors[i];
-            if (!all_finite(all_gradients + t.offset, t.size)) return "gradient of " + t.name;
-        }
-        return "";
+        return first_nonfinite_of(table, arrays.weights, activation_plan, gradient_array);
     }
 
     std::vector<MemoryGroup> memory() const override {
-        return {{"weights and optimizer", state_plan.bytes()}, {"activations", activation_plan.bytes()}};
+        return {{"weights and gradients", parameter_plan.bytes()}, {"activations", activation_plan.bytes()}};
     }
 
-    size_t bytes() const { return state_plan.bytes() + activation_plan.bytes(); }
+    size_t bytes() const { return parameter_plan.bytes() + activation_plan.bytes(); }
 
-    void allocate() override {
+    void allocate(size_t more = 0) override {
         MemoryInfo info = memory_info();
-        if (bytes() > info.free) out_of_memory(bytes(), info, flags_that_fit(info.free));
+        if (bytes() + more > info.free)
+            out_of_memory(bytes() + more, info, flags_that_fit(std::max(info.free, more) - more));
         check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-        state_plan.allocate();
+        parameter_plan.allocate();
         activation_plan.allocate();
-        for (Store store : {Store::weights, Store::m, Store::v})
-            if (array(store)) check(cudaMemsetAsync(array(store), 0, table.size * sizeof(float), stream));
-        weights = table.view(array(Store::weights));
-        if (training) place_gradients();
+        arrays.gradients = gradient_array;
+        arrays.clip_factor = factor;
+        DeviceMemory::zero(arrays.weights, table.size);
+        DeviceMemory::zero(loss_sum, 1);
+        weights = table.view(arrays.weights);
         if constexpr (kIsFloat) {
-            weights_real = nullptr;
-            grads.residual_real = grads.residual;
+            weights_real = weights;
         } else {
-            check(cudaMemsetAsync(weights_real, 0, table.size * sizeof(Real), stream));
+            DeviceMemory::zero(arrays.copy, table.size);
+            weights_real = table.view(arrays.copy);
         }
+        if (training) place_gradients();
         matmuls = std::make_unique<MatmulContext>(workspace, options.precision == Precision::tf32);
-        check(cudaMemsetAsync(loss, 0, sizeof *loss, stream));
         if (config.decay == DecayKind::fixed) {
             std::vector<float> delta;
             for (int h = 0; h < H; h++) delta.push_back(initial_decay(h, H));
-            copy_to_device(fixed_decay, delta.data(), H, stream);
-            check(cudaStreamSynchronize(stream));
+            DeviceMemory::write(fixed_decay, delta.data(), H);
         }
     }
 
   private:
     // What the launches of a pass depend on.
-    struct Pass {
-        bool backward;
-        int B, T;
-        float dloss;
-        bool accumulates;
-        auto operator<=>(const Pass&) const = default;
-    };
+    using GraphKey = std::tuple<int, int, bool, float, bool, bool>;
 
-    // What enqueue() puts into the stream. With --cuda-graph it does so the first time, when algorithms are
-    // still looked for, is captured the second time, and from then on the graph is launched instead.
-    template <class F>
-    void launch(const Pass& pass, F enqueue) {
-        if (!options.cuda_graph) return enqueue();
-        auto [found, is_new] = graphs.try_emplace(pass, nullptr);
-        if (is_new) return enqueue();
+    // With --cuda-graph a pass is put into the stream the first time, when algorithms are still looked for,
+    // is captured the second time, and from then on the graph is launched instead.
+    void launch_graph(int B, int T, const Pass& pass) {
+        GraphKey key(B, T, pass.backward, pass.loss_scale, pass.first, pass.last);
+        auto [found, is_new] = graphs.try_emplace(key, nullptr);
+        if (is_new) return enqueue(B, T, pass, {});
         if (!found->second) {
             cudaGraph_t graph;
             check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-            enqueue();
+            enqueue(B, T, pass, {});
             check(cudaStreamEndCapture(stream, &graph));
             check(cudaGraphInstantiate(&found->second, graph, 0));
             check(cudaGraphDestroy(graph));
@@ -492,30 +425,25 @@ struct GPT : Model {
     bool training;
     cudaStream_t stream = nullptr;
     std::unique_ptr<MatmulContext> matmuls;
-    std::map<Pass, cudaGraphExec_t> graphs;
-    // (L,H), once norms are asked for
-    DeviceArray<NormSums> norm_sums;
-    char* workspace;  // (kMatmulWorkspace) bytes: cuBLASLt's
-    double* squares;  // (1 + kSquaresBlocks): the norm's
-    float* scale;     // (1): what the gradients are multiplied with
-    double* loss;     // (1): the sum of the mean losses of the forward passes since it was taken
-    DeviceArray<DecayRange> decays;
-    int rope_end = -1;               // rope is that of positions 0 .. rope_end-1; -1: of others
-    int decode_rows;                 // tokens of a prompt that go through decode() at a time
-    bool accumulates = false;        // the gradients of matrices hold those of earlier micro-batches
-    std::vector<float> host_logits;  // (V): on the host
-    float* arrays[4] = {};           // (table.size) each, by Store, without the gradients
-    Real* weights_real;              // (table.size): weights in bf16; null where Real is float
-    MemoryPlan state_plan, activation_plan;
-    // (table.size); where those are bf16, also the small tensors' in float (small_size), and their places.
-    Gradient* all_gradients = nullptr;
-    float* small_gradients = nullptr;
-    DeviceArray<SmallTensor> small_places;
+    std::map<GraphKey, cudaGraphExec_t> graphs;
+    DeviceArray<NormSums> norm_sums;  // (L,H), once norms are asked for
+    char* workspace;                  // (kMatmulWorkspace) bytes: cuBLASLt's
+    double* squares;                  // (1 + kSquaresBlocks): of the gradients' norm, and its scratch
+    float* factor;                    // (1): what clips the gradients
+    double* loss_sum;                 // (1): of the passes since it was asked for
+    int rope_end = -1;                // rope is that of positions 0 .. rope_end-1; -1: of others
+    std::vector<float> host_logits;   // (V): on the host
+    ParameterArrays<Real, Gradient> arrays{};  // (table.size) each
+    Gradient* gradient_array = nullptr;        // (table.size)
+    float* small_array = nullptr;              // (small_size), where Gradient is bf16
+    SmallGradients small_gradients;
+    std::vector<Slice> buckets = table.buckets();
+    MemoryPlan parameter_plan, activation_plan;
 
     static int padded_vocabulary(const GPTConfig& config) { return (config.vocab_size + 15) / 16 * 16; }
 
-    // What to change on the command line so that the model takes no more than `free` bytes: rather what keeps
-    // the results than the precision, and rather that than the batch.
+    // What to change on the command line so that the model takes no more than `free` bytes. Tries, in this
+    // order: recomputation (same results), bf16, a smaller batch.
     std::string flags_that_fit(size_t free) const {
         for (int batch = options.batch; batch > 0; batch /= 2)
             for (bool to_bf16 : {false, training && kIsFloat})
@@ -533,112 +461,19 @@ struct GPT : Model {
         return "expected a shorter --seq, a smaller model or a larger GPU";
     }
 
-    float*& array(Store store) { return arrays[(int)store]; }
-    float* array(Store store) const { return arrays[(int)store]; }
-
-    // A tensor of the weights as matrix products take it.
-    const Real* real(const float* weight) const {
-        if constexpr (kIsFloat) {
-            return weight;
-        } else {
-            return weights_real + (weight - array(Store::weights));
-        }
-    }
-    // The gradient of a tensor of the weights.
-    Gradient* gradient(const float* weight) const {
-        return weight ? all_gradients + (weight - array(Store::weights)) : nullptr;
-    }
     Real* copy_of_residual() const { return kIsFloat ? nullptr : grads.residual_real; }
 
     void place_gradients() {
-        check(cudaMemsetAsync(all_gradients, 0, table.size * sizeof(Gradient), stream));
+        DeviceMemory::zero(gradient_array, table.size);
         if constexpr (kFloatGradients) {
-            gradients = table.view(all_gradients);
+            gradients = table.view(gradient_array);
         } else {
-            std::vector<SmallTensor> tensors = small_tensors(table);
-            auto next = tensors.begin();
-            gradients = table.view_at([&](const ParameterTensor& t) {
-                return t.weight_decay ? nullptr : small_gradients + next++->from;
+            size_t next = 0;
+            gradients = table.view<Gradient, float>(gradient_array, [&](const ParameterTensor& t) {
+                return small_array + std::exchange(next, next + ceil_div<size_t>(t.size, 16) * 16);
             });
-            small_places = DeviceArray<SmallTensor>(tensors.size());
-            copy_to_device(small_places.get(), tensors.data(), tensors.size(), stream);
-            check(cudaStreamSynchronize(stream));
+            small_gradients = SmallGradients(table);
         }
-    }
-
-    // Activations are kept for each layer where a backward pass reads them, and shared by all layers
-    // otherwise.
-    void plan_activations() {
-        size_t B = options.batch, T = options.seq, N = B * T;
-        acts.h.resize(L);
-        activation_plan.add(acts.inputs, N);
-        activation_plan.add(acts.targets, N);
-        activation_plan.add(acts.embedded, N * C, "embedded");
-        for (int l = 0; l < L; l++) {
-            LayerActivations<Real>& a = acts.h[l];
-            LayerActivations<Real>& first = acts.h[0];
-            std::string h = str("h.", l, ".");
-            // In memory of its own, or in the first layer's where this much is recomputed.
-            auto add = [&](auto& slot, auto& shared, size_t size, const char* name, Recompute from) {
-                bool shares = !training || options.recompute >= from;
-                if (shares && l > 0) {
-                    activation_plan.alias(slot, shared);
-                } else {
-                    activation_plan.add(slot, size, shares ? "" : h + name);
-                }
-            };
-            auto block = Recompute::block;
-            add(a.ln_1, first.ln_1, N * C, "ln_1", Recompute::layernorm);
-            add(a.ln_1_mean, first.ln_1_mean, N, "ln_1 mean", block);
-            add(a.ln_1_rstd, first.ln_1_rstd, N, "ln_1 rstd", block);
-            add(a.qkv, first.qkv, N * 3 * C, "attn.qkv", block);
-            a.conv = a.heads = nullptr, a.qk_rstd = a.attn_stats = nullptr;
-            if (config.short_conv) {
-                add(a.conv, first.conv, N * 3 * C, "attn.conv", block);
-            } else {
-                activation_plan.alias(a.conv, a.qkv);
-            }
-            if (config.qk_norm) add(a.qk_rstd, first.qk_rstd, N * 2 * H, "attn.qk rstd", block);
-            if (config.qk_norm || config.rope()) {
-                add(a.heads, first.heads, N * 3 * C, "attn.heads", block);
-            } else {
-                activation_plan.alias(a.heads, a.conv);
-            }
-            if (size_t size = stats_size<Real>(attention, B, T, H, D))
-                add(a.attn_stats, first.attn_stats, size, "attn.stats", block);
-            add(a.attn, first.attn, N * C, "attn.out", block);
-            add(a.residual_attn, first.residual_attn, N * C, "attn.residual", block);
-            add(a.ln_2, first.ln_2, N * C, "ln_2", Recompute::layernorm);
-            add(a.ln_2_mean, first.ln_2_mean, N, "ln_2 mean", block);
-            add(a.ln_2_rstd, first.ln_2_rstd, N, "ln_2 rstd", block);
-            add(a.fc, first.fc, N * 4 * C, "mlp.fc", block);
-            add(a.gelu, first.gelu, N * 4 * C, "mlp.gelu", Recompute::gelu);
-            if (training || l == 0) {
-                activation_plan.add(a.residual_mlp, N * C, h + "mlp.residual");
-            } else {
-                activation_plan.alias(a.residual_mlp, first.residual_mlp);
-            }
-        }
-        activation_plan.add(acts.ln_f, N * C, "ln_f");
-        activation_plan.add(acts.ln_f_mean, N, "ln_f mean");
-        activation_plan.add(acts.ln_f_rstd, N, "ln_f rstd");
-        activation_plan.add(acts.losses, N, "losses");
-        activation_plan.add(acts.delta, N * C);
-        activation_plan.add(acts.logits, (size_t)classifier_rows((int)N, Vp) * Vp);
-        activation_plan.add(workspace, kMatmulWorkspace);
-        activation_plan.add(squares, 1 + kSquaresBlocks);
-        activation_plan.add(scale, 1);
-        activation_plan.add(loss, 1);
-        activation_plan.add(fixed_decay, H);
-        if (config.rope()) activation_plan.add(rope, T * D);
-        activation_plan.add(scratch, scratch_size((int)B, (int)T));
-        if (!training) return;
-        activation_plan.add(grads.residual, N * C);
-        if (!kIsFloat) activation_plan.add(grads.residual_real, N * C);
-        activation_plan.add(grads.norm, N * C);
-        activation_plan.add(grads.qkv, N * 3 * C);
-        if (config.short_conv) activation_plan.add(grads.conv, N * 3 * C);
-        activation_plan.add(grads.fc, N * 4 * C);
     }
 
     // Floats: the most that a layer wants.
@@ -673,10 +508,10 @@ struct GPT : Model {
 
     // The logits (V) of one row (C) of the last LayerNorm's output, on the host.
     void last_logits(const Real* row) {
-        matmul(acts.logits, row, real(weights.wte), 1, Vp, C, false, true, false, {}, *matmuls, stream);
-        std::vector<Real> logits(V);
-        copy_to_host(logits.data(), acts.logits, V, stream);
-        host_logits.assign(logits.begin(), logits.end());
+        matmul(logits, row, weights_real.wte, 1, Vp, C, false, true, false, {}, *matmuls, stream);
+        std::vector<Real> values(V);
+        copy_to_host(values.data(), logits, V, stream);
+        host_logits.assign(values.begin(), values.end());
     }
 };
 
@@ -724,7 +559,13 @@ Backend backend() {
     int device;
     check(cudaGetDevice(&device));
     check(cudaGetDeviceProperties(&properties, device));
-    return {properties.name, make_model, set_threads, measured_peak};
+    Capabilities can{.program = "train_gptcu",
+                     .tf32 = true,
+                     .bf16_gradients = true,
+                     .stochastic_rounding = true,
+                     .cuda_graph = true,
+                     .largest_head = 128};
+    return {properties.name, can, make_model, set_threads, measured_peak};
 }
 
 }  // namespace gpu

@@ -81,20 +81,22 @@ struct Written {
     uint32_t crc;
 };
 
-// Tensors of the table from `store`, their names after `prefix`.
-inline Written write_tensors(const std::string& folder, const std::string& name, const Model& model,
-                             const std::vector<std::pair<std::string, Store>>& stores) {
+// The tensors of the table once for each prefix, which stands before their names. read(i, tensor, out) gives
+// the values for the i-th prefix.
+template <class Read>
+Written write_tensors(const std::string& folder, const std::string& name, const ParameterTable& table,
+                      const std::vector<std::string>& prefixes, Read read) {
     std::vector<TensorSpec> infos;
-    for (const auto& [prefix, store] : stores)
-        for (const ParameterTensor& t : model.table.tensors)
+    for (const std::string& prefix : prefixes)
+        for (const ParameterTensor& t : table.tensors)
             infos.push_back({prefix + t.name, DType::F32, t.shape});
     FileWriter file(join_path(folder, name));
     SafetensorsWriter writer(file, infos, {{"format", "pt"}});
     std::vector<float> values;
-    for (const auto& [prefix, store] : stores)
-        for (const ParameterTensor& t : model.table.tensors) {
+    for (size_t i = 0; i < prefixes.size(); i++)
+        for (const ParameterTensor& t : table.tensors) {
             values.resize(t.size);
-            model.read(store, t, values.data());
+            read(i, t, values.data());
             writer.append(values.data(), values.size() * sizeof(float));
         }
     writer.close();
@@ -119,8 +121,8 @@ inline Written write_file(const std::string& folder, const std::string& name, co
 
 // Writes OUT/step_<step>. `tokenizer` is the text of tokenizer.json, empty where there is none. After a
 // failure the folder is as before.
-inline std::string write_checkpoint(const std::string& out, const Model& model, const TrainerState& state,
-                                    const std::string& tokenizer) {
+inline std::string write_checkpoint(const std::string& out, const Model& model, const Optimizer& optimizer,
+                                    const TrainerState& state, const std::string& tokenizer) {
     namespace fs = std::filesystem;
     using namespace checkpoint_detail;
     std::string folder = join_path(out, checkpoint_name(state.step)), temporary = folder + ".tmp";
@@ -132,10 +134,15 @@ inline std::string write_checkpoint(const std::string& out, const Model& model, 
         if (error) fail(temporary, ": cannot create: ", error.message());
         std::vector<Written> files;
         files.push_back(write_file(temporary, "config.json", config_to_json(model.config).dump(2) + "\n"));
-        files.push_back(write_tensors(temporary, "model.safetensors", model, {{"", Store::weights}}));
+        files.push_back(write_tensors(
+            temporary, "model.safetensors", model.table, {""},
+            [&](size_t, const ParameterTensor& t, float* out) { model.read(Store::weights, t, out); }));
         if (!tokenizer.empty()) files.push_back(write_file(temporary, "tokenizer.json", tokenizer));
-        files.push_back(
-            write_tensors(temporary, "optimizer.safetensors", model, {{"m.", Store::m}, {"v.", Store::v}}));
+        std::vector<std::string> prefixes;
+        for (const std::string& array : optimizer.arrays()) prefixes.push_back(array + ".");
+        files.push_back(write_tensors(
+            temporary, "optimizer.safetensors", model.table, prefixes,
+            [&](size_t array, const ParameterTensor& t, float* out) { optimizer.read(array, t, out); }));
         nlohmann::json trainer = {{"version", kCheckpointVersion},
                                   {"step", state.step},
                                   {"samples", state.samples},
@@ -232,11 +239,15 @@ class Checkpoint {
     }
 
     // Weights into `model`, whose config is this one's.
-    void load_weights(Model& model) const { load(model, *files_->weights, files_->prefix, Store::weights); }
+    void load_weights(Model& model) const {
+        load(model.table, *files_->weights, files_->prefix,
+             [&](const ParameterTensor& t, const float* in) { model.write(Store::weights, t, in); });
+    }
 
-    void load_optimizer(Model& model) const {
-        load(model, *files_->optimizer, "m.", Store::m);
-        load(model, *files_->optimizer, "v.", Store::v);
+    void load_optimizer(const Model& model, Optimizer& optimizer) const {
+        for (size_t array = 0; array < optimizer.arrays().size(); array++)
+            load(model.table, *files_->optimizer, optimizer.arrays()[array] + ".",
+                 [&](const ParameterTensor& t, const float* in) { optimizer.write(array, t, in); });
     }
 
     // Nothing can be loaded any more. An open file takes its space on the disk after it is deleted.
@@ -265,13 +276,14 @@ class Checkpoint {
         return files_->opened.count(name) > 0 || path_exists(join_path(folder, name));
     }
 
-    template <class Tensors>
-    static void load(Model& model, const Tensors& file, const std::string& prefix, Store store) {
+    template <class Tensors, class Write>
+    static void load(const ParameterTable& table, const Tensors& file, const std::string& prefix,
+                     Write write) {
         std::vector<float> values;
-        for (const ParameterTensor& t : model.table.tensors) {
+        for (const ParameterTensor& t : table.tensors) {
             values.resize(t.size);
             file.read_floats(prefix + t.name, t.shape, values.data());
-            model.write(store, t, values.data());
+            write(t, values.data());
         }
     }
 
@@ -298,10 +310,10 @@ class Checkpoint {
                  "wte.weight, this trainer has only tied embeddings");
         if (!trainer) return;
         known.clear();
-        for (const char* moment : {"m.", "v."})
+        for (const std::string& array : kAdamWArrays)
             for (const ParameterTensor& t : table.tensors) {
-                files_->optimizer->expect(moment + t.name, t.shape);
-                known.insert(moment + t.name);
+                files_->optimizer->expect(array + "." + t.name, t.shape);
+                known.insert(array + "." + t.name);
             }
         check_known(*files_->optimizer, known);
     }

@@ -70,6 +70,7 @@ void generate_tokens(Model& model, std::vector<int> prompt, int n, const Sampler
 // A model with the weights of a checkpoint.
 inline std::unique_ptr<Model> load_model(const Backend& backend, const Checkpoint& checkpoint,
                                          const ModelOptions& options) {
+    require_supported(backend, checkpoint.config, options);
     std::unique_ptr<Model> model = backend.make_model(checkpoint.config, options);
     model->allocate();
     checkpoint.load_weights(*model);
@@ -189,7 +190,7 @@ inline void evaluate(const Backend& backend, const EvalOptions& options) {
     for (int64_t done = 0; done < sequences; done += B) {
         int count = (int)std::min<int64_t>(B, sequences - done);
         loader.batch(done, count, inputs.data(), targets.data());
-        total += model->forward(inputs.data(), targets.data(), count, T, 0) * count * T;
+        total += model->loss({inputs.data(), targets.data(), count, T}) * count * T;
         for (int i = 0; tokenizer && i < count * T; i++)
             if (targets[i] != separator && targets[i] != tokenizer->eot_token() &&
                 targets[i] < tokenizer->vocab_size())
@@ -218,9 +219,7 @@ inline void dump(const Backend& backend, const DumpOptions& options) {
     auto model = load_model(backend, checkpoint, options.compute.model_options(Purpose::training, B, T));
     std::vector<float> logits((size_t)B * T * V);
     model->all_logits(logits.data(), inputs.data(), B, T);
-    model->zero_gradients();
-    float loss = (float)model->forward(inputs.data(), targets.data(), B, T, 1.0f);
-    model->backward(inputs.data(), B, T);
+    float loss = (float)model->loss({inputs.data(), targets.data(), B, T}, Pass::training());
 
     std::vector<TensorSpec> specs = {{"input_ids", DType::I32, {B, T}},
                                      {"targets", DType::I32, {B, T}},

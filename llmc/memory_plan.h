@@ -1,7 +1,7 @@
 // Many named buffers in one piece of memory, whose size is known and printed before anything is allocated.
 //
-// Memory is where it lies: a class with kAlignment (bytes), char* allocate(bytes) and
-// bool finite(const Real*, n).
+// Memory is where it lies: a class with kAlignment (bytes), char* allocate(bytes) and, static, finite(x, n),
+// zero(x, n), read(out, x, n) to the host and write(x, in, n) from there.
 #pragma once
 #include <cstddef>
 #include <functional>
@@ -21,7 +21,7 @@ class MemoryPlan {
         bytes_ += (size * sizeof(Real) + kAlignment - 1) / kAlignment * kAlignment;
         settings_.push_back([&slot, offset](char* memory) { slot = (Real*)(memory + offset); });
         if (!name.empty())
-            kept_.push_back({name, [this, &slot, size] { return memory_.finite(slot, size); }});
+            kept_.push_back({name, [&slot, size] { return Memory::finite(slot, size); }});
     }
     // `slot` will be where `other` is, which was added before.
     template <class Real>

@@ -3,20 +3,18 @@
 // sizes and layouts of tensors are those of llmc/parameters.h.
 #pragma once
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "llmc/config.h"
+#include "llmc/optimizer.h"
 #include "llmc/parameters.h"
 
 struct AttentionNorms;  // llmc/norms.h
 
-struct AdamW {
-    double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
-};
-
-enum class Store { weights, gradients, m, v };  // m, v: AdamW's moments
+enum class Store { weights, gradients };
 
 enum class Purpose { training, inference };
 
@@ -55,10 +53,38 @@ struct ModelOptions {
     uint64_t seed = 1;
 };
 
+// Tokens of a prompt that go through decode() at a time.
+constexpr int kPromptRows = 256;
+
 struct MemoryGroup {
     std::string name;
     size_t bytes;
 };
+
+// Sequences of tokens and the tokens that follow each.
+struct Batch {
+    const int* inputs;   // (B,T)
+    const int* targets;  // (B,T)
+    int B, T;
+};
+
+// What one pass over a batch is for. A step is a sequence of passes: the first assigns the gradients, the
+// others add to them, and after the last they are complete.
+struct Pass {
+    bool backward = false;
+    float loss_scale = 1;             // the gradients are those of loss_scale * the mean loss
+    bool first = true, last = true;   // of the step
+    AttentionNorms* norms = nullptr;  // (L,H): measures of the attention on the way; null: not wanted
+    static Pass forward_only() { return {}; }
+    static Pass training(float loss_scale = 1, bool first = true, bool last = true,
+                         AttentionNorms* norms = nullptr) {
+        return {true, loss_scale, first, last, norms};
+    }
+};
+
+// Told of each bucket of ParameterTable::buckets(), by its index and in that order, when its gradients are
+// complete.
+using ReadyFunction = std::function<void(int bucket)>;
 
 class Model {
   public:
@@ -69,32 +95,31 @@ class Model {
     Model(const Model&) = delete;
     Model& operator=(const Model&) = delete;
 
-    // The constructor plans all memory and allocates nothing: memory() is what allocate() will allocate, at
-    // once. Weights and moments are zero after it.
+    // The constructor plans all memory and allocates nothing. memory() is what allocate() will take at once;
+    // `more`: bytes that others will take after it. Weights and gradients are zero after it.
     virtual std::vector<MemoryGroup> memory() const = 0;
-    virtual void allocate() = 0;
+    virtual void allocate(size_t more = 0) = 0;
 
-    // Of inputs and targets (B,T). dloss != 0: backward() follows, for the gradient of dloss * loss. norms
-    // (L,H), or null: measures of the attention on the way. May return before the work is done, as
-    // backward() may.
-    virtual void start_forward(const int* inputs, const int* targets, int B, int T, float dloss,
-                               AttentionNorms* norms = nullptr) = 0;
-    // The sum of the mean losses of all forward passes since it was last asked for. Waits for them.
+    // A forward pass, and a backward pass where it is asked for. May return before the work is done. In the
+    // last pass of a step it calls ready.
+    virtual void run(const Batch& batch, const Pass& pass, const ReadyFunction& ready = {}) = 0;
+    // The sum of the mean losses of all passes since it was last asked for. Waits for them.
     virtual double take_loss() = 0;
-    // One forward pass and its mean loss.
-    double forward(const int* inputs, const int* targets, int B, int T, float dloss,
-                   AttentionNorms* norms = nullptr) {
-        start_forward(inputs, targets, B, T, dloss, norms);
+    double loss(const Batch& batch, const Pass& pass = {}) {
+        run(batch, pass);
         return take_loss();
     }
-    // Adds the gradients of the last forward().
-    virtual void backward(const int* inputs, int B, int T) = 0;
-    virtual void zero_gradients() = 0;
-    // Of the gradients of all tensors (-1), or of those of one layer.
-    virtual double gradient_norm(int layer = -1) const = 0;
-    // One AdamW step on the gradients, scaled so that their norm is at most max_norm (0: not scaled); step
-    // counts from 1. Returns their norm before. Where that is not finite, weights and moments stay.
-    virtual double update(const AdamW& adamw, double learning_rate, double max_norm, int step) = 0;
+
+    // The norm of the gradients of a slice.
+    virtual double gradient_norm(Slice slice) const = 0;
+    double gradient_norm() const { return gradient_norm({0, table.size}); }
+    // Sets the factor that the optimizer multiplies gradients by, so that their norm is at most max_norm (0:
+    // no limit). It is NaN where the norm is not finite.
+    virtual void clip_gradients(double max_norm) = 0;
+    // The norm that clip_gradients() found. Waits for it, and for an optimizer's step after it.
+    virtual double clipped_norm() = 0;
+    // For these weights and gradients. The model must outlive it.
+    virtual std::unique_ptr<Optimizer> make_optimizer(const AdamW& adamw) = 0;
 
     // Copies a tensor of the table out, and in.
     virtual void read(Store store, const ParameterTensor& tensor, float* out) const = 0;
@@ -113,12 +138,19 @@ class Model {
     Model(const GPTConfig& config, int Vp) : config(config), table(config, Vp) {}
 };
 
+// What a backend offers beyond what all have. options.h refuses the rest.
+struct Capabilities {
+    const char* program;  // for messages
+    bool tf32 = false, bf16_gradients = false, stochastic_rounding = false, cuda_graph = false;
+    int largest_head = 1 << 20;
+};
+
 struct Backend {
     std::string name;  // "CPU"
+    Capabilities can;
     std::unique_ptr<Model> (*make_model)(const GPTConfig& config, const ModelOptions& options);
     // 0: as many as there are cores. Returns how many there will be.
     int (*set_threads)(int threads);
-    // Operations a second of a large matrix product on this machine, now: what the log's share of the peak is
-    // of.
+    // FLOP/s of a large matrix product on this machine, measured now. The log's "% of peak" refers to it.
     double (*measured_peak)(Precision precision);
 };

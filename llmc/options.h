@@ -15,6 +15,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "llmc/attention_linear_form.h"
 #include "llmc/config_json.h"
 #include "llmc/error.h"
 #include "llmc/files.h"
@@ -208,6 +209,34 @@ struct Options {
     EvalOptions eval;
     DumpOptions dump;
 };
+
+// A usage error where a backend, or a kind of attention, does not have what the options ask for.
+inline void require_supported(const Backend& backend, const GPTConfig& config, const ModelOptions& options) {
+    const Capabilities& can = backend.can;
+    auto require = [&](bool has, const char* flag) {
+        if (!has) usage_error(flag, ": ", can.program, " does not have it");
+    };
+    require(can.tf32 || options.precision != Precision::tf32, "--dtype tf32");
+    require(can.cuda_graph || !options.cuda_graph, "--cuda-graph");
+    require(can.stochastic_rounding || !options.stochastic_rounding, "--stochastic-rounding");
+    require(can.bf16_gradients || options.gradients != Precision::bf16, "--gradients bf16");
+    if (options.stochastic_rounding && options.precision != Precision::bf16)
+        usage_error("--stochastic-rounding: expected --dtype bf16 with it");
+    if (options.gradients == Precision::bf16 && options.precision != Precision::bf16)
+        usage_error("--gradients bf16: expected --dtype bf16 with it");
+    if (config.head_size() > can.largest_head)
+        usage_error("heads of ", config.head_size(), " channels: ", can.program, " has kernels for at most ",
+                    can.largest_head);
+    auto require_linear_form = [&](bool wanted, const char* flag) {
+        if (wanted && !has_linear_form(config.attention(), config.head_size()))
+            usage_error(flag, ": ", kAttentionNames[config.power], ", scale ", config.attention_scale,
+                        ", heads of ", config.head_size(),
+                        ": expected poly1, poly2, or poly3 with heads of at most 32, and no scale sum with "
+                        "odd powers");
+    };
+    require_linear_form(options.kernel == AttentionKernel::linear, "--attention-kernel linear");
+    require_linear_form(options.cache == CacheKind::state, "--cache state");
+}
 
 // CLI11's own checks let NaN through, and integers that overflow.
 template <class Number>

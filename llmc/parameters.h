@@ -1,132 +1,202 @@
-// The one table of parameter tensors: name, shape, place, whether weight decay applies, and how each starts.
-// Names, shapes and orientation (in, out) are those of Hugging Face's GPT-2.
+// The one table of parameter tensors: name, kind, shape, place, and how each starts. Names, shapes and
+// orientation (in, out) are those of Hugging Face's GPT-2.
 //
-// All parameters lie in one array of table.size floats, and so do gradients and each optimizer moment: a
-// Tensors object gives the tensors of any such array by name. Tensors start at multiples of 64 bytes; the
-// gaps are zero. The vocabulary is padded to Vp rows, of which the last Vp-V are zero and never in a file.
+// All parameters lie in one array of table.size elements, and so do their copy in the type of the matrix
+// products, the gradients and each moment of the optimizer. A Tensors object gives the tensors of such an
+// array by name. Tensors start at multiples of 16 elements; the gaps are zero. The vocabulary is padded to Vp
+// rows; the last Vp-V of them are zero and never in a file.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "llmc/attention_scale.h"
 #include "llmc/config.h"
 #include "llmc/rng.h"
 
-// One block's tensors; those that the model does not have are null.
-struct LayerTensors {
-    float* ln_1_weight;       // (C)
-    float* ln_1_bias;         // (C)
-    float* attn_weight;       // (C,3C): to q, k, v
-    float* attn_bias;         // (3C)
-    float* conv_weight;       // (K,3C), with short_conv K
-    float* q_gain;            // (H), with qk_norm
-    float* decay;             // (H): delta, with decay learned
-    float* attn_proj_weight;  // (C,C)
-    float* attn_proj_bias;    // (C)
-    float* ln_2_weight;       // (C)
-    float* ln_2_bias;         // (C)
-    float* fc_weight;         // (C,4C)
-    float* fc_bias;           // (4C)
-    float* fc_proj_weight;    // (4C,C)
-    float* fc_proj_bias;      // (C)
+// What a tensor is. This alone decides how it is treated: whether weight decay applies, what its gradient is
+// stored as, and whether a product assigns that gradient or a layer adds to it.
+enum class TensorKind {
+    matrix,     // the weight of a linear layer
+    embedding,  // wte, which is also the output projection
+    position,   // wpe
+    vector      // all else: biases, gains, LayerNorms' weights, decays, taps of the short convolution
 };
 
+// Weight decay applies to what is multiplied with activations, and to positions.
+constexpr bool has_weight_decay(TensorKind kind) {
+    return kind != TensorKind::vector;
+}
+// The first backward pass of a step assigns these gradients, because a matrix product can. Layers add to all
+// others, which must be zero before it.
+constexpr bool gradient_is_assigned(TensorKind kind) {
+    return kind == TensorKind::matrix || kind == TensorKind::embedding;
+}
+// Small gradients are added up in float32 whatever the type of the large ones is (--gradients bf16).
+constexpr bool has_small_gradient(TensorKind kind) {
+    return kind == TensorKind::vector;
+}
+
+// The tensors of one block, by name; those that the model does not have are null. Vectors have a type of
+// their own because --gradients bf16 keeps their gradients in float32.
+template <class Matrix, class Vector = Matrix>
+struct LayerTensors {
+    Vector* ln_1_weight;       // (C)
+    Vector* ln_1_bias;         // (C)
+    Matrix* attn_weight;       // (C,3C): to q, k, v
+    Vector* attn_bias;         // (3C)
+    Vector* conv_weight;       // (K,3C), with short_conv K
+    Vector* q_gain;            // (H), with qk_norm
+    Vector* decay;             // (H): delta, with decay learned
+    Matrix* attn_proj_weight;  // (C,C)
+    Vector* attn_proj_bias;    // (C)
+    Vector* ln_2_weight;       // (C)
+    Vector* ln_2_bias;         // (C)
+    Matrix* fc_weight;         // (C,4C)
+    Vector* fc_bias;           // (4C)
+    Matrix* fc_proj_weight;    // (4C,C)
+    Vector* fc_proj_bias;      // (C)
+};
+
+template <class Matrix, class Vector = Matrix>
 struct Tensors {
-    float* wte;                   // (Vp,C), also the output projection
-    float* wpe;                   // (context,C), where positions are learned
-    float* ln_f_weight;           // (C)
-    float* ln_f_bias;             // (C)
-    std::vector<LayerTensors> h;  // (L)
+    Matrix* wte;                                  // (Vp,C), also the output projection
+    Matrix* wpe;                                  // (context,C), where positions are learned
+    Vector* ln_f_weight;                          // (C)
+    Vector* ln_f_bias;                            // (C)
+    std::vector<LayerTensors<Matrix, Vector>> h;  // (L)
 };
 
 enum class Init { zeros, ones, normal, identity_conv, decay };
 
+using Shape = std::vector<int64_t>;
+
 struct ParameterTensor {
     std::string name;
-    std::vector<int64_t> shape;  // as in a file
-    size_t offset;               // floats from the start of the array
-    size_t size;                 // product of shape
-    bool weight_decay;
+    TensorKind kind;
+    int layer;      // -1: of no block
+    Shape shape;    // as in a file
+    size_t offset;  // elements from the start of the array
+    size_t size;    // product of shape
     Init init;
     double std;  // of Init::normal
 };
 
+// Elements begin .. end-1 of an array that is laid out by the table.
+struct Slice {
+    size_t begin, end;
+    size_t size() const { return end - begin; }
+};
+
 struct ParameterTable {
     std::vector<ParameterTensor> tensors;
-    size_t size = 0;   // floats of the whole array, padding included
+    size_t size = 0;   // elements of the whole array, padding included
     size_t count = 0;  // parameters of the model
 
     ParameterTable(const GPTConfig& config, int Vp) : config_(config), Vp_(Vp) {
-        walk(nullptr,
-             [&](float*&, const std::string& name, std::vector<int64_t> shape, Init init, double std) {
-                 size_t elements = 1;
-                 for (int64_t s : shape) elements *= s;
-                 bool matrix = init == Init::normal;  // decay on matrices and embeddings only
-                 tensors.push_back({name, shape, size, elements, matrix, init, std});
-                 count += elements;
-                 size += padded_size(name, elements);
-             });
+        layers_.resize(config.layers, {SIZE_MAX, 0});
+        Tensors<float> unused;
+        walk(unused, [&](auto*&, const std::string& name, TensorKind kind, int layer, const Shape& shape,
+                         Init init, double std) {
+            size_t elements = 1;
+            for (int64_t s : shape) elements *= s;
+            tensors.push_back({name, kind, layer, shape, size, elements, init, std});
+            if (layer >= 0) layers_[layer].begin = std::min(layers_[layer].begin, size);
+            count += elements;
+            size += padded_size(kind, elements);
+            if (layer >= 0) layers_[layer].end = size;
+        });
     }
 
-    // The tensors of an array of `size` floats laid out by this table.
-    Tensors view(float* array) const {
-        return view_at([=](const ParameterTensor& t) { return array + t.offset; });
+    // The elements of one block's tensors, which lie together.
+    Slice range(int layer) const { return layers_[layer]; }
+
+    // The array cut into the pieces that the backward pass finishes one after another: the last block with
+    // what comes after it, the blocks before it down to the first, and the embeddings.
+    std::vector<Slice> buckets() const {
+        std::vector<Slice> slices;
+        for (size_t l = layers_.size(), end = size; l-- > 0; end = layers_[l].begin)
+            slices.push_back({layers_[l].begin, end});
+        slices.push_back({0, layers_[0].begin});
+        return slices;
     }
-    // Each where place(ParameterTensor) says.
-    template <class F>
-    Tensors view_at(F place) const {
-        Tensors t = {};
-        size_t index = 0;
-        walk(&t, [&](float*& slot, const std::string&, const std::vector<int64_t>&, Init, double) {
-            slot = place(tensors[index++]);
+
+    // The tensors of an array of `size` elements laid out by this table.
+    template <class T>
+    Tensors<T> view(T* array) const {
+        Tensors<T> view = {};
+        auto next = tensors.begin();
+        walk(view, [&](T*& slot, auto&&...) { slot = array + next++->offset; });
+        return view;
+    }
+    // The same where vectors lie elsewhere: at vector_at(ParameterTensor).
+    template <class Matrix, class Vector, class VectorAt>
+    Tensors<Matrix, Vector> view(Matrix* array, VectorAt vector_at) const {
+        static_assert(!std::is_same_v<Matrix, Vector>);
+        Tensors<Matrix, Vector> view = {};
+        auto next = tensors.begin();
+        walk(view, [&](auto*& slot, auto&&...) {
+            const ParameterTensor& t = *next++;
+            if constexpr (std::is_same_v<decltype(slot), Vector*&>) {
+                slot = vector_at(t);
+            } else {
+                slot = array + t.offset;
+            }
         });
-        return t;
+        return view;
     }
 
   private:
     GPTConfig config_;
     int Vp_;
+    std::vector<Slice> layers_;  // (L)
 
-    size_t padded_size(const std::string& name, size_t elements) const {
-        if (name == "wte.weight") elements = (size_t)Vp_ * config_.channels;
+    size_t padded_size(TensorKind kind, size_t elements) const {
+        if (kind == TensorKind::embedding) elements = (size_t)Vp_ * config_.channels;
         return (elements + 15) / 16 * 16;
     }
 
-    // Calls f(slot in `t`, name, shape, init, std) for every tensor the model has, in the order of the array.
-    template <class F>
-    void walk(Tensors* t, F f) const {
+    // Calls f(slot in `to`, name, kind, layer, shape, init, std) for every tensor that the model has, in the
+    // order of the array.
+    template <class Matrix, class Vector, class F>
+    void walk(Tensors<Matrix, Vector>& to, F f) const {
         int64_t C = config_.channels, H = config_.heads, L = config_.layers;
         double residual_std = 0.02 / std::sqrt(2.0 * L);
-        Tensors unused = {};
-        Tensors& to = t ? *t : unused;
         to.h.resize(L);
-        f(to.wte, "wte.weight", {config_.vocab_size, C}, Init::normal, 0.02);
-        if (!config_.rope()) f(to.wpe, "wpe.weight", {config_.context, C}, Init::normal, 0.02);
-        for (int64_t l = 0; l < L; l++) {
-            LayerTensors& layer = to.h[l];
-            std::string h = str("h.", l, ".");
-            f(layer.ln_1_weight, h + "ln_1.weight", {C}, Init::ones, 0);
-            f(layer.ln_1_bias, h + "ln_1.bias", {C}, Init::zeros, 0);
-            f(layer.attn_weight, h + "attn.c_attn.weight", {C, 3 * C}, Init::normal, 0.02);
-            f(layer.attn_bias, h + "attn.c_attn.bias", {3 * C}, Init::zeros, 0);
+        f(to.wte, "wte.weight", TensorKind::embedding, -1, Shape{config_.vocab_size, C}, Init::normal, 0.02);
+        if (!config_.rope())
+            f(to.wpe, "wpe.weight", TensorKind::position, -1, Shape{config_.context, C}, Init::normal, 0.02);
+        for (int l = 0; l < L; l++) {
+            LayerTensors<Matrix, Vector>& layer = to.h[l];
+            auto matrix = [&](Matrix*& slot, const char* name, int64_t in, int64_t out, double std) {
+                f(slot, str("h.", l, ".", name), TensorKind::matrix, l, Shape{in, out}, Init::normal, std);
+            };
+            auto vector = [&](Vector*& slot, const char* name, const Shape& shape, Init init) {
+                f(slot, str("h.", l, ".", name), TensorKind::vector, l, shape, init, 0.0);
+            };
+            vector(layer.ln_1_weight, "ln_1.weight", {C}, Init::ones);
+            vector(layer.ln_1_bias, "ln_1.bias", {C}, Init::zeros);
+            matrix(layer.attn_weight, "attn.c_attn.weight", C, 3 * C, 0.02);
+            vector(layer.attn_bias, "attn.c_attn.bias", {3 * C}, Init::zeros);
             if (config_.short_conv)
-                f(layer.conv_weight, h + "attn.conv.weight", {config_.short_conv, 3 * C}, Init::identity_conv,
-                  0);
-            if (config_.qk_norm) f(layer.q_gain, h + "attn.q_gain", {H}, Init::ones, 0);
-            if (config_.decay == DecayKind::learned) f(layer.decay, h + "attn.decay", {H}, Init::decay, 0);
-            f(layer.attn_proj_weight, h + "attn.c_proj.weight", {C, C}, Init::normal, residual_std);
-            f(layer.attn_proj_bias, h + "attn.c_proj.bias", {C}, Init::zeros, 0);
-            f(layer.ln_2_weight, h + "ln_2.weight", {C}, Init::ones, 0);
-            f(layer.ln_2_bias, h + "ln_2.bias", {C}, Init::zeros, 0);
-            f(layer.fc_weight, h + "mlp.c_fc.weight", {C, 4 * C}, Init::normal, 0.02);
-            f(layer.fc_bias, h + "mlp.c_fc.bias", {4 * C}, Init::zeros, 0);
-            f(layer.fc_proj_weight, h + "mlp.c_proj.weight", {4 * C, C}, Init::normal, residual_std);
-            f(layer.fc_proj_bias, h + "mlp.c_proj.bias", {C}, Init::zeros, 0);
+                vector(layer.conv_weight, "attn.conv.weight", {config_.short_conv, 3 * C},
+                       Init::identity_conv);
+            if (config_.qk_norm) vector(layer.q_gain, "attn.q_gain", {H}, Init::ones);
+            if (config_.decay == DecayKind::learned) vector(layer.decay, "attn.decay", {H}, Init::decay);
+            matrix(layer.attn_proj_weight, "attn.c_proj.weight", C, C, residual_std);
+            vector(layer.attn_proj_bias, "attn.c_proj.bias", {C}, Init::zeros);
+            vector(layer.ln_2_weight, "ln_2.weight", {C}, Init::ones);
+            vector(layer.ln_2_bias, "ln_2.bias", {C}, Init::zeros);
+            matrix(layer.fc_weight, "mlp.c_fc.weight", C, 4 * C, 0.02);
+            vector(layer.fc_bias, "mlp.c_fc.bias", {4 * C}, Init::zeros);
+            matrix(layer.fc_proj_weight, "mlp.c_proj.weight", 4 * C, C, residual_std);
+            vector(layer.fc_proj_bias, "mlp.c_proj.bias", {C}, Init::zeros);
         }
-        f(to.ln_f_weight, "ln_f.weight", {C}, Init::ones, 0);
-        f(to.ln_f_bias, "ln_f.bias", {C}, Init::zeros, 0);
+        f(to.ln_f_weight, "ln_f.weight", TensorKind::vector, -1, Shape{C}, Init::ones, 0.0);
+        f(to.ln_f_bias, "ln_f.bias", TensorKind::vector, -1, Shape{C}, Init::zeros, 0.0);
     }
 };
 

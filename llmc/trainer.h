@@ -77,7 +77,9 @@ class Trainer {
         GPTConfig config = choose_model(initial, resumed.has_value());
         try {
             settle_sizes(config);
+            require_supported(backend, config, o.model_options());
             model = backend.make_model(config, o.model_options());
+            optimizer = model->make_optimizer(o.adamw);
         } catch (const Error& e) {
             if (!resumed || e.status != kExitUsage) throw;
             usage_error(e.what(), " (flags that are not given are those of ",
@@ -91,7 +93,8 @@ class Trainer {
         describe(config, train_data);
         // Before the model takes the memory.
         peak.emplace([&] { return backend.measured_peak(o.model_options().precision); });
-        model->allocate();
+        model->allocate(optimizer->bytes());
+        optimizer->allocate();
         inputs.resize((size_t)o.batch * o.seq);
         targets.resize((size_t)o.batch * o.seq);
         load_weights(initial, resumed.has_value());
@@ -134,7 +137,8 @@ class Trainer {
     TrainOptions& o;
     TrainerState state;
     std::unique_ptr<Model> model;
-    std::string tokenizer_text;  // of tokenizer.json, copied into checkpoints
+    std::unique_ptr<Optimizer> optimizer;  // of the model's parameters
+    std::string tokenizer_text;            // of tokenizer.json, copied into checkpoints
     std::optional<Tokenizer> tokenizer;
     std::vector<int> inputs, targets;  // (B,T)
     std::string last_checkpoint;
@@ -244,7 +248,7 @@ class Trainer {
     void load_weights(const std::optional<Checkpoint>& initial, bool resumed) {
         if (initial) {
             initial->load_weights(*model);
-            if (resumed) initial->load_optimizer(*model);
+            if (resumed) initial->load_optimizer(*model, *optimizer);
             initial->close();
             return;
         }
@@ -277,7 +281,9 @@ class Trainer {
                o.schedule.c_str(), o.learning_rate, o.warmup, o.compute.dtype.c_str());
         size_t total = 0;
         std::string groups;
-        for (const MemoryGroup& group : model->memory()) {
+        std::vector<MemoryGroup> memory = model->memory();
+        memory.push_back({"optimizer", optimizer->bytes()});
+        for (const MemoryGroup& group : memory) {
             total += group.bytes;
             groups += str(groups.empty() ? "" : ", ", group.name, " ", group.bytes >> 20);
         }
@@ -291,18 +297,19 @@ class Trainer {
         std::vector<AttentionNorms> norms;  // (L,H), on the first micro-batch
         if (o.norms_every > 0 && (state.step == 0 || (state.step + 1) % o.norms_every == 0))
             norms.resize((size_t)model->config.layers * model->config.heads);
-        model->zero_gradients();
         for (int i = 0; i < micro_batches; i++) {
             loader.batch(state.samples + (int64_t)i * o.batch, o.batch, inputs.data(), targets.data());
-            model->start_forward(inputs.data(), targets.data(), o.batch, o.seq, 1.0f / micro_batches,
-                                 i == 0 && !norms.empty() ? norms.data() : nullptr);
-            model->backward(inputs.data(), o.batch, o.seq);
+            bool first = i == 0, last = i + 1 == micro_batches;
+            model->run({inputs.data(), targets.data(), o.batch, o.seq},
+                       Pass::training(1.0f / micro_batches, first, last,
+                                      first && !norms.empty() ? norms.data() : nullptr));
         }
         int step = state.step + 1;
         double rate =
             learning_rate_at(o.schedule, step, o.steps, o.warmup, o.learning_rate, o.final_lr_fraction);
-        double norm = model->update(o.adamw, rate, o.grad_clip, step);
-        double loss = model->take_loss() / micro_batches;
+        model->clip_gradients(o.grad_clip);
+        optimizer->step({0, model->table.size}, rate, step);
+        double norm = model->clipped_norm(), loss = model->take_loss() / micro_batches;
         if (!std::isfinite(loss)) diverged(step, str("the loss is ", loss));
         if (!std::isfinite(norm)) diverged(step, str("the gradient norm is ", norm));
         state.step = step;
@@ -339,20 +346,27 @@ class Trainer {
                 append_norms(line, norms[(size_t)l * config.heads + h], config.attention());
                 metrics.write(line);
             }
-            metrics.write({{"step", state.step}, {"layer", l}, {"gradient_norm", model->gradient_norm(l)}});
+            metrics.write({{"step", state.step},
+                           {"layer", l},
+                           {"gradient_norm", model->gradient_norm(model->table.range(l))}});
         }
     }
 
     [[noreturn]] void diverged(int step, const std::string& what) {
-        std::string tensor = model->first_nonfinite();
+        std::string tensor = first_nonfinite();
         throw Error(kExitDiverged,
                     str("training diverged at step ", step, ": ", what, ", first in ",
                         tensor.empty() ? std::string("their sum") : tensor,
                         "; last checkpoint: ", last_checkpoint.empty() ? "none" : last_checkpoint));
     }
 
+    std::string first_nonfinite() const {
+        std::string tensor = model->first_nonfinite();
+        return tensor.empty() ? optimizer->first_nonfinite() : tensor;
+    }
+
     void check_finite() {
-        if (!model->first_nonfinite().empty()) diverged(state.step, "a value is not finite");
+        if (!first_nonfinite().empty()) diverged(state.step, "a value is not finite");
     }
 
     void validate(const TokenDataset& data, MetricsLog& metrics) {
@@ -362,7 +376,7 @@ class Trainer {
         double loss = 0;
         for (int64_t i = 0; i < batches; i++) {
             loader.batch(i * B, B, inputs.data(), targets.data());
-            loss += model->forward(inputs.data(), targets.data(), B, o.seq, 0) / batches;
+            loss += model->loss({inputs.data(), targets.data(), B, o.seq}) / batches;
         }
         if (!std::isfinite(loss)) diverged(state.step, str("the validation loss is ", loss));
         metrics.write({{"step", state.step}, {"val_loss", loss}});
@@ -397,7 +411,7 @@ class Trainer {
     void checkpoint(MetricsLog& metrics) {
         metrics.sync();
         state.options = o.remembered();
-        last_checkpoint = write_checkpoint(o.out, *model, state, tokenizer_text);
+        last_checkpoint = write_checkpoint(o.out, *model, *optimizer, state, tokenizer_text);
         delete_old_checkpoints(o.out, o.keep_checkpoints);
         printf("wrote %s\n", printable(last_checkpoint).c_str());
         fflush(stdout);

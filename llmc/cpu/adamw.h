@@ -1,12 +1,15 @@
-// AdamW (arXiv 1711.05101) and the norm of the gradient.
+// AdamW (arXiv 1711.05101), the norm of the gradient and the factor that clips it.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <type_traits>
 #include <vector>
 
 #include "llmc/cpu/isa.h"
+#include "llmc/cpu/memory.h"
 #include "llmc/cpu/vector.h"
+#include "llmc/optimizer.h"
 
 namespace cpu::inline LLMC_ISA {
 
@@ -58,5 +61,38 @@ inline double sum_of_squares(const float* x, size_t n) {
     for (double p : partial) total += p;
     return total;
 }
+
+// The factor that gradients of this norm are multiplied by, so that it is at most max_norm; 0: no limit. NaN
+// where the norm is not finite.
+inline float clip_factor(double norm, double max_norm) {
+    if (!std::isfinite(norm)) return NAN;
+    return max_norm > 0 && norm > max_norm ? (float)(max_norm / norm) : 1.0f;
+}
+
+template <class Real>
+class AdamWOptimizer : public OptimizerState<HostMemory> {
+  public:
+    AdamWOptimizer(const ParameterTable& table, const ParameterArrays<Real, float>& model,
+                   const AdamW& settings)
+        : OptimizerState(table, kAdamWArrays), model_(model), settings_(settings) {}
+
+    void step(Slice slice, double learning_rate, int step) override {
+        if (std::isnan(*model_.clip_factor)) return;
+#pragma omp parallel
+        for (const ParameterTensor& t : table_.tensors) {
+            size_t begin = std::max(t.offset, slice.begin), end = std::min(t.offset + t.size, slice.end);
+            if (begin >= end) continue;
+            double decay = has_weight_decay(t.kind) ? settings_.weight_decay : 0;
+            adamw_update(model_.weights + begin, model_.copy ? model_.copy + begin : nullptr,
+                         model_.gradients + begin, values(0) + begin, values(1) + begin, end - begin,
+                         (float)learning_rate, (float)settings_.beta1, (float)settings_.beta2,
+                         (float)settings_.eps, (float)decay, *model_.clip_factor, step);
+        }
+    }
+
+  private:
+    const ParameterArrays<Real, float>& model_;
+    AdamW settings_;
+};
 
 }  // namespace cpu

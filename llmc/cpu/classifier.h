@@ -15,12 +15,12 @@ inline int classifier_rows(int N, int Vp) {
     return std::min(N, std::max(128, (16 << 20) / Vp));
 }
 
-// losses of every row. Where dloss != 0 also dinp and dwte, for the gradient of the sum of losses times
+// losses of every row. Where dinp is wanted, also dinp and dwte: the gradient of the sum of the losses times
 // dloss.
 template <class Real>
 inline void classifier(float* losses,       // (N)
-                       Real* dinp,          // (N,C), where dloss != 0
-                       float* dwte,         // (Vp,C) += or, where not `accumulate`, =; where dloss != 0
+                       Real* dinp,          // (N,C), or null: no gradient is wanted
+                       float* dwte,         // (Vp,C) += or, where not `accumulate`, =
                        float* logits,       // (classifier_rows(N,Vp),Vp), scratch
                        Real* dlogits,       // (classifier_rows(N,Vp),Vp), scratch; may be logits
                        const Real* inp,     // (N,C)
@@ -32,8 +32,8 @@ inline void classifier(float* losses,       // (N)
         int n = std::min(chunk, N - n0);
         const Real* x = inp + (size_t)n0 * C;
         matmul(logits, x, wte, n, Vp, C, false, true, false);
-        cross_entropy(losses + n0, dlogits, logits, targets + n0, dloss, n, V, Vp);
-        if (dloss == 0) continue;
+        cross_entropy(losses + n0, dinp ? dlogits : nullptr, logits, targets + n0, dloss, n, V, Vp);
+        if (!dinp) continue;
         matmul(dinp + (size_t)n0 * C, dlogits, wte, n, C, Vp, false, false, false);
         matmul(dwte, dlogits, x, Vp, C, n, true, false, accumulate || n0 > 0);
     }

@@ -8,11 +8,11 @@
 
 namespace cpu::inline LLMC_ISA {
 
-// losses = -log softmax(logits[:V])[target]. Where dloss != 0, dlogits is the gradient times dloss, zero in
+// losses = -log softmax(logits[:V])[target]. Where dlogits is wanted, it is the gradient times dloss, zero in
 // the padding V..Vp, and the logits are lost.
 template <class Real>
 inline void cross_entropy(float* losses,       // (N)
-                          Real* dlogits,       // (N,Vp), where dloss != 0; may be logits
+                          Real* dlogits,       // (N,Vp), or null: not wanted; may be logits
                           float* logits,       // (N,Vp)
                           const int* targets,  // (N)
                           float dloss, int N, int V, int Vp) {
@@ -39,10 +39,10 @@ inline void cross_entropy(float* losses,       // (N)
             } else {
                 for (int i = 0; i < lanes; i++) total += e[i];
             }
-            if (dloss != 0) store(row + v, e, lanes);
+            if (dlogits) store(row + v, e, lanes);
         }
         losses[n] = (float)(std::log(total) + (largest - target));
-        if (dloss == 0) continue;
+        if (!dlogits) continue;
         float factor = (float)(dloss / total);
         Real* d = dlogits + (size_t)n * Vp;
         float probability = row[targets[n]] * factor;

@@ -1,9 +1,11 @@
 // Aligned memory for floats, and where a MemoryPlan of the CPU lies.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdlib>
 #include <memory>
+#include <type_traits>
 
 #include "llmc/cpu/isa.h"
 #include "llmc/error.h"
@@ -45,10 +47,10 @@ struct HostMemory {
         floats = Floats(bytes / sizeof(float));
         return (char*)floats.get();
     }
-    template <class Real>
-    bool finite(const Real* x, size_t n) const {
-        return all_finite(x, n);
-    }
+    static bool finite(const auto* x, size_t n) { return all_finite(x, n); }
+    static void zero(auto* x, size_t n) { std::fill_n(x, n, std::remove_reference_t<decltype(*x)>(0.0f)); }
+    static void read(float* out, const float* x, size_t n) { std::copy_n(x, n, out); }
+    static void write(float* x, const float* in, size_t n) { std::copy_n(in, n, x); }
 };
 using MemoryPlan = ::MemoryPlan<HostMemory>;
 

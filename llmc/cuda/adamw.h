@@ -6,7 +6,9 @@
 #include <vector>
 
 #include "llmc/cuda/columns.h"
+#include "llmc/cuda/memory.h"
 #include "llmc/cuda/rng.h"
+#include "llmc/optimizer.h"
 #include "llmc/parameters.h"
 
 namespace gpu {
@@ -17,11 +19,11 @@ struct DecayRange {
     float weight_decay;
 };
 
-// Of all tensors of an array, neighbours with the same decay in one; the first begins at 0.
+// The weight decay of a whole array. Neighbours with the same decay share a range; the first begins at 0.
 inline std::vector<DecayRange> decay_ranges(const ParameterTable& table, float weight_decay) {
     std::vector<DecayRange> ranges;
     for (const ParameterTensor& t : table.tensors) {
-        float decay = t.weight_decay ? weight_decay : 0.0f;
+        float decay = has_weight_decay(t.kind) ? weight_decay : 0.0f;
         if (ranges.empty() || ranges.back().weight_decay != decay) ranges.push_back({t.offset, decay});
     }
     return ranges;
@@ -47,10 +49,10 @@ constexpr int kAdamwTile = kAdamwThreads * 4 * kAdamwTurns;
 template <class Real, class Gradient>
 __global__ void __launch_bounds__(kAdamwThreads)
     adamw_kernel(float* __restrict__ param, Real* __restrict__ copy, const Gradient* __restrict__ grad,
-                 float* __restrict__ m, float* __restrict__ v, size_t n,
+                 float* __restrict__ m, float* __restrict__ v, size_t first, size_t n,
                  const DecayRange* __restrict__ ranges, int range_count, const float* __restrict__ grad_scale,
                  AdamwStep o) {
-    size_t begin = (size_t)blockIdx.x * kAdamwTile;
+    size_t begin = first + (size_t)blockIdx.x * kAdamwTile;
     int range = 0;  // the last one that begins at or before `begin`
     for (int end = range_count; range + 1 < end;) {
         int middle = (range + end) / 2;
@@ -94,17 +96,18 @@ __global__ void __launch_bounds__(kAdamwThreads)
     }
 }
 
-// One step over all tensors in one pass over memory: m and v are the moving averages of the gradient times
-// *grad_scale (the clip factor) and of its square, bias-corrected by `step`, which counts from 1; weight
-// decay is decoupled. Nothing changes where the factor is NaN. The bf16 copy is rounded to nearest, or
-// stochastically with bits that depend on seed, step and index alone.
+// One step over the elements of a slice, which begins at a multiple of 4, in one pass over memory. m and v
+// are the moving averages of the gradient times *grad_scale (the clip factor) and of its square,
+// bias-corrected by `step`, which counts from 1; weight decay is decoupled. Nothing changes where the factor
+// is NaN. The bf16 copy is rounded to nearest, or stochastically with bits that depend on seed, step and
+// index alone.
 template <class Real, class Gradient>
-void adamw_update(float* param,          // (n)
-                  Real* copy,            // (n): the new param in bf16, or null where Real is float
-                  const Gradient* grad,  // (n)
-                  float* m,              // (n)
-                  float* v,              // (n)
-                  size_t n, float learning_rate, float beta1, float beta2, float eps,
+void adamw_update(float* param,          // (table.size)
+                  Real* copy,            // (table.size): the new param in bf16, or null where Real is float
+                  const Gradient* grad,  // (table.size)
+                  float* m,              // (table.size)
+                  float* v,              // (table.size)
+                  Slice slice, float learning_rate, float beta1, float beta2, float eps,
                   const DecayRange* ranges,  // (range_count), on the device
                   int range_count,
                   const float* grad_scale,  // (1), on the device
@@ -112,9 +115,10 @@ void adamw_update(float* param,          // (n)
     float step_size = (float)(learning_rate / (1 - std::pow((double)beta1, step)));
     float v_scale = (float)(1 / std::sqrt(1 - std::pow((double)beta2, step)));
     AdamwStep o{learning_rate, beta1, beta2, eps, step_size, v_scale, stochastic, seed, (uint64_t)step};
-    unsigned blocks = (unsigned)ceil_div(n, (size_t)kAdamwTile);
-    adamw_kernel<<<blocks, kAdamwThreads, 0, stream>>>(param, copy, grad, m, v, n, ranges, range_count,
-                                                       grad_scale, o);
+    if (slice.size() == 0) return;
+    unsigned blocks = (unsigned)ceil_div(slice.size(), (size_t)kAdamwTile);
+    adamw_kernel<<<blocks, kAdamwThreads, 0, stream>>>(param, copy, grad, m, v, slice.begin, slice.end,
+                                                       ranges, range_count, grad_scale, o);
     check_launch();
 }
 
@@ -193,5 +197,42 @@ inline void clip_factor(float* grad_scale,  // (1), on the device
     clip_factor_kernel<<<1, 1, 0, stream>>>(grad_scale, sum, max_norm);
     check_launch();
 }
+
+// -------------------------------------------------------------------------------------------- the optimizer
+
+template <class Real, class Gradient>
+class AdamWOptimizer : public OptimizerState<DeviceMemory> {
+  public:
+    AdamWOptimizer(const ParameterTable& table, const ParameterArrays<Real, Gradient>& model,
+                   const AdamW& settings, bool stochastic_rounding, uint64_t seed, cudaStream_t& stream)
+        : OptimizerState(table, kAdamWArrays),
+          model_(model),
+          settings_(settings),
+          stochastic_rounding_(stochastic_rounding),
+          seed_(seed),
+          stream_(stream) {}
+
+    void allocate() override {
+        OptimizerState::allocate();
+        std::vector<DecayRange> ranges = decay_ranges(table_, (float)settings_.weight_decay);
+        ranges_ = DeviceArray<DecayRange>(ranges.size());
+        DeviceMemory::write(ranges_.get(), ranges.data(), ranges.size());
+    }
+
+    void step(Slice slice, double learning_rate, int step) override {
+        adamw_update(model_.weights, model_.copy, model_.gradients, values(0), values(1), slice,
+                     (float)learning_rate, (float)settings_.beta1, (float)settings_.beta2,
+                     (float)settings_.eps, ranges_.get(), (int)ranges_.size(), model_.clip_factor, step,
+                     stochastic_rounding_, seed_, stream_);
+    }
+
+  private:
+    const ParameterArrays<Real, Gradient>& model_;
+    AdamW settings_;
+    bool stochastic_rounding_;
+    uint64_t seed_;
+    cudaStream_t& stream_;  // the model's
+    DeviceArray<DecayRange> ranges_;
+};
 
 }  // namespace gpu

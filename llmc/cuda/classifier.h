@@ -15,12 +15,12 @@ inline int classifier_rows(int N, int Vp) {
     return std::min(N, std::max(128, (128 << 20) / Vp / 128 * 128));
 }
 
-// losses of every row. Where dloss != 0 also dinp and dwte, for the gradient of the sum of losses times
+// losses of every row. Where dinp is wanted, also dinp and dwte: the gradient of the sum of the losses times
 // dloss. A chunk is of `rows` rows.
 template <class Real, class Gradient>
 void classifier(float* losses,       // (N)
-                Real* dinp,          // (N,C), where dloss != 0
-                Gradient* dwte,      // (Vp,C) += or, where not `accumulate`, =; where dloss != 0
+                Real* dinp,          // (N,C), or null: no gradient is wanted
+                Gradient* dwte,      // (Vp,C) += or, where not `accumulate`, =
                 Real* logits,        // (rows,Vp), scratch
                 const Real* inp,     // (N,C)
                 const Real* wte,     // (Vp,C)
@@ -31,8 +31,8 @@ void classifier(float* losses,       // (N)
         int n = std::min(rows, N - n0);
         const Real* x = inp + (size_t)n0 * C;
         matmul(logits, x, wte, n, Vp, C, false, true, false, {}, context, stream);
-        cross_entropy(losses + n0, logits, logits, targets + n0, dloss, n, V, Vp, stream);
-        if (dloss == 0) continue;
+        cross_entropy(losses + n0, dinp ? logits : nullptr, logits, targets + n0, dloss, n, V, Vp, stream);
+        if (!dinp) continue;
         matmul(dinp + (size_t)n0 * C, logits, wte, n, C, Vp, false, false, false, {}, context, stream);
         matmul(dwte, logits, x, Vp, C, n, true, false, accumulate || n0 > 0, {}, context, stream);
     }
@@ -40,8 +40,8 @@ void classifier(float* losses,       // (N)
 
 template <class Real, class Gradient>
 void classifier(float* losses,       // (N)
-                Real* dinp,          // (N,C), where dloss != 0
-                Gradient* dwte,      // (Vp,C) += or, where not `accumulate`, =; where dloss != 0
+                Real* dinp,          // (N,C), or null: no gradient is wanted
+                Gradient* dwte,      // (Vp,C) += or, where not `accumulate`, =
                 Real* logits,        // (classifier_rows(N,Vp),Vp), scratch
                 const Real* inp,     // (N,C)
                 const Real* wte,     // (Vp,C)

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
     float largest = block_max(most, shared[0]);
     total = block_sum(total == 0 ? 0.0f : total * expf(most - largest), shared[1]);
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + (largest - target_logit);
-    if (dloss == 0) return;
+    if (!dlogits) return;
 
     float factor = dloss / total;
     Real* drow = dlogits + (size_t)blockIdx.x * Vp;
@@ -60,11 +60,11 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
     }
 }
 
-// losses = -log softmax(logits[:V])[target]. Where dloss != 0, dlogits is the gradient times dloss, zero in
+// losses = -log softmax(logits[:V])[target]. Where dlogits is wanted, it is the gradient times dloss, zero in
 // the padding V..Vp.
 template <class Real>
 void cross_entropy(float* losses,       // (N)
-                   Real* dlogits,       // (N,Vp), where dloss != 0; may be logits
+                   Real* dlogits,       // (N,Vp), or null: not wanted; may be logits
                    const Real* logits,  // (N,Vp)
                    const int* targets,  // (N)
                    float dloss, int N, int V, int Vp, cudaStream_t stream) {
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) mean_loss_kernel(double* sum, const 
     if (threadIdx.x == 0) *sum += shared[0] / N;
 }
 
-// Left on the device, for whoever wants to know.
+// Adds the mean loss to *sum, which stays on the device.
 inline void add_mean_loss(double* sum,          // (1) +=
                           const float* losses,  // (N)
                           int N, cudaStream_t stream) {

@@ -58,9 +58,21 @@ class DeviceMemory {
         check(status);
         return data_;
     }
-    template <class Real>
-    bool finite(const Real* x, size_t n) const {
-        return all_finite(x, n);
+    // These wait for all work before them, and are done when they return.
+    static bool finite(const auto* x, size_t n) { return all_finite(x, n); }
+    static void zero(auto* x, size_t n) {
+        check(cudaDeviceSynchronize());
+        check(cudaMemset(x, 0, n * sizeof *x));
+        check(cudaDeviceSynchronize());
+    }
+    static void read(auto* out, const auto* x, size_t n) {
+        check(cudaDeviceSynchronize());
+        check(cudaMemcpy(out, x, n * sizeof *x, cudaMemcpyDeviceToHost));
+    }
+    static void write(auto* x, const auto* in, size_t n) {
+        check(cudaDeviceSynchronize());
+        check(cudaMemcpy(x, in, n * sizeof *x, cudaMemcpyHostToDevice));
+        check(cudaDeviceSynchronize());  // copies from memory that is not pinned may return before they arrive
     }
 
   private:
@@ -71,6 +83,7 @@ template <class Real>
 bool all_finite(const Real* x, size_t n) {
     DeviceMemory memory;
     int *found = (int*)memory.allocate(sizeof(int)), result = 0;
+    check(cudaDeviceSynchronize());
     check(cudaMemset(found, 0, sizeof(int)));
     unsigned blocks = (unsigned)std::min<size_t>(ceil_div<size_t>(n, 256), 1024);
     if (n) find_nonfinite_kernel<<<blocks, 256>>>(found, x, n);

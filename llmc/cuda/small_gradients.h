@@ -1,6 +1,8 @@
-// Where the gradients of matrices and embeddings are bf16: those of the other tensors, which layers add up in
-// float and which are rounded only then. Together with the others they are one array for AdamW and the norm.
+// With --gradients bf16, vectors (biases, gains, LayerNorms' weights) still add up their gradients in
+// float32, in an array of their own. They are rounded into the bf16 array, which the norm and the optimizer
+// read, when their bucket is complete.
 #pragma once
+#include <algorithm>
 #include <vector>
 
 #include "llmc/cuda/memory.h"
@@ -9,15 +11,15 @@
 namespace gpu {
 
 struct SmallTensor {
-    size_t from, to, size;  // its places among the small ones and among all
+    size_t from, to, size;  // its places in the small array and in the table's
 };
 
-// Those of a table without weight decay, one after another as in the table.
+// The vectors of a table, one after another as in the table.
 inline std::vector<SmallTensor> small_tensors(const ParameterTable& table) {
     std::vector<SmallTensor> small;
     size_t from = 0;
     for (const ParameterTensor& t : table.tensors) {
-        if (t.weight_decay) continue;
+        if (!has_small_gradient(t.kind)) continue;
         small.push_back({from, t.offset, t.size});
         from += ceil_div<size_t>(t.size, 16) * 16;
     }
@@ -38,10 +40,34 @@ static __global__ void __launch_bounds__(kRoundThreads)
         all[t.to + i] = from_float<bf16>(small[t.from + i]);
 }
 
-inline void round_gradients(bf16* all, const float* small, const DeviceArray<SmallTensor>& tensors,
+inline void round_gradients(bf16* all, const float* small, const SmallTensor* tensors, int count,
                             cudaStream_t stream) {
-    round_gradients_kernel<<<(int)tensors.size(), kRoundThreads, 0, stream>>>(all, small, tensors.get());
+    if (count == 0) return;
+    round_gradients_kernel<<<count, kRoundThreads, 0, stream>>>(all, small, tensors);
     check_launch();
 }
+
+// The small gradients of a model, on the device.
+class SmallGradients {
+  public:
+    SmallGradients() = default;
+    explicit SmallGradients(const ParameterTable& table)
+        : tensors_(small_tensors(table)), places_(tensors_.size()) {
+        DeviceMemory::write(places_.get(), tensors_.data(), tensors_.size());
+    }
+
+    // Those of a slice, from their own array into the table's.
+    void round(bf16* all, const float* small, Slice slice, cudaStream_t stream) const {
+        auto before = [&](size_t offset) {
+            return std::count_if(tensors_.begin(), tensors_.end(), [=](auto& t) { return t.to < offset; });
+        };
+        auto begin = before(slice.begin), end = before(slice.end);
+        round_gradients(all, small, places_.get() + begin, (int)(end - begin), stream);
+    }
+
+  private:
+    std::vector<SmallTensor> tensors_;
+    DeviceArray<SmallTensor> places_;
+};
 
 }  // namespace gpu

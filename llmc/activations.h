@@ -1,0 +1,151 @@
+// What a model keeps between its forward and its backward pass, the same for every backend: the buffers by
+// name, which of them share memory, what the backward pass computes again, and where a NaN came from.
+#pragma once
+#include <cstddef>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "llmc/config.h"
+#include "llmc/error.h"
+#include "llmc/memory_plan.h"
+#include "llmc/model.h"
+#include "llmc/parameters.h"
+
+// What the forward pass of one block leaves for the backward pass. Where an option is off, its output is its
+// input.
+template <class Real>
+struct LayerActivations {
+    Real* ln_1;            // (B,T,C)
+    float* ln_1_mean;      // (B,T)
+    float* ln_1_rstd;      // (B,T)
+    Real* qkv;             // (B,T,3C)
+    Real* conv;            // (B,T,3C): after the short convolution
+    Real* heads;           // (B,T,3C): after qk-norm and RoPE
+    float* qk_rstd;        // (B,T,2H), with qk-norm
+    Real* attn;            // (B,T,C)
+    float* attn_stats;     // (stats_size), for the kinds of attention that need them
+    float* residual_attn;  // (B,T,C): residual stream after attention
+    Real* ln_2;            // (B,T,C)
+    float* ln_2_mean;      // (B,T)
+    float* ln_2_rstd;      // (B,T)
+    Real* fc;              // (B,T,4C)
+    Real* gelu;            // (B,T,4C)
+    float* residual_mlp;   // (B,T,C): residual stream after the MLP
+};
+
+template <class Real>
+struct Activations {
+    float* embedded;  // (B,T,C)
+    std::vector<LayerActivations<Real>> h;
+    Real* ln_f;        // (B,T,C)
+    float* ln_f_mean;  // (B,T)
+    float* ln_f_rstd;  // (B,T)
+    Real* delta;       // (B,T,C): what a block adds to the residual stream; reused
+    float* losses;     // (B,T)
+};
+
+// Gradients of activations, reused from layer to layer.
+template <class Real>
+struct ActivationGradients {
+    float* residual;      // (B,T,C)
+    Real* residual_real;  // (B,T,C): the same for matrix products
+    Real* norm;           // (B,T,C): of a LayerNorm's output, or of attention's
+    Real* qkv;            // (B,T,3C)
+    Real* conv;           // (B,T,3C), with short_conv
+    Real* fc;             // (B,T,4C)
+};
+
+// Whether the backward pass must compute these activations of block l again, because later blocks have
+// overwritten them. The last block's are still there.
+inline bool is_recomputed(const ModelOptions& options, Recompute group, int l, int L) {
+    return options.recompute >= group && l + 1 < L;
+}
+
+// Adds all of the above to a plan, for batches of up to options.batch x options.seq. Each block has buffers
+// of its own where a backward pass reads them; otherwise all blocks share the first one's.
+//   attn_stats: floats that attention keeps for its backward pass
+template <class Real, class Memory>
+void plan_activations(MemoryPlan<Memory>& plan, Activations<Real>& acts, ActivationGradients<Real>& grads,
+                      const GPTConfig& config, const ModelOptions& options, size_t attn_stats) {
+    size_t N = (size_t)options.batch * options.seq, C = config.channels, H = config.heads;
+    bool training = options.purpose == Purpose::training;
+    acts.h.resize(config.layers);
+    plan.add(acts.embedded, N * C, "embedded");
+    for (int l = 0; l < config.layers; l++) {
+        LayerActivations<Real>&a = acts.h[l], &first = acts.h[0];
+        a = {};
+        std::string h = str("h.", l, ".");
+        auto add = [&](auto& slot, auto& first_slot, size_t size, const char* name, Recompute group) {
+            bool shares = !training || options.recompute >= group;
+            if (shares && l > 0) {
+                plan.alias(slot, first_slot);
+            } else {
+                plan.add(slot, size, shares ? "" : h + name);
+            }
+        };
+        auto block = Recompute::block;
+        add(a.ln_1, first.ln_1, N * C, "ln_1", Recompute::layernorm);
+        add(a.ln_1_mean, first.ln_1_mean, N, "ln_1 mean", block);
+        add(a.ln_1_rstd, first.ln_1_rstd, N, "ln_1 rstd", block);
+        add(a.qkv, first.qkv, N * 3 * C, "attn.qkv", block);
+        if (config.short_conv) {
+            add(a.conv, first.conv, N * 3 * C, "attn.conv", block);
+        } else {
+            plan.alias(a.conv, a.qkv);
+        }
+        if (config.qk_norm) add(a.qk_rstd, first.qk_rstd, N * 2 * H, "attn.qk rstd", block);
+        if (config.qk_norm || config.rope()) {
+            add(a.heads, first.heads, N * 3 * C, "attn.heads", block);
+        } else {
+            plan.alias(a.heads, a.conv);
+        }
+        if (attn_stats) add(a.attn_stats, first.attn_stats, attn_stats, "attn.stats", block);
+        add(a.attn, first.attn, N * C, "attn.out", block);
+        add(a.residual_attn, first.residual_attn, N * C, "attn.residual", block);
+        add(a.ln_2, first.ln_2, N * C, "ln_2", Recompute::layernorm);
+        add(a.ln_2_mean, first.ln_2_mean, N, "ln_2 mean", block);
+        add(a.ln_2_rstd, first.ln_2_rstd, N, "ln_2 rstd", block);
+        add(a.fc, first.fc, N * 4 * C, "mlp.fc", block);
+        add(a.gelu, first.gelu, N * 4 * C, "mlp.gelu", Recompute::gelu);
+        if (training || l == 0) {
+            plan.add(a.residual_mlp, N * C, h + "mlp.residual");
+        } else {
+            plan.alias(a.residual_mlp, first.residual_mlp);
+        }
+    }
+    plan.add(acts.ln_f, N * C, "ln_f");
+    plan.add(acts.ln_f_mean, N, "ln_f mean");
+    plan.add(acts.ln_f_rstd, N, "ln_f rstd");
+    plan.add(acts.losses, N, "losses");
+    plan.add(acts.delta, N * C);
+    grads = {};
+    if (!training) return;
+    plan.add(grads.residual, N * C);
+    if constexpr (std::is_same_v<Real, float>) {
+        plan.alias(grads.residual_real, grads.residual);
+    } else {
+        plan.add(grads.residual_real, N * C);
+    }
+    plan.add(grads.norm, N * C);
+    plan.add(grads.qkv, N * 3 * C);
+    if (config.short_conv) plan.add(grads.conv, N * 3 * C);
+    plan.add(grads.fc, N * 4 * C);
+}
+
+// Where a NaN or Inf came from: the weights, then the activations in the order of the forward pass, then the
+// gradients in the order of the backward pass. "" where all is finite.
+//   gradients: null without training
+template <class Memory, class Gradient>
+std::string first_nonfinite_of(const ParameterTable& table, const float* weights,
+                               const MemoryPlan<Memory>& activations, const Gradient* gradients) {
+    for (const ParameterTensor& t : table.tensors)
+        if (!Memory::finite(weights + t.offset, t.size)) return "weight " + t.name;
+    std::string activation = activations.first_nonfinite();
+    if (!activation.empty()) return "activation " + activation;
+    for (size_t i = gradients ? table.tensors.size() : 0; i-- > 0;) {
+        const ParameterTensor& t = table.tensors[i];
+        if (!Memory::finite(gradients + t.offset, t.size)) return "gradient of " + t.name;
+    }
+    return "";
+}

@@ -1,0 +1,102 @@
+// What generation keeps of the tokens so far: of each layer their keys and values or, where attention has the
+// form for it, a state of fixed size (attention_state.h), and the last rows that went into the short
+// convolution.
+#pragma once
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
+#include "llmc/attention_linear_form.h"
+#include "llmc/config.h"
+#include "llmc/cpu/attention_cached.h"
+#include "llmc/cpu/attention_state.h"
+#include "llmc/cpu/isa.h"
+#include "llmc/cpu/short_conv.h"
+#include "llmc/model.h"
+
+namespace cpu::inline LLMC_ISA {
+
+template <class Real>
+class Cache {
+  public:
+    int length = 0;  // tokens
+
+    Cache() = default;
+    Cache(const GPTConfig& config, CacheKind kind)
+        : config_(config),
+          attention_(config.attention()),
+          kind_(kind),
+          H_(config.heads),
+          D_(config.head_size()),
+          C_(config.channels),
+          kv_(config.layers),
+          state_(config.layers) {
+        size_t rows = std::max(0, config.short_conv - 1);
+        before_.assign(config.layers, std::vector<float>(rows * 3 * C_, 0.0f));
+    }
+
+    // Call before more tokens come. Goes over from keys and values to the state where that was asked for, or
+    // is smaller by now.
+    //   decay(l): delta (H) of layer l, or null
+    template <class Decay>
+    void begin(Decay decay) {
+        if (has_state_ || kind_ == CacheKind::kv || !has_linear_form(attention_, D_)) return;
+        if (kind_ == CacheKind::automatic && length < state_pays_from(attention_.power, D_)) return;
+        constexpr int kRows = 64;
+        std::vector<float> rows((size_t)kRows * 3 * C_, 0.0f);  // (64,3C), q is 0
+        has_state_ = true;
+        for (size_t l = 0; l < state_.size(); l++) {
+            state_[l].assign(H_ * state_size(attention_.power, D_), 0.0f);
+            for (int t0 = 0; t0 < length; t0 += kRows) {
+                int n = std::min(kRows, length - t0);
+                for (int t = 0; t < n; t++)
+                    std::copy_n(&kv_[l][(size_t)(t0 + t) * 2 * C_], 2 * C_, &rows[(size_t)t * 3 * C_ + C_]);
+                attention_state_forward<float>(nullptr, state_[l].data(), rows.data(), decay((int)l),
+                                               attention_, t0, n, H_, D_);
+            }
+            std::vector<float>().swap(kv_[l]);
+        }
+    }
+
+    // Attention of T new tokens to each other and to all before them; their keys and values join these.
+    void attention_forward(Real* out,           // (T,C)
+                           const Real* heads,   // (T,3C)
+                           const float* decay,  // (H), or null
+                           int l, int T) {
+        if (has_state_) {
+            attention_state_forward(out, state_[l].data(), heads, decay, attention_, length, T, H_, D_);
+            return;
+        }
+        std::vector<float>& kv = kv_[l];
+        for (int t = 0; t < T; t++)
+            kv.insert(kv.end(), heads + (size_t)t * 3 * C_ + C_, heads + (size_t)(t + 1) * 3 * C_);
+        attention_cached_forward(out, heads, kv.data(), decay, attention_, length, T, H_, D_);
+    }
+
+    // Short convolution of T new rows; the last ones are kept for those that follow.
+    void short_conv_forward(Real* out,            // (T,3C)
+                            const Real* inp,      // (T,3C)
+                            const float* weight,  // (K,3C)
+                            int l, int T) {
+        int K = config_.short_conv, W = 3 * C_, n = K - 1 + T;
+        std::vector<float> rows = before_[l], convolved((size_t)n * W);  // (K-1+T,3C)
+        rows.insert(rows.end(), inp, inp + (size_t)T * W);
+        cpu::short_conv_forward(convolved.data(), rows.data(), weight, 1, n, W, K);
+        std::copy(convolved.end() - (size_t)T * W, convolved.end(), out);
+        before_[l].assign(rows.end() - (size_t)(K - 1) * W, rows.end());
+    }
+
+    bool has_state() const { return has_state_; }  // rather than keys and values
+
+  private:
+    GPTConfig config_;
+    AttentionConfig attention_;
+    CacheKind kind_ = CacheKind::automatic;
+    int H_ = 0, D_ = 0, C_ = 0;
+    bool has_state_ = false;
+    std::vector<std::vector<float>> kv_;      // (L): (length,2C)
+    std::vector<std::vector<float>> state_;   // (L): (H,state_size)
+    std::vector<std::vector<float>> before_;  // (L): (K-1,3C)
+};
+
+}  // namespace cpu
