@@ -243,7 +243,7 @@ struct GPT : Model {
     }
 
     void clip_gradients(double max_norm) override {
-        norm = Model::gradient_norm();
+        norm = gradient_norm(table.all());
         factor = clip_factor(norm, max_norm);
     }
 

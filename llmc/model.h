@@ -112,7 +112,6 @@ class Model {
 
     // The norm of the gradients of a slice.
     virtual double gradient_norm(Slice slice) const = 0;
-    double gradient_norm() const { return gradient_norm({0, table.size}); }
     // Sets the factor that the optimizer multiplies gradients by, so that their norm is at most max_norm (0:
     // no limit). It is NaN where the norm is not finite.
     virtual void clip_gradients(double max_norm) = 0;

@@ -111,6 +111,7 @@ struct ParameterTable {
         });
     }
 
+    Slice all() const { return {0, size}; }
     // The elements of one block's tensors, which lie together.
     Slice range(int layer) const { return layers_[layer]; }
 

@@ -308,7 +308,7 @@ class Trainer {
         double rate =
             learning_rate_at(o.schedule, step, o.steps, o.warmup, o.learning_rate, o.final_lr_fraction);
         model->clip_gradients(o.grad_clip);
-        optimizer->step({0, model->table.size}, rate, step);
+        optimizer->step(model->table.all(), rate, step);
         double norm = model->clipped_norm(), loss = model->take_loss() / micro_batches;
         if (!std::isfinite(loss)) diverged(step, str("the loss is ", loss));
         if (!std::isfinite(norm)) diverged(step, str("the gradient norm is ", norm));

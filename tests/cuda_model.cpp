@@ -49,7 +49,7 @@ struct Distance {
     }
 };
 Distance distance(const Model& model, const Model& from) {
-    double norm = from.gradient_norm(), squares = 0;
+    double norm = from.gradient_norm(from.table.all()), squares = 0;
     Distance d;
     for (const ParameterTensor& t : from.table.tensors) {
         Vector got = gradient(model, t), expected = gradient(from, t);
@@ -58,6 +58,13 @@ Distance distance(const Model& model, const Model& from) {
     }
     d.all = std::sqrt(squares) / norm;
     return d;
+}
+
+// One step of AdamW on the gradients, clipped to a norm of 0.5, which returns their norm before.
+double update(Model& model, Optimizer& optimizer, int step) {
+    model.clip_gradients(0.5);
+    optimizer.step(model.table.all(), 1e-3, step);
+    return model.clipped_norm();
 }
 
 struct Means {
@@ -84,10 +91,12 @@ void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few 
     auto cpu = is_bf16 ? cpu::choose_backend().make_model(config, cpu_options) : nullptr;
     std::vector<Model*> models = {exact.get(), gpu.get()};
     if (is_bf16) models.push_back(cpu.get());
+    std::vector<std::unique_ptr<Optimizer>> optimizers;
     for (Model* model : models) {
         model->allocate();
         fill(*model);
-        model->zero_gradients();
+        optimizers.push_back(model->make_optimizer(AdamW()));
+        optimizers.back()->allocate();
     }
     for (int micro_batch = 0; micro_batch < 2; micro_batch++) {
         std::vector<int> inputs = reference::random_ints((size_t)B * T, config.vocab_size, 10 + micro_batch),
@@ -96,9 +105,9 @@ void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few 
         std::vector<std::vector<AttentionNorms>> norms;
         for (Model* model : models) {
             norms.emplace_back(config.layers * config.heads);
-            losses.push_back(model->forward(inputs.data(), targets.data(), B, T, 0.5f,
-                                            micro_batch == 0 ? norms.back().data() : nullptr));
-            model->backward(inputs.data(), B, T);
+            losses.push_back(model->loss({inputs.data(), targets.data(), B, T},
+                                         Pass::training(0.5f, micro_batch == 0, micro_batch == 1,
+                                                        micro_batch == 0 ? norms.back().data() : nullptr)));
         }
         CHECK(std::abs(losses[1] - losses[0]) < loss_bound * losses[0]);
         for (size_t head = 0; head < norms[0].size() && micro_batch == 0; head++) {
@@ -126,8 +135,11 @@ void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few 
         }
     }
     if (!is_bf16) {
-        CHECK(gpu->gradient_norm() == doctest::Approx(exact->gradient_norm()).epsilon(1e-4));
-        CHECK(gpu->gradient_norm(1) == doctest::Approx(exact->gradient_norm(1)).epsilon(1e-4));
+        CHECK(gpu->gradient_norm(gpu->table.all()) ==
+              doctest::Approx(exact->gradient_norm(exact->table.all())).epsilon(1e-4));
+        Slice block = gpu->table.range(1);
+        CHECK(gpu->gradient_norm(block) ==
+              doctest::Approx(exact->gradient_norm(exact->table.range(1))).epsilon(1e-4));
     }
     for (int layer : {-1, 1}) {
         double squares = 0;
@@ -136,11 +148,12 @@ void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few 
                 Vector d = gradient(*gpu, t);
                 squares += reference::dot(d, d);
             }
-        CHECK(gpu->gradient_norm(layer) == doctest::Approx(std::sqrt(squares)).epsilon(1e-6));
+        Slice slice = layer < 0 ? gpu->table.all() : gpu->table.range(layer);
+        CHECK(gpu->gradient_norm(slice) == doctest::Approx(std::sqrt(squares)).epsilon(1e-6));
     }
     // AdamW's first steps are of one size, whatever the gradient's: a tensor moves by what its signs are.
     for (int step = 1; step <= 2; step++)
-        for (Model* model : models) model->update(AdamW(), 1e-3, 0.5, step);
+        for (size_t i = 0; i < models.size(); i++) update(*models[i], *optimizers[i], step);
     for (const ParameterTensor& t : exact->table.tensors) {
         INFO(t.name);
         std::vector<float> updated(t.size), expected(t.size);
@@ -236,13 +249,14 @@ TEST_CASE("the CUDA model against the CPU's: gradients added up in bf16") {
         }
     ModelOptions options{Purpose::training, 2, 23, Precision::fp32};
     options.gradients = Precision::bf16;
-    CHECK_THROWS_AS(gpu::backend().make_model(small(), options), Error);
+    CHECK_THROWS_AS(require_supported(gpu::backend(), small(), options), Error);
 }
 
 TEST_CASE("the CUDA model: gradients in bf16 beside those in float32") {
     const int B = 2, T = 23;
     GPTConfig config = small();
     std::vector<std::unique_ptr<Model>> models;  // float32, bf16
+    std::vector<std::unique_ptr<Optimizer>> optimizers;
     std::vector<int> tokens = reference::random_ints((size_t)B * T, config.vocab_size, 10);
     for (Precision gradients : {Precision::fp32, Precision::bf16}) {
         ModelOptions options{Purpose::training, B, T, Precision::bf16};
@@ -250,30 +264,27 @@ TEST_CASE("the CUDA model: gradients in bf16 beside those in float32") {
         models.push_back(gpu::backend().make_model(config, options));
         models.back()->allocate();
         fill(*models.back());
+        optimizers.push_back(models.back()->make_optimizer(AdamW()));
+        optimizers.back()->allocate();
     }
     CHECK(models[0]->memory()[0].bytes - models[1]->memory()[0].bytes > 1.8 * models[0]->table.size);
-    auto pass = [&](Model& model, float dloss) {
-        model.forward(tokens.data(), tokens.data(), B, T, dloss);
-        model.backward(tokens.data(), B, T);
-    };
+    const Batch batch{tokens.data(), tokens.data(), B, T};
     for (int step = 1; step <= 2; step++) {
-        for (auto& model : models) {
-            model->zero_gradients();
-            for (int micro_batch = 0; micro_batch < 4; micro_batch++) pass(*model, 0.25f);
-        }
+        for (auto& model : models)
+            for (int i = 0; i < 4; i++) model->run(batch, Pass::training(0.25f, i == 0, i == 3));
         Distance d = distance(*models[1], *models[0]);
         CHECK(d.all > 1e-4);
         CHECK(d.worst() < 1e-2);
-        for (auto& model : models) model->update(AdamW(), 1e-3, 0.5, step);
+        for (size_t i = 0; i < models.size(); i++) update(*models[i], *optimizers[i], step);
     }
     // A step whose gradient is not finite changes nothing, and says where it is from.
-    for (auto& model : models) {
+    for (size_t i = 0; i < models.size(); i++) {
+        Model* model = models[i].get();
         const ParameterTensor& t = model->table.tensors[0];
         std::vector<float> before(t.size), after(t.size);
         model->read(Store::weights, t, before.data());
-        model->zero_gradients();
-        pass(*model, std::numeric_limits<float>::quiet_NaN());
-        CHECK(std::isnan(model->update(AdamW(), 1e-3, 0.5, 3)));
+        model->run(batch, Pass::training(std::numeric_limits<float>::quiet_NaN()));
+        CHECK(std::isnan(update(*model, *optimizers[i], 3)));
         CHECK(model->first_nonfinite() == "gradient of ln_f.bias");
         model->read(Store::weights, t, after.data());
         CHECK(before == after);
@@ -327,7 +338,7 @@ TEST_CASE("the CUDA model refuses a linear form of attention that has none") {
     auto error = [&](AttentionKernel kernel, CacheKind cache) {
         ModelOptions options{Purpose::inference, 1, 8};
         options.kernel = kernel, options.cache = cache;
-        return error_of([&] { gpu::backend().make_model(config, options); });
+        return error_of([&] { require_supported(gpu::backend(), config, options); });
     };
     CHECK(error(AttentionKernel::automatic, CacheKind::automatic) == "");
     CHECK(error(AttentionKernel::linear, CacheKind::kv).find("--attention-kernel linear") == 0);

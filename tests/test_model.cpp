@@ -8,6 +8,7 @@
 #include <random>
 
 #include "llmc/checkpoint.h"
+#include "llmc/options.h"
 #include "llmc/safetensors.h"
 #include "tests/helpers.h"
 
@@ -88,9 +89,7 @@ TEST_CASE("loss, logits and every gradient equal the PyTorch twin's") {
         model->all_logits(logits.data(), inputs.data(), kBatch, kSeq);
         CHECK(relative_error(logits.data(), floats(*expected.find("logits")).data(), logits.size()) < 1e-5);
 
-        model->zero_gradients();
-        float loss = (float)model->forward(inputs.data(), targets.data(), kBatch, kSeq, 1.0f);
-        model->backward(inputs.data(), kBatch, kSeq);
+        float loss = (float)model->loss({inputs.data(), targets.data(), kBatch, kSeq}, Pass::training());
         CHECK(relative_error(&loss, floats(*expected.find("loss")).data(), 1) < 1e-5);
         CHECK(expected.tensors().size() == model->table.tensors.size() + 2);
         double all_gradients = 0;  // their norm
@@ -122,9 +121,7 @@ TEST_CASE("bf16: loss and gradients are those of float32 but for rounding") {
         CAPTURE(golden.name);
         SafetensorsFile expected(golden.file);
         auto model = golden_model<cpu::bf16>(golden.config, params, {Purpose::training, kBatch, kSeq});
-        model->zero_gradients();
-        float loss = (float)model->forward(inputs.data(), targets.data(), kBatch, kSeq, 1.0f);
-        model->backward(inputs.data(), kBatch, kSeq);
+        float loss = (float)model->loss({inputs.data(), targets.data(), kBatch, kSeq}, Pass::training());
         CHECK(relative_error(&loss, floats(*expected.find("loss")).data(), 1) < 1e-2);
         double difference = 0, norm = 0;  // of all gradients together
         for (const ParameterTensor& t : model->table.tensors) {
@@ -156,9 +153,8 @@ TEST_CASE("recomputing less or more gives the same bits, in less memory") {
                 auto model = golden_model<Real>(golden.config, params, options);
                 std::vector<float> got;
                 for (int micro_batch = 0; micro_batch < 2; micro_batch++) {
-                    if (micro_batch == 0) model->zero_gradients();
-                    got.push_back((float)model->forward(inputs.data(), targets.data(), kBatch, kSeq, 1.0f));
-                    model->backward(inputs.data(), kBatch, kSeq);
+                    Pass pass = Pass::training(1, micro_batch == 0, micro_batch == 1);
+                    got.push_back((float)model->loss({inputs.data(), targets.data(), kBatch, kSeq}, pass));
                 }
                 for (const ParameterTensor& t : model->table.tensors) {
                     got.resize(got.size() + t.size);
@@ -277,9 +273,7 @@ TEST_CASE("the linear kernel gives the tiled one's loss and gradients") {
                 ModelOptions options{Purpose::training, 1, T};
                 options.kernel = kernel;
                 auto model = c.make(options);
-                model->zero_gradients();
-                losses.push_back(model->forward(c.tokens.data(), c.tokens.data() + 1, 1, T, 1.0f));
-                model->backward(c.tokens.data(), 1, T);
+                losses.push_back(model->loss({c.tokens.data(), c.tokens.data() + 1, 1, T}, Pass::training()));
                 std::vector<float>& all = gradients.emplace_back();
                 for (const ParameterTensor& t : model->table.tensors) {
                     all.resize(all.size() + t.size);
@@ -308,20 +302,21 @@ TEST_CASE("generation goes over to the state without a change in the logits") {
                 const float* expected = kv->decode(&c.tokens[t], 1);
                 CHECK(relative_error(automatic->decode(&c.tokens[t], 1), expected, 50) < 1e-5);
             }
-            CHECK(automatic->cache.has_state);
-            CHECK(automatic->cache.kv[0].empty());
-            CHECK(!kv->cache.has_state);
+            CHECK(automatic->cache.has_state());
+            CHECK(!kv->cache.has_state());
         }
 }
 
 TEST_CASE("a kind of attention without a linear form is refused where that is asked for") {
     GPTConfig config;
     config.layers = 1, config.heads = 2, config.channels = 128, config.context = 8, config.vocab_size = 10;
+    const Backend backend{
+        "CPU", {.program = "train_gpt"}, cpu::make_model, cpu::set_threads, cpu::measured_peak};
     auto make = [&](int power, const char* scale, AttentionKernel kernel, CacheKind cache) {
         config.power = power, config.attention_scale = scale;
         ModelOptions options{Purpose::inference, 1, 8};
         options.kernel = kernel, options.cache = cache;
-        return error_of([&] { cpu::GPT<float> model(config, options); });
+        return error_of([&] { require_supported(backend, config, options); });
     };
     for (int power : {0, 3, 4}) {
         CHECK(make(power, "row", AttentionKernel::linear, CacheKind::kv).find("--attention-kernel linear") ==
@@ -339,15 +334,15 @@ TEST_CASE("micro-batches add up to the gradient of the whole batch") {
     GPTConfig config = golden_cases()[1].config;
     auto whole = golden_model(config, params, {Purpose::training, 2, kSeq}),
          halves = golden_model(config, params, {Purpose::training, 2, kSeq});
-    whole->zero_gradients();
-    double loss = whole->forward(inputs.data(), targets.data(), 2, kSeq, 1.0f);
-    whole->backward(inputs.data(), 2, kSeq);
-    halves->zero_gradients();
+    // Whatever was there before: the first pass of a step does not add to it.
+    for (const ParameterTensor& t : halves->table.tensors)
+        halves->write(Store::gradients, t, std::vector<float>(t.size, 7).data());
+    double loss = whole->loss({inputs.data(), targets.data(), 2, kSeq}, Pass::training());
     double sum = 0;
-    for (int b = 0; b < 2; b++) {
-        sum += halves->forward(inputs.data() + b * kSeq, targets.data() + b * kSeq, 1, kSeq, 0.5f) / 2;
-        halves->backward(inputs.data() + b * kSeq, 1, kSeq);
-    }
+    for (int b = 0; b < 2; b++)
+        sum += halves->loss({inputs.data() + b * kSeq, targets.data() + b * kSeq, 1, kSeq},
+                            Pass::training(0.5f, b == 0, b == 1)) /
+               2;
     CHECK(sum == doctest::Approx(loss).epsilon(1e-6));
     for (const ParameterTensor& t : whole->table.tensors) {
         CAPTURE(t.name);
@@ -363,14 +358,13 @@ TEST_CASE("validation leaves gradients alone, an inference model gives the same 
     std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
     GPTConfig config = golden_cases()[0].config;
     auto model = golden_model(config, params, {Purpose::training, kBatch, kSeq});
-    model->zero_gradients();
-    double loss = model->forward(inputs.data(), targets.data(), kBatch, kSeq, 0);
-    CHECK(model->gradient_norm() == 0);
+    double loss = model->loss({inputs.data(), targets.data(), kBatch, kSeq});
+    CHECK(model->gradient_norm(model->table.all()) == 0);
     cpu::GPT<float> inference(config, {Purpose::inference, kBatch, kSeq});
     inference.allocate();
     for (const ParameterTensor& t : inference.table.tensors)
         inference.write(Store::weights, t, floats(*params.find(t.name)).data());
-    CHECK(inference.forward(inputs.data(), targets.data(), kBatch, kSeq, 0) == loss);
+    CHECK(inference.loss({inputs.data(), targets.data(), kBatch, kSeq}) == loss);
     CHECK(inference.memory()[1].bytes < model->memory()[1].bytes);
 }
 
@@ -378,12 +372,7 @@ TEST_CASE("the first tensor with a NaN is found where it arose") {
     SafetensorsFile params(kGolden + "params.safetensors");
     std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
     auto model = golden_model(golden_cases()[0].config, params, {Purpose::training, kBatch, kSeq});
-    auto run = [&] {
-        model->zero_gradients();
-        double loss = model->forward(inputs.data(), targets.data(), kBatch, kSeq, 1.0f);
-        model->backward(inputs.data(), kBatch, kSeq);
-        return loss;
-    };
+    auto run = [&] { return model->loss({inputs.data(), targets.data(), kBatch, kSeq}, Pass::training()); };
     CHECK(std::isfinite(run()));
     CHECK(model->first_nonfinite() == "");
     float before = model->weights.h[1].fc_bias[3];
@@ -430,6 +419,8 @@ TEST_CASE("training learns a repeated sequence, for every attention") {
         config.positions = power > 0 ? PositionKind::rope : PositionKind::learned;
         cpu::GPT<float> model(config, {Purpose::training, 2, 16});
         model.allocate();
+        auto optimizer = model.make_optimizer(AdamW());
+        optimizer->allocate();
         std::vector<float> values;
         for (const ParameterTensor& t : model.table.tensors) {
             values.resize(t.size);
@@ -440,12 +431,101 @@ TEST_CASE("training learns a repeated sequence, for every attention") {
         for (size_t i = 0; i < tokens.size(); i++) tokens[i] = (int)(i * i % 11);
         double loss = 0;
         for (int step = 1; step <= 60; step++) {
-            model.zero_gradients();
-            loss = model.forward(tokens.data(), tokens.data() + 1, 2, 16, 1.0f);
+            loss = model.loss({tokens.data(), tokens.data() + 1, 2, 16}, Pass::training());
             if (step == 1) CHECK(loss == doctest::Approx(std::log(11.0)).epsilon(0.05));
-            model.backward(tokens.data(), 2, 16);
-            model.update(AdamW(), 1e-2, 1.0, step);
+            model.clip_gradients(1.0);
+            optimizer->step(model.table.all(), 1e-2, step);
         }
         CHECK(loss < 0.1);
     }
+}
+
+TEST_CASE("buckets are announced in order, complete, in the last pass of a step alone") {
+    SafetensorsFile params(kGolden + "params.safetensors");
+    std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
+    auto model = golden_model(golden_cases()[1].config, params, {Purpose::training, kBatch, kSeq});
+    const std::vector<Slice> buckets = model->table.buckets();
+    // They cover the array from its end to its start, a block each, the embeddings last.
+    REQUIRE((int)buckets.size() == model->L + 1);
+    size_t end = model->table.size;
+    for (const Slice& bucket : buckets) {
+        CHECK(bucket.end == end);
+        CHECK(bucket.begin < bucket.end);
+        end = bucket.begin;
+    }
+    CHECK(end == 0);
+    for (int l = 0; l < model->L; l++) CHECK(model->table.range(l).begin == buckets[model->L - 1 - l].begin);
+
+    auto gradients = [&](const Slice& slice) {
+        std::vector<float> all;
+        for (const ParameterTensor& t : model->table.tensors) {
+            if (t.offset < slice.begin || t.offset >= slice.end) continue;
+            all.resize(all.size() + t.size);
+            model->read(Store::gradients, t, &all[all.size() - t.size]);
+        }
+        return all;
+    };
+    std::vector<std::vector<float>> announced;
+    std::vector<int> order;
+    auto ready = [&](int bucket) {
+        order.push_back(bucket);
+        announced.push_back(gradients(buckets[bucket]));
+    };
+    Batch batch{inputs.data(), targets.data(), kBatch, kSeq};
+    model->run(batch, Pass::training(0.5f, true, false), ready);
+    model->run(batch, Pass::forward_only(), ready);
+    CHECK(order.empty());
+    model->run(batch, Pass::training(0.5f, false, true), ready);
+    REQUIRE(order.size() == buckets.size());
+    for (size_t i = 0; i < buckets.size(); i++) {
+        CHECK(order[i] == (int)i);
+        CHECK(announced[i] == gradients(buckets[i]));  // nothing came to it after that
+    }
+}
+
+TEST_CASE("an optimizer's step over slices is that over the whole, and not finite gradients change nothing") {
+    SafetensorsFile params(kGolden + "params.safetensors");
+    std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
+    auto trained = [&](bool in_slices) {
+        auto model = golden_model(golden_cases()[1].config, params, {Purpose::training, kBatch, kSeq});
+        auto optimizer = model->make_optimizer(AdamW());
+        optimizer->allocate();
+        size_t size = model->table.size;
+        std::vector<Slice> slices{{0, size}};
+        // Cuts inside of tensors, at multiples of 16 and elsewhere, and an empty slice.
+        if (in_slices) slices = {{0, 16}, {16, 1000}, {1000, 1000}, {1000, 1007}, {1007, size}};
+        for (int step = 1; step <= 2; step++) {
+            model->loss({inputs.data(), targets.data(), kBatch, kSeq}, Pass::training());
+            model->clip_gradients(0.1);
+            for (const Slice& slice : slices) optimizer->step(slice, 1e-2, step);
+        }
+        model->loss({inputs.data(), targets.data(), kBatch, kSeq}, Pass::training(NAN));
+        model->clip_gradients(0.1);
+        optimizer->step({0, size}, 1e-2, 3);
+        CHECK(std::isnan(model->clipped_norm()));
+        CHECK(optimizer->first_nonfinite() == "");
+        std::vector<float> all;
+        for (const ParameterTensor& t : model->table.tensors) {
+            all.resize(all.size() + 3 * t.size);
+            model->read(Store::weights, t, &all[all.size() - 3 * t.size]);
+            for (size_t array = 0; array < 2; array++)
+                optimizer->read(array, t, &all[all.size() - (2 - array) * t.size]);
+        }
+        return all;
+    };
+    CHECK(relative_error(trained(true).data(), trained(false).data(), trained(false).size()) < 1e-7);
+}
+
+TEST_CASE("a NaN in the optimizer's arrays is found by name") {
+    auto model = std::make_unique<cpu::GPT<float>>(golden_cases()[0].config,
+                                                   ModelOptions{Purpose::training, kBatch, kSeq});
+    model->allocate();
+    auto optimizer = model->make_optimizer(AdamW());
+    optimizer->allocate();
+    CHECK(optimizer->first_nonfinite() == "");
+    const ParameterTensor& t = model->table.tensors[3];
+    std::vector<float> values(t.size, 1.0f);
+    values.back() = NAN;
+    optimizer->write(1, t, values.data());
+    CHECK(optimizer->first_nonfinite() == "v of " + t.name);
 }

@@ -474,8 +474,8 @@ class Bench {
             measure(stochastic ? "AdamW, rounded stochastically" : "AdamW",
                     n * (7 * kFloat + kCopies * kReal), 0, [&] {
                         adamw_update(param.get(), kCopies ? copy.get() : nullptr, grad.get(), m.get(),
-                                     v.get(), n, 1e-4f, 0.9f, 0.95f, 1e-8f, ranges.get(), (int)ranges.size(),
-                                     scale.get(), 10, stochastic, 1, nullptr);
+                                     v.get(), Slice{0, n}, 1e-4f, 0.9f, 0.95f, 1e-8f, ranges.get(),
+                                     (int)ranges.size(), scale.get(), 10, stochastic, 1, nullptr);
                     });
         }
     }
