@@ -413,7 +413,13 @@ struct GPT : Model {
         if (!found->second) {
             cudaGraph_t graph;
             check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-            enqueue(B, T, pass, {});
+            try {
+                enqueue(B, T, pass, {});
+            } catch (...) {
+                // While a stream is captured no memory can be freed, and what throws leads there.
+                if (cudaStreamEndCapture(stream, &graph) == cudaSuccess) cudaGraphDestroy(graph);
+                throw;
+            }
             check(cudaStreamEndCapture(stream, &graph));
             check(cudaGraphInstantiate(&found->second, graph, 0));
             check(cudaGraphDestroy(graph));

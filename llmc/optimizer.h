@@ -5,6 +5,7 @@
 // make the names in a checkpoint: the array "m" has "m.wte.weight" and so on.
 #pragma once
 #include <cstddef>
+#include <iterator>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,7 +19,7 @@ struct AdamW {
 };
 
 // Its arrays: the moving averages of the gradient and of its square.
-inline const std::vector<std::string> kAdamWArrays = {"m", "v"};
+inline constexpr const char* kAdamWArrays[] = {"m", "v"};
 
 class Optimizer {
   public:

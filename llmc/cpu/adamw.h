@@ -74,7 +74,9 @@ class AdamWOptimizer : public OptimizerState<HostMemory> {
   public:
     AdamWOptimizer(const ParameterTable& table, const ParameterArrays<Real, float>& model,
                    const AdamW& settings)
-        : OptimizerState(table, kAdamWArrays), model_(model), settings_(settings) {}
+        : OptimizerState(table, {std::begin(kAdamWArrays), std::end(kAdamWArrays)}),
+          model_(model),
+          settings_(settings) {}
 
     void step(Slice slice, double learning_rate, int step) override {
         if (std::isnan(*model_.clip_factor)) return;

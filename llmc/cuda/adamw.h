@@ -205,7 +205,7 @@ class AdamWOptimizer : public OptimizerState<DeviceMemory> {
   public:
     AdamWOptimizer(const ParameterTable& table, const ParameterArrays<Real, Gradient>& model,
                    const AdamW& settings, bool stochastic_rounding, uint64_t seed, cudaStream_t& stream)
-        : OptimizerState(table, kAdamWArrays),
+        : OptimizerState(table, {std::begin(kAdamWArrays), std::end(kAdamWArrays)}),
           model_(model),
           settings_(settings),
           stochastic_rounding_(stochastic_rounding),
