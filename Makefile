@@ -81,8 +81,8 @@ all: train_gpt
 
 # In this order: of an inline function that several objects have, the linker takes the first, which must run on all
 # processors.
-train_gpt: $(BUILD)/train_gpt_main.o $(BUILD)/run.o $(models)
-$(BUILD)/train_gpt: $(BUILD)/train_gpt_main.o $(BUILD)/run.o $(tested)
+train_gpt: $(BUILD)/train_gpt_main.o $(BUILD)/run.o $(BUILD)/version.o $(models)
+$(BUILD)/train_gpt: $(BUILD)/train_gpt_main.o $(BUILD)/run.o $(BUILD)/version.o $(tested)
 train_gpt $(BUILD)/train_gpt:
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
@@ -95,6 +95,14 @@ $(BUILD)/train_gpt_main.o: llmc/cpu/main.cpp
 $(BUILD)/train_gptcu_main.o: llmc/cuda/main.cpp
 $(BUILD)/run.o $(BUILD)/train_gpt_main.o $(BUILD)/train_gptcu_main.o: $(BUILD)/flags
 	$(CXX) $(flags) -O1 $(dispatch) -c $(filter %.cpp,$^) -o $@
+
+# The commit changes often, so it goes into a small object alone. It is empty in a folder that is no git repository.
+commit   := $(if $(wildcard .git),$(shell git describe --always --dirty --abbrev=12 --exclude '*' 2>/dev/null))
+$(BUILD)/version.o: llmc/version.cpp $(BUILD)/commit $(BUILD)/flags
+	$(CXX) $(flags) -DLLMC_COMMIT='"$(commit)"' -c $< -o $@
+$(BUILD)/commit: FORCE
+	@mkdir -p $(BUILD)
+	@echo '$(commit)' | cmp -s - $@ || echo '$(commit)' > $@
 
 # What runs before main() would run on processors without this instruction set.
 $(BUILD)/avx512.o $(BUILD)/avx512_bf16.o: train_gpt.cpp $(BUILD)/flags
@@ -165,10 +173,10 @@ $(BUILD)/ptx/%.o: %.cu $(BUILD)/flags
 	$(NVCC) $(cuda) $(to_ptx) -MMD -MP -c $< -o $@
 $(BUILD)/ptx/cuda_layers.o: cuda := $(cuda:-O3=-O0)
 
-train_gptcu: $(on_gpu) $(BUILD)/train_gptcu_main.o $(BUILD)/run.o
+train_gptcu: $(on_gpu) $(BUILD)/train_gptcu_main.o $(BUILD)/run.o $(BUILD)/version.o
 	$(CXX) $(flags) $^ -o $@ $(libs) $(cudalibs)
 
-train_gptcu_sim: $(on_sim) $(BUILD)/train_gptcu_main.o $(BUILD)/run.o $(BUILD)/libptxsim.a
+train_gptcu_sim: $(on_sim) $(BUILD)/train_gptcu_main.o $(BUILD)/run.o $(BUILD)/version.o $(BUILD)/libptxsim.a
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 # Every kernel timed alone: on hardware, and on the simulator, where no time means anything.

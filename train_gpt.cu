@@ -559,6 +559,17 @@ inline std::unique_ptr<Model> make_model(const GPTConfig& config, const ModelOpt
     return std::make_unique<GPT<float>>(config, options);
 }
 
+// For --version.
+std::string describe_build() {
+    size_t cublas = cublasLtGetVersion();
+    std::string architectures;
+    for (int architecture : {__CUDA_ARCH_LIST__})
+        architectures += str(architectures.empty() ? "" : ", ", "sm_", architecture / 10);
+    return str("for GPUs of ", architectures, " and newer; nvcc ", __CUDACC_VER_MAJOR__, ".",
+               __CUDACC_VER_MINOR__, ".", __CUDACC_VER_BUILD__, "; matrix products by cuBLASLt ",
+               cublas / 10000, ".", cublas / 100 % 100, ".", cublas % 100);
+}
+
 // For llmc/cuda/main.cpp.
 Backend backend() {
     cudaDeviceProp properties;

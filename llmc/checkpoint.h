@@ -71,6 +71,7 @@ struct TrainerState {
     int step = 0;         // steps done
     int64_t samples = 0;  // sequences consumed: the data loader's state
     nlohmann::json options;
+    std::string program;  // that wrote it: program_version(); empty where it does not say
 };
 
 namespace checkpoint_detail {
@@ -146,7 +147,8 @@ inline std::string write_checkpoint(const std::string& out, const Model& model, 
         nlohmann::json trainer = {{"version", kCheckpointVersion},
                                   {"step", state.step},
                                   {"samples", state.samples},
-                                  {"options", state.options}};
+                                  {"options", state.options},
+                                  {"program", state.program}};
         for (const Written& f : files) trainer["files"][f.name] = {{"size", f.size}, {"crc32", f.crc}};
         trainer["crc32"] = json_crc32(trainer);
         write_file(temporary, "trainer.json", trainer.dump(2) + "\n");
@@ -354,6 +356,8 @@ class Checkpoint {
         trainer->step = (int)json_integer(json, "step", 0, INT_MAX, path);
         trainer->samples = json_integer(json, "samples", 0, INT64_MAX, path);
         trainer->options = json.value("options", nlohmann::json());
+        const nlohmann::json program = json.value("program", nlohmann::json());
+        if (program.is_string()) trainer->program = program.get<std::string>();
     }
 };
 

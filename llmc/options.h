@@ -104,6 +104,7 @@ struct TrainOptions {
     int keep_checkpoints = 3;
     bool resume = false;
     std::string resume_from;  // empty: the newest of `out`
+    std::string program;      // program_version(), for checkpoints
 
     ModelOptions model_options() const {
         ModelOptions options = compute.model_options(Purpose::training, batch, seq);
@@ -306,7 +307,7 @@ namespace options_detail {
 
 constexpr int kMostInt = std::numeric_limits<int>::max();
 
-inline void add_compute(CLI::App& app, ComputeFlags& o, const char* group) {
+inline void add_compute(CLI::App& app, ComputeFlags& o, const std::string& group) {
     app.add_option("--dtype", o.dtype, "of the matrix products and most activations (tf32: train_gptcu)")
         ->group(group)
         ->capture_default_str()
@@ -508,7 +509,7 @@ inline void add_eval(CLI::App& app, EvalOptions& o) {
     app.add_option("--seq", o.seq, "tokens a sequence; 0: the context")
         ->capture_default_str()
         ->check(integer_in(0, 1 << 24));
-    add_compute(app, o.compute, "OPTIONS");
+    add_compute(app, o.compute, app.option_defaults()->get_group());
     add_threads(app, o.threads);
 }
 
@@ -520,7 +521,7 @@ inline void add_dump(CLI::App& app, DumpOptions& o) {
     app.add_option("--file", o.file, "where to write (.safetensors)")->required()->check(path_value());
     app.add_option("--batch", o.batch, "sequences")->capture_default_str()->check(integer_in(1, 1 << 20));
     app.add_option("--seq", o.seq, "tokens a sequence")->capture_default_str()->check(integer_in(1, 1 << 24));
-    add_compute(app, o.compute, "OPTIONS");
+    add_compute(app, o.compute, app.option_defaults()->get_group());
     add_threads(app, o.threads);
 }
 
@@ -551,13 +552,15 @@ inline std::string first_flag(const std::string& message) {
 
 }  // namespace options_detail
 
-// Fills `options`. Returns false where there is nothing to do, because help was asked for and has been
-// printed.
-inline bool parse_options(int argc, char** argv, const char* program, const char* train_dtype,
+// Fills `options`. Returns false where there is nothing to do, because help or the version was asked for and
+// has been printed.
+inline bool parse_options(int argc, char** argv, const char* program,
+                          const std::function<std::string()>& version, const char* train_dtype,
                           Options& options) {
     options.train.compute.dtype = train_dtype;
     CLI::App app("Trains GPT models, with softmax or polynomial attention.", program);
     app.require_subcommand(1);
+    app.set_version_flag("--version", version, "print the version and what it was built with, and exit");
     CLI::App* train = app.add_subcommand("train", "train a model");
     CLI::App* generate = app.add_subcommand("generate", "write text with a trained model");
     CLI::App* eval = app.add_subcommand("eval", "loss, perplexity and bits per byte of a model on a dataset");
@@ -568,7 +571,8 @@ inline bool parse_options(int argc, char** argv, const char* program, const char
     options_detail::add_eval(*eval, options.eval);
     options_detail::add_dump(*dump, options.dump);
     std::vector<std::string> arguments(argv + std::min(argc, 1), argv + argc);
-    bool known = !arguments.empty() && (arguments[0] == "--help" || arguments[0] == "-h");
+    bool known = !arguments.empty() &&
+                 (arguments[0] == "--help" || arguments[0] == "-h" || arguments[0] == "--version");
     for (const CLI::App* subcommand : {train, generate, eval, dump}) {
         if (arguments.empty() || !subcommand->check_name(arguments[0])) continue;
         known = true;
@@ -580,8 +584,8 @@ inline bool parse_options(int argc, char** argv, const char* program, const char
     try {
         std::reverse(arguments.begin(), arguments.end());  // as parse() takes them
         app.parse(arguments);
-    } catch (const CLI::Success& help) {
-        app.exit(help);
+    } catch (const CLI::Success& asked) {
+        app.exit(asked);
         return false;
     } catch (const CLI::ExtrasError&) {
         usage_error("unexpected argument ", shown(app.remaining(true).front()), " (see --help)");

@@ -1,14 +1,18 @@
 #include "llmc/run.h"
 
+#include <zlib.h>
+
 #include <cstdio>
 #include <exception>
 #include <new>
 #include <stdexcept>
+#include <string>
 
 #include "llmc/error.h"
 #include "llmc/inference.h"
 #include "llmc/options.h"
 #include "llmc/trainer.h"
+#include "llmc/version.h"
 
 namespace {
 
@@ -33,13 +37,28 @@ int run_command(Options& options, const Backend& backend) {
     return kExitDone;
 }
 
+// What --version prints.
+std::string version_text(const char* program, const std::string& build) {
+#ifdef __clang__
+    const char* compiler = __VERSION__;
+#else
+    const char* compiler = "GCC " __VERSION__;
+#endif
+    return str(program_version(), "\nprogram    ", program, "\nmodel      ", build, "\ncompiler   ", compiler,
+               "\nlibraries  CLI11 ", CLI11_VERSION, ", nlohmann-json ", NLOHMANN_JSON_VERSION_MAJOR, ".",
+               NLOHMANN_JSON_VERSION_MINOR, ".", NLOHMANN_JSON_VERSION_PATCH, ", zlib ", zlibVersion());
+}
+
 }  // namespace
 
-int run(const char* program, Backend (*choose_backend)(), const char* train_dtype, int argc, char** argv) {
+int run(const char* program, Backend (*choose_backend)(), std::string (*describe_build)(),
+        const char* train_dtype, int argc, char** argv) {
     try {
         Options options;
-        bool help = !parse_options(argc, argv, program, train_dtype, options);
-        int status = help ? kExitDone : run_command(options, choose_backend());
+        auto version = [&] { return version_text(program, describe_build()); };
+        bool has_command = parse_options(argc, argv, program, version, train_dtype, options);
+        options.train.program = program_version();
+        int status = has_command ? run_command(options, choose_backend()) : kExitDone;
         if (fflush(stdout) != 0 || ferror(stdout)) fail("stdout: cannot write all of the output");
         return status;
     } catch (const Error& e) {

@@ -178,6 +178,9 @@ class Trainer {
             state = *checkpoint->trainer;
             last_checkpoint = checkpoint->folder;
             printf("resuming from %s after step %d\n", printable(checkpoint->folder).c_str(), state.step);
+            if (!state.program.empty() && state.program != o.program)
+                printf("written by %s, continued by %s\n", printable(state.program, 100).c_str(),
+                       o.program.c_str());
             if (!changes.empty()) printf("changed by the command line: %s\n", changes.c_str());
             if (state.step > o.steps)
                 usage_error("--steps ", o.steps, ": ", file, " has done ", state.step, " already");
@@ -411,6 +414,7 @@ class Trainer {
     void checkpoint(MetricsLog& metrics) {
         metrics.sync();
         state.options = o.remembered();
+        state.program = o.program;
         last_checkpoint = write_checkpoint(o.out, *model, *optimizer, state, tokenizer_text);
         delete_old_checkpoints(o.out, o.keep_checkpoints);
         printf("wrote %s\n", printable(last_checkpoint).c_str());

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "llmc/tokenizer.h"
+#include "llmc/version.h"
 #include "tests/cli.h"
 
 namespace {
@@ -78,6 +79,21 @@ TEST_CASE("cli: help names every command and flag") {
             CHECK((contains(help.out, "  " + flag + " ") || contains(help.out, "  " + flag + "\n")));
         }
     }
+}
+
+TEST_CASE("cli: --version names the program, its version and what it was built with") {
+    CHECK(contains(train_gpt("--help").out, "  --version "));
+    const Result result = train_gpt("--version");
+    check_done(result);
+    const Strings lines = lines_of(result.out);
+    REQUIRE(lines.size() == 5);
+    CHECK(lines[0].rfind(str("polygpt ", kVersion), 0) == 0);
+    const Strings parts[] = {{"program ", " train_gpt"},
+                             {"model ", " for CPUs with ", "; matrix products by "},
+                             {"compiler "},
+                             {"libraries ", " CLI11 2.", ", nlohmann-json 3.", ", zlib 1."}};
+    for (int i = 0; i < 4; i++)
+        for (const std::string& part : parts[i]) CHECK(contains(lines[i + 1], part));
 }
 
 TEST_CASE("cli: numbers that are none or out of range are refused") {

@@ -242,6 +242,10 @@ TEST_CASE("cuda cli: an error of the device that stays") {
     if (!has_cuda()) return;
     check_failures("fail-call", {"uncorrectable ECC error encountered"});
     check_done(train_gptcu("train --help", {}, "fail-call=1"));
+    const Result version = train_gptcu("--version", {}, "fail-call=1");
+    check_done(version);
+    for (const char* part : {"polygpt ", "train_gptcu", "for GPUs of sm_80", "nvcc 1", "cuBLASLt 1"})
+        CHECK(contains(version.out, part));
 }
 
 TEST_CASE("cuda cli: a model too large for the device, and the flags with which it fits") {

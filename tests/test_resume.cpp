@@ -426,6 +426,32 @@ TEST_CASE("resume: a folder that holds another run, or a running one, is left al
     CHECK(get_file(out + "/metrics.jsonl") == before);
 }
 
+TEST_CASE("resume: a checkpoint says which program wrote it, and another program may go on from it") {
+    const TempFolder folder;
+    const std::string out = folder / "out", path = out + "/step_00000020/trainer.json";
+    copy_begun(out);
+    Json trainer = Json::parse(get_file(path));
+    const Strings lines = lines_of(train_gpt("--version").out);
+    REQUIRE(!lines.empty());
+    const std::string version = lines[0];
+    CHECK(trainer.value("program", "") == version);
+    CHECK_FALSE(contains(train_gpt(resume(out, "--steps 20")).out, "written by"));
+    auto write = [&] {
+        trainer.erase("crc32");
+        const std::string text = trainer.dump();
+        trainer["crc32"] = crc32(0, (const unsigned char*)text.data(), (unsigned)text.size());
+        put_file(path, trainer.dump(2));
+    };
+    trainer["program"] = "polygpt 9.9.9";
+    write();
+    const Result other = train_gpt(resume(out, "--steps 20"));
+    check_done(other);
+    CHECK(contains(other.out, "\nwritten by polygpt 9.9.9, continued by " + version + "\n"));
+    trainer.erase("program");  // as before there was one
+    write();
+    check_done(train_gpt(resume(out, "--steps 20")));
+}
+
 TEST_CASE("resume: a damaged checkpoint is reported and the one before it used") {
     const TempFolder folder;
     const std::string out = folder / "out";

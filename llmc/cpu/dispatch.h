@@ -33,17 +33,26 @@ inline bool can_run(Isa isa) {
     return isa == Isa::avx512 ? avx512 : avx2;
 }
 
+struct Copy {
+    const char* name;
+    Isa isa;
+    Backend (*backend)();
+};
+inline const Copy kCopies[] = {{"avx512_bf16", Isa::avx512_bf16, backend<Isa::avx512_bf16>},
+                               {"avx512", Isa::avx512, backend<Isa::avx512>},
+                               {"avx2", Isa::avx2, backend<Isa::avx2>}};
+
+// Those that the program has copies for.
+inline std::string instruction_sets() {
+    std::string names;
+    for (const Copy& copy : kCopies)
+        if (copy.backend) names += str(names.empty() ? "" : ", ", copy.name);
+    return names;
+}
+
 inline Backend choose_backend() {
-    struct Copy {
-        const char* name;
-        Isa isa;
-        Backend (*backend)();
-    };
-    const Copy copies[] = {{"avx512_bf16", Isa::avx512_bf16, backend<Isa::avx512_bf16>},
-                           {"avx512", Isa::avx512, backend<Isa::avx512>},
-                           {"avx2", Isa::avx2, backend<Isa::avx2>}};
     const char* wanted = std::getenv("LLMC_ISA");
-    for (const Copy& copy : copies) {
+    for (const Copy& copy : kCopies) {
         if (wanted && std::string(wanted) != copy.name) continue;
         if (copy.backend && can_run(copy.isa)) {
             Backend backend = copy.backend();
@@ -60,6 +69,10 @@ inline Backend choose_backend() {
 #else
 template <>
 Backend backend<Isa::native>();
+
+inline std::string instruction_sets() {
+    return "the instructions of the machine that built it";
+}
 
 inline Backend choose_backend() {
     return backend<Isa::native>();
