@@ -76,7 +76,7 @@ on_sim   := $(addprefix $(BUILD)/ptx/,$(objects))
 # Tests of the simulator (ptxsim_*) and of the CUDA trainer (cuda_*), which run on it.
 cutests  := $(patsubst tests/%.cu,$(BUILD)/%.o,$(wildcard tests/*.cu))
 
-.PHONY: all quickstart test compare resources bench bench-quick gpu-test gpu-check ptxsim-bench format clean help
+.PHONY: all quickstart test compare resources bench bench-quick gpu-test gpu-check ptxsim-bench docs format clean help
 all: train_gpt
 
 # In this order: of an inline function that several objects have, the linker takes the first, which must run on all
@@ -256,6 +256,9 @@ bench-quick: ## the same on a small model, under 2 minutes
 	@dev/setup.sh torch
 	@$(MAKE) --no-print-directory -j$$(nproc) train_gpt $(BUILD)/attention
 	$(PYTHON) dev/bench/bench.py --train-gpt ./train_gpt --attention $(BUILD)/attention --quick
+
+docs: $(BUILD)/train_gpt ## docs/options.md anew, from --help
+	python3 dev/options_doc.py $< docs/options.md
 
 format: ## clang-format all C++
 	clang-format -i *.cpp *.cu llmc/*.h llmc/*.cpp llmc/*/*.h llmc/*/*.c* tests/*.c* tests/*.h dev/bench/*.c* dev/bench/*.h dev/ptxsim/*.h dev/ptxsim/*.c*
