@@ -312,7 +312,7 @@ class Checkpoint {
                  "wte.weight, this trainer has only tied embeddings");
         if (!trainer) return;
         known.clear();
-        for (const std::string& array : kAdamWArrays)
+        for (const std::string array : kAdamWArrays)
             for (const ParameterTensor& t : table.tensors) {
                 files_->optimizer->expect(array + "." + t.name, t.shape);
                 known.insert(array + "." + t.name);

@@ -215,7 +215,7 @@ struct Options {
 inline void require_supported(const Backend& backend, const GPTConfig& config, const ModelOptions& options) {
     const Capabilities& can = backend.can;
     auto require = [&](bool has, const char* flag) {
-        if (!has) usage_error(flag, ": ", can.program, " does not have it");
+        if (!has) usage_error(flag, ": only train_gptcu has it, not ", can.program);
     };
     require(can.tf32 || options.precision != Precision::tf32, "--dtype tf32");
     require(can.cuda_graph || !options.cuda_graph, "--cuda-graph");

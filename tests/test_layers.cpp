@@ -664,7 +664,7 @@ TEST_CASE_TEMPLATE("adamw: several steps", Real, float, bf16) {
             CAPTURE(n);
             Floats param = normal(n, 1, 0.02), m = normal(n, 2, c.first_step > 1 ? 0.1 : 0), v(n);
             for (size_t i = 0; i < n; i++) v[i] = m[i] * m[i] * 1.5f;
-            AdamW expected{to_double(param), to_double(m), to_double(v)};
+            reference::AdamW expected{to_double(param), to_double(m), to_double(v)};
             for (int step = c.first_step; step < c.first_step + 5; step++) {
                 CAPTURE(step);
                 Floats grad = normal(n, 100 + step, 0.5);
