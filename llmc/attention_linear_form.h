@@ -1,5 +1,7 @@
 // Which kinds of attention can be computed at linear cost, as a recurrence; shared by every backend.
 #pragma once
+#include <type_traits>
+
 #include "llmc/config.h"
 
 // Whether attention of this power has the linear form with some scale. For p = 3 the state of a head grows
@@ -14,5 +16,17 @@ constexpr bool has_linear_sum(int power) {
 
 // Whether attention of this kind has the linear form.
 inline bool has_linear_form(const AttentionConfig& config, int D) {
-    return has_linear_form(config.power, D) && (!config.has_row_sum() || has_linear_sum(config.power));
+    return has_linear_form(config.power(), D) && (!config.has_row_sum() || has_linear_sum(config.power()));
+}
+
+// Calls f with the power of a kind that has the linear form, as a compile-time constant.
+template <class F>
+void with_linear_power(AttentionKind kind, F f) {
+    with_activation(kind, [&]<class A>(A) {
+        if constexpr (has_linear_form(A::kPower, 1)) {
+            f(std::integral_constant<int, A::kPower>());
+        } else {
+            fail("attention: ", kAttentionNames[(int)kind], " has no linear form");
+        }
+    });
 }

@@ -5,15 +5,16 @@
 #include <vector>
 
 #include "llmc/config.h"
+#include "llmc/host_device.h"
 
 // delta_h of a head at the start (and for good with --decay fixed): evenly spaced from 1.0 to 5.5.
 inline float initial_decay(int head, int H) {
     return H == 1 ? 1.0f : 1.0f + 4.5f * head / (H - 1);
 }
 
-// log gamma with gamma = sigmoid(delta).
-inline double log_gamma(double delta) {
-    return delta > 0 ? -std::log1p(std::exp(-delta)) : delta - std::log1p(std::exp(delta));
+// log gamma with gamma = sigmoid(delta): finite for every finite delta, because exp() has no positive argument.
+LLMC_HD inline double log_gamma(double delta) {
+    return delta > 0 ? -log1p(exp(-delta)) : delta - log1p(exp(delta));
 }
 
 // n_i of the scale `row`: sum_{j<=i} gamma^(2(i-j)), which is i+1 without decay (log_gamma 0).
@@ -35,10 +36,11 @@ inline std::vector<double> row_scale_log_derivatives(int64_t T, double log_gamma
     return e;
 }
 
-// c_i of a polynomial: A_ij = c_i gamma^(i-j) x_ij^p. For `sum` it is 1, for its normaliser depends on the
-// scores.
+// c_i of a polynomial: A_ij = c_i gamma^(i-j) x_ij^p. For `sum` it is 1, because its normaliser depends on the
+// scores, and for every other kind of attention.
 inline double row_scale(const AttentionConfig& config, int64_t i, double log_gamma, int D) {
-    double m = gaussian_moment(config.power, D);
+    if (!config.polynomial()) return 1;
+    double m = gaussian_moment(config.power(), D);
     switch (config.scale) {
         case ScaleKind::row:
             return 1 / std::sqrt(m * effective_row_length(i, log_gamma));

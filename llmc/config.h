@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <iterator>
 #include <string>
-#include <type_traits>
 #include <vector>
 
+#include "llmc/activation.h"
 #include "llmc/error.h"
 
 enum class ScaleKind { row, context, mean, sum, constant };
@@ -15,7 +15,6 @@ enum class DecayKind { none, fixed, learned };
 enum class PositionKind { learned, rope };
 
 // The values of a flag or of a key in config.json, in the order of the enumeration.
-inline constexpr const char* kAttentionNames[] = {"softmax", "poly1", "poly2", "poly3", "poly4"};
 inline constexpr const char* kScaleNames[] = {"row", "context", "mean", "sum"};  // or a number
 inline constexpr const char* kDecayNames[] = {"none", "fixed", "learned"};
 inline constexpr const char* kPositionNames[] = {"learned", "rope"};
@@ -32,34 +31,18 @@ int index_of_name(const std::string& name, const Names& names, const std::string
     fail(where, ": ", shown(name), " is not one of ", allowed);
 }
 
-// How q k^T / sqrt(D) becomes A. `sum` and `constant` and the rest concern polynomials only.
+// How q k^T / sqrt(D) becomes A. The scale concerns polynomials only.
 struct AttentionConfig {
-    int power = 0;  // 0: softmax; 1 to 4: A_ij = c_i x_ij^power
+    AttentionKind kind = AttentionKind::softmax;
     ScaleKind scale = ScaleKind::row;
     double constant = 1.0;  // c_i for ScaleKind::constant
     int context = 1024;     // the model's context, for ScaleKind::context
 
-    bool softmax() const { return power == 0; }
-    bool has_row_sum() const { return power > 0 && scale == ScaleKind::sum; }
+    bool softmax() const { return kind == AttentionKind::softmax; }
+    int power() const { return attention_power(kind); }
+    bool polynomial() const { return power() > 0; }
+    bool has_row_sum() const { return polynomial() && scale == ScaleKind::sum; }
 };
-
-// Calls f with the power as a compile-time constant: inner loops then hold no branch on it.
-template <class F>
-void with_power(int power, F f) {
-    switch (power) {
-        case 0:
-            return f(std::integral_constant<int, 0>());
-        case 1:
-            return f(std::integral_constant<int, 1>());
-        case 2:
-            return f(std::integral_constant<int, 2>());
-        case 3:
-            return f(std::integral_constant<int, 3>());
-        case 4:
-            return f(std::integral_constant<int, 4>());
-    }
-    fail("attention: power ", power, ", expected 0 (softmax) to 4");
-}
 
 // m_p = prod_{s<p} (2s+1)(1+2s/D) = E[x^(2p)] for q, k ~ N(0, I_D) and x = q.k/sqrt(D): what x^p must be
 // scaled by for attention rows of unit norm (the bound of arXiv 2410.18613 with its constant worked out).
@@ -78,7 +61,7 @@ struct GPTConfig {
     int vocab_size = 50257;
     int bos_token = -1;           // starts a text; -1: not said
     std::vector<int> eos_tokens;  // each ends a text; empty: not said
-    int power = 0;                // attention: 0 is softmax, p is poly<p>
+    AttentionKind attention_kind = AttentionKind::softmax;
     std::string attention_scale = "row";
     PositionKind positions = PositionKind::learned;
     bool qk_norm = false;
@@ -95,10 +78,10 @@ struct GPTConfig {
         if (token >= 0) bos_token = token, eos_tokens = {token};
     }
 
-    // The parsed form of power and attention_scale; an error where attention_scale is no scale.
+    // The parsed form of attention_kind and attention_scale; an error where attention_scale is no scale.
     AttentionConfig attention() const {
         AttentionConfig a;
-        a.power = power;
+        a.kind = attention_kind;
         a.context = context;
         for (size_t i = 0; i < std::size(kScaleNames); i++) {
             if (attention_scale == kScaleNames[i]) return a.scale = (ScaleKind)i, a;
@@ -123,7 +106,6 @@ struct GPTConfig {
         in_range("channels (n_embd)", channels, 1, 65536);
         in_range("context (n_positions)", context, 1, 1 << 24);
         in_range("vocab_size", vocab_size, 2, 1 << 24);
-        in_range("attention power", power, 0, 4);
         in_range("short_conv", short_conv, 0, 64);
         if (channels % heads != 0) fail(where, ": ", heads, " heads do not divide ", channels, " channels");
         if (rope() && head_size() % 2 != 0)

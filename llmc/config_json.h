@@ -21,7 +21,7 @@ inline nlohmann::ordered_json config_to_json(const GPTConfig& c) {
                                    {"vocab_size", c.vocab_size},
                                    {"layer_norm_epsilon", 1e-5},
                                    {"activation_function", "gelu_new"},
-                                   {"attention", kAttentionNames[c.power]},
+                                   {"attention", kAttentionNames[(int)c.attention_kind]},
                                    {"attention_scale", c.attention_scale},
                                    {"positions", kPositionNames[(int)c.positions]},
                                    {"qk_norm", c.qk_norm},
@@ -86,7 +86,7 @@ inline GPTConfig config_from_json(const nlohmann::json& json, const std::string&
     const std::vector<int> bos_tokens = token_ids("bos_token_id");
     if (!bos_tokens.empty()) c.bos_token = bos_tokens[0];
     c.eos_tokens = token_ids("eos_token_id");
-    c.power = name("attention", kAttentionNames);
+    c.attention_kind = (AttentionKind)name("attention", kAttentionNames);
     c.positions = (PositionKind)name("positions", kPositionNames);
     c.decay = (DecayKind)name("decay", kDecayNames);
     c.short_conv = integer("short_conv", 0);

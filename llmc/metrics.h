@@ -64,5 +64,5 @@ inline void append_norms(nlohmann::ordered_json& line, const AttentionNorms& nor
     if (config.softmax()) line["entropy"] = norms.entropy;
     line["score_std"] = norms.score_std;
     line["max_score"] = norms.max_score;
-    if (!config.softmax()) line["moment_excess"] = norms.moment_excess;
+    if (config.polynomial()) line["moment_excess"] = norms.moment_excess;
 }

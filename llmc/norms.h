@@ -59,7 +59,7 @@ struct NormSums {
         double mean = score / pairs;
         n.score_std = std::sqrt(std::max(score_square / pairs - mean * mean, 0.0));
         n.max_score = max_score;
-        n.moment_excess = config.softmax() ? 0 : moment / pairs / gaussian_moment(config.power, D) - 1;
+        n.moment_excess = config.polynomial() ? moment / pairs / gaussian_moment(config.power(), D) - 1 : 0;
         return n;
     }
 };
@@ -70,16 +70,16 @@ struct GaussianNorms {
 
 // What AttentionNorms has of both for q, k ~ N(0, I_D), in the mean square: E[x^(2p)] is m_p, so that row i
 // has the mean squares c_i^2 m_p n_i and c_i^2 p^2 m_(p-1) n_i, with n_i = sum_j gamma^(2(i-j)). None for
-// softmax and `sum`, whose normalisers depend on the scores. log_gamma 0: no decay.
+// `sum`, whose normaliser depends on the scores, and for other kinds of attention. log_gamma 0: no decay.
 inline std::optional<GaussianNorms> gaussian_norms(const AttentionConfig& config, int D, int64_t T,
                                                    double log_gamma) {
-    if (config.softmax() || config.has_row_sum()) return std::nullopt;
+    if (!config.polynomial() || config.has_row_sum()) return std::nullopt;
     double c2_n = 0;  // the mean of c_i^2 n_i
     for (int64_t i = 0; i < T; i++) {
         double c = row_scale(config, i, log_gamma, D);
         c2_n += c * c * effective_row_length(i, log_gamma) / T;
     }
-    int p = config.power;
+    int p = config.power();
     return GaussianNorms{std::sqrt(c2_n * gaussian_moment(p, D)),
                          p * std::sqrt(c2_n * gaussian_moment(p - 1, D))};
 }

@@ -36,7 +36,8 @@ struct ModelFlags {
         if (heads) config.heads = *heads;
         if (channels) config.channels = *channels;
         if (context) config.context = *context;
-        if (attention) config.power = index_of_name(*attention, kAttentionNames, "--attention");
+        if (attention)
+            config.attention_kind = (AttentionKind)index_of_name(*attention, kAttentionNames, "--attention");
         if (attention_scale) config.attention_scale = *attention_scale;
         if (positions)
             config.positions = (PositionKind)index_of_name(*positions, kPositionNames, "--positions");
@@ -230,7 +231,7 @@ inline void require_supported(const Backend& backend, const GPTConfig& config, c
                     can.largest_head);
     auto require_linear_form = [&](bool wanted, const char* flag) {
         if (wanted && !has_linear_form(config.attention(), config.head_size()))
-            usage_error(flag, ": ", kAttentionNames[config.power], ", scale ", config.attention_scale,
+            usage_error(flag, ": ", kAttentionNames[(int)config.attention_kind], ", scale ", config.attention_scale,
                         ", heads of ", config.head_size(),
                         ": expected poly1, poly2, or poly3 with heads of at most 32, and no scale sum with "
                         "odd powers");

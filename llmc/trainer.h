@@ -265,8 +265,8 @@ class Trainer {
 
     void describe(const GPTConfig& config, const TokenDataset& data) const {
         int64_t steps_an_epoch = std::max<int64_t>(1, data.sequences() * o.seq / o.total_batch);
-        std::string attention = kAttentionNames[config.power];
-        if (config.power > 0) attention += ", scale " + config.attention_scale;
+        std::string attention = kAttentionNames[(int)config.attention_kind];
+        if (config.attention().polynomial()) attention += ", scale " + config.attention_scale;
         attention +=
             str(", ", kPositionNames[(int)config.positions], " positions", config.qk_norm ? ", qk-norm" : "",
                 config.decay != DecayKind::none ? str(", decay ", kDecayNames[(int)config.decay]) : "",

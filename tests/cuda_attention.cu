@@ -17,7 +17,7 @@ TEST_CASE_TEMPLATE("cuda attention: every kind at every small size, and every si
     const std::vector<Size> of_floats = {{1, 32, 2, 64}, {1, 65, 1, 64}, {1, 40, 1, 80}, {1, 33, 1, 128},
                                          {1, 34, 3, 40}, {1, 33, 1, 7},  {2, 31, 1, 99}, {1, 1, 1, 32}};
     const std::vector<Size>& large = kIsFloat<Real> ? of_floats : of_bf16;
-    const std::vector<Kind> kinds = all_kinds();
+    const std::vector<Kind> kinds = reference::every_option();
     for (size_t i = 0; i < kinds.size(); i++) {
         check_attention<Real>(kinds[i], {2, 7, kIsFloat<Real> ? 2 : 3, kIsFloat<Real> ? 8 : 32});
         check_attention<Real>(kinds[i], {1, kEdge<Real> + 2, 1, kIsFloat<Real> ? 8 : 32});
@@ -27,10 +27,10 @@ TEST_CASE_TEMPLATE("cuda attention: every kind at every small size, and every si
 
 TEST_CASE_TEMPLATE("cuda attention: every head size with every activation", Real, float, gpu::bf16) {
     const std::vector<int> sizes = kIsFloat<Real> ? std::vector{64, 128} : std::vector{32, 64, 80, 96, 128};
-    for (int power = 0; power <= 4; power++)
+    for (AttentionKind activation : reference::every_kind())
         for (size_t i = 0; i < sizes.size(); i++) {
-            bool odd = (power + i) % 2;
-            check_attention<Real>({{.power = power, .scale = odd ? ScaleKind::row : ScaleKind::sum},
+            bool odd = ((int)activation + i) % 2;
+            check_attention<Real>({{.kind = activation, .scale = odd ? ScaleKind::row : ScaleKind::sum},
                                    odd ? DecayKind::learned : DecayKind::none},
                                   {1, kEdge<Real> + 16, 1, sizes[i]});
             if (!thorough()) continue;
@@ -40,20 +40,20 @@ TEST_CASE_TEMPLATE("cuda attention: every head size with every activation", Real
             for (ScaleKind scale : {ScaleKind::row, ScaleKind::sum})
                 for (DecayKind decay : {DecayKind::none, DecayKind::fixed, DecayKind::learned})
                     for (int D : {sizes[i], smaller + 1})
-                        check_attention<Real>({{.power = power, .scale = scale}, decay},
+                        check_attention<Real>({{.kind = activation, .scale = scale}, decay},
                                               {1, 2 * kEdge<Real> + 16, 1, D});
         }
 }
 
 TEST_CASE_TEMPLATE("cuda attention: a decay learned from many sequences", Real, float, gpu::bf16) {
-    check_attention<Real>({{.power = 2}, DecayKind::learned}, {140, 2, 1, 8});
+    check_attention<Real>({{.kind = AttentionKind::poly2}, DecayKind::learned}, {140, 2, 1, 8});
 }
 
 TEST_CASE_TEMPLATE("cuda attention: extreme decays, from forgetting at once to never", Real, float,
                    gpu::bf16) {
     // sigmoid(-30) underflows when it is raised to a power; sigmoid(40) is 1, where a geometric sum is 0 / 0.
     const Floats delta = {-30.0f, -3.0f, 0.2f, 12.0f, 40.0f};
-    for (const Kind& kind : all_kinds())
+    for (const Kind& kind : reference::every_option())
         if (kind.decay == DecayKind::fixed && one_of_each_scale(kind))
             for (int T : {1, kEdge<Real> + 6})
                 check_attention(kind, {1, T, 5, 8}, random_qkv<Real>({1, T, 5, 8}), delta);
@@ -75,7 +75,7 @@ TEST_CASE_TEMPLATE("cuda attention: rows of zeros", Real, float, gpu::bf16) {
         for (int t : {3, edge, edge + 1}) clear(1, t, 1);
         if (queries)
             for (int t : {0, 3, edge, edge + 2}) clear(0, t, 0), clear(1, t, 0);
-        for (const Kind& kind : all_kinds())
+        for (const Kind& kind : reference::every_option())
             if (kind.decay != DecayKind::fixed && one_of_each_scale(kind))
                 check_attention(kind, size, qkv, decay_of(kind, size.H));
     }

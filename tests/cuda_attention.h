@@ -2,38 +2,19 @@
 // call of both passes held against the double precision oracle.
 #pragma once
 #include "llmc/cuda/attention_linear.h"
+#include "tests/attention_kinds.h"
 #include "tests/cuda_helpers.h"
 
 namespace cuda_test {
 
 using reference::AttentionGradients;
+using reference::decay_of;
 
 struct Size {
     int B, T, H, D;
 };
 
-struct Kind {
-    AttentionConfig config;
-    DecayKind decay;
-};
-
-inline std::vector<Kind> all_kinds() {
-    std::vector<Kind> kinds;
-    for (int power = 0; power <= 4; power++)
-        for (ScaleKind scale :
-             {ScaleKind::row, ScaleKind::context, ScaleKind::mean, ScaleKind::sum, ScaleKind::constant})
-            for (DecayKind decay : {DecayKind::none, DecayKind::fixed, DecayKind::learned})
-                if (power > 0 || scale == ScaleKind::row)
-                    kinds.push_back(
-                        {{.power = power, .scale = scale, .constant = -0.35, .context = 300}, decay});
-    return kinds;
-}
-
-inline Floats decay_of(const Kind& kind, int H) {
-    Floats delta(kind.decay == DecayKind::none ? 0 : H);
-    for (size_t h = 0; h < delta.size(); h++) delta[h] = initial_decay(h, H);
-    return delta;
-}
+using Kind = reference::AttentionOption;
 
 // Constants and the scale `context` are `mean` to the kernels.
 inline bool one_of_each_scale(const Kind& kind) {
@@ -58,9 +39,7 @@ void check_attention(const Kind& kind, const Size& size, const std::vector<Real>
     auto [B, T, H, D] = size;
     const int C = H * D;
     const AttentionConfig& config = kind.config;
-    INFO(std::string(kAttentionNames[config.power]), ", scale ", (int)config.scale, ", decay ",
-         std::string(kDecayNames[(int)kind.decay]), ", B ", B, ", T ", T, ", H ", H, ", D ", D, ", segment ",
-         segment);
+    INFO(reference::describe(kind), ", B ", B, ", T ", T, ", H ", H, ", D ", D, ", segment ", segment);
     constexpr bool kBf16 = std::is_same_v<Real, gpu::bf16>;
     const double dqkv_tolerance = kBf16 ? 1e-2 : tolerance;
     const bool learned = kind.decay == DecayKind::learned;

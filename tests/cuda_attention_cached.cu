@@ -2,6 +2,7 @@
 #include "llmc/cuda/attention_cached.h"
 
 #include "llmc/cuda/attention_state.h"
+#include "tests/attention_kinds.h"
 #include "tests/cuda_helpers.h"
 
 using namespace cuda_test;
@@ -13,7 +14,7 @@ template <class Real>
 void check_cached(const AttentionConfig& config, bool decays, int start, int n, int H, int D,
                   bool state = false) {
     const int T = start + n, C = H * D;
-    CAPTURE(config.power);
+    INFO(reference::describe(config));
     CAPTURE(decays);
     CAPTURE(start);
     CAPTURE(n);
@@ -40,8 +41,8 @@ void check_cached(const AttentionConfig& config, bool decays, int start, int n, 
     double tolerance = state && config.has_row_sum() && std::is_same_v<Real, float> ? 1e-4 : 0;
     check_layer({expect<Real>("out", expected, tolerance)}, [&](auto& out) {
         if (state) {
-            Device<float> states(Floats(H * gpu::state_size(config.power, D))),
-                scratch(gpu::attention_state_scratch(config.power, H, D));
+            Device<float> states(Floats(H * gpu::state_size(config.power(), D))),
+                scratch(gpu::attention_state_scratch(config.power(), H, D));
             if (start)
                 gpu::attention_state_of_cache<Real>(states.get(), d_cache.get(), decay, config, start, H, D,
                                                     nullptr);
@@ -60,40 +61,34 @@ void check_cached(const AttentionConfig& config, bool decays, int start, int n, 
 
 TEST_CASE_TEMPLATE("attention on the GPU: a few new tokens after those in the cache", Real, float,
                    gpu::bf16) {
-    for (int power = 0; power <= 4; power++)
-        for (ScaleKind scale :
-             {ScaleKind::row, ScaleKind::context, ScaleKind::mean, ScaleKind::sum, ScaleKind::constant})
-            for (bool decays : {false, true}) {
-                if (power == 0 && scale != ScaleKind::row) continue;
-                AttentionConfig config;
-                config.power = power, config.scale = scale, config.constant = -0.35, config.context = 300;
-                check_cached<Real>(config, decays, 0, 1, 1, 8);
-                check_cached<Real>(config, decays, 65, 2, 3, 9);
-                check_cached<Real>(config, decays, 140, 1, 2, 64);
-                if (scale == ScaleKind::row) check_cached<Real>(config, decays, 600, 1, 1, 3);
-            }
+    for (const AttentionConfig& config : reference::every_config())
+        for (bool decays : {false, true}) {
+            check_cached<Real>(config, decays, 0, 1, 1, 8);
+            check_cached<Real>(config, decays, 65, 2, 3, 9);
+            check_cached<Real>(config, decays, 140, 1, 2, 64);
+            if (config.scale == ScaleKind::row) check_cached<Real>(config, decays, 600, 1, 1, 3);
+        }
 }
 
 TEST_CASE_TEMPLATE("attention on the GPU: a few new tokens after those in the state", Real, float,
                    gpu::bf16) {
-    for (int power = 1; power <= 3; power++)
+    for (AttentionKind kind : reference::linear_kinds())
         for (ScaleKind scale : {ScaleKind::row, ScaleKind::sum})
             for (bool decays : {false, true}) {
-                AttentionConfig config;
-                config.power = power, config.scale = scale;
+                const AttentionConfig config{.kind = kind, .scale = scale};
                 if (!has_linear_form(config, 8)) continue;
                 check_cached<Real>(config, decays, 0, 1, 1, 8, true);
                 check_cached<Real>(config, decays, 0, 18, 1, 4, true);
                 check_cached<Real>(config, decays, 7, 2, 3, 5, true);
             }
     AttentionConfig config;
-    config.power = 1;
+    config.kind = AttentionKind::poly1;
     for (int D : {64, 128}) check_cached<Real>(config, true, 20, 1, 2, D, true);
-    config.power = 2;
+    config.kind = AttentionKind::poly2;
     for (int D : {40, 72}) check_cached<Real>(config, true, 1, 1, 1, D, true);
     config.scale = ScaleKind::sum;
     check_cached<Real>(config, false, 1, 1, 1, 65, true);
     config.scale = ScaleKind::row;
-    config.power = 3;
+    config.kind = AttentionKind::poly3;
     check_cached<Real>(config, true, 1, 1, 1, thorough() ? 32 : 12, true);
 }

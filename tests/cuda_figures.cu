@@ -14,6 +14,7 @@
 #include "llmc/cuda/layernorm.h"
 #include "llmc/cuda/qk_norm_rope.h"
 #include "llmc/cuda/short_conv.h"
+#include "tests/attention_kinds.h"
 #include "tests/cuda_helpers.h"
 
 using namespace cuda_test;
@@ -203,9 +204,9 @@ TEST_CASE("cuda figures: the embedding moves little more than it must") {
 // -------------------------------------------------------------------------------------------- attention
 
 // Attention of one head, forward and backward, in bf16.
-std::vector<Json> attention_figures(int power, int T, int D, const std::string& part) {
+std::vector<Json> attention_figures(AttentionKind kind, int T, int D, const std::string& part) {
     Zeros<gpu::bf16> qkv((size_t)T * 3 * D), dqkv((size_t)T * 3 * D), out((size_t)T * D), dout((size_t)T * D);
-    AttentionConfig config{.power = power, .context = T};
+    const AttentionConfig config{.kind = kind, .context = T};
     Zeros<float> stats(T), scratch(gpu::attention_forward_scratch(T, 1)),
         scratch_backward(gpu::attention_backward_scratch(1, T, 1));
     return figures_of(
@@ -222,7 +223,7 @@ std::vector<Json> attention_figures(int power, int T, int D, const std::string& 
 TEST_CASE("cuda figures: a kernel that two objects have is one") {
     const OnlyFigures only;
     const int T = 66, D = 8;  // tables are made in attention.o, and in attention_linear.o
-    const AttentionConfig config{.power = 2};
+    const AttentionConfig config{.kind = AttentionKind::poly2};
     Zeros<float> qkv(T * 3 * D), out(T * D),
         scratch(gpu::attention_linear_forward_scratch<float>(config, 1, T, 1, D, 64));
     const std::vector<Json> figures = figures_of(
@@ -246,15 +247,15 @@ double score_blocks(int T) {
 TEST_CASE("cuda figures: attention has no product too many and no bank conflict") {
     const OnlyFigures only;
     const int T = 256;
-    for (int power = 0; power <= 4; power++)
+    for (AttentionKind kind : reference::every_kind())
         for (int D : {64, 128})
             for (auto [kernel, products] : {std::pair("attention_forward_kernel", 2),
                                             {"attention_backward_keys_kernel", 4},
                                             {"attention_backward_queries_kernel", 3}}) {
-                CAPTURE(power);
+                CAPTURE((int)kind);
                 CAPTURE(D);
                 CAPTURE(kernel);
-                const std::vector<Json> figures = attention_figures(power, T, D, kernel);
+                const std::vector<Json> figures = attention_figures(kind, T, D, kernel);
                 REQUIRE(figures.size() == 1);
                 // Of 16 x 16 x 16, each two of mma.m16n8k16.
                 CHECK(figures[0]["mma"] == products * score_blocks(T) * (D / 16) * 2);
@@ -263,8 +264,8 @@ TEST_CASE("cuda figures: attention has no product too many and no bank conflict"
 }
 
 // What a kernel does with numbers, for each score: not the products and what brings their factors to them.
-double arithmetic_per_score(int power, int T, int D, const std::string& kernel) {
-    const std::vector<Json> figures = attention_figures(power, T, D, kernel);
+double arithmetic_per_score(AttentionKind kind, int T, int D, const std::string& kernel) {
+    const std::vector<Json> figures = attention_figures(kind, T, D, kernel);
     REQUIRE(figures.size() == 1);
     double instructions = 0;
     for (const auto& [mnemonic, count] : figures[0]["by_kind"].items()) {
@@ -291,12 +292,12 @@ TEST_CASE("cuda figures: what attention does beside its products") {
     for (const auto& row : table) {
         std::string text = row.kernel;
         double softmax = 0;
-        for (int power = 0; power <= 4; power++) {
-            const double n = arithmetic_per_score(power, T, D, row.kernel);
-            if (power == 0) softmax = n;
-            text += str(power == 0 ? ", instructions a score: softmax " : str(", poly", power, " "),
+        for (size_t kind = 0; kind < std::size(row.most); kind++) {
+            const double n = arithmetic_per_score((AttentionKind)kind, T, D, row.kernel);
+            if (kind == 0) softmax = n;
+            text += str(kind == 0 ? ", instructions a score: " : ", ", kAttentionNames[kind], " ",
                         std::round(100 * n) / 100);
-            CHECK_MESSAGE(n <= row.most[power] * softmax, text);
+            CHECK_MESSAGE(n <= row.most[kind] * softmax, text);
         }
         MESSAGE(text);
     }

@@ -16,7 +16,7 @@ namespace {
 using reference::Vector;
 
 std::string describe(const GPTConfig& c) {
-    return str(kAttentionNames[c.power], ", scale ", c.attention_scale, ", ", c.rope() ? "rope" : "learned",
+    return str(kAttentionNames[(int)c.attention_kind], ", scale ", c.attention_scale, ", ", c.rope() ? "rope" : "learned",
                c.qk_norm ? ", qk-norm" : "", ", decay ", (int)c.decay, ", conv ", c.short_conv);
 }
 
@@ -178,20 +178,20 @@ GPTConfig small() {
 // Every attention with positions and qk-norm, then every scale with every decay.
 std::vector<GPTConfig> configs() {
     std::vector<GPTConfig> all;
-    for (int power = 0; power <= 4; power++)
+    for (AttentionKind kind : reference::every_kind())
         for (PositionKind positions : {PositionKind::learned, PositionKind::rope})
             for (bool qk_norm : {false, true}) {
                 GPTConfig c = small();
-                c.power = power, c.positions = positions, c.qk_norm = qk_norm;
+                c.attention_kind = kind, c.positions = positions, c.qk_norm = qk_norm;
                 c.short_conv = qk_norm ? 3 : 0;
                 all.push_back(c);
             }
-    for (int power = 0; power <= 4; power++)
+    for (AttentionKind kind : reference::every_kind())
         for (const char* scale : {"row", "context", "mean", "sum", "0.1"})
             for (DecayKind decay : {DecayKind::none, DecayKind::fixed, DecayKind::learned}) {
-                if (power == 0 && scale != std::string("row")) continue;
+                if (attention_power(kind) == 0 && scale != std::string("row")) continue;
                 GPTConfig c = small();
-                c.power = power, c.attention_scale = scale, c.decay = decay;
+                c.attention_kind = kind, c.attention_scale = scale, c.decay = decay;
                 c.positions = PositionKind::rope, c.qk_norm = true;
                 all.push_back(c);
             }
@@ -214,12 +214,13 @@ TEST_CASE("the CUDA model against the CPU's: losses, gradients and updates, bf16
 }
 
 TEST_CASE("the CUDA model against the CPU's: attention at linear cost") {
-    for (int power = 1; power <= 3; power++)
+    for (AttentionKind kind : reference::linear_kinds())
         for (Precision precision : {Precision::fp32, Precision::bf16}) {
+            const int power = attention_power(kind);
             if (precision == Precision::bf16 && power != 2) continue;
             GPTConfig config = small();
             config.channels = 16, config.context = 150;  // two segments
-            config.power = power, config.qk_norm = true, config.positions = PositionKind::rope;
+            config.attention_kind = kind, config.qk_norm = true, config.positions = PositionKind::rope;
             config.attention_scale = power == 2 ? "sum" : "row";
             config.decay = power < 3 ? DecayKind::learned : DecayKind::none;
             ModelOptions options{Purpose::training, 1, 150, precision};
@@ -232,16 +233,17 @@ TEST_CASE("the CUDA model against the CPU's: what is computed again in the backw
     for (Recompute recompute : {Recompute::gelu, Recompute::layernorm, Recompute::block})
         for (Precision precision : {Precision::fp32, Precision::bf16}) {
             GPTConfig config = small();
-            config.power = 3, config.qk_norm = true, config.positions = PositionKind::rope;
+            config.attention_kind = AttentionKind::poly3, config.qk_norm = true, config.positions = PositionKind::rope;
             compare(config, {Purpose::training, 2, 23, precision, recompute});
         }
 }
 
 TEST_CASE("the CUDA model against the CPU's: gradients added up in bf16") {
-    for (int power : {0, 3})
+    for (AttentionKind kind : {AttentionKind::softmax, AttentionKind::poly3})
         for (PositionKind positions : {PositionKind::learned, PositionKind::rope}) {
             GPTConfig config = small();
-            config.power = power, config.positions = positions, config.qk_norm = true, config.short_conv = 3;
+            config.attention_kind = kind, config.positions = positions, config.qk_norm = true;
+            config.short_conv = 3;
             config.decay = DecayKind::learned;
             ModelOptions options{Purpose::training, 2, 23, Precision::bf16};
             options.gradients = Precision::bf16;
@@ -295,14 +297,14 @@ TEST_CASE("the CUDA model: gradients in bf16 beside those in float32") {
 
 TEST_CASE("the CUDA model against the CPU's: tokens one after another from a cache") {
     // The last goes over from keys and values to the state after 64 tokens.
-    for (auto [power, kind] : {std::pair(0, CacheKind::kv),
-                               {3, CacheKind::kv},
-                               {2, CacheKind::state},
-                               {1, CacheKind::automatic}}) {
+    for (auto [attention, kind] : {std::pair(AttentionKind::softmax, CacheKind::kv),
+                                   {AttentionKind::poly3, CacheKind::kv},
+                                   {AttentionKind::poly2, CacheKind::state},
+                                   {AttentionKind::poly1, CacheKind::automatic}}) {
         GPTConfig config = small();
-        config.power = power, config.positions = PositionKind::rope, config.qk_norm = true,
+        config.attention_kind = attention, config.positions = PositionKind::rope, config.qk_norm = true,
         config.short_conv = 3;
-        CAPTURE(config.power);
+        CAPTURE((int)attention);
         config.decay = DecayKind::learned;
         ModelOptions options{Purpose::inference, 1, 8};
         options.cache = CacheKind::kv;
@@ -334,7 +336,7 @@ TEST_CASE("the CUDA model against the CPU's: tokens one after another from a cac
 
 TEST_CASE("the CUDA model refuses a linear form of attention that has none") {
     GPTConfig config = small();
-    config.power = 4;
+    config.attention_kind = AttentionKind::poly4;
     auto error = [&](AttentionKernel kernel, CacheKind cache) {
         ModelOptions options{Purpose::inference, 1, 8};
         options.kernel = kernel, options.cache = cache;

@@ -7,7 +7,7 @@
 #include "tests/norms.h"
 
 using namespace cuda_test;
-using reference::NormsOption;
+using reference::AttentionOption;
 
 namespace {
 
@@ -17,14 +17,14 @@ struct Size {
 
 // (H), with what attention_forward leaves in stats; the same bits under every schedule.
 template <class Real>
-std::vector<AttentionNorms> measure(const NormsOption& option, const Size& size,
+std::vector<AttentionNorms> measure(const AttentionOption& option, const Size& size,
                                     const std::vector<Real>& qkv) {
     auto [B, T, H, D] = size;
     const AttentionConfig& config = option.config;
     const Device<Real> device_qkv(qkv), out((size_t)B * T * H * D);
     const Device<float> delta(reference::decay_of(option, H));
     const Device<float> stats(gpu::stats_size<Real>(config, B, T, H, D));
-    const float* decay = option.decay ? delta.get() : nullptr;
+    const float* decay = delta.size() ? delta.get() : nullptr;
     {
         const Device<float> scratch(gpu::attention_forward_scratch(T, H));
         gpu::attention_forward(out.get(), stats.get(), scratch.get(), device_qkv.get(), decay, config, B, T,
@@ -50,7 +50,7 @@ std::vector<AttentionNorms> measure(const NormsOption& option, const Size& size,
 }
 
 template <class Real>
-void check_norms(const NormsOption& option, const Size& size, const Floats& qkv, double tolerance = 1e-5) {
+void check_norms(const AttentionOption& option, const Size& size, const Floats& qkv, double tolerance = 1e-5) {
     auto [B, T, H, D] = size;
     INFO(describe(option), ", B ", B, ", T ", T, ", H ", H, ", D ", D);
     const std::vector<Real> rounded = convert<Real>(qkv);
@@ -58,7 +58,7 @@ void check_norms(const NormsOption& option, const Size& size, const Floats& qkv,
     const Floats delta = reference::decay_of(option, H);
     for (int h = 0; h < H; h++) {
         CAPTURE(h);
-        double log_gamma = option.decay ? reference::log_sigmoid(delta[h]) : 0;
+        double log_gamma = delta.empty() ? 0 : reference::log_sigmoid(delta[h]);
         reference::check_norms(
             norms[h], reference::attention_norms(to_double(rounded), log_gamma, option.config, h, B, T, H, D),
             tolerance);
@@ -74,7 +74,7 @@ Floats random_qkv(const Size& size) {
 TEST_CASE_TEMPLATE("cuda norms: every kind at every small size, and every size", Real, float, gpu::bf16) {
     const std::vector<Size> large = {{1, 65, 1, 32}, {1, 33, 3, 7},  {2, 40, 1, 80},
                                      {1, 64, 1, 20}, {2, 1, 2, 128}, {1, 34, 1, 127}};
-    const std::vector<NormsOption> options = reference::norms_options();
+    const std::vector<AttentionOption> options = reference::norms_options();
     for (size_t i = 0; i < options.size(); i++) {
         const int edge = gpu::attention_tile<Real>;
         for (const Size& size :
@@ -86,12 +86,12 @@ TEST_CASE_TEMPLATE("cuda norms: every kind at every small size, and every size",
 }
 
 TEST_CASE("cuda norms: more keys than one thread adds up in float") {
-    check_norms<float>({{.power = 3}, true}, {1, 530, 1, 8}, random_qkv({1, 530, 1, 8}));
-    check_norms<gpu::bf16>({{.power = 0}, true}, {1, 300, 1, 8}, random_qkv({1, 300, 1, 8}));
+    check_norms<float>({{.kind = AttentionKind::poly3}, DecayKind::fixed}, {1, 530, 1, 8}, random_qkv({1, 530, 1, 8}));
+    check_norms<gpu::bf16>({{}, DecayKind::fixed}, {1, 300, 1, 8}, random_qkv({1, 300, 1, 8}));
 }
 
 TEST_CASE("cuda norms: many sequences") {
-    check_norms<float>({{.power = 2}, true}, {140, 2, 1, 8}, random_qkv({140, 2, 1, 8}));
+    check_norms<float>({{.kind = AttentionKind::poly2}, DecayKind::fixed}, {140, 2, 1, 8}, random_qkv({140, 2, 1, 8}));
 }
 
 TEST_CASE("cuda norms: rows that one key has nearly to itself") {
@@ -104,7 +104,7 @@ TEST_CASE("cuda norms: rows that one key has nearly to itself") {
             qkv[(size_t)t * 3 * C + h * size.D] = 8;
             qkv[(size_t)t * 3 * C + C + h * size.D] = t == 0 ? 4 : 0;
         }
-    for (const NormsOption& option : reference::norms_options())
+    for (const AttentionOption& option : reference::norms_options())
         if (option.config.softmax() || option.config.has_row_sum())
             check_norms<float>(option, size, qkv, 3e-5);
 }
@@ -119,13 +119,13 @@ TEST_CASE("cuda norms: rows of zeros") {
     };
     for (int t : {3, 32, 33}) clear(1, t, 1);
     for (int t : {0, 3, 32, 36}) clear(0, t, 0), clear(1, t, 0);
-    for (const NormsOption& option : reference::norms_options()) check_norms<float>(option, size, qkv);
+    for (const AttentionOption& option : reference::norms_options()) check_norms<float>(option, size, qkv);
 }
 
 TEST_CASE("cuda norms: a NaN shows in its head, and in no other") {
     const Size size = {2, 40, 2, 8};
     const int C = size.H * size.D;
-    const std::vector<NormsOption> options = reference::norms_options();
+    const std::vector<AttentionOption> options = reference::norms_options();
     for (size_t i = 0; i < options.size(); i++) {
         INFO(describe(options[i]));
         int part = i / 2 % 2;

@@ -1,49 +1,20 @@
 // The oracle of attention's norms: llmc/norms.h from its definitions, with dense rows of A in double and for
-// each the whole Jacobian matrix. And the kinds of attention that both backends' norms are tested with.
+// each the whole Jacobian matrix.
 #pragma once
 #include "llmc/norms.h"
+#include "tests/attention_kinds.h"
 #include "tests/reference.h"
 
 namespace reference {
 
-struct NormsOption {
-    AttentionConfig config;
-    bool decay;
-};
-
-// Softmax once and each polynomial with each scale, without and with decay.
-inline std::vector<NormsOption> norms_options() {
-    std::vector<NormsOption> options;
-    for (int power = 0; power <= 4; power++)
-        for (ScaleKind scale :
-             {ScaleKind::row, ScaleKind::context, ScaleKind::mean, ScaleKind::sum, ScaleKind::constant})
-            for (bool decay : {false, true})
-                if (power > 0 || scale == ScaleKind::row) {
-                    AttentionConfig config;
-                    config.power = power;
-                    config.scale = scale;
-                    config.constant = -0.35;
-                    config.context = 300;  // longer than the sequences here, as a context may be
-                    options.push_back({config, decay});
-                }
-    return options;
-}
-
-inline std::string describe(const NormsOption& o) {
-    std::string scale = o.config.scale == ScaleKind::constant ? "constant" : kScaleNames[(int)o.config.scale];
-    return kAttentionNames[o.config.power] + (o.config.softmax() ? "" : ", scale " + scale) +
-           (o.decay ? ", decay" : "");
-}
-
-inline Floats decay_of(const NormsOption& option, int H) {
-    Floats delta(option.decay ? H : 0);
-    for (int h = 0; h < (int)delta.size(); h++) delta[h] = initial_decay(h, H);
-    return delta;
+// The options that norms are measured with: they do not depend on where a decay comes from.
+inline std::vector<AttentionOption> norms_options() {
+    return every_option({DecayKind::none, DecayKind::fixed});
 }
 
 // (n,n): dA_j / dx_k of a row of n keys.
 inline Vector dense_jacobian(const AttentionRow& row, double log_gamma, const AttentionConfig& config) {
-    int n = (int)row.x.size(), p = config.power;
+    int n = (int)row.x.size(), p = config.power();
     Vector J((size_t)n * n);
     for (int j = 0; j < n; j++)
         for (int k = 0; k < n; k++) {
@@ -80,7 +51,7 @@ inline AttentionNorms attention_norms(const Vector& qkv /*(B,T,3C)*/, double log
                 if (config.softmax() && a > 0) n.entropy -= a * std::log(a) / (B * T);
                 n.max_weight = std::max(n.max_weight, std::abs(a));
                 n.max_score = std::max(n.max_score, std::abs(row.x[j]));
-                moment += power(row.x[j], 2 * config.power);
+                moment += power(row.x[j], 2 * config.power());
                 scores.push_back(row.x[j]);
             }
             if (row_square > 0) n.effective_keys += row_absolute * row_absolute / row_square / (B * T);
@@ -96,8 +67,8 @@ inline AttentionNorms attention_norms(const Vector& qkv /*(B,T,3C)*/, double log
     for (double x : scores) variance += (x - mean) * (x - mean) / scores.size();
     n.score_std = std::sqrt(variance);
     double m = 1;
-    for (int s = 0; s < config.power; s++) m *= (2 * s + 1) * (1 + 2.0 * s / D);
-    if (!config.softmax()) n.moment_excess = moment / scores.size() / m - 1;
+    for (int s = 0; s < config.power(); s++) m *= (2 * s + 1) * (1 + 2.0 * s / D);
+    if (config.polynomial()) n.moment_excess = moment / scores.size() / m - 1;
     return n;
 }
 

@@ -207,7 +207,7 @@ AttentionRow attention_row(const double* q /*row i, (D)*/, const double* k /*row
         row.stat = max + std::log(sum);
         return row;
     }
-    int p = config.power;
+    const int p = config.power();
     double moment = 1;
     for (int s = 0; s < p; s++) moment *= (2 * s + 1) * (1 + 2.0 * s / D);
     switch (config.scale) {
@@ -270,7 +270,7 @@ Attention attention_forward(const Vector& qkv /*(B,T,3C)*/, const Vector& decay,
 AttentionGradients attention_backward(const Vector& dout /*(B,T,C)*/, const Vector& qkv /*(B,T,3C)*/,
                                       const Vector& decay, const AttentionConfig& config, int B, int T, int H,
                                       int D) {
-    int C = H * D, p = config.power;
+    int C = H * D, p = config.power();
     AttentionGradients grad{Vector((size_t)B * T * 3 * C), Vector(decay.size())};
     Vector dlog_gamma((size_t)B * H), squares((size_t)B * H);
     auto add_term = [&](int bh, double term) {

@@ -3,6 +3,7 @@
 // rounded as the layer does.
 #include "llmc/cpu/attention.h"
 #include "llmc/cpu/attention_cached.h"
+#include "tests/attention_kinds.h"
 #include "tests/reference.h"
 
 using namespace reference;
@@ -11,43 +12,6 @@ using cpu::bf16;
 namespace {
 
 const float kNan = std::numeric_limits<float>::quiet_NaN();
-
-struct Option {
-    AttentionConfig config;
-    DecayKind decay;
-};
-
-// Every kind of attention: softmax once and each polynomial with each scale, times none, fixed, learned
-// decay.
-std::vector<Option> all_options() {
-    std::vector<Option> options;
-    for (int power = 0; power <= 4; power++)
-        for (ScaleKind scale :
-             {ScaleKind::row, ScaleKind::context, ScaleKind::mean, ScaleKind::sum, ScaleKind::constant})
-            for (DecayKind decay : {DecayKind::none, DecayKind::fixed, DecayKind::learned})
-                if (power > 0 || scale == ScaleKind::row) {
-                    AttentionConfig config;
-                    config.power = power;
-                    config.scale = scale;
-                    config.constant = -0.35;
-                    config.context = 300;  // longer than the sequences here, as a context may be
-                    options.push_back({config, decay});
-                }
-    return options;
-}
-
-std::string describe(const Option& o) {
-    std::string scale = o.config.scale == ScaleKind::constant ? "constant" : kScaleNames[(int)o.config.scale];
-    return kAttentionNames[o.config.power] + (o.config.softmax() ? "" : ", scale " + scale) + ", decay " +
-           kDecayNames[(int)o.decay];
-}
-
-// delta (H), spaced evenly from 1 to 5.5, as a model starts with; empty without decay.
-Floats decay_of(const Option& option, int H) {
-    Floats delta(option.decay == DecayKind::none ? 0 : H);
-    for (size_t h = 0; h < delta.size(); h++) delta[h] = 1.0f + (H > 1 ? 4.5f * h / (H - 1) : 0.0f);
-    return delta;
-}
 
 // The rows of q (part 0), k (1) or v (2) of qkv (B,T,3C).
 Vector part_of(const Vector& qkv, int part, int C) {
@@ -67,7 +31,7 @@ const float* or_null(const Floats& x) {
 // Both passes of one call. The backward pass gets the oracle's out and stats, so that each is judged alone.
 // `tolerance` is that of floats.
 template <class Real>
-void check_attention(const Option& option, int B, int T, int H, int D,
+void check_attention(const AttentionOption& option, int B, int T, int H, int D,
                      const std::vector<Real>& qkv /*(B,T,3C)*/, const Floats& delta,
                      double tolerance = 1e-5) {
     INFO(describe(option));
@@ -129,7 +93,7 @@ std::vector<Real> random_qkv(int B, int T, int C, double scale = 1) {
 }  // namespace
 
 TEST_CASE("oracle: attention_backward agrees with finite differences") {
-    for (const Option& option : all_options()) {
+    for (const AttentionOption& option : every_option()) {
         INFO(describe(option));
         const int B = 2, T = 5, H = 2, D = 3, C = H * D;
         Vector qkv, delta = to_double(decay_of(option, H)), dout = to_double(normal(B * T * C, 2));
@@ -164,7 +128,7 @@ TEST_CASE_TEMPLATE("attention: every kind at every small size, and every size", 
                                      {1, 7, 3, 80},   {2, 64, 2, 32}, {1, 65, 3, 80},  {1, 130, 2, 64},
                                      {2, 130, 1, 32}, {2, 64, 1, 64}, {2, 7, 3, 7},    {1, 65, 3, 33},
                                      {2, 1, 3, 80}};
-    std::vector<Option> options = all_options();
+    std::vector<AttentionOption> options = every_option();
     for (size_t i = 0; i < options.size(); i++) {
         for (const Size& s : small)
             check_attention(options[i], s.B, s.T, s.H, s.D, random_qkv<Real>(s.B, s.T, s.H * s.D),
@@ -180,7 +144,7 @@ TEST_CASE_TEMPLATE("attention: every kind at every small size, and every size", 
 TEST_CASE_TEMPLATE("attention: extreme decays, from forgetting at once to never", Real, float, bf16) {
     // sigmoid(-30) underflows when it is raised to a power; sigmoid(40) is 1, where a geometric sum is 0 / 0.
     const Floats delta = {-30.0f, -3.0f, 12.0f, 40.0f};
-    for (const Option& option : all_options())
+    for (const AttentionOption& option : every_option())
         if (option.decay == DecayKind::fixed)
             for (int T : {1, 70}) check_attention(option, 1, T, 4, 8, random_qkv<Real>(1, T, 32), delta);
 }
@@ -200,7 +164,7 @@ TEST_CASE_TEMPLATE("attention: rows of zeros", Real, float, bf16) {
         for (int t : {3, 64, 65}) clear(1, t, 1);
         if (queries)
             for (int t : {0, 3, 64, 66}) clear(0, t, 0), clear(1, t, 0);
-        for (const Option& option : all_options())
+        for (const AttentionOption& option : every_option())
             check_attention(option, B, T, H, D, qkv, decay_of(option, H));
     }
 }
@@ -222,7 +186,7 @@ TEST_CASE_TEMPLATE("attention: softmax with logits of +-100", Real, float, bf16)
         for (size_t i = 0; i < qkv.size(); i++)
             if (i / C % 3 == 0) qkv[i] = qkv[i] * (float)(sign * 100 / largest);
         for (DecayKind decay : {DecayKind::none, DecayKind::learned}) {
-            Option option{AttentionConfig(), decay};
+            AttentionOption option{AttentionConfig(), decay};
             check_attention(option, B, T, H, D, qkv, decay_of(option, H), 1e-4);
         }
     }
@@ -234,10 +198,10 @@ TEST_CASE_TEMPLATE("attention: with v = 1 everywhere, softmax and the sum of an 
     std::vector<Real> qkv = random_qkv<Real>(B, T, C, 3);
     for (size_t i = 0; i < qkv.size(); i++)
         if (i / C % 3 == 2) qkv[i] = 1;
-    for (const Option& option : all_options()) {
+    for (const AttentionOption& option : every_option()) {
         bool normalised =
             option.config.softmax() ||
-            (option.config.has_row_sum() && option.config.power % 2 == 0 && option.decay == DecayKind::none);
+            (option.config.has_row_sum() && option.config.power() % 2 == 0 && option.decay == DecayKind::none);
         if (!normalised) continue;
         INFO(describe(option));
         std::vector<Real> out((size_t)B * T * C, kNan);
@@ -259,12 +223,11 @@ TEST_CASE_TEMPLATE("attention: scale row gives rows of unit norm for Gaussian q 
     for (int row = 0; row < B * T; row++)
         for (int d = 0; d < D; d++) qkv[((size_t)row * 3 + 2) * D + d] = d == row % T;
     const Floats delta = {1.0f};
-    for (int power : {1, 2})
+    for (AttentionKind kind : {AttentionKind::poly1, AttentionKind::poly2})
         for (bool decay : {false, true}) {
-            CAPTURE(power);
+            const AttentionConfig config{.kind = kind};
+            INFO(describe(config));
             CAPTURE(decay);
-            AttentionConfig config;
-            config.power = power;
             cpu::attention_forward(out.data(), nullptr, qkv.data(), decay ? delta.data() : nullptr, config, B,
                                    T, H, D);
             double mean_square = 0;
@@ -276,7 +239,7 @@ TEST_CASE_TEMPLATE("attention: scale row gives rows of unit norm for Gaussian q 
 TEST_CASE_TEMPLATE("attention: the future does not leak, bit for bit", Real, float, bf16) {
     const int B = 1, T = 130, H = 3, D = 8, C = H * D;
     const std::vector<Real> qkv = random_qkv<Real>(B, T, C), dout = convert<Real>(normal((size_t)T * C, 2));
-    for (const Option& option : all_options())
+    for (const AttentionOption& option : every_option())
         for (int j : {1, 63, 64, 65, 129}) {
             INFO(describe(option));
             CAPTURE(j);
@@ -318,7 +281,7 @@ TEST_CASE_TEMPLATE("attention: the future does not leak, bit for bit", Real, flo
 
 TEST_CASE_TEMPLATE("attention: a NaN comes out as NaN", Real, float, bf16) {
     const int B = 2, T = 70, H = 2, D = 8, C = H * D;
-    for (const Option& option : all_options())
+    for (const AttentionOption& option : every_option())
         for (int part = 0; part < 3; part++)
             for (int j : {0, 17, 63, 64, 69}) {
                 INFO(describe(option));
@@ -350,7 +313,7 @@ TEST_CASE_TEMPLATE("attention: the gradient of a learned decay over 2048 tokens,
     // Both passes as a model runs them. The two sums of ddecay are large and nearly cancel.
     const int B = 1, T = 2048, H = 2, D = 8, C = H * D;
     const std::vector<Real> qkv = random_qkv<Real>(B, T, C), dout = convert<Real>(normal((size_t)T * C, 2));
-    for (const Option& option : all_options()) {
+    for (const AttentionOption& option : every_option()) {
         if (option.decay != DecayKind::learned) continue;
         INFO(describe(option));
         const Floats delta = decay_of(option, H);
@@ -383,7 +346,7 @@ TEST_CASE_TEMPLATE("attention: a few new tokens after those in the cache", Real,
     for (int t = 0; t < T; t++)
         cache.insert(cache.end(), qkv.begin() + ((size_t)t * 3 + 1) * C,
                      qkv.begin() + ((size_t)t + 1) * 3 * C);
-    for (const Option& option : all_options()) {
+    for (const AttentionOption& option : every_option()) {
         INFO(describe(option));
         const Floats delta = decay_of(option, H);
         const Vector whole =

@@ -1,27 +1,17 @@
 // Attention at linear cost, and its state for generation, against the double precision oracle.
 #include "llmc/cpu/attention_linear.h"
 #include "llmc/cpu/attention_state.h"
+#include "tests/attention_kinds.h"
 #include "tests/reference.h"
 
 using namespace reference;
 
 namespace {
 
-struct Kind {
-    AttentionConfig config;
-    bool decay;
-};
-
-std::vector<Kind> kinds(int D) {
-    std::vector<Kind> all;
-    for (int power = 1; power <= 3; power++)
-        for (ScaleKind scale :
-             {ScaleKind::row, ScaleKind::context, ScaleKind::mean, ScaleKind::sum, ScaleKind::constant})
-            for (bool decay : {false, true}) {
-                AttentionConfig config;
-                config.power = power, config.scale = scale, config.constant = -0.35, config.context = 300;
-                if (has_linear_form(config, D)) all.push_back({config, decay});
-            }
+std::vector<AttentionOption> kinds(int D) {
+    std::vector<AttentionOption> all;
+    for (const AttentionOption& option : every_option({DecayKind::none, DecayKind::learned}))
+        if (has_linear_form(option.config, D)) all.push_back(option);
     return all;
 }
 
@@ -37,9 +27,9 @@ Vector doubles(const std::vector<Real>& x) {
 
 // Both passes with `threads` threads, of which more than heads cut a head into ranges.
 template <class Real>
-void check(const Kind& kind, int B, int T, int H, int D, int threads, double tolerance) {
-    INFO(std::string(kAttentionNames[kind.config.power]), " scale ", (int)kind.config.scale, " decay ",
-         kind.decay);
+void check(const AttentionOption& kind, int B, int T, int H, int D, int threads, double tolerance) {
+    INFO(describe(kind));
+    const bool decays = kind.decay != DecayKind::none;
     CAPTURE(B);
     CAPTURE(T);
     CAPTURE(H);
@@ -47,9 +37,9 @@ void check(const Kind& kind, int B, int T, int H, int D, int threads, double tol
     CAPTURE(threads);
     Threads scope(threads);
     const int C = H * D;
-    Floats delta(kind.decay ? H : 0);
+    Floats delta(decays ? H : 0);
     for (int h = 0; h < (int)delta.size(); h++) delta[h] = 1.0f + 2 * h;
-    const float* decay = kind.decay ? delta.data() : nullptr;
+    const float* decay = decays ? delta.data() : nullptr;
     // Numbers without a first row of x^2 about 1e-6, which `sum` divides by x^2 + 1e-6: what rounding is to a
     // product there is 2/x times that to its gradient.
     auto qkv = rounded<Real>(normal((size_t)B * T * 3 * C, 4)),
@@ -59,12 +49,12 @@ void check(const Kind& kind, int B, int T, int H, int D, int threads, double tol
         attention_backward(doubles(dout), doubles(qkv), to_double(delta), kind.config, B, T, H, D);
     auto run = [&] {
         std::vector<Real> out((size_t)B * T * C, Real(NAN)), dqkv(qkv.size(), Real(NAN));
-        Floats stats(cpu::stats_size<Real>(kind.config, B, T, H, D), NAN), ddecay(kind.decay ? H : 0, 0.5f);
+        Floats stats(cpu::stats_size<Real>(kind.config, B, T, H, D), NAN), ddecay(decays ? H : 0, 0.5f);
         cpu::attention_linear_forward(out.data(), stats.data(), qkv.data(), decay, kind.config, B, T, H, D);
         CHECK(relative_error(doubles(out), y.out) < tolerance);
         Floats sums(stats.begin(), stats.begin() + (stats.empty() ? 0 : B * H * T));
         if (kind.config.has_row_sum()) CHECK(relative_error(to_double(sums), y.stats) < 1e-5);
-        cpu::attention_linear_backward(dqkv.data(), kind.decay ? ddecay.data() : nullptr, dout.data(),
+        cpu::attention_linear_backward(dqkv.data(), decays ? ddecay.data() : nullptr, dout.data(),
                                        out.data(), stats.data(), qkv.data(), decay, kind.config, B, T, H, D);
         for (int part = 0; part < 3 && T > 1; part++) {  // q, k, v
             CAPTURE(part);
@@ -74,7 +64,7 @@ void check(const Kind& kind, int B, int T, int H, int D, int threads, double tol
             CHECK(relative_error(got, expected, 0.1 * norm(d.dqkv)) < tolerance);
         }
         for (float& x : ddecay) x -= 0.5f;
-        if (kind.decay && T > 1)
+        if (decays && T > 1)
             CHECK(relative_error(to_double(ddecay), d.ddecay, d.ddecay_terms) < tolerance);
         return std::make_pair(out, dqkv);
     };
@@ -94,26 +84,27 @@ const std::vector<Size> kSizes = {{2, 1, 1, 8},    {2, 7, 3, 8},   {1, 64, 2, 32
 
 TEST_CASE("linear attention: every kind and size against the oracle, float32") {
     for (const Size& s : kSizes)
-        for (const Kind& kind : kinds(s.D))
+        for (const AttentionOption& kind : kinds(s.D))
             for (int threads : {2, 5}) check<float>(kind, s.B, s.T, s.H, s.D, threads, 1e-5);
 }
 
 TEST_CASE("linear attention: every kind and size against the oracle, bf16") {
     for (const Size& s : kSizes)
-        for (const Kind& kind : kinds(s.D)) {
+        for (const AttentionOption& kind : kinds(s.D)) {
             check<cpu::bf16>(kind, s.B, s.T, s.H, s.D, 2, 1e-2);
         }
 }
 
 TEST_CASE("linear attention: the future does not leak, bit for bit") {
     const int T = 200, H = 1, D = 16;
-    for (const Kind& kind : kinds(D))
+    for (const AttentionOption& kind : kinds(D))
         for (int j : {1, 63, 64, 65, 128, 199}) {
             Floats qkv = normal((size_t)T * 3 * D, 1), out((size_t)T * D), other(out), stats(T),
                    delta = {2.0f};
+            const float* decay = kind.decay == DecayKind::none ? nullptr : delta.data();
             auto run = [&](Floats& o) {
                 cpu::attention_linear_forward(o.data(), stats.data(), qkv.data(),
-                                              kind.decay ? delta.data() : nullptr, kind.config, 1, T, H, D);
+                                              decay, kind.config, 1, T, H, D);
             };
             run(out);
             for (int c = 0; c < 2 * D; c++) qkv[(size_t)j * 3 * D + D + c] *= -50;
@@ -127,7 +118,7 @@ TEST_CASE("linear attention: a fast decay does not overflow or divide by zero") 
     const int T = 200, H = 2, D = 16;
     Floats qkv = normal((size_t)T * 3 * H * D, 1), out((size_t)T * H * D), stats((size_t)H * T);
     Floats dqkv(qkv.size()), dout = normal(out.size(), 2), delta = {-30.0f, -3.0f}, ddecay(H);
-    for (const Kind& kind : kinds(D)) {
+    for (const AttentionOption& kind : kinds(D)) {
         cpu::attention_linear_forward(out.data(), stats.data(), qkv.data(), delta.data(), kind.config, 1, T,
                                       H, D);
         cpu::attention_linear_backward(dqkv.data(), ddecay.data(), dout.data(), out.data(), stats.data(),
@@ -139,26 +130,26 @@ TEST_CASE("linear attention: a fast decay does not overflow or divide by zero") 
 
 TEST_CASE("linear attention: the gradient of a learned decay over 2048 tokens") {
     const int T = 2048, H = 2, D = 8;
-    for (const Kind& kind : kinds(D))
-        if (kind.decay) check<float>(kind, 1, T, H, D, 2, 1e-5);
+    for (const AttentionOption& kind : kinds(D))
+        if (kind.decay != DecayKind::none) check<float>(kind, 1, T, H, D, 2, 1e-5);
 }
 
 TEST_CASE("attention by a state gives the outputs of attention, in any pieces") {
     for (const Size& s : kSizes)
-        for (const Kind& kind : kinds(s.D)) {
+        for (const AttentionOption& kind : kinds(s.D)) {
             if (s.B > 1) continue;
-            INFO(std::string(kAttentionNames[kind.config.power]), " scale ", (int)kind.config.scale,
-                 " decay ", kind.decay);
+            INFO(describe(kind));
+            const bool decays = kind.decay != DecayKind::none;
             CAPTURE(s.T);
             CAPTURE(s.D);
             const int C = s.H * s.D;
             Floats qkv = normal((size_t)s.T * 3 * C, 1), out((size_t)s.T * C, NAN), delta;
-            for (int h = 0; h < (kind.decay ? s.H : 0); h++) delta.push_back(1.0f + h);
-            Floats state(s.H * cpu::state_size(kind.config.power, s.D));
+            for (int h = 0; h < (decays ? s.H : 0); h++) delta.push_back(1.0f + h);
+            Floats state(s.H * cpu::state_size(kind.config.power(), s.D));
             for (int start = 0, n = 1; start < s.T; start += n, n = n % 5 + 1) {
                 n = std::min(n, s.T - start);
                 cpu::attention_state_forward(&out[(size_t)start * C], state.data(),
-                                             &qkv[(size_t)start * 3 * C], kind.decay ? delta.data() : nullptr,
+                                             &qkv[(size_t)start * 3 * C], decays ? delta.data() : nullptr,
                                              kind.config, start, n, s.H, s.D);
             }
             Attention y = attention_forward(to_double(qkv), to_double(delta), kind.config, 1, s.T, s.H, s.D);
@@ -170,19 +161,17 @@ TEST_CASE("attention by a state gives the outputs of attention, in any pieces") 
 
 TEST_CASE(
     "the linear form is there for poly1, poly2 and small heads of poly3, but not for sum with odd powers") {
-    auto has = [](int power, ScaleKind scale, int D) {
-        AttentionConfig config;
-        config.power = power, config.scale = scale;
-        return has_linear_form(config, D);
+    auto has = [](AttentionKind kind, ScaleKind scale, int D) {
+        return has_linear_form({.kind = kind, .scale = scale}, D);
     };
-    CHECK(!has(0, ScaleKind::row, 8));
-    CHECK(has(1, ScaleKind::row, 128));
-    CHECK(!has(1, ScaleKind::sum, 128));
-    CHECK(has(2, ScaleKind::sum, 128));
-    CHECK(has(3, ScaleKind::mean, 32));
-    CHECK(!has(3, ScaleKind::mean, 33));
-    CHECK(!has(3, ScaleKind::sum, 32));
-    CHECK(!has(4, ScaleKind::row, 8));
+    CHECK(!has(AttentionKind::softmax, ScaleKind::row, 8));
+    CHECK(has(AttentionKind::poly1, ScaleKind::row, 128));
+    CHECK(!has(AttentionKind::poly1, ScaleKind::sum, 128));
+    CHECK(has(AttentionKind::poly2, ScaleKind::sum, 128));
+    CHECK(has(AttentionKind::poly3, ScaleKind::mean, 32));
+    CHECK(!has(AttentionKind::poly3, ScaleKind::mean, 33));
+    CHECK(!has(AttentionKind::poly3, ScaleKind::sum, 32));
+    CHECK(!has(AttentionKind::poly4, ScaleKind::row, 8));
     CHECK(cpu::state_features(1, 64) == 64);
     CHECK(cpu::state_features(2, 64) == 2080);
     CHECK(cpu::state_features(3, 32) == 5984);

@@ -79,8 +79,8 @@ std::string greedy(const std::string& model, int tokens, const Strings& more = {
 TEST_CASE("cli: greedy generation chooses the likeliest of dump's logits, within the context and past it") {
     const TempFolder folder;
     GPTConfig cubic = rope_config(), square = rope_config();
-    cubic.power = 3, cubic.qk_norm = true, cubic.short_conv = 3;
-    square.power = 2;
+    cubic.attention_kind = AttentionKind::poly3, cubic.qk_norm = true, cubic.short_conv = 3;
+    square.attention_kind = AttentionKind::poly2;
     const std::string prompts[] = {"Once", "A prompt longer than the context: "};
     struct Kind {
         GPTConfig config;

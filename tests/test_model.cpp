@@ -10,6 +10,7 @@
 #include "llmc/checkpoint.h"
 #include "llmc/options.h"
 #include "llmc/safetensors.h"
+#include "tests/attention_kinds.h"
 #include "tests/helpers.h"
 
 namespace {
@@ -211,7 +212,7 @@ TEST_CASE("generation with the cache gives the logits of the training forward pa
 TEST_CASE("a prompt longer than the buffers goes through the cache in pieces") {
     GPTConfig config;
     config.layers = 2, config.heads = 2, config.channels = 16, config.context = 40, config.vocab_size = 50;
-    config.power = 3, config.positions = PositionKind::rope, config.qk_norm = true, config.short_conv = 4;
+    config.attention_kind = AttentionKind::poly3, config.positions = PositionKind::rope, config.qk_norm = true, config.short_conv = 4;
     config.decay = DecayKind::learned;
     std::vector<int> tokens(33);
     for (size_t i = 0; i < tokens.size(); i++) tokens[i] = (int)(i * i % 50);
@@ -238,10 +239,10 @@ struct LongCase {
     GPTConfig config;
     std::vector<int> tokens;
 
-    LongCase(int power, bool learned_decay, int length) : tokens(length) {
+    LongCase(AttentionKind kind, bool learned_decay, int length) : tokens(length) {
         config.layers = 2, config.heads = 2, config.channels = 16, config.context = 200,
         config.vocab_size = 50;
-        config.power = power, config.positions = PositionKind::rope, config.qk_norm = true,
+        config.attention_kind = kind, config.positions = PositionKind::rope, config.qk_norm = true,
         config.short_conv = 3;
         config.decay = learned_decay ? DecayKind::learned : DecayKind::none;
         for (size_t i = 0; i < tokens.size(); i++) tokens[i] = (int)((i * i + i / 7) % 50);
@@ -261,12 +262,12 @@ struct LongCase {
 };
 
 TEST_CASE("the linear kernel gives the tiled one's loss and gradients") {
-    for (int power = 1; power <= 3; power++)
+    for (AttentionKind kind : reference::linear_kinds())
         for (bool decay : {false, true}) {
-            CAPTURE(power);
+            CAPTURE((int)kind);
             CAPTURE(decay);
             const int T = 150;
-            LongCase c(power, decay, T + 1);
+            LongCase c(kind, decay, T + 1);
             std::vector<std::vector<float>> gradients;
             std::vector<double> losses;
             for (AttentionKernel kernel : {AttentionKernel::tiled, AttentionKernel::linear}) {
@@ -287,11 +288,11 @@ TEST_CASE("the linear kernel gives the tiled one's loss and gradients") {
 }
 
 TEST_CASE("generation goes over to the state without a change in the logits") {
-    for (int power = 1; power <= 3; power++)
+    for (AttentionKind kind : reference::linear_kinds())
         for (bool decay : {false, true}) {
-            CAPTURE(power);
+            CAPTURE((int)kind);
             CAPTURE(decay);
-            LongCase c(power, decay, 200);
+            LongCase c(kind, decay, 200);
             ModelOptions options{Purpose::inference, 1, 1};
             options.cache = CacheKind::kv;
             auto kv = c.make(options);
@@ -312,20 +313,20 @@ TEST_CASE("a kind of attention without a linear form is refused where that is as
     config.layers = 1, config.heads = 2, config.channels = 128, config.context = 8, config.vocab_size = 10;
     const Backend backend{
         "CPU", {.program = "train_gpt"}, cpu::make_model, cpu::set_threads, cpu::measured_peak};
-    auto make = [&](int power, const char* scale, AttentionKernel kernel, CacheKind cache) {
-        config.power = power, config.attention_scale = scale;
+    auto make = [&](AttentionKind kind, const char* scale, AttentionKernel kernel, CacheKind cache) {
+        config.attention_kind = kind, config.attention_scale = scale;
         ModelOptions options{Purpose::inference, 1, 8};
         options.kernel = kernel, options.cache = cache;
         return error_of([&] { require_supported(backend, config, options); });
     };
-    for (int power : {0, 3, 4}) {
-        CHECK(make(power, "row", AttentionKernel::linear, CacheKind::kv).find("--attention-kernel linear") ==
+    for (AttentionKind kind : {AttentionKind::softmax, AttentionKind::poly3, AttentionKind::poly4}) {
+        CHECK(make(kind, "row", AttentionKernel::linear, CacheKind::kv).find("--attention-kernel linear") ==
               0);
-        CHECK(make(power, "row", AttentionKernel::tiled, CacheKind::state).find("--cache state") == 0);
-        CHECK(make(power, "row", AttentionKernel::automatic, CacheKind::automatic) == "");
+        CHECK(make(kind, "row", AttentionKernel::tiled, CacheKind::state).find("--cache state") == 0);
+        CHECK(make(kind, "row", AttentionKernel::automatic, CacheKind::automatic) == "");
     }
-    CHECK(make(1, "sum", AttentionKernel::linear, CacheKind::kv) != "");
-    CHECK(make(2, "sum", AttentionKernel::linear, CacheKind::state) == "");
+    CHECK(make(AttentionKind::poly1, "sum", AttentionKernel::linear, CacheKind::kv) != "");
+    CHECK(make(AttentionKind::poly2, "sum", AttentionKernel::linear, CacheKind::state) == "");
 }
 
 TEST_CASE("micro-batches add up to the gradient of the whole batch") {
@@ -412,13 +413,14 @@ TEST_CASE("the gradient is clipped to the norm that is given, and by 0 not at al
 }
 
 TEST_CASE("training learns a repeated sequence, for every attention") {
-    for (int power = 0; power <= 4; power++) {
-        CAPTURE(power);
+    for (AttentionKind kind : reference::every_kind()) {
+        CAPTURE((int)kind);
         GPTConfig config;
         config.layers = 1, config.heads = 2, config.channels = 32, config.context = 16,
         config.vocab_size = 11;
-        config.power = power, config.qk_norm = power > 0;
-        config.positions = power > 0 ? PositionKind::rope : PositionKind::learned;
+        const bool softmax = kind == AttentionKind::softmax;
+        config.attention_kind = kind, config.qk_norm = !softmax;
+        config.positions = !softmax ? PositionKind::rope : PositionKind::learned;
         cpu::GPT<float> model(config, {Purpose::training, 2, 16});
         model.allocate();
         auto optimizer = model.make_optimizer(AdamW());

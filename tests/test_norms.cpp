@@ -21,7 +21,7 @@ std::vector<AttentionNorms> measure(const Floats& qkv, const Floats& delta, cons
     return norms;
 }
 
-void check_norms(const NormsOption& option, const Floats& qkv, int B, int T, int H, int D,
+void check_norms(const AttentionOption& option, const Floats& qkv, int B, int T, int H, int D,
                  double tolerance = 1e-5) {
     INFO(describe(option));
     CAPTURE(B);
@@ -33,7 +33,7 @@ void check_norms(const NormsOption& option, const Floats& qkv, int B, int T, int
     CHECK(same_bits(qkv, qkv_before));
     for (int h = 0; h < H; h++) {
         CAPTURE(h);
-        double log_gamma = option.decay ? log_sigmoid(delta[h]) : 0;
+        double log_gamma = delta.empty() ? 0 : log_sigmoid(delta[h]);
         AttentionNorms expected = attention_norms(to_double(qkv), log_gamma, option.config, h, B, T, H, D);
         reference::check_norms(norms[h], expected, tolerance);
     }
@@ -48,10 +48,10 @@ Floats random_qkv(int B, int T, int C, double scale = 1) {
 TEST_CASE("norms: the dense Jacobian agrees with finite differences") {
     // With one channel and q = 1, k holds the scores.
     const double q = 1;
-    for (const NormsOption& option : norms_options()) {
+    for (const AttentionOption& option : norms_options()) {
         INFO(describe(option));
         const int T = 6;
-        const double log_gamma = option.decay ? -0.2 : 0;
+        const double log_gamma = option.decay == DecayKind::none ? 0 : -0.2;
         Vector k((size_t)T * 3), unit(T);
         for (int j = 0; j < T; j++) k[j * 3] = 0.3 + 0.4 * j * (j % 2 ? -1 : 1);
         auto row = [&] { return attention_row(&q, k.data(), log_gamma, option.config, T - 1, 1, 1); };
@@ -66,7 +66,7 @@ TEST_CASE("norms: the dense Jacobian agrees with finite differences") {
 }
 
 TEST_CASE("norms: every kind at every size, against the definitions") {
-    for (const NormsOption& option : norms_options()) {
+    for (const AttentionOption& option : norms_options()) {
         check_norms(option, random_qkv(2, 1, 8), 2, 1, 1, 8);
         check_norms(option, random_qkv(2, 7, 24), 2, 7, 3, 8);
         check_norms(option, random_qkv(1, 65, 32), 1, 65, 1, 32);
@@ -86,7 +86,7 @@ TEST_CASE("norms: rows that one key has nearly to itself") {
             qkv[(size_t)t * 3 * C + h * D] = 8;
             qkv[(size_t)t * 3 * C + C + h * D] = t == 0 ? 4 : 0;  // keys that come later have no part in it
         }
-    for (const NormsOption& option : norms_options()) {
+    for (const AttentionOption& option : norms_options()) {
         if (!option.config.softmax() && !option.config.has_row_sum()) continue;
         check_norms(option, qkv, B, T, H, D, 3e-5);
     }
@@ -109,8 +109,8 @@ TEST_CASE("norms: equal scores, and rows of zeros") {
         CHECK(n.max_score == 0);
     }
     // All zeros for a polynomial, whose slope there is not zero where p is 1.
-    for (const NormsOption& option : norms_options()) {
-        if (option.config.softmax()) continue;
+    for (const AttentionOption& option : norms_options()) {
+        if (!option.config.polynomial()) continue;
         check_norms(option, qkv, B, T, H, D);
         for (const AttentionNorms& n : measure(qkv, decay_of(option, H), option.config, B, T, H, D)) {
             CHECK(n.norm == 0);
@@ -127,13 +127,13 @@ TEST_CASE("norms: equal scores, and rows of zeros") {
     };
     for (int t : {3, 64, 65}) clear(1, t, 1);
     for (int t : {0, 3, 64, 66}) clear(0, t, 0), clear(1, t, 0);
-    for (const NormsOption& option : norms_options()) check_norms(option, qkv, B, T, H, D);
+    for (const AttentionOption& option : norms_options()) check_norms(option, qkv, B, T, H, D);
 }
 
 TEST_CASE("norms: the same bits from run to run and for every number of threads") {
     const int B = 3, T = 130, H = 2, D = 16;
     Floats qkv = random_qkv(B, T, H * D);
-    for (const NormsOption& option : norms_options()) {
+    for (const AttentionOption& option : norms_options()) {
         INFO(describe(option));
         auto run = [&](int threads) {
             Threads scope(threads);
@@ -147,7 +147,7 @@ TEST_CASE("norms: the same bits from run to run and for every number of threads"
 TEST_CASE("norms: stats are read where attention_forward leaves them, and only there") {
     const int B = 1, T = 9, H = 2, D = 8;
     Floats qkv = random_qkv(B, T, H * D), stats((size_t)H * T, std::numeric_limits<float>::quiet_NaN());
-    for (const NormsOption& option : norms_options()) {
+    for (const AttentionOption& option : norms_options()) {
         INFO(describe(option));
         Floats delta = decay_of(option, H);
         std::vector<AttentionNorms> norms(H), expected = measure(qkv, delta, option.config, B, T, H, D);
@@ -164,7 +164,7 @@ TEST_CASE("norms: of bf16, as of the floats that it stands for") {
     Floats qkv = random_qkv(B, T, H * D), stats((size_t)B * H * T), out((size_t)B * T * H * D);
     std::vector<cpu::bf16> half(qkv.size());
     for (size_t i = 0; i < qkv.size(); i++) qkv[i] = half[i] = qkv[i];
-    for (const NormsOption& option : norms_options()) {
+    for (const AttentionOption& option : norms_options()) {
         INFO(describe(option));
         Floats delta = decay_of(option, H);
         cpu::attention_forward(out.data(), stats.data(), qkv.data(), or_null(delta), option.config, B, T, H,
@@ -178,7 +178,7 @@ TEST_CASE("norms: of bf16, as of the floats that it stands for") {
 
 TEST_CASE("norms: a NaN shows in its head, and in no other") {
     const int B = 2, T = 70, H = 2, D = 8, C = H * D;
-    for (const NormsOption& option : norms_options())
+    for (const AttentionOption& option : norms_options())
         for (int part : {0, 1}) {
             INFO(describe(option));
             CAPTURE(part);
@@ -194,15 +194,15 @@ TEST_CASE("norms: a NaN shows in its head, and in no other") {
 TEST_CASE("norms: the prediction for Gaussian q and k") {
     const int B = 600, T = 12, H = 2, D = 16;
     Floats qkv = random_qkv(B, T, H * D);
-    for (const NormsOption& option : norms_options()) {
+    for (const AttentionOption& option : norms_options()) {
         INFO(describe(option));
         const AttentionConfig& config = option.config;
         Floats delta = decay_of(option, H);
         std::vector<AttentionNorms> norms = measure(qkv, delta, config, B, T, H, D);
         for (int h = 0; h < H; h++) {
-            auto predicted = gaussian_norms(config, D, T, option.decay ? log_gamma(delta[h]) : 0);
-            CHECK(predicted.has_value() == (!config.softmax() && !config.has_row_sum()));
-            if (!predicted || config.power > 3) continue;  // x^8 has too heavy tails for so few scores
+            auto predicted = gaussian_norms(config, D, T, delta.empty() ? 0 : log_gamma(delta[h]));
+            CHECK(predicted.has_value() == (config.polynomial() && !config.has_row_sum()));
+            if (!predicted || config.power() > 3) continue;  // x^8 has too heavy tails for so few scores
             CAPTURE(h);
             CHECK(norms[h].norm == doctest::Approx(predicted->norm).epsilon(0.1).scale(0));
             CHECK(norms[h].jacobian_norm == doctest::Approx(predicted->jacobian_norm).epsilon(0.06).scale(0));
@@ -210,7 +210,7 @@ TEST_CASE("norms: the prediction for Gaussian q and k") {
         }
     }
     AttentionConfig cubic;  // scale row: p / sqrt((2p-1) (1 + 2 (p-1) / D)), for any T
-    cubic.power = 3;
+    cubic.kind = AttentionKind::poly3;
     CHECK(gaussian_norms(cubic, 64, 1000, 0)->norm == doctest::Approx(1.0));
     CHECK(gaussian_norms(cubic, 64, 1000, -0.1)->jacobian_norm ==
           doctest::Approx(3 / std::sqrt(5 * (1 + 4.0 / 64))));

@@ -207,7 +207,7 @@ TEST_CASE("scales of the rows: moments and effective lengths against direct sums
 TEST_CASE("config.json goes out and comes back; what it may not say is refused") {
     GPTConfig config;
     config.layers = 3, config.heads = 2, config.channels = 20, config.context = 7, config.vocab_size = 99;
-    config.power = 2, config.attention_scale = "0.125", config.positions = PositionKind::rope;
+    config.attention_kind = AttentionKind::poly2, config.attention_scale = "0.125", config.positions = PositionKind::rope;
     config.qk_norm = true, config.decay = DecayKind::fixed, config.short_conv = 4;
     for (const std::vector<int>& ends : {std::vector<int>(), {98}, {3, 0}}) {
         config.bos_token = ends.empty() ? -1 : ends[0], config.eos_tokens = ends;
@@ -284,7 +284,7 @@ TEST_CASE("the line of a head's norms in metrics.jsonl") {
     CHECK(softmax.dump() ==
           R"({"step":7,"layer":1,"head":2,"attention_norm":1.5,"jacobian_norm":2.5,"max_weight":0.75,)"
           R"("negative_mass":0.25,"effective_keys":3.5,"entropy":0.5,"score_std":1.25,"max_score":4.0})");
-    config.power = 3;
+    config.kind = AttentionKind::poly3;
     append_norms(cubic, norms, config);
     CHECK(cubic.dump() ==
           R"({"step":7,"layer":1,"head":2,"attention_norm":1.5,"jacobian_norm":2.5,"max_weight":0.75,)"

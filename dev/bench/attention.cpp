@@ -130,10 +130,10 @@ void run(int argc, char** argv) {
         usage_error(e.what());
     }
     AttentionConfig config;
-    config.power = index_of_name(settings.attention, kAttentionNames, "--attention");
+    config.kind = (AttentionKind)index_of_name(settings.attention, kAttentionNames, "--attention");
     config.context = *std::max_element(settings.seq.begin(), settings.seq.end());
-    if (settings.kernel == "linear" && config.softmax())
-        usage_error("--kernel linear: softmax has no such form");
+    if (settings.kernel == "linear" && !config.polynomial())
+        usage_error("--kernel linear: ", settings.attention, " has no such form");
     if (settings.threads > 0) omp_set_num_threads(settings.threads);
     if (settings.matmul > 0)
         return settings.dtype == "bf16" ? measure_matmul<cpu::bf16>(settings.matmul, settings.repeat)

@@ -136,11 +136,9 @@ DeviceArray<T> on_device(const std::vector<T>& values) {
 
 // Kernels of attention that are compared.
 struct Form {
-    int power;
+    AttentionKind kind;
     bool linear;
 };
-constexpr Form kForms[] = {{0, false}, {1, false}, {2, false}, {3, false},
-                           {4, false}, {1, true},  {2, true},  {3, true}};
 
 template <class Real>
 class Bench {
@@ -360,8 +358,11 @@ class Bench {
     // The kernels that there are for this size of the heads.
     std::vector<Form> forms() const {
         std::vector<Form> forms;
-        for (const Form& form : kForms)
-            if (!form.linear || has_linear_form({.power = form.power}, D)) forms.push_back(form);
+        for (bool linear : {false, true})
+            for (size_t i = 0; i < std::size(kAttentionNames); i++) {
+                const AttentionKind kind = (AttentionKind)i;
+                if (!linear || has_linear_form({.kind = kind}, D)) forms.push_back({kind, linear});
+            }
         return forms;
     }
 
@@ -369,10 +370,10 @@ class Bench {
     // whatever a kernel needs.
     Attention attention(const Form& form, int B, int T) {
         AttentionConfig config;
-        config.power = form.power;
+        config.kind = form.kind;
         size_t n = (size_t)B * T * C;
         double product = 2.0 * C * B * T * (T + 1) / 2, one = kReal * n;
-        const char *attention = kAttentionNames[form.power], *kernel = form.linear ? "linear" : "tiled";
+        const char *attention = kAttentionNames[(int)form.kind], *kernel = form.linear ? "linear" : "tiled";
         std::string name = std::string("attention ") + attention + " " + kernel;
         Attention a{attention,
                     kernel,

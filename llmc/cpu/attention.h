@@ -37,7 +37,7 @@ inline float inverse_sqrt(int D) {
     return 1.0f / sqrtf((float)D);
 }
 
-// What a polynomial of q . k is multiplied by to be one of x.
+// What a power of q . k is multiplied by to be one of x; 1 for an activation that is no power.
 inline float score_factor(int power, int D) {
     return (float)std::pow((double)D, -0.5 * power);
 }
@@ -58,7 +58,7 @@ inline size_t stats_size(const AttentionConfig& config, size_t B, size_t T, int 
 class HeadScale {
   public:
     bool decays;
-    std::vector<float> c;  // (T): c_i / sqrt(D)^p of a polynomial; without c_i for `sum`; 1 for softmax
+    std::vector<float> c;  // (T): c_i / sqrt(D)^p of a polynomial; without c_i for `sum`; otherwise 1
     // (T) for `row` with decay, empty otherwise: e_i, the distance at which a term of row i has no part in
     // the gradient of log gamma, for what gamma takes from it there c_i gives back.
     std::vector<float> neutral_distance;
@@ -66,11 +66,10 @@ class HeadScale {
     HeadScale(const AttentionConfig& config, const float* decay, int h, int T, int D)
         : decays(decay != nullptr), c(T, 1.0f) {
         double log_g = decay ? log_gamma(decay[h]) : 0;
-        if (!config.softmax())
-            for (int i = 0; i < T; i++)
-                c[i] = (float)(row_scale(config, i, log_g, D) * std::pow((double)D, -0.5 * config.power));
+        double to_power = std::pow((double)D, -0.5 * config.power());
+        for (int i = 0; i < T; i++) c[i] = (float)(row_scale(config, i, log_g, D) * to_power);
         if (!decays) return;
-        if (!config.softmax() && config.scale == ScaleKind::row)
+        if (config.polynomial() && config.scale == ScaleKind::row)
             for (double e : row_scale_log_derivatives(T, log_g)) neutral_distance.push_back((float)e);
         size_ = T + 2 * kTile;
         rising_ = Floats(size_);
@@ -102,21 +101,21 @@ inline std::vector<HeadScale> head_scales(const AttentionConfig& config, const f
     return scales;
 }
 
-// x^p.
-template <int kPower>
-inline vec power(vec x) {
-    static_assert(kPower >= 0 && kPower <= 4);
-    if constexpr (kPower == 0) return broadcast(1.0f);
-    if constexpr (kPower == 1) return x;
-    if constexpr (kPower == 2) return x * x;
-    if constexpr (kPower == 3) return x * x * x;
-    if constexpr (kPower == 4) return (x * x) * (x * x);
+// What an activation takes: q . k for a power, otherwise the score.
+template <class A>
+inline vec activation_argument(vec qk, float to_x) {
+    return A::kPower > 0 ? qk : qk * to_x;
+}
+
+// The keys that the queries i, i+1, ..., i+15 see.
+inline vec keys_seen(int i) {
+    return __builtin_convertvector(lane_index() + (i + 1), vec);
 }
 
 // The scores of one tile of keys become weights, not yet scaled by rows. A row of s is a key, its lanes are
 // queries, so that the running sums of the rows of A go down the columns, 16 rows of A at a time.
 //   i0, j0: the first query and key. Softmax: o is rescaled where the maximum grows.
-template <int kPower, class Word>
+template <class A, class Word>
 inline void scores_to_weights(Word* weights,   // (64 keys,64) in words; may be s
                               float* s,        // (64 keys,64)
                               float* largest,  // (64)
@@ -137,7 +136,7 @@ inline void scores_to_weights(Word* weights,   // (64 keys,64) in words; may be 
             }
         };
         vec sum = load(total + i);
-        if constexpr (kPower == 0) {
+        if constexpr (A::kOnline) {
             vec before = load(largest + i), most = before;
             for (int j = 0; j < seen; j++) {
                 vec x = load(s + j * kTile + i) * to_x;
@@ -161,7 +160,8 @@ inline void scores_to_weights(Word* weights,   // (64 keys,64) in words; may be 
             }
         } else {
             auto weight = [&](int j) {
-                vec a = power<kPower>(load(s + j * kTile + i));
+                vec x = activation_argument<A>(load(s + j * kTile + i), to_x);
+                vec a = A::value(x, keys_seen(i0 + i), VectorMath());
                 if (diagonal) a = lane_index() + i >= j ? a : vec{};
                 if (row_sum) sum += abs(a);
                 if (scale.decays) a *= scale.rising(i0 + i - j0 - j);
@@ -178,7 +178,7 @@ inline void scores_to_weights(Word* weights,   // (64 keys,64) in words; may be 
 
 // 64 queries of one head: begin(), add_keys() for the tiles of keys that they see, finish(). Pointers to rows
 // of qkv and of out begin at this head's channels.
-template <int kPower, class Real>
+template <class A, class Real>
 struct ForwardTile {
     using Word = TileWord<Real>;
     static constexpr int N = kDepth<Word>;
@@ -235,7 +235,7 @@ struct ForwardTile {
             tile_product<false, false>(s + r * kTile + first, kTile, k + r * Dp / N, Dp / N, qt + first,
                                        kTile, kTile - first, Dp / N);
         }
-        scores_to_weights<kPower>(a, s, largest, total, o, scale, row_sum, i0, j0, D);
+        scores_to_weights<A>(a, s, largest, total, o, scale, row_sum, i0, j0, D);
         for (int r = 0; r < kTile; r += kTileRows)  // queries
             tile_product<true, true>(o + r * Dp, Dp, a + r, kTile, v, Dp, Dp,
                                      (diagonal ? r + kTileRows : kTile) / N);
@@ -245,7 +245,7 @@ struct ForwardTile {
     void finish(Real* out /*(T,C)*/, float* stats /*(T)*/, float* exact) {
         for (int r = 0; r < queries; r++) {
             float factor = scale.c[i0 + r];
-            if (kPower == 0) {
+            if (A::kOnline) {
                 stats[i0 + r] = largest[r] + std::log(total[r]);
                 factor = 1.0f / total[r];
             } else if (row_sum) {
@@ -276,7 +276,7 @@ inline void attention_forward(Real* out,           // (B,T,C)
     int C = H * D, tiles = (T + kTile - 1) / kTile;
     std::vector<HeadScale> scales = head_scales(config, decay, T, H, D);
     float* exact = keeps_exact_output<Real>(config) ? stats + (size_t)B * H * T : nullptr;
-    with_power(config.power, [&](auto power) {
+    with_activation(config.kind, [&]<class A>(A) {
 #pragma omp parallel
         {
             Floats scratch(forward_scratch(D));
@@ -285,7 +285,7 @@ inline void attention_forward(Real* out,           // (B,T,C)
             for (int task = 0; task < B * H * tiles; task++) {
                 int tile = tiles - 1 - task / (B * H), bh = task % (B * H), b = bh / H, h = bh % H;
                 const Real* head = qkv + (size_t)b * T * 3 * C + h * D;
-                ForwardTile<power, Real> queries(scales[decay ? h : 0], config.has_row_sum(), T, C, D,
+                ForwardTile<A, Real> queries(scales[decay ? h : 0], config.has_row_sum(), T, C, D,
                                                  scratch.get());
                 queries.begin(head, tile * kTile);
                 for (int j0 = 0; j0 <= tile * kTile; j0 += kTile) queries.add_keys(head, j0);
@@ -297,11 +297,11 @@ inline void attention_forward(Real* out,           // (B,T,C)
 }
 
 // The weights and the gradient of the scores of one tile. s becomes A without c_i, da = c_i dO V^T becomes
-// the gradient of q . k, but for softmax's 1/sqrt(D). On the diagonal only the columns that
-// attention_backward_tiles computed.
+// the gradient of the activation's argument: of q . k for a power, otherwise of the score. On the diagonal only
+// the columns that add_queries() computed.
 //   Returns the gradient of log gamma where `wants_decay`: sum_ij (i-j-e_i) A_ij dA_ij for a polynomial, with
 //   the distance e_i that is neutral (HeadScale), sum_ij (i-j) dX_ij for softmax.
-template <int kPower, class Word>
+template <class A, class Word>
 inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,64) in words of two; may be s
                                           Word* dx_pairs,        // (64 queries,64) in words of two; may be da
                                           Word* dx_rows,         // (64,64) in words; may be da
@@ -318,20 +318,22 @@ inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,
     auto compute = [&](int i, int j, vec& a, vec& dx) {
         vec x = load(s + i * kTile + j), d = load(da + i * kTile + j);
         int distance = i0 + i - j0 - j;
-        if constexpr (kPower == 0) {
+        if constexpr (A::kOnline) {
             x *= to_x;
             if (scale.decays) x += scale.falling(distance);
             a = exp(x - stats[i]);
             dx = a * (d - row_dot[i]);
         } else {
-            vec slope = (float)kPower * power<kPower - 1>(x);
+            x = activation_argument<A>(x, to_x);
+            vec value = A::value(x, broadcast((float)(i0 + i + 1)), VectorMath());
+            vec slope = A::slope(x, value, VectorMath());
             vec fade = scale.decays ? scale.falling(distance) : broadcast(1.0f);
-            a = power<kPower>(x) * fade;
+            a = value * fade;
             dx = d * fade;
             if (row_sum) {  // of |x^p|, whose derivative has the sign of x^p
                 vec dot = broadcast(row_dot[i]);
-                if (kPower % 2 == 0) dx -= dot;
-                if (kPower % 2 == 1) dx -= x > 0.0f ? dot : x < 0.0f ? -dot : vec{};
+                if (A::kPower % 2 == 0) dx -= dot;
+                if (A::kPower % 2 == 1) dx -= x > 0.0f ? dot : x < 0.0f ? -dot : vec{};
             }
             dx *= slope;
         }
@@ -342,7 +344,7 @@ inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,
         }
         if (wants_decay && i < queries) {
             float neutral = scale.neutral_distance.empty() ? 0.0f : scale.neutral_distance[i0 + i];
-            ddecay += (kPower == 0 ? dx : a * d) *
+            ddecay += (A::kOnline ? dx : a * d) *
                       (__builtin_convertvector(distance - lane_index(), vec) - neutral);
         }
     };
@@ -370,7 +372,7 @@ inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,
 // The backward pass of one head, or of its queries in the tiles first .. end-1 and keys among them:
 // load_queries() once, then for each tile of keys begin_keys(), add_queries() for the tiles that see them,
 // and write_keys(). Pointers to rows of qkv, dout and dqkv begin at this head's channels.
-template <int kPower, class Real>
+template <class A, class Real>
 struct BackwardTiles {
     using Word = TileWord<Real>;
     static constexpr int N = kDepth<Word>;
@@ -431,7 +433,7 @@ struct BackwardTiles {
             size_t at = size * (tile - first);
             load_tile(q_rows + at, qkv + (size_t)i0 * 3 * C, 3 * C, queries, D);
             load_tile(d_o_rows + at, dout + (size_t)i0 * C, C, queries, D,
-                      kPower ? row_factor + i0 : nullptr);
+                      A::kOnline ? nullptr : row_factor + i0);
             if constexpr (N > 1) {
                 pair_rows(q_pairs + at, q_rows + at, D);
                 pair_rows(d_o_pairs + at, d_o_rows + at, D);
@@ -465,9 +467,9 @@ struct BackwardTiles {
         }
         // Padded queries have q = 0 and dO = 0; only softmax's exp(0 - lse) needs a value to subtract.
         float lse[kTile] = {}, dot[kTile] = {};
-        if (kPower == 0) std::copy_n(stats + i0, queries, lse);
+        if (A::kOnline) std::copy_n(stats + i0, queries, lse);
         if (row_dot) std::copy_n(row_dot + i0, queries, dot);
-        dlog_gamma += weights_and_score_gradients<kPower>(a, dx, dx_rows, s, da, lse, dot, scale, row_sum,
+        dlog_gamma += weights_and_score_gradients<A>(a, dx, dx_rows, s, da, lse, dot, scale, row_sum,
                                                           wants_decay, queries, i0, j0, D);
         for (int r = 0; r < kTile; r += kTileRows) {  // keys
             int from = (diagonal ? r : 0) / N;        // the first query that sees them, in words
@@ -482,7 +484,7 @@ struct BackwardTiles {
     }
 
     void write_keys(Real* dqkv /*(T,3C)*/) {
-        float factor = kPower == 0 ? inverse_sqrt(D) : 1.0f;
+        float factor = A::kPower > 0 ? 1.0f : inverse_sqrt(D);
         for (int r = 0; r < keys; r++) {
             Real* row = dqkv + (size_t)(j0 + r) * 3 * C;
             for_vectors(D, [&](int d, int n) {
@@ -531,7 +533,7 @@ struct RowTerms {
         size_t n = (size_t)B * H * T;
         if (config.has_row_sum()) {
             factor.resize(n);
-            for (size_t i = 0; i < n; i++) factor[i] = score_factor(config.power, D) / stats[i];
+            for (size_t i = 0; i < n; i++) factor[i] = score_factor(config.power(), D) / stats[i];
         }
         if (!config.softmax() && !config.has_row_sum()) return;
         dot.resize(n);
@@ -599,13 +601,13 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
     int parts = (int)cuts.size() - 1;
     size_t share = (size_t)tiles * kTile * Dp;
     Floats shares(parts > 1 ? B * H * parts * share : 0);  // (B,H,parts,tiles*64,Dp)
-    float final_scale = config.softmax() ? inverse_sqrt(D) : 1.0f;
+    float final_scale = config.polynomial() ? 1.0f : inverse_sqrt(D);
     auto write_dq = [&](int bh, int t, const float* dq) {  // (Dp)
         Real* row = dqkv + ((size_t)(bh / H) * T + t) * 3 * C + (size_t)(bh % H) * D;
         for_vectors(D, [&](int d, int n) { store(row + d, load(dq + d, n) * final_scale, n); });
     };
     std::vector<double> dlog_gamma((size_t)B * H * parts);
-    with_power(config.power, [&](auto power) {
+    with_activation(config.kind, [&]<class A>(A) {
 #pragma omp parallel
         {
             Floats scratch(backward_scratch(tiles, D)), dq_scratch(parts > 1 ? 0 : share);
@@ -617,7 +619,7 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
                 size_t skipped = (size_t)cuts[part] * kTile * Dp;
                 std::fill(dq + skipped, dq + share, 0.0f);
                 const HeadScale& scale = scales[decay ? h : 0];
-                BackwardTiles<power, Real> work(scale, row_sum, ddecay != nullptr, cuts[part], tiles, T, C, D,
+                BackwardTiles<A, Real> work(scale, row_sum, ddecay != nullptr, cuts[part], tiles, T, C, D,
                                                 stats ? stats + (size_t)bh * T : nullptr, rows.dot_of(bh),
                                                 scratch.get());
                 work.load_queries(head, dout + (size_t)b * T * C + h * D, rows.factor_of(bh, scale));

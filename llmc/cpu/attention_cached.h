@@ -19,52 +19,50 @@ inline void attention_cached_forward(Real* out,        // (n,C)
                                      const float* decay,  // (H), or null
                                      const AttentionConfig& config, int start, int n, int H, int D) {
     int C = H * D;
+    with_activation(config.kind, [&]<class A>(A) {
 #pragma omp parallel
-    {
-        std::vector<float> a(start + n), o(D);  // a row of A, and of the output
+        {
+            std::vector<float> a(start + n), o(D);  // a row of A, and of the output
 #pragma omp for collapse(2) schedule(static)
-        for (int t = 0; t < n; t++)
-            for (int h = 0; h < H; h++) {
-                int i = start + t;
-                double log_g = decay ? log_gamma(decay[h]) : 0;
-                const Real* q = qkv + (size_t)t * 3 * C + h * D;
-                float inverse_sqrt = 1.0f / sqrtf((float)D), largest = -INFINITY;
-                for (int j = 0; j <= i; j++) {
-                    const float* k = cache + (size_t)j * 2 * C + h * D;
-                    float dot = 0;
+            for (int t = 0; t < n; t++)
+                for (int h = 0; h < H; h++) {
+                    int i = start + t;
+                    double log_g = decay ? log_gamma(decay[h]) : 0;
+                    const Real* q = qkv + (size_t)t * 3 * C + h * D;
+                    float inverse_sqrt = 1.0f / sqrtf((float)D), largest = -INFINITY;
+                    for (int j = 0; j <= i; j++) {
+                        const float* k = cache + (size_t)j * 2 * C + h * D;
+                        float dot = 0;
 #pragma omp simd reduction(+ : dot)
-                    for (int d = 0; d < D; d++) dot += q[d] * k[d];
-                    a[j] = dot * inverse_sqrt;
-                    if (config.softmax()) {
-                        a[j] += (float)((i - j) * log_g);
-                        largest = std::max(largest, a[j]);
+                        for (int d = 0; d < D; d++) dot += q[d] * k[d];
+                        a[j] = dot * inverse_sqrt;
+                        if constexpr (A::kOnline) {
+                            a[j] += (float)((i - j) * log_g);
+                            largest = std::max(largest, a[j]);
+                        }
                     }
-                }
-                double total = 0;  // the row's normaliser
-                for (int j = 0; j <= i; j++) {
-                    if (config.softmax()) {
-                        total += a[j] = std::exp(a[j] - largest);
-                    } else {
-                        float x = a[j], square = x * x;
-                        a[j] = config.power == 1   ? x
-                               : config.power == 2 ? square
-                               : config.power == 3 ? square * x
-                                                   : square * square;
-                        total += std::fabs(a[j]);
-                        if (decay) a[j] *= (float)std::exp((i - j) * log_g);
+                    double total = 0;  // the row's normaliser
+                    for (int j = 0; j <= i; j++) {
+                        if constexpr (A::kOnline) {
+                            total += a[j] = std::exp(a[j] - largest);
+                        } else {
+                            a[j] = A::value(a[j], i + 1.0f, ScalarMath());
+                            total += std::fabs(a[j]);
+                            if (decay) a[j] *= (float)std::exp((i - j) * log_g);
+                        }
                     }
+                    float scale = (float)(A::kOnline             ? 1 / total
+                                          : config.has_row_sum() ? 1 / (total + kRowSumEps)
+                                                                 : row_scale(config, i, log_g, D));
+                    std::fill(o.begin(), o.end(), 0.0f);
+                    for (int j = 0; j <= i; j++) {
+                        const float* v = cache + (size_t)j * 2 * C + C + h * D;
+                        for (int d = 0; d < D; d++) o[d] += a[j] * v[d];
+                    }
+                    for (int d = 0; d < D; d++) out[(size_t)t * C + h * D + d] = o[d] * scale;
                 }
-                float scale = (float)(config.softmax()       ? 1 / total
-                                      : config.has_row_sum() ? 1 / (total + kRowSumEps)
-                                                             : row_scale(config, i, log_g, D));
-                std::fill(o.begin(), o.end(), 0.0f);
-                for (int j = 0; j <= i; j++) {
-                    const float* v = cache + (size_t)j * 2 * C + C + h * D;
-                    for (int d = 0; d < D; d++) o[d] += a[j] * v[d];
-                }
-                for (int d = 0; d < D; d++) out[(size_t)t * C + h * D + d] = o[d] * scale;
-            }
-    }
+        }
+    });
 }
 
 }  // namespace cpu

@@ -220,7 +220,7 @@ class LinearHead {
                  const Real* qkv /*(T,3C)*/, int chunk) {
         int i0 = chunk * kTile;
         bool last = i0 + kTile >= T_;
-        ForwardTile<kPower, Real> queries(scale_, row_sum_, T_, C_, D_, scratch_);
+        ForwardTile<Poly<kPower>, Real> queries(scale_, row_sum_, T_, C_, D_, scratch_);
         queries.begin(qkv, i0);
         queries.add_keys(qkv, i0);
         load_transposed(qt_, qkv, 3 * C_, i0);
@@ -306,7 +306,7 @@ class LinearHead {
     double backward_keys(Real* dqkv /*(T,3C)*/, float* dq, LinearState& dstate, const Real* dout,
                          const float* row_factor, const float* row_dot, const Real* qkv, int chunk) {
         int j0 = chunk * kTile;
-        BackwardTiles<kPower, Real> keys(scale_, row_sum_, wants_decay_, chunk, chunk + 1, T_, C_, D_,
+        BackwardTiles<Poly<kPower>, Real> keys(scale_, row_sum_, wants_decay_, chunk, chunk + 1, T_, C_, D_,
                                          nullptr, row_dot, scratch_);
         keys.load_queries(qkv, dout, row_factor);
         keys.begin_keys(qkv, j0);
@@ -449,15 +449,7 @@ inline bool linear_pays(const AttentionConfig& config, int T, int D) {
     constexpr bool kPairs = !std::is_same_v<TileWord<Real>, float>;
     if (!has_linear_form(config, D)) return false;
     double ratio = kPairs ? 1.75 : 1.0, overhead = kPairs ? 150 : 200;
-    return T > ratio * 2 * feature_count(config.power, D) + overhead;
-}
-
-template <class F>
-inline void with_linear_power(int power, F f) {
-    if (power == 1) return f(std::integral_constant<int, 1>());
-    if (power == 2) return f(std::integral_constant<int, 2>());
-    if (power == 3) return f(std::integral_constant<int, 3>());
-    fail("attention: power ", power, ", expected 1 to 3");
+    return T > ratio * 2 * feature_count(config.power(), D) + overhead;
 }
 
 // Heads are tasks; where they are fewer than threads each is cut into ranges of chunks, whose states are made
@@ -509,7 +501,7 @@ inline void attention_linear_forward(Real* out,           // (B,T,C)
     std::vector<double> log_gammas;
     for (int h = 0; h < H; h++) log_gammas.push_back(decay ? log_gamma(decay[h]) : 0);
     float* exact = keeps_exact_output<Real>(config) ? stats + (size_t)B * H * T : nullptr;
-    with_linear_power(config.power, [&](auto power) {
+    with_linear_power(config.kind, [&](auto power) {
         using Head = LinearHead<power, Real>;
         std::vector<FeatureTile> tiles = feature_tiles(power, D);
         int features = feature_count(power, D);
@@ -560,7 +552,7 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
     for (int h = 0; h < H; h++) log_gammas.push_back(decay ? log_gamma(decay[h]) : 0);
     RowTerms terms(dout, out, stats, config, B, T, H, D);
     std::vector<double> dlog_gamma((size_t)B * H * parts);
-    with_linear_power(config.power, [&](auto power) {
+    with_linear_power(config.kind, [&](auto power) {
         using Head = LinearHead<power, Real>;
         std::vector<FeatureTile> tiles = feature_tiles(power, D);
         int features = feature_count(power, D);

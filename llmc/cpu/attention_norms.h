@@ -45,7 +45,7 @@ struct RowSums {
     double moment[kTile];                       // x^(2p)
     double absolute[kTile], negative[kTile];    // |A|, and where A < 0
     double square[kTile];                       // A^2
-    double slope[kTile];                        // (c g u / p)^2
+    double slope[kTile];                        // (c g u / kSlopeFactor)^2
     double entropy[kTile];                      // -A log A
     double rest[kTile], rest_square[kTile];     // A, A^2 of softmax; a, (g a)^2 of `sum`
     double rest_cube[kTile];                    // A^3
@@ -63,11 +63,9 @@ inline void add_to(double* sum, vec v) {
 
 // Adds one tile s (64 keys, 64 queries) of q . k to the sums of its queries.
 //   row (64): the log-sum-exp for softmax, c_i for a polynomial.
-template <int kPower, bool kRowSum>
+template <class A, bool kRowSum>
 inline void add_scores(RowSums& sums, const float* s, const float* row, const HeadScale& scale, int i0,
                        int j0, int D) {
-    constexpr bool kSoftmax = kPower == 0;
-    constexpr int kSlopePower = kSoftmax ? 0 : kPower - 1;
     bool diagonal = i0 == j0;
     float to_x = inverse_sqrt(D);
     for (int i = 0; i < kTile; i += kLanes) {
@@ -85,7 +83,7 @@ inline void add_scores(RowSums& sums, const float* s, const float* row, const He
             score += x;
             score_square += x2;
             max_score = max(y, max_score);
-            if constexpr (kSoftmax) {
+            if constexpr (A::kOnline) {
                 vec log_a = x - row_i;
                 if (scale.decays) log_a += scale.rising(i0 + i - j0 - j);
                 vec a = exp(log_a);
@@ -99,8 +97,10 @@ inline void add_scores(RowSums& sums, const float* s, const float* row, const He
             } else {
                 vec fade = scale.decays ? scale.rising(i0 + i - j0 - j) : broadcast(1.0f);
                 if (diagonal) fade = visible ? fade : vec{};
-                vec da = power<kSlopePower>(x) * (fade * row_i), a = da * x;
-                moment += power<kPower>(x2);
+                const vec keys = keys_seen(i0 + i);
+                vec a, da;
+                A::weighted(a, da, x, fade * row_i, keys, VectorMath());
+                if constexpr (A::kPower > 0) moment += A::value(x2, keys, VectorMath());
                 absolute += abs(a);
                 negative += max(-a, vec{});
                 square += a * a;
@@ -111,7 +111,8 @@ inline void add_scores(RowSums& sums, const float* s, const float* row, const He
                     vec r = larger ? largest : y, r_fade = larger ? largest_fade : fade;
                     largest = larger ? y : largest;
                     largest_fade = larger ? fade : largest_fade;
-                    vec u = power<kSlopePower>(r) * row_i, share = u * r;
+                    vec u, share;
+                    A::weighted(share, u, r, row_i, keys, VectorMath());
                     vec faded_u = u * r_fade, faded_share = share * r_fade;
                     rest += share;
                     rest_square += faded_share * faded_share;
@@ -123,7 +124,7 @@ inline void add_scores(RowSums& sums, const float* s, const float* row, const He
         add_to(sums.score + i, score);
         add_to(sums.score_square + i, score_square);
         store(sums.max_score + i, max_score);
-        if constexpr (kSoftmax) {
+        if constexpr (A::kOnline) {
             add_to(sums.entropy + i, entropy);
             add_to(sums.rest_cube + i, rest_cube);
         } else {
@@ -134,7 +135,7 @@ inline void add_scores(RowSums& sums, const float* s, const float* row, const He
             add_to(sums.slope + i, slope);
             store(sums.max_weight + i, max_weight);
         }
-        if constexpr (kSoftmax || kRowSum) {
+        if constexpr (A::kOnline || kRowSum) {
             add_to(sums.rest + i, rest);
             add_to(sums.rest_square + i, rest_square);
             store(sums.largest + i, largest);
@@ -148,14 +149,14 @@ inline void add_scores(RowSums& sums, const float* s, const float* row, const He
 }
 
 // The finished row r of `sums`; c is c_i of a polynomial.
-template <int kPower, bool kRowSum>
+template <class A, bool kRowSum>
 inline NormSums finish_row(const RowSums& sums, int r, double c) {
     NormSums row;
     row.score = sums.score[r];
     row.score_square = sums.score_square[r];
     row.max_score = sums.max_score[r];
     double R1 = sums.rest[r], R2 = sums.rest_square[r];
-    if constexpr (kPower == 0) {
+    if constexpr (A::kOnline) {
         double a = sums.largest[r], a2 = a * a;
         row.absolute = R1 + a;
         row.square = R2 + a2;
@@ -166,13 +167,14 @@ inline NormSums finish_row(const RowSums& sums, int r, double c) {
         row.absolute = sums.absolute[r];
         row.negative = sums.negative[r];
         row.square = sums.square[r];
-        row.jacobian = kPower * kPower * sums.slope[r];
+        row.jacobian = A::kSlopeFactor * A::kSlopeFactor * sums.slope[r];
         row.max_weight = sums.max_weight[r];
         row.moment = sums.moment[r];
         if constexpr (kRowSum) {
-            double u = std::pow((double)sums.largest[r], kPower - 1) * c, fade = sums.largest_fade[r];
-            double a = u * sums.largest[r], without = R1 + kRowSumEps * c;  // 1 - a_m
-            row.jacobian = kPower * kPower *
+            double a, u, fade = sums.largest_fade[r];
+            A::weighted(a, u, (double)sums.largest[r], c, 0.0, ScalarMath());
+            double without = R1 + kRowSumEps * c;  // 1 - a_m
+            row.jacobian = A::kSlopeFactor * A::kSlopeFactor *
                            (u * u * (fade * fade * without * without + R2) + sums.rest_own[r] +
                             (fade * fade * a * a + R2) * sums.rest_slope[r]);
         }
@@ -182,7 +184,7 @@ inline NormSums finish_row(const RowSums& sums, int r, double c) {
 }
 
 // Queries i0 .. i0+63 of one head against all keys up to them.
-template <int kPower, bool kRowSum, class Real>
+template <class A, bool kRowSum, class Real>
 inline NormSums attention_norms_tile(const Real* qkv,     // (T,3C), from this head's channels on
                                      const float* stats,  // (T)
                                      const HeadScale& scale, int i0, int T, int C, int D, float* scratch) {
@@ -193,8 +195,8 @@ inline NormSums attention_norms_tile(const Real* qkv,     // (T,3C), from this h
     float* row = s + kTile * kTile;  // (64)
     std::fill(row, row + kTile, 0.0f);
     for (int r = 0; r < queries; r++) {
-        row[r] = scale.c[i0 + r] / score_factor(kPower, D);  // for q . k there, for x here
-        if (kPower == 0) row[r] = stats[i0 + r];
+        row[r] = scale.c[i0 + r] / score_factor(A::kPower, D);  // for q . k there, for x here
+        if (A::kOnline) row[r] = stats[i0 + r];
         if (kRowSum) row[r] = 1.0f / stats[i0 + r];
     }
     load_tile_transposed(qt, qkv + (size_t)i0 * 3 * C, 3 * C, queries, D);
@@ -207,10 +209,10 @@ inline NormSums attention_norms_tile(const Real* qkv,     // (T,3C), from this h
             tile_product<false, false>(s + r * kTile + first, kTile, k + r * Dp, Dp, qt + first, kTile,
                                        kTile - first, Dp);
         }
-        add_scores<kPower, kRowSum>(sums, s, row, scale, i0, j0, D);
+        add_scores<A, kRowSum>(sums, s, row, scale, i0, j0, D);
     }
     NormSums total;
-    for (int r = 0; r < queries; r++) total.add(finish_row<kPower, kRowSum>(sums, r, row[r]));
+    for (int r = 0; r < queries; r++) total.add(finish_row<A, kRowSum>(sums, r, row[r]));
     return total;
 }
 
@@ -224,7 +226,7 @@ inline void attention_norms(
     int C = H * D, tiles = (T + kTile - 1) / kTile;
     std::vector<HeadScale> scales = head_scales(config, decay, T, H, D);
     std::vector<NormSums> parts((size_t)B * H * tiles);  // (H,B,tiles)
-    auto measure = [&](auto power, auto row_sum) {
+    auto measure = [&]<class A>(A, auto row_sum) {
 #pragma omp parallel
         {
             Floats scratch((size_t)kTile * (2 * padded(D) + kTile + 1));
@@ -232,16 +234,16 @@ inline void attention_norms(
 #pragma omp for schedule(dynamic, 1)
             for (int task = 0; task < B * H * tiles; task++) {
                 int tile = tiles - 1 - task / (B * H), bh = task % (B * H), b = bh / H, h = bh % H;
-                parts[((size_t)h * B + b) * tiles + tile] = attention_norms_tile<power, row_sum>(
+                parts[((size_t)h * B + b) * tiles + tile] = attention_norms_tile<A, row_sum>(
                     qkv + (size_t)b * T * 3 * C + h * D, stats ? stats + (size_t)bh * T : nullptr,
                     scales[decay ? h : 0], tile * kTile, T, C, D, scratch.get());
             }
         }
     };
-    with_power(config.power, [&](auto power) {
-        if constexpr (power > 0)
-            if (config.has_row_sum()) return measure(power, std::true_type());
-        measure(power, std::false_type());
+    with_activation(config.kind, [&]<class A>(A activation) {
+        if constexpr (A::kPower > 0)
+            if (config.has_row_sum()) return measure(activation, std::true_type());
+        measure(activation, std::false_type());
     });
 
     for (int h = 0; h < H; h++) {

@@ -64,7 +64,8 @@ inline void attention_state_forward(Real* out,           // (n,C), or null: the 
                                     const float* decay,  // (H), or null
                                     const AttentionConfig& config, int start, int n, int H, int D) {
     int C = H * D;
-    size_t size = state_size(config.power, D);
+    const int power = config.power();
+    size_t size = state_size(power, D);
     float inverse_sqrt_d = 1.0f / sqrtf((float)D);
 #pragma omp parallel for schedule(dynamic, 1)
     for (int h = 0; h < H; h++) {
@@ -77,8 +78,8 @@ inline void attention_state_forward(Real* out,           // (n,C), or null: the 
                 q[d] = row[d] * inverse_sqrt_d, k[d] = row[C + d], v[d] = row[2 * C + d];
             std::fill(o.begin(), o.end(), 0.0f);
             double total = 0;  // of thousands of terms, whose largest come first
-            float *s = state + h * size, *z = s + state_features(config.power, D) * D;
-            for_features(config.power, q.data(), k.data(), D, [&](float phi_q, float phi_k) {
+            float *s = state + h * size, *z = s + state_features(power, D) * D;
+            for_features(power, q.data(), k.data(), D, [&](float phi_q, float phi_k) {
                 for_vectors(D, [&](int d, int lanes) {
                     vec sum = gamma * load(s + d, lanes) + phi_k * load(&v[d], lanes);
                     store(s + d, sum, lanes);

@@ -41,12 +41,12 @@ class Cache {
     template <class Decay>
     void begin(Decay decay) {
         if (has_state_ || kind_ == CacheKind::kv || !has_linear_form(attention_, D_)) return;
-        if (kind_ == CacheKind::automatic && length < state_pays_from(attention_.power, D_)) return;
+        if (kind_ == CacheKind::automatic && length < state_pays_from(attention_.power(), D_)) return;
         constexpr int kRows = 64;
         std::vector<float> rows((size_t)kRows * 3 * C_, 0.0f);  // (64,3C), q is 0
         has_state_ = true;
         for (size_t l = 0; l < state_.size(); l++) {
-            state_[l].assign(H_ * state_size(attention_.power, D_), 0.0f);
+            state_[l].assign(H_ * state_size(attention_.power(), D_), 0.0f);
             for (int t0 = 0; t0 < length; t0 += kRows) {
                 int n = std::min(kRows, length - t0);
                 for (int t = 0; t < n; t++)

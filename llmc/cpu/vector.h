@@ -128,4 +128,7 @@ inline vec exp(vec x) {
     return x != x ? x : result;
 }
 
+// What activations (llmc/activation.h) compute with.
+struct VectorMath {};
+
 }  // namespace cpu

@@ -21,17 +21,6 @@ void with_head_size(int D, F f) {
     }
     fail("attention: head size ", D, ", the CUDA kernels go up to 128");
 }
-template <class F>
-void with_activation(int power, F f) {
-    with_power(power, [&](auto p) {
-        if constexpr (p == 0) {
-            f(Softmax());
-        } else {
-            f(Poly<p>());
-        }
-    });
-}
-
 template <class Real>
 void attention_forward(Real* out,           // (B,T,C)
                        float* stats,        // (stats_size)
@@ -45,7 +34,7 @@ void attention_forward(Real* out,           // (B,T,C)
     AttentionShape shape = attention_shape(config, decay, T, H, D, tables, segments);
     float* exact = keeps_exact_output<Real>(config) ? stats + (size_t)B * H * T : nullptr;
     dim3 grid(B * H, ceil_div(T, attention_tile<Real>));
-    with_activation(config.power, [&]<class A>(A) {
+    with_activation(config.kind, [&]<class A>(A) {
         with_head_size<Real>(D, [&](auto size) {
             constexpr int kD = size;
             if constexpr (std::is_same_v<Real, float>) {
@@ -110,7 +99,7 @@ void attention_backward(Real* dqkv,          // (B,T,3C)
     AttentionShape shape = attention_shape(config, decay, T, H, D, terms.tables, segments);
     int tiles = ceil_div(T, attention_tile<Real>);
     dim3 grid(B * H, tiles);
-    with_activation(config.power, [&]<class A>(A) {
+    with_activation(config.kind, [&]<class A>(A) {
         with_head_size<Real>(D, [&](auto size) {
             constexpr int kD = size;
             if constexpr (std::is_same_v<Real, float>) {

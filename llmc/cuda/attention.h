@@ -7,8 +7,8 @@
 // sizes 32, 64, 80, 96 and 128 have kernels of their own, others up to 128 go with the next of these, padded
 // with zeros.
 //
-// An activation is a small struct. One with kOnline = false is a function of the single score, with value()
-// and its derivative: its kernels have no row maximum, no rescaling, no log-sum-exp and no dO . O.
+// An activation (llmc/activation.h) that is not online is a function of the single score: its kernels have no
+// row maximum, no rescaling, no log-sum-exp and no dO . O.
 //
 // Backward: one kernel over tiles of keys for dk and dv, one over tiles of queries for dq, which makes the
 // scores once more: 7 products instead of 5. So nothing is added up across blocks: the result is the same

@@ -7,41 +7,40 @@
 
 namespace gpu {
 
-// A block a query and head. Scores go through global memory, for a row may be of any length.
-template <class Real>
+// A block a query and head. Scores go through global memory, because a row may be of any length.
+template <class A, class Real>
 __global__ void attention_cached_kernel(Real* out, float* scores, const Real* qkv, const Real* cache,
-                                        const float* decay, const float* row_scale, int power, bool row_sum,
-                                        int start, int length, int H, int D) {
+                                        const float* decay, const float* row_scale, bool row_sum, int start,
+                                        int length, int H, int D) {
     __shared__ float shared[kWarp];
     int t = blockIdx.x, h = blockIdx.y, C = H * D, i = start + t, thread = threadIdx.x;
     float* a = scores + ((size_t)t * H + h) * length;
     const Real* q = qkv + (size_t)t * 3 * C + h * D;
     float inverse_sqrt = rsqrtf((float)D);
-    float log_g = decay ? -log1pf(expf(-decay[h])) : 0.0f;
+    float log_g = decay ? (float)log_gamma(decay[h]) : 0.0f;
     float largest = -INFINITY, total = 0;
     for (int j = thread; j <= i; j += blockDim.x) {
         const Real* k = cache + (size_t)j * 2 * C + h * D;
         float dot = 0;
         for (int d = 0; d < D; d++) dot += to_float(q[d]) * to_float(k[d]);
         float x = dot * inverse_sqrt, distance = (float)(i - j);
-        if (power == 0) {
+        if constexpr (A::kOnline) {
             x += distance * log_g;
             largest = fmaxf(largest, x);
         } else {
-            float square = x * x;
-            x = power == 1 ? x : power == 2 ? square : power == 3 ? square * x : square * square;
+            x = A::value(x, i + 1.0f, ScalarMath());
             total += fabsf(x);
             x *= expf(distance * log_g);
         }
         a[j] = x;
     }
-    if (power == 0) {
+    if (A::kOnline) {
         largest = block_max(largest, shared);
         __syncthreads();
         for (int j = thread; j <= i; j += blockDim.x) total += a[j] = expf(a[j] - largest);
     }
     total = block_sum(total, shared);  // whose barrier is also between the scores and those who read them
-    float scale = power == 0 ? 1.0f / total
+    float scale = A::kOnline ? 1.0f / total
                   : row_sum  ? 1.0f / (total + (float)kRowSumEps)
                              : row_scale[t * H + h];
     for (int d = thread; d < D; d += blockDim.x) {
@@ -62,10 +61,12 @@ inline void attention_cached_forward(Real* out,        // (n,C)
                                      const float* row_scale,  // (n,H)
                                      const AttentionConfig& config, int start, int n, int H, int D,
                                      cudaStream_t stream) {
-    attention_cached_kernel<<<dim3(n, H), 128, 0, stream>>>(out, scores, qkv, cache, decay, row_scale,
-                                                            config.power, config.has_row_sum(), start,
-                                                            start + n, H, D);
-    check_launch();
+    with_activation(config.kind, [&]<class A>(A) {
+        attention_cached_kernel<A><<<dim3(n, H), 128, 0, stream>>>(out, scores, qkv, cache, decay, row_scale,
+                                                                   config.has_row_sum(), start, start + n, H,
+                                                                   D);
+        check_launch();
+    });
 }
 
 }  // namespace gpu

@@ -194,7 +194,8 @@ __global__ __launch_bounds__(kAttentionThreads,
 #pragma unroll
                 for (int m = 0; m < 4; m++) {
                     const int distance = row + r - j0 - x - 8 * m;
-                    s[r][m] = distance >= 0 ? A::value(s[r][m]) : 0;
+                    const float x = activation_argument<A>(s[r][m], shape.scale);
+                    s[r][m] = distance >= 0 ? A::value(x, row + r + 1.0f, ScalarMath()) : 0;
                     rows.total[r] += fabsf(s[r][m]);
                     if (shape.decays) s[r][m] *= shape.tables.fade[table + max(0, min(distance, T - 1))];
                 }
@@ -226,19 +227,21 @@ __global__ __launch_bounds__(kAttentionThreads,
     o.store(out + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
 }
 
-// The weights and gradients of scores whose rows and columns are given by a function: place(r, m) is the pair
-// of their query and key.
-template <class A, class Place, class Terms>
+// The weights and gradients of scores that are given by functions of their place in registers: the number of the
+// query, its distance to the key, and the query's terms.
+template <class A, class Row, class Distance, class Terms>
 __device__ void float_gradients(float (&s)[2][4], float (&da)[2][4], const AttentionShape& shape, int h,
-                                float slope2, Place place, Terms terms) {
+                                float slope2, Row row_of, Distance distance_of, Terms terms) {
     const float* fade = shape.tables.fade + (size_t)h * shape.tables.stride;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float w[4], dot[4];
+        int rows[4];
         bool visible[4];
 #pragma unroll
         for (int m = 0; m < 4; m++) {
-            const int distance = place(r, m);
+            const int distance = distance_of(r, m);
+            rows[m] = row_of(r, m);
             const RowTerms of_row = terms(r, m);
             visible[m] = distance >= 0;
             w[m] = of_row.weight, dot[m] = of_row.dot;
@@ -249,7 +252,7 @@ __device__ void float_gradients(float (&s)[2][4], float (&da)[2][4], const Atten
             }
         }
         with_row_sum<A>(shape.row_sum, [&](auto row_sum) {
-            score_gradients<A, decltype(row_sum)::value>(s[r], da[r], w, dot, visible, shape.scale * kLog2e);
+            score_gradients<A, decltype(row_sum)::value>(s[r], da[r], w, dot, rows, visible, shape.scale);
         });
     }
 }
@@ -290,7 +293,8 @@ __global__ __launch_bounds__(kAttentionThreads,
         Tiles::scores(s, k, q, D);
         Tiles::scores(da, v, d_o, D);
         float_gradients<A>(
-            s, da, shape, h, slope2, [&](int r, int m) { return i0 + x + 8 * m - key - r; },
+            s, da, shape, h, slope2, [&](int, int m) { return i0 + x + 8 * m; },
+            [&](int r, int m) { return i0 + x + 8 * m - key - r; },
             [&](int, int m) { return of_rows[x + 8 * m]; });
         FloatWeights::store(weights, s);
         dv.add(weights, d_o, D);
@@ -354,7 +358,9 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
 #pragma unroll
             for (int m = 0; m < 4; m++) before[r][m] = da[r][m];
         auto distance = [&](int r, int m) { return row + r - j0 - x - 8 * m; };
-        float_gradients<A>(s, da, shape, h, slope2, distance, [&](int r, int) { return of_rows[r]; });
+        float_gradients<A>(
+            s, da, shape, h, slope2, [&](int r, int) { return row + r; }, distance,
+            [&](int r, int) { return of_rows[r]; });
         if (dlog_gamma) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {

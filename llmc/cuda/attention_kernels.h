@@ -1,37 +1,11 @@
-// The attention kernels for bf16 on tensor cores (attention.h says how they go), and the activations.
+// The attention kernels for bf16 on tensor cores (attention.h says how they go).
 #pragma once
+#include "llmc/activation.h"
 #include "llmc/attention_linear_form.h"
 #include "llmc/cuda/attention_tiles.h"
 #include "llmc/cuda/columns.h"
 
 namespace gpu {
-
-// exp(x) in rows that sum to 1. Scores are kept unscaled; exp2 takes the factor along.
-struct Softmax {
-    static constexpr int kPower = 0;
-    static constexpr bool kOnline = true;
-};
-
-// x^P, of which the rows' factors c_i are put in afterwards.
-template <int P>
-struct Poly {
-    static constexpr int kPower = P;
-    static constexpr bool kOnline = false;
-    __device__ static float value(float x) {
-        if constexpr (P == 1) return x;
-        if constexpr (P == 2) return x * x;
-        if constexpr (P == 3) return x * (x * x);
-        if constexpr (P == 4) return (x * x) * (x * x);
-    }
-    // Its derivative is kSlope times below(x), of which the factor is put in afterwards.
-    static constexpr float kSlope = P;
-    __device__ static float below(float x) {
-        if constexpr (P == 1) return 1.0f;
-        if constexpr (P == 2) return x;
-        if constexpr (P == 3) return x * x;
-        if constexpr (P == 4) return x * (x * x);
-    }
-};
 
 // Whether a kernel for heads of up to kD has segments to look after.
 template <class A, int kD>
@@ -68,6 +42,12 @@ inline AttentionShape attention_shape(const AttentionConfig& config, const float
 }
 
 constexpr float kLog2e = 1.44269504088896340736f;
+
+// What an activation takes: q . k for a power, otherwise the score.
+template <class A>
+__device__ float activation_argument(float qk, float scale) {
+    return A::kPower > 0 ? qk : qk * scale;
+}
 
 __device__ inline float fast_exp2(float x) {
     float y;
@@ -127,14 +107,15 @@ __device__ void online_weights(float (&s)[8][4], float (&o)[kD / 8][4], ForwardR
 
 // Every other activation: the weights, without c_i.
 //   near (64): gamma^n; far: gamma^n at the distance to the tile's last key, for rows g and g+8
+//   row: the number of row g
 template <class A, bool kDiagonal>
 __device__ void plain_weights(float (&s)[8][4], ForwardRows& rows, const int (&last)[2], bool row_sum,
-                              bool decays, const float* near, const float (&far)[2]) {
+                              bool decays, const float* near, const float (&far)[2], int row, float scale) {
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            s[n][e] = A::value(s[n][e]);
+            s[n][e] = A::value(activation_argument<A>(s[n][e], scale), row + e / 2 * 8 + 1.0f, ScalarMath());
             if (kDiagonal && 8 * n + e % 2 > last[e / 2]) s[n][e] = 0;
         }
     if (row_sum) {
@@ -216,7 +197,8 @@ __global__ __launch_bounds__(kAttentionThreads,
                 for (int r = 0; r < 2; r++)
                     far[r] = fade[min(distance + 8 * r - (kAttentionTile - 1), T - 1)];
             }
-            plain_weights<A, kDiagonal>(s, rows, last, shape.row_sum, shape.decays, near, far);
+            plain_weights<A, kDiagonal>(s, rows, last, shape.row_sum, shape.decays, near, far, row,
+                                        shape.scale);
         }
 #pragma unroll
         for (int n = 0; n < 4; n++)
@@ -337,28 +319,30 @@ __device__ RowTerms row_terms(const float* stats, const float* dot, const Attent
     return terms;
 }
 
-// Of four scores and dO V^T, the weights and the gradients of the scores, but for softmax's 1/sqrt(D) and a
-// polynomial's kSlope.
-//   w: their rows' weights with the decay in them; of a polynomial c_i may be left out of both w and dot, and
-//      is so of the results
+// Replaces four q . k by weights and four dO V^T by the gradients of q . k, without gradient_factor().
+//   w: their rows' weights with the decay in them; c_i may be left out of both w and dot, and is so of the
+//      results then
+//   rows: the numbers of their rows
 template <class A, bool kRowSum>
 __device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[4], const float (&dot)[4],
-                                const bool (&visible)[4], float scale2) {
+                                const int (&rows)[4], const bool (&visible)[4], float scale) {
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         if constexpr (A::kOnline) {
-            s[e] = visible[e] ? fast_exp2(fmaf(s[e], scale2, w[e])) : 0;
+            s[e] = visible[e] ? fast_exp2(fmaf(s[e], scale * kLog2e, w[e])) : 0;
             da[e] = s[e] * (da[e] - dot[e]);
         } else {
-            float x = s[e], weighted = A::below(x) * w[e];
-            s[e] = visible[e] ? weighted * x : 0;
+            const float x = activation_argument<A>(s[e], scale), keys = rows[e] + 1.0f;
+            float value, slope;
+            A::weighted(value, slope, x, w[e], keys, ScalarMath());
+            s[e] = visible[e] ? value : 0;
             if constexpr (kRowSum) {
-                // Of |value(x)|, whose derivative has the sign of the value.
-                da[e] = da[e] * w[e] - (A::value(x) > 0 ? dot[e] : A::value(x) < 0 ? -dot[e] : 0);
-                da[e] = visible[e] ? A::below(x) * da[e] : 0;
-            } else {
-                da[e] = visible[e] ? weighted * da[e] : 0;
+                // Of |x^p|, whose derivative has the sign of x^p.
+                value = A::value(x, keys, ScalarMath());
+                da[e] = da[e] * w[e] - (value > 0 ? dot[e] : value < 0 ? -dot[e] : 0);
+                A::weighted(value, slope, x, 1.0f, keys, ScalarMath());
             }
+            da[e] = visible[e] ? slope * da[e] : 0;
         }
     }
 }
@@ -375,16 +359,16 @@ __device__ void with_constant(bool value, F f) {
 // With whether the scale is `sum`.
 template <class A, class F>
 __device__ void with_row_sum(bool row_sum, F f) {
-    with_constant(!A::kOnline && row_sum, f);
+    with_constant(A::kPower > 0 && row_sum, f);
 }
 
 // What score_gradients() leaves out.
 template <class A>
 __device__ float gradient_factor(const AttentionShape& shape) {
-    if constexpr (A::kOnline) {
-        return shape.scale;
+    if constexpr (A::kPower > 0) {
+        return A::kSlopeFactor;
     } else {
-        return A::kSlope;
+        return shape.scale;
     }
 }
 
@@ -417,7 +401,6 @@ __global__ __launch_bounds__(kAttentionThreads,
     const bf16* head = qkv + head_at;
     const float* fade = shape.tables.fade + (size_t)h * shape.tables.stride;
     const int key = 16 * warp + g;
-    const float scale2 = shape.scale * kLog2e;
     float slope2 = 0;
     if (A::kOnline && shape.decays) slope2 = shape.tables.log_gamma[h] * kLog2e;
 
@@ -476,10 +459,13 @@ __global__ __launch_bounds__(kAttentionThreads,
                         const float2 both = *reinterpret_cast<const float2*>(dots + column);
                         row_dot[0] = row_dot[2] = both.x, row_dot[1] = row_dot[3] = both.y;
                     }
+                    int rows[4];
                     bool visible[4];
 #pragma unroll
-                    for (int e = 0; e < 4; e++)
+                    for (int e = 0; e < 4; e++) {
+                        rows[e] = i * kAttentionTile + column + 2 * t + e % 2;
                         visible[e] = !kDiagonal || column + 2 * t + e % 2 >= key + e / 2 * 8;
+                    }
                     if (shape.decays) {
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
@@ -491,7 +477,7 @@ __global__ __launch_bounds__(kAttentionThreads,
                             }
                         }
                     }
-                    score_gradients<A, kRowSum>(s[n], da[n], w, row_dot, visible, scale2);
+                    score_gradients<A, kRowSum>(s[n], da[n], w, row_dot, rows, visible, shape.scale);
                 }
             });
 #pragma unroll
@@ -551,7 +537,6 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
     const bf16* head = qkv + head_at;
     const float* fade = shape.tables.fade + table;
     const int query = 16 * warp + g;
-    const float scale2 = shape.scale * kLog2e;
     float slope2 = 0;
     if (A::kOnline && shape.decays) slope2 = shape.tables.log_gamma[h] * kLog2e;
 
@@ -607,10 +592,12 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
                 for (int n = 0; n < kStep / 8; n++) {
                     const int column = k0 + 8 * n + 2 * t;
                     float w[4], row_dot[4], before[4];
+                    int rows[4];
                     bool visible[4];
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         w[e] = row[e / 2].weight, row_dot[e] = row[e / 2].dot, before[e] = da[n][e];
+                        rows[e] = i0 + query + e / 2 * 8;
                         visible[e] = !kDiagonal || column + e % 2 <= query + e / 2 * 8;
                     }
                     if constexpr (kDecays) {
@@ -626,7 +613,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
                             }
                         }
                     }
-                    score_gradients<A, kRowSum>(s[n], da[n], w, row_dot, visible, scale2);
+                    score_gradients<A, kRowSum>(s[n], da[n], w, row_dot, rows, visible, shape.scale);
                     if (kDecays && dlog_gamma) {
 #pragma unroll
                         for (int e = 0; e < 4; e++) {

@@ -10,10 +10,10 @@ namespace {
 
 LinearShape linear_shape(const AttentionConfig& config, int T, int D, int segment) {
     LinearShape shape{};
-    shape.segment = segment ? segment : linear_segment(config.power, D);
+    shape.segment = segment ? segment : linear_segment(config.power(), D);
     shape.slots = ceil_div(T, shape.segment) - 1;
-    shape.tiles = feature_tiles(config.power, D);
-    shape.block = feature_block(config.power);
+    shape.tiles = feature_tiles(config.power(), D);
+    shape.block = feature_block(config.power());
     shape.blocks = ceil_div(D, shape.block);
     shape.width = ceil_div(D, 8) * 8;
     return shape;
@@ -133,7 +133,8 @@ void with_linear_kernels(const AttentionConfig& config, const LinearShape& shape
     auto with = [&]<int P, int kD>() {
         f(LinearKernels<Real, P, kD>{shape, B * shape.attention.H, qkv, dout, stats, dot, stream});
     };
-    auto with_power = [&]<int P>() {
+    with_linear_power(config.kind, [&](auto power) {
+        constexpr int P = power;
         if constexpr (!kIsFloat)
             if (D <= 32) return with.template operator()<P, 32>();
         if constexpr (kIsFloat || P < 3)
@@ -143,11 +144,7 @@ void with_linear_kernels(const AttentionConfig& config, const LinearShape& shape
         if constexpr (P < 3)
             if (D <= 128) return with.template operator()<P, 128>();
         fail("attention: head size ", D, ", the CUDA kernels of the linear form go up to ", P < 3 ? 128 : 32);
-    };
-    if (config.power == 1) return with_power.template operator()<1>();
-    if (config.power == 2) return with_power.template operator()<2>();
-    if (config.power == 3) return with_power.template operator()<3>();
-    fail("attention: power ", config.power, ", the linear form has 1 to 3");
+    });
 }
 
 }  // namespace

@@ -40,7 +40,7 @@ inline int linear_segment(int power, int D) {
 inline bool linear_pays(const AttentionConfig& config, int T, int D) {
     constexpr int kOverhead = 512;
     if (!has_linear_form(config, D)) return false;
-    int features = feature_tiles(config.power, D) * kFeatures, segment = linear_segment(config.power, D);
+    int features = feature_tiles(config.power(), D) * kFeatures, segment = linear_segment(config.power(), D);
     return 9.0 * (T + 64) / 2 > 7.0 * features + 9.0 * (segment + 64) / 2 + kOverhead;
 }
 

@@ -68,7 +68,7 @@ enum RowSum {
     kAbsolute,     // |A|
     kNegative,     // |A| where A < 0
     kSquare,       // A^2
-    kSlope,        // (c g u / p)^2
+    kSlope,        // (c g u / kSlopeFactor)^2
     kEntropy,      // -A log A
     kRest,         // A of softmax; a of `sum`
     kRestSquare,   // A^2; (g a)^2
@@ -79,36 +79,27 @@ enum RowSum {
 };
 
 // Those that a kind of attention has.
-template <int kPower, bool kRowSum>
+template <class A, bool kRowSum>
 __device__ constexpr bool has(int sum) {
-    constexpr bool kSoftmax = kPower == 0;
     if (sum <= kScoreSquare) return true;
-    if (sum <= kSquare) return !kSoftmax;
-    if (sum == kSlope) return !kSoftmax && !kRowSum;
-    if (sum == kEntropy || sum == kRestCube) return kSoftmax;
-    if (sum <= kRestSquare) return kSoftmax || kRowSum;
+    if (sum == kMoment) return A::kPower > 0;
+    if (sum <= kSquare) return !A::kOnline;
+    if (sum == kSlope) return !A::kOnline && !kRowSum;
+    if (sum == kEntropy || sum == kRestCube) return A::kOnline;
+    if (sum <= kRestSquare) return A::kOnline || kRowSum;
     return kRowSum;
 }
 
-template <int kPower, class Number>
-__device__ Number power(Number x) {
-    static_assert(kPower >= 0 && kPower <= 4);
-    if constexpr (kPower == 0) return 1;
-    if constexpr (kPower == 1) return x;
-    if constexpr (kPower == 2) return x * x;
-    if constexpr (kPower == 3) return x * (x * x);
-    if constexpr (kPower == 4) return (x * x) * (x * x);
-}
-
 // Adds to the rest: A of softmax; |x|, g = fade of `sum`, whose 1 / s is `factor`.
-template <int kPower, class Number>
+template <class A, class Number>
 __device__ void add_to_rest(Number (&sum)[kRowSums], Number x, Number fade, Number factor) {
-    if constexpr (kPower == 0) {
+    if constexpr (A::kOnline) {
         sum[kRest] += x;
         sum[kRestSquare] += x * x;
         sum[kRestCube] += x * x * x;
     } else {
-        Number u = power<kPower - 1>(x) * factor, share = u * x;
+        Number u, share;
+        A::weighted(share, u, x, factor, Number(), ScalarMath());
         Number faded_u = u * fade, faded_share = share * fade;
         sum[kRest] += share;
         sum[kRestSquare] += faded_share * faded_share;
@@ -118,7 +109,7 @@ __device__ void add_to_rest(Number (&sum)[kRowSums], Number x, Number fade, Numb
 }
 
 // What a thread knows of one of its rows.
-template <int kPower, bool kRowSum>
+template <class A, bool kRowSum>
 struct RowNorms {
     float now[kRowSums] = {};
     double total[kRowSums] = {};
@@ -126,27 +117,28 @@ struct RowNorms {
     float largest = 0, largest_fade = 0;  // what is not in the rest: A of softmax; |x|, g of `sum`
 
     // Key j of row i: their score, gamma^(i-j) of a polynomial and (i-j) log gamma of softmax.
-    //   factor: the log-sum-exp of softmax, c_i, or 1 / s
-    __device__ void add(float x, float fade, float factor) {
+    //   factor: the log-sum-exp of softmax, c_i, or 1 / s; keys: i + 1
+    __device__ void add(float x, float fade, float factor, float keys) {
         float x2 = x * x, y = fabsf(x);
         now[kScore] += x;
         now[kScoreSquare] += x2;
         max_score = fmaxf(max_score, y);
-        if constexpr (kPower == 0) {
+        if constexpr (A::kOnline) {
             float log_a = x + fade - factor, a = expf(log_a);
             now[kEntropy] -= a * log_a;
-            add_to_rest<kPower>(now, a > largest ? largest : a, 1.0f, 1.0f);
+            add_to_rest<A>(now, a > largest ? largest : a, 1.0f, 1.0f);
             largest = fmaxf(largest, a);
         } else {
-            float da = power<kPower - 1>(x) * (fade * factor), a = da * x;
-            now[kMoment] += power<kPower>(x2);
+            float a, da;
+            A::weighted(a, da, x, fade * factor, keys, ScalarMath());
+            if constexpr (A::kPower > 0) now[kMoment] += A::value(x2, keys, ScalarMath());
             now[kAbsolute] += fabsf(a);
             now[kNegative] += fmaxf(-a, 0.0f);
             now[kSquare] += a * a;
             max_weight = fmaxf(max_weight, fabsf(a));
             if constexpr (kRowSum) {
                 bool larger = y > largest;
-                add_to_rest<kPower>(now, larger ? largest : y, larger ? largest_fade : fade, factor);
+                add_to_rest<A>(now, larger ? largest : y, larger ? largest_fade : fade, factor);
                 if (larger) largest = y, largest_fade = fade;
             } else {
                 now[kSlope] += da * da;
@@ -168,13 +160,13 @@ struct RowNorms {
             auto other = [=](auto x) { return __shfl_xor_sync(0xFFFFFFFFu, x, offset); };
 #pragma unroll
             for (int n = 0; n < kRowSums; n++)
-                if (has<kPower, kRowSum>(n)) total[n] += other(total[n]);
+                if (has<A, kRowSum>(n)) total[n] += other(total[n]);
             max_score = fmaxf(max_score, other(max_score));
-            if constexpr (kPower > 0) max_weight = fmaxf(max_weight, other(max_weight));
-            if constexpr (kPower == 0 || kRowSum) {
+            if constexpr (!A::kOnline) max_weight = fmaxf(max_weight, other(max_weight));
+            if constexpr (A::kOnline || kRowSum) {
                 float x = other(largest), fade = other(largest_fade);
                 bool larger = x > largest;
-                add_to_rest<kPower, double>(total, larger ? largest : x, larger ? largest_fade : fade,
+                add_to_rest<A, double>(total, larger ? largest : x, larger ? largest_fade : fade,
                                             factor);
                 if (larger) largest = x, largest_fade = fade;
             }
@@ -187,7 +179,7 @@ struct RowNorms {
         row.score_square = total[kScoreSquare];
         row.max_score = max_score;
         double R1 = total[kRest], R2 = total[kRestSquare];
-        if constexpr (kPower == 0) {
+        if constexpr (A::kOnline) {
             double a = largest, a2 = a * a;
             row.absolute = R1 + a;
             row.square = R2 + a2;
@@ -202,13 +194,13 @@ struct RowNorms {
             row.moment = total[kMoment];
             row.jacobian = total[kSlope];
             if constexpr (kRowSum) {
-                double u = power<kPower - 1, double>(largest) * c,
-                       fade2 = (double)largest_fade * largest_fade;
-                double a = u * largest, without = R1 + kRowSumEps * c;  // 1 - a_m
+                double a, u, fade2 = (double)largest_fade * largest_fade;
+                A::weighted(a, u, (double)largest, c, 0.0, ScalarMath());
+                double without = R1 + kRowSumEps * c;  // 1 - a_m
                 row.jacobian = u * u * (fade2 * without * without + R2) + total[kRestOwn] +
                                (fade2 * a * a + R2) * total[kRestSlope];
             }
-            row.jacobian *= kPower * kPower;
+            row.jacobian *= A::kSlopeFactor * A::kSlopeFactor;
         }
         if (row.square != 0) row.effective_keys = row.absolute * row.absolute / row.square;
         return row;
@@ -222,7 +214,7 @@ __device__ inline double joined(int number, double a, double b) {
 
 // Blocks: (B H, tiles of queries), the last, longest, first.
 //   c_factor: what makes c_i of a table's entry
-template <class Real, int kPower, bool kRowSum>
+template <class Real, class A, bool kRowSum>
 __global__ __launch_bounds__(kAttentionThreads,
                              3) void attention_norms_kernel(NormSums* parts /*(H,B,tiles)*/, const Real* qkv,
                                                             const float* stats, float c_factor,
@@ -235,7 +227,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     const int tile = gridDim.y - 1 - blockIdx.y, i0 = tile * Tiles::kRows;
     const size_t stride = 3 * (size_t)C, table = (size_t)h * shape.tables.stride;
     const Real* head = qkv + b * T * stride + h * D;
-    const float log_gamma = kPower == 0 && shape.decays ? shape.tables.log_gamma[h] : 0;
+    const float log_gamma = A::kOnline && shape.decays ? shape.tables.log_gamma[h] : 0;
 
     Tiles::load(q, head + i0 * stride, stride, T - i0, D);
     float factor[2] = {};
@@ -243,14 +235,14 @@ __global__ __launch_bounds__(kAttentionThreads,
     for (int r = 0; r < 2; r++) {
         const int i = i0 + Tiles::row(r);
         if (i >= T) continue;
-        if constexpr (kPower == 0 || kRowSum) {
+        if constexpr (A::kOnline || kRowSum) {
             const float stat = stats[(size_t)blockIdx.x * T + i];
             factor[r] = kRowSum ? 1 / stat : stat;
         } else {
             factor[r] = shape.tables.c[table + i] * c_factor;
         }
     }
-    RowNorms<kPower, kRowSum> rows[2];
+    RowNorms<A, kRowSum> rows[2];
     for (int j0 = 0, keys = 0; j0 <= i0; j0 += Tiles::kRows) {
         __syncthreads();
         Tiles::load(k, head + j0 * stride + C, stride, T - j0, D);
@@ -264,10 +256,10 @@ __global__ __launch_bounds__(kAttentionThreads,
             for (int m = 0; m < Tiles::kKeys; m++) {
                 const int distance = nearest - Tiles::key(m);
                 if (distance < 0) continue;
-                const float fade = kPower == 0    ? distance * log_gamma
+                const float fade = A::kOnline     ? distance * log_gamma
                                    : shape.decays ? shape.tables.fade[table + distance]
                                                   : 1.0f;
-                rows[r].add(s[r][m] * shape.scale, fade, factor[r]);
+                rows[r].add(s[r][m] * shape.scale, fade, factor[r], i + 1.0f);
             }
         }
         keys += Tiles::kKeys;
@@ -316,11 +308,11 @@ void attention_norms(NormSums* sums,      // (H)
     AttentionTables tables(reinterpret_cast<float*>(parts + (size_t)B * H * tiles), decay != nullptr, T, H);
     make_tables(tables, decay, config, T, H, D, stream);
     AttentionShape shape = attention_shape(config, decay, T, H, D, tables, {});
-    float c_factor = (float)std::pow((double)D, 0.5 * config.power);
-    with_power(config.power, [&](auto power) {
-        auto* kernel = &attention_norms_kernel<Real, power, false>;
-        if constexpr (power > 0)
-            if (config.has_row_sum()) kernel = &attention_norms_kernel<Real, power, true>;
+    float c_factor = (float)std::pow((double)D, 0.5 * config.power());
+    with_activation(config.kind, [&]<class A>(A) {
+        auto* kernel = &attention_norms_kernel<Real, A, false>;
+        if constexpr (A::kPower > 0)
+            if (config.has_row_sum()) kernel = &attention_norms_kernel<Real, A, true>;
         kernel<<<dim3(B * H, tiles), kAttentionThreads, 0, stream>>>(parts, qkv, stats, c_factor, shape);
         check_launch();
     });

@@ -110,20 +110,16 @@ __global__ void attention_state_rows(Real* out, const float* shares, const float
 
 template <class Real>
 inline void launch_state_kernel(float* shares, float* state, const Real* q, const Real* k, const float* decay,
-                                int power, int stride, int n, int H, int D, cudaStream_t stream) {
-    const int block = feature_block(power), blocks = ceil_div(D, block);
-    auto run = [&](auto kernel) {
-        kernel<<<dim3(feature_tiles(power, D), H), kStateThreads, 0, stream>>>(shares, state, q, k, decay,
-                                                                               stride, n, H, D, blocks);
+                                AttentionKind kind, int stride, int n, int H, int D, cudaStream_t stream) {
+    with_linear_power(kind, [&](auto power) {
+        constexpr int P = power;
+        auto* kernel = attention_state_kernel<P, P == 3 ? 32 : 64, Real>;
+        if constexpr (P < 3)
+            if (D > 64) kernel = attention_state_kernel<P, 128, Real>;
+        kernel<<<dim3(feature_tiles(P, D), H), kStateThreads, 0, stream>>>(
+            shares, state, q, k, decay, stride, n, H, D, ceil_div(D, feature_block(P)));
         check_launch();
-    };
-    if (power == 1) {
-        run(D <= 64 ? attention_state_kernel<1, 64, Real> : attention_state_kernel<1, 128, Real>);
-    } else if (power == 2) {
-        run(D <= 64 ? attention_state_kernel<2, 64, Real> : attention_state_kernel<2, 128, Real>);
-    } else {
-        run(attention_state_kernel<3, 32, Real>);
-    }
+    });
 }
 
 // Tokens start .. start+n-1, which go into the state and see each other through it. Kinds of attention:
@@ -136,11 +132,11 @@ inline void attention_state_forward(Real* out,               // (n,C)
                                     const float* decay,      // (H), or null
                                     const float* row_scale,  // (n,H)
                                     const AttentionConfig& config, int n, int H, int D, cudaStream_t stream) {
-    const int C = H * D, tiles = feature_tiles(config.power, D);
+    const int C = H * D, tiles = feature_tiles(config.power(), D);
     for (int t = 0; t < n; t += kStateTokens) {
         int count = std::min(kStateTokens, n - t);
         const Real* rows = qkv + (size_t)t * 3 * C;
-        launch_state_kernel(scratch, state, rows, rows + C, decay, config.power, 3 * C, count, H, D, stream);
+        launch_state_kernel(scratch, state, rows, rows + C, decay, config.kind, 3 * C, count, H, D, stream);
         attention_state_rows<<<dim3(count, H), kStateThreads, 0, stream>>>(
             out + (size_t)t * C, scratch, row_scale + (size_t)t * H, config.has_row_sum(), tiles, H, D);
         check_launch();
@@ -154,7 +150,7 @@ inline void attention_state_of_cache(float* state,        // (H,state_size)
                                      const float* decay,  // (H), or null
                                      const AttentionConfig& config, int n, int H, int D,
                                      cudaStream_t stream) {
-    launch_state_kernel<Real>(nullptr, state, nullptr, cache, decay, config.power, 2 * H * D, n, H, D,
+    launch_state_kernel<Real>(nullptr, state, nullptr, cache, decay, config.kind, 2 * H * D, n, H, D,
                               stream);
 }
 

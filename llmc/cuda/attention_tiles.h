@@ -258,7 +258,7 @@ __device__ inline void store_sums(float* to, size_t stride, const float (&x)[kD 
 // One for all heads where there is no decay, one a head otherwise. Filled on the device, for a learned decay
 // is known nowhere else.
 struct AttentionTables {
-    float* c = nullptr;     // (heads,T): c_i / sqrt(D)^p of a polynomial; without c_i for `sum`
+    float* c = nullptr;     // (heads,T): c_i / sqrt(D)^p of a polynomial; without c_i for `sum`; otherwise 1
     float* fade = nullptr;  // (heads,T): gamma^n
     // (heads,T): the distance e_i at which a term of row i has no part in the gradient of log gamma, for what
     // gamma takes from it there c_i gives back.
@@ -297,16 +297,15 @@ __device__ inline double smooth_part(double y) {
 }
 
 // By index of row and distance. factor: what c_i has for all rows; kind: the rest of it.
-template <bool kPolynomial>
+template <int kThreads = 128>
 __global__ void attention_tables(AttentionTables tables, const float* decay /*(H), or null*/, ScaleKind kind,
                                  double factor, int T) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x, h = blockIdx.y;
+    int i = blockIdx.x * kThreads + threadIdx.x, h = blockIdx.y;
     if (i >= T) return;
-    double delta = decay ? (double)decay[h] : 0;
-    double log_g = !decay ? 0 : delta > 0 ? -log1p(exp(-delta)) : delta - log1p(exp(delta));
+    double log_g = decay ? log_gamma(decay[h]) : 0;
     size_t at = (size_t)h * T + i;
     double length = i + 1;  // n_i
-    if (kPolynomial && kind == ScaleKind::row && log_g != 0)
+    if (kind == ScaleKind::row && log_g != 0)
         length = expm1(2 * length * log_g) / expm1(2 * log_g);
     double c = kind == ScaleKind::row    ? factor / sqrt(length)
                : kind == ScaleKind::mean ? factor / (i + 1)
@@ -315,21 +314,25 @@ __global__ void attention_tables(AttentionTables tables, const float* decay /*(H
     if (!decay) return;
     tables.fade[at] = (float)exp(i * log_g);
     // The derivative of log n_i in 2 log gamma, without the 1 / (2 log gamma) that its two terms share.
-    bool gives_back = kPolynomial && kind == ScaleKind::row;
     tables.neutral[at] =
-        gives_back ? (float)(smooth_part(-2 * log_g) - (i + 1) * smooth_part(-2 * (i + 1) * log_g)) : 0.0f;
+        kind == ScaleKind::row ? (float)(smooth_part(-2 * log_g) - (i + 1) * smooth_part(-2 * (i + 1) * log_g)) : 0.0f;
     if (i == 0) tables.log_gamma[h] = (float)log_g;
 }
 
 inline void make_tables(const AttentionTables& tables, const float* decay, const AttentionConfig& config,
                         int T, int H, int D, cudaStream_t stream) {
     if (config.softmax() && !decay) return;
-    double factor = std::pow((double)D, -0.5 * config.power), m = gaussian_moment(config.power, D);
-    if (config.scale == ScaleKind::row || config.scale == ScaleKind::mean) factor /= std::sqrt(m);
-    if (config.scale == ScaleKind::context) factor /= std::sqrt((double)config.context);
-    if (config.scale == ScaleKind::constant) factor *= config.constant;
-    auto kernel = config.softmax() ? &attention_tables<false> : &attention_tables<true>;
-    kernel<<<dim3(ceil_div(T, 128), decay ? H : 1), 128, 0, stream>>>(tables, decay, config.scale, factor, T);
+    ScaleKind kind = ScaleKind::constant;  // c_i is 1 where there is no power
+    double factor = 1;
+    if (config.polynomial()) {
+        kind = config.scale;
+        factor = std::pow((double)D, -0.5 * config.power());
+        double m = gaussian_moment(config.power(), D);
+        if (kind == ScaleKind::row || kind == ScaleKind::mean) factor /= std::sqrt(m);
+        if (kind == ScaleKind::context) factor /= std::sqrt((double)config.context);
+        if (kind == ScaleKind::constant) factor *= config.constant;
+    }
+    attention_tables<><<<dim3(ceil_div(T, 128), decay ? H : 1), 128, 0, stream>>>(tables, decay, kind, factor, T);
     check_launch();
 }
 

@@ -43,10 +43,10 @@ class Cache {
     template <class Decay>
     void begin(Decay decay) {
         if (has_state_ || kind_ == CacheKind::kv || !has_linear_form(attention_, D_)) return;
-        if (kind_ == CacheKind::automatic && length < state_pays_from(attention_.power, D_)) return;
+        if (kind_ == CacheKind::automatic && length < state_pays_from(attention_.power(), D_)) return;
         has_state_ = true;
         for (size_t l = 0; l < state_.size(); l++) {
-            size_t size = H_ * state_size(attention_.power, D_);
+            size_t size = H_ * state_size(attention_.power(), D_);
             state_[l] = DeviceArray<float>(size);
             check(cudaMemsetAsync(state_[l].get(), 0, size * sizeof(float), stream_));
             if (length)
@@ -65,7 +65,7 @@ class Cache {
         int end = length + T;
         if (l == 0 || config_.decay == DecayKind::learned) place_row_scale(decay, T);
         if (has_state_) {
-            if (l == 0) scratch_.grow(attention_state_scratch(attention_.power, H_, D_), stream_);
+            if (l == 0) scratch_.grow(attention_state_scratch(attention_.power(), H_, D_), stream_);
             attention_state_forward(out, state_[l].get(), scratch_.get(), heads, decay, row_scale_.get(),
                                     attention_, T, H_, D_, stream_);
             return;
