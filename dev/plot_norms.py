@@ -18,7 +18,8 @@ from typing import NoReturn
 from metrics import read_metrics
 
 Series = dict[tuple[int, ...], list[tuple[int, dict]]]  # by (layer, head) or (layer,): steps and their lines
-DRAWN = {"attention_norm", "jacobian_norm", "effective_keys", "entropy", "moment_excess", "gradient_norm"}
+DRAWN = {"attention_norm", "jacobian_norm", "effective_keys", "entropy", "moment_excess", "score_std",
+         "gradient_norm"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,8 +30,8 @@ class Parser(argparse.ArgumentParser):
 @dataclass
 class Run:
     label: str
-    softmax: bool
-    power: int
+    scores: str  # the key that says how the scores are: entropy, moment_excess or score_std
+    power: int  # p of poly<p>; 0: none, or not known
     predicted: list[tuple[float, float]]  # norm and jacobian_norm, one or one a head; empty: no prediction
     heads: Series = field(default_factory=dict)
     layers: Series = field(default_factory=dict)
@@ -84,10 +85,16 @@ def gaussian_norms(p: int, scale: str, context: int, D: int, T: int, gamma: floa
     return math.sqrt(mean * m), p * math.sqrt(mean * gaussian_moment(p - 1, D))
 
 
+def power_of(attention: str) -> int:
+    """p of poly<p>, 0 for the kinds that are no polynomial."""
+    return 0 if attention in ("softmax", "sigmoid") else int(attention.removeprefix("poly"))
+
+
 def predictions(config: dict, T: int) -> list[tuple[float, float]]:
     """For each head, or one for all that are alike; none for what has no prediction."""
     attention, scale = config["attention"], str(config["attention_scale"])
-    if attention == "softmax" or scale == "sum":
+    power = power_of(attention)
+    if power == 0 or scale == "sum":
         return []
     H = config["n_head"]
     gammas = [1.0]
@@ -96,7 +103,7 @@ def predictions(config: dict, T: int) -> list[tuple[float, float]]:
         return []
     if config["decay"] != "none":
         gammas = [1 / (1 + math.exp(-(1 + 4.5 * h / max(H - 1, 1)))) for h in range(H)]
-    return [gaussian_norms(int(attention[4:]), scale, config["n_positions"], config["n_embd"] // H, T, gamma)
+    return [gaussian_norms(power, scale, config["n_positions"], config["n_embd"] // H, T, gamma)
             for gamma in gammas]
 
 
@@ -104,31 +111,31 @@ def read_run(folder: str) -> Run:
     heads, layers = read_norms(Path(folder) / "metrics.jsonl")
     name = Path(folder).resolve().name
     checkpoints = sorted(Path(folder).glob("step_*/config.json"))
+    first = next(iter(heads.values()))[0][1]
+    scores = next((key for key in ("entropy", "moment_excess") if key in first), "score_std")
     if not checkpoints:  # none written yet: what the lines say is all there is
-        first = next(iter(heads.values()))[0][1]
-        return Run(name, "entropy" in first, 0, [], heads, layers)
+        return Run(name, scores, 0, [], heads, layers)
     config = {"attention": "softmax", "attention_scale": "row", "decay": "none"} | read_json(checkpoints[-1])
     trainer = checkpoints[-1].with_name("trainer.json")
     options = read_json(trainer).get("options", {}) if trainer.exists() else {}
     try:
         T = options.get("--seq") or config["n_positions"]
         predicted = predictions(config, T)
-        softmax = config["attention"] == "softmax"
-        power = 0 if softmax else int(config["attention"][4:])
+        power = power_of(config["attention"])
     except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{checkpoints[-1]}: not a config.json of train_gpt: {error!r}") from None
     label = f"{name}: {config['attention']}"
-    if not softmax:
+    if power:
         label += f", scale {config['attention_scale']}"
     if config["decay"] != "none":
         label += f", {config['decay']} decay"
-    return Run(label, softmax, power, predicted, heads, layers)
+    return Run(label, scores, power, predicted, heads, layers)
 
 
 def panel(run: Run, row: str) -> tuple[str, str, float]:
     """The key that a row of the picture shows of a run, its label, and what is added to the key's values."""
-    if row == "scores" and run.softmax:
-        return "entropy", "entropy (nats)", 0
+    if row == "scores" and run.scores != "moment_excess":
+        return run.scores, {"entropy": "entropy (nats)", "score_std": "spread of the scores"}[run.scores], 0
     if row == "scores":  # excess + 1, which a logarithmic axis can show
         power = 2 * run.power if run.power else "2p"
         return "moment_excess", f"$E[x^{{{power}}}]$ over the Gaussian's", 1
@@ -211,7 +218,7 @@ def draw(runs: list[Run], out: str) -> None:
     few = layers if len(layers) <= 8 else [layers[i * (len(layers) - 1) // 5] for i in range(6)]
     handles = [Line2D([], [], color=colours[layer], label=f"layer {layer}") for layer in few]
     handles.append(Line2D([], [], label=r"softmax's bounds, $\sqrt{N}$ and $2\sqrt{N}$", **bound))
-    if not all(run.softmax for run in runs):
+    if any(run.scores == "moment_excess" for run in runs):
         handles.append(Line2D([], [], label="polynomials, for Gaussian q and k", **prediction))
     figure.legend(handles=handles, loc="outside lower center", ncols=4 if len(runs) < 3 else 8)
     figure.suptitle("Attention while training: a line a head, coloured by layer", fontsize=13)

@@ -12,15 +12,19 @@
 //   weighted  w f(x) and w f'(x) in the fewest operations, the latter without the factor kSlopeFactor
 //
 // A Number is a float or a double, or a vector of floats on the CPU; `keys` is how many keys the row sees, i + 1.
-// Math keeps the copies apart that the CPU backend has for different instruction sets (llmc/cpu/isa.h).
+// Math has exp() and reciprocal() for it: ScalarMath here, VectorMath in llmc/cpu/vector.h, DeviceMath in
+// llmc/cuda/common.h. It also keeps the copies apart that the CPU backend has for different instruction sets
+// (llmc/cpu/isa.h).
 #pragma once
+#include <cmath>
+
 #include "llmc/error.h"
 #include "llmc/host_device.h"
 
-enum class AttentionKind { softmax, poly1, poly2, poly3, poly4 };
+enum class AttentionKind { softmax, poly1, poly2, poly3, poly4, sigmoid };
 
 // The values of --attention and of the key in config.json, in the order of the enumeration.
-inline constexpr const char* kAttentionNames[] = {"softmax", "poly1", "poly2", "poly3", "poly4"};
+inline constexpr const char* kAttentionNames[] = {"softmax", "poly1", "poly2", "poly3", "poly4", "sigmoid"};
 
 // x^P, by repeated squaring.
 template <int P, class Number, class Math>
@@ -34,8 +38,16 @@ LLMC_HD inline Number integer_power(Number x, Math math) {
     }
 }
 
-// Math for a float or a double.
-struct ScalarMath {};
+struct ScalarMath {
+    template <class Number>
+    Number exp(Number x) const {
+        return std::exp(x);
+    }
+    template <class Number>
+    Number reciprocal(Number x) const {
+        return 1 / x;
+    }
+};
 
 // exp(x) in rows that sum to 1.
 struct Softmax {
@@ -65,6 +77,28 @@ struct Poly {
     }
 };
 
+// sigmoid(x - log(i+1)), as 1 / (1 + (i+1) exp(-x)), which is right where exp(-x) overflows, too. The bias by
+// the row makes up for the sum that is missing: with scores of 0 a row adds up to (i+1) / (i+2).
+struct Sigmoid {
+    static constexpr bool kOnline = false;
+    static constexpr int kPower = 0, kSlopeFactor = 1;
+
+    template <class Number, class Math>
+    LLMC_HD static Number value(Number x, Number keys, Math math) {
+        return math.reciprocal(1.0f + keys * math.exp(-x));
+    }
+    template <class Number, class Math>
+    LLMC_HD static Number slope(Number /*x*/, Number value, Math) {
+        return value * (1.0f - value);
+    }
+    template <class Number, class Math>
+    LLMC_HD static void weighted(Number& value, Number& slope, Number x, Number w, Number keys, Math math) {
+        const Number unweighted = Sigmoid::value(x, keys, math);
+        value = unweighted * w;
+        slope = (1.0f - unweighted) * value;
+    }
+};
+
 // Calls f with the activation of this kind: inner loops then hold no branch on it.
 template <class F>
 decltype(auto) with_activation(AttentionKind kind, F f) {
@@ -79,6 +113,8 @@ decltype(auto) with_activation(AttentionKind kind, F f) {
             return f(Poly<3>());
         case AttentionKind::poly4:
             return f(Poly<4>());
+        case AttentionKind::sigmoid:
+            return f(Sigmoid());
     }
     fail("attention: ", (int)kind, " is no kind of attention");
 }

@@ -47,13 +47,13 @@ struct ModelFlags {
         return config;
     }
 
-    // A new model: GPT-2's kind of attention, or RoPE and qk-norm where it is a polynomial, unless flags say
-    // otherwise.
+    // A new model: GPT-2 where the attention is softmax. Every other kind has RoPE and qk-norm unless flags say
+    // otherwise, because the size of its scores is that of its weights: it has no normaliser that makes up for it.
     GPTConfig fresh(int vocab_size, int eot_token) const {
         GPTConfig config = with_preset(GPTConfig(), "nano");
         config.vocab_size = vocab_size;
         config.set_separator(eot_token);
-        if (attention && *attention != kAttentionNames[0]) {
+        if (over(config).attention_kind != AttentionKind::softmax) {
             config.positions = PositionKind::rope;
             config.qk_norm = true;
         }
@@ -350,10 +350,10 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
         ->check(one_of(kAttentionNames));
     model("--attention-scale", o.model.attention_scale, "scale of polynomial attention (default row)")
         ->check(attention_scale_value());
-    model("--positions", o.model.positions, "(default: rope for polynomials, else learned)")
+    model("--positions", o.model.positions, "(default: learned for softmax, else rope)")
         ->check(one_of(kPositionNames));
     model("--qk-norm", o.model.qk_norm,
-          "true or false: RMS-normalise q and k (default: true for polynomials)")
+          "true or false: RMS-normalise q and k (default: false for softmax, else true)")
         ->check(one_of({"true", "false"}));
     model("--decay", o.model.decay, "fade attention with distance (default none)")
         ->check(one_of(kDecayNames));

@@ -1,4 +1,4 @@
-// Softmax and polynomial attention of llmc/cuda against the double precision oracle: every kind at small
+// Attention of llmc/cuda against the double precision oracle: every kind at small
 // sizes, and sizes at the edges of tiles and of the kernels' head sizes.
 #include "tests/cuda_attention.h"
 
@@ -81,8 +81,9 @@ TEST_CASE_TEMPLATE("cuda attention: rows of zeros", Real, float, gpu::bf16) {
     }
 }
 
-TEST_CASE_TEMPLATE("cuda attention: softmax with logits of +-100", Real, float, gpu::bf16) {
-    // Scaled so that the largest |x| is 100: a float logit is then off by some 1e-5, and so are the weights.
+TEST_CASE_TEMPLATE("cuda attention: softmax and sigmoid with scores of +-100", Real, float, gpu::bf16) {
+    // Scaled so that the largest |x| is 100: a float score is then off by some 1e-5, and so are the weights. The
+    // exponentials of sigmoid overflow.
     const Size size = {1, 66, 2, 16};
     const int T = size.T, H = size.H, D = size.D, C = H * D;
     for (double sign : {1.0, -1.0}) {
@@ -98,8 +99,10 @@ TEST_CASE_TEMPLATE("cuda attention: softmax with logits of +-100", Real, float, 
                     largest = std::max(largest, std::abs(x));
         for (size_t i = 0; i < qkv.size(); i++)
             if (i / C % 3 == 0) qkv[i] = Real((float)qkv[i] * (float)(sign * 100 / largest));
-        for (DecayKind decay : {DecayKind::none, DecayKind::learned})
-            check_attention({AttentionConfig(), decay}, size, qkv, decay_of({AttentionConfig(), decay}, H),
-                            1e-4);
+        for (AttentionKind activation : {AttentionKind::softmax, AttentionKind::sigmoid})
+            for (DecayKind decay : {DecayKind::none, DecayKind::learned}) {
+                const Kind kind{{.kind = activation}, decay};
+                check_attention(kind, size, qkv, decay_of(kind, H), 1e-4);
+            }
     }
 }

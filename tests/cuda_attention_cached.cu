@@ -12,7 +12,7 @@ namespace {
 // `state`: made of the first `start` tokens.
 template <class Real>
 void check_cached(const AttentionConfig& config, bool decays, int start, int n, int H, int D,
-                  bool state = false) {
+                  bool state = false, float least_delta = 1) {
     const int T = start + n, C = H * D;
     INFO(reference::describe(config));
     CAPTURE(decays);
@@ -22,7 +22,7 @@ void check_cached(const AttentionConfig& config, bool decays, int start, int n, 
     CAPTURE(state);
     std::vector<Real> qkv = convert<Real>(reference::normal((size_t)T * 3 * C, 1));
     Floats delta;
-    for (int h = 0; h < H && decays; h++) delta.push_back(1.0f + h);
+    for (int h = 0; h < H && decays; h++) delta.push_back(least_delta + h);
     Vector all = reference::attention_forward(to_double(qkv), to_double(delta), config, 1, T, H, D).out;
     std::vector<Real> cache;
     for (int t = 0; t < T; t++)
@@ -68,6 +68,9 @@ TEST_CASE_TEMPLATE("attention on the GPU: a few new tokens after those in the ca
             check_cached<Real>(config, decays, 140, 1, 2, 64);
             if (config.scale == ScaleKind::row) check_cached<Real>(config, decays, 600, 1, 1, 3);
         }
+    // log sigmoid(-100) is -100, although exp(100) overflows.
+    for (AttentionKind kind : {AttentionKind::softmax, AttentionKind::poly1})
+        check_cached<Real>({.kind = kind}, true, 3, 2, 1, 8, false, -100);
 }
 
 TEST_CASE_TEMPLATE("attention on the GPU: a few new tokens after those in the state", Real, float,

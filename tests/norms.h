@@ -13,7 +13,7 @@ inline std::vector<AttentionOption> norms_options() {
 }
 
 // (n,n): dA_j / dx_k of a row of n keys.
-inline Vector dense_jacobian(const AttentionRow& row, double log_gamma, const AttentionConfig& config) {
+inline Vector dense_jacobian(const AttentionRow& row, const AttentionConfig& config) {
     int n = (int)row.x.size(), p = config.power();
     Vector J((size_t)n * n);
     for (int j = 0; j < n; j++)
@@ -23,10 +23,11 @@ inline Vector dense_jacobian(const AttentionRow& row, double log_gamma, const At
                 d = row.A[j] * ((j == k) - row.A[k]);
                 continue;
             }
-            double x = row.x[k], xp = power(x, p), dxp = p * power(x, p - 1);
-            if (j == k) d = dxp * std::exp((n - 1 - j) * log_gamma) / row.stat;
+            if (j == k) d = row.slope[j];
+            if (!config.has_row_sum()) continue;
             // A_j = x_j^p g_j / s, ds / dx_k = sign(x_k^p) dxp
-            if (config.has_row_sum()) d -= row.A[j] / row.stat * ((xp > 0) - (xp < 0)) * dxp;
+            double x = row.x[k], xp = power(x, p), dxp = p * power(x, p - 1);
+            d -= row.A[j] / row.stat * ((xp > 0) - (xp < 0)) * dxp;
         }
     return J;
 }
@@ -57,7 +58,7 @@ inline AttentionNorms attention_norms(const Vector& qkv /*(B,T,3C)*/, double log
             if (row_square > 0) n.effective_keys += row_absolute * row_absolute / row_square / (B * T);
             square += row_square;
             absolute += row_absolute;
-            Vector J = dense_jacobian(row, log_gamma, config);
+            Vector J = dense_jacobian(row, config);
             jacobian += dot(J, J);
         }
     n.norm = std::sqrt(square / (B * T));

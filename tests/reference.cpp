@@ -194,7 +194,7 @@ double power(double x, int p) {
 AttentionRow attention_row(const double* q /*row i, (D)*/, const double* k /*row 0, rows 3C apart*/,
                            double log_gamma /*0: no decay*/, const AttentionConfig& config, int i, int C,
                            int D) {
-    AttentionRow row{Vector(i + 1), Vector(i + 1)};
+    AttentionRow row{Vector(i + 1), Vector(i + 1), Vector(i + 1)};
     for (int j = 0; j <= i; j++) {
         for (int d = 0; d < D; d++) row.x[j] += q[d] * k[(size_t)j * 3 * C + d];
         row.x[j] /= std::sqrt(D);
@@ -204,7 +204,17 @@ AttentionRow attention_row(const double* q /*row i, (D)*/, const double* k /*row
         for (int j = 0; j <= i; j++) max = std::max(max, row.x[j] + (i - j) * log_gamma);
         for (int j = 0; j <= i; j++) sum += row.A[j] = std::exp(row.x[j] + (i - j) * log_gamma - max);
         for (int j = 0; j <= i; j++) row.A[j] /= sum;
+        row.slope = row.A;
         row.stat = max + std::log(sum);
+        return row;
+    }
+    if (config.kind == AttentionKind::sigmoid) {
+        for (int j = 0; j <= i; j++) {
+            const double y = row.x[j] - std::log(i + 1.0), fade = std::exp((i - j) * log_gamma);
+            row.A[j] = fade / (1 + std::exp(-y));
+            row.slope[j] = fade / (1 + std::exp(-y)) / (1 + std::exp(y));
+        }
+        row.stat = 1;
         return row;
     }
     const int p = config.power();
@@ -235,7 +245,11 @@ AttentionRow attention_row(const double* q /*row i, (D)*/, const double* k /*row
             row.stat = 1 / config.constant;
             break;
     }
-    for (int j = 0; j <= i; j++) row.A[j] = power(row.x[j], p) * std::exp((i - j) * log_gamma) / row.stat;
+    for (int j = 0; j <= i; j++) {
+        const double factor = std::exp((i - j) * log_gamma) / row.stat;
+        row.A[j] = power(row.x[j], p) * factor;
+        row.slope[j] = p * power(row.x[j], p - 1) * factor;
+    }
     return row;
 }
 
@@ -297,13 +311,13 @@ AttentionGradients attention_backward(const Vector& dout /*(B,T,C)*/, const Vect
                 r += row.A[j] * dA[j];
             }
             for (int j = 0; j <= i; j++) {
-                double dx = row.A[j] * (dA[j] - r);
+                double dx = row.slope[j] * dA[j];
                 if (config.softmax()) {
+                    dx -= row.slope[j] * r;
                     add_term(bh, dx * (i - j));
                 } else {
                     double xp = power(row.x[j], p), sign = (xp > 0) - (xp < 0);
-                    dx = p * power(row.x[j], p - 1) / row.stat *
-                         (std::exp((i - j) * log_gamma) * dA[j] - (config.has_row_sum() ? sign * r : 0));
+                    if (config.has_row_sum()) dx -= p * power(row.x[j], p - 1) / row.stat * sign * r;
                     add_term(bh, row.A[j] * dA[j] * (i - j + row.dlog_scale));
                 }
                 for (int d = 0; d < D; d++) {

@@ -132,6 +132,7 @@ double power(double x, int p);
 // One row of one head: for j <= i the scores x_ij, the matrix A_ij, and what else the two passes need of it.
 struct AttentionRow {
     Vector x, A;
+    Vector slope;           // dA_ij / dx_ij without what x_ij does to the row's normaliser
     double stat = 0;        // softmax: log-sum-exp of the logits; otherwise 1 / c_i
     double dlog_scale = 0;  // d log c_i / d log gamma
 };
@@ -161,7 +162,8 @@ struct AttentionGradients {
 //   softmax      dx_ij = A_ij (dA_ij - r_i), and log gamma has the gradient sum_ij dx_ij (i-j)
 //   sum          dx_ij = p x_ij^(p-1) (gamma^(i-j) dA_ij - sign(x_ij^p) r_i) / s_i
 //   other scales dx_ij = c_i gamma^(i-j) p x_ij^(p-1) dA_ij
-// and for every polynomial log gamma has the gradient sum_ij A_ij dA_ij (i - j + d log c_i / d log gamma).
+//   sigmoid      dx_ij = gamma^(i-j) sigmoid'(x_ij - log(i+1)) dA_ij
+// and for all but softmax log gamma has the gradient sum_ij A_ij dA_ij (i - j + d log c_i / d log gamma).
 AttentionGradients attention_backward(const Vector& dout /*(B,T,C)*/, const Vector& qkv /*(B,T,3C)*/,
                                       const Vector& decay, const AttentionConfig& config, int B, int T, int H,
                                       int D);

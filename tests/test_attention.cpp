@@ -1,4 +1,4 @@
-// Softmax and polynomial attention of llmc/cpu against the double precision oracle, in float and in bf16, and
+// Attention of llmc/cpu against the double precision oracle, in float and in bf16, and
 // the oracle's backward pass against finite differences of its forward pass. The oracle gets the inputs
 // rounded as the layer does.
 #include "llmc/cpu/attention.h"
@@ -169,8 +169,9 @@ TEST_CASE_TEMPLATE("attention: rows of zeros", Real, float, bf16) {
     }
 }
 
-TEST_CASE_TEMPLATE("attention: softmax with logits of +-100", Real, float, bf16) {
-    // Scaled so that the largest |x| is 100: a float logit is then off by some 1e-5, and so are the weights.
+TEST_CASE_TEMPLATE("attention: softmax and sigmoid with scores of +-100", Real, float, bf16) {
+    // Scaled so that the largest |x| is 100: a float score is then off by some 1e-5, and so are the weights. The
+    // exponentials of sigmoid overflow.
     const int B = 1, T = 66, H = 2, D = 16, C = H * D;
     for (double sign : {1.0, -1.0}) {
         CAPTURE(sign);
@@ -185,10 +186,11 @@ TEST_CASE_TEMPLATE("attention: softmax with logits of +-100", Real, float, bf16)
             }
         for (size_t i = 0; i < qkv.size(); i++)
             if (i / C % 3 == 0) qkv[i] = qkv[i] * (float)(sign * 100 / largest);
-        for (DecayKind decay : {DecayKind::none, DecayKind::learned}) {
-            AttentionOption option{AttentionConfig(), decay};
-            check_attention(option, B, T, H, D, qkv, decay_of(option, H), 1e-4);
-        }
+        for (AttentionKind kind : {AttentionKind::softmax, AttentionKind::sigmoid})
+            for (DecayKind decay : {DecayKind::none, DecayKind::learned}) {
+                AttentionOption option{{.kind = kind}, decay};
+                check_attention(option, B, T, H, D, qkv, decay_of(option, H), 1e-4);
+            }
     }
 }
 

@@ -1,6 +1,7 @@
 """dev/bench/cuda_layers.cu on the simulator, and the scripts that make a report of what it measures. What the
 figures say is not tested: on the simulator they mean nothing."""
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,8 @@ sys.path.insert(0, str(ROOT / "dev" / "bench"))
 import gpu_report  # noqa: E402
 import losses  # noqa: E402
 
-ATTENTION = ["softmax", "poly1", "poly2", "poly3", "poly4"]
+NAMES = re.search(r"kAttentionNames\[\] = {(.*?)}", (ROOT / "llmc" / "activation.h").read_text(), re.DOTALL)[1]
+ATTENTION = re.findall(r'"(\w+)"', NAMES)
 
 
 class Folder(unittest.TestCase):

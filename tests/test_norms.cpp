@@ -55,7 +55,7 @@ TEST_CASE("norms: the dense Jacobian agrees with finite differences") {
         Vector k((size_t)T * 3), unit(T);
         for (int j = 0; j < T; j++) k[j * 3] = 0.3 + 0.4 * j * (j % 2 ? -1 : 1);
         auto row = [&] { return attention_row(&q, k.data(), log_gamma, option.config, T - 1, 1, 1); };
-        Vector J = dense_jacobian(row(), log_gamma, option.config);
+        Vector J = dense_jacobian(row(), option.config);
         for (int j = 0; j < T; j++) {
             Vector dk = finite_differences(
                 k, [&] { return row().A[j]; }, 1e-5);

@@ -15,6 +15,7 @@
 #include "llmc/rng.h"
 #include "llmc/sampler.h"
 #include "llmc/schedule.h"
+#include "tests/attention_kinds.h"
 #include "tests/helpers.h"
 
 TEST_CASE("Philox4x32-10 gives its authors' known answers") {
@@ -202,6 +203,36 @@ TEST_CASE("scales of the rows: moments and effective lengths against direct sums
         }
     }
     CHECK(effective_row_length(41, 0) == 42);
+    CHECK(log_gamma(-1000) == -1000);
+    CHECK(log_gamma(1000) == 0);
+}
+
+TEST_CASE("activations: values, slopes by finite differences, and no kind but those that have a name") {
+    const double keys = 12, w = -0.3, step = 1e-5;
+    const ScalarMath math;
+    for (AttentionKind kind : reference::every_kind()) {
+        INFO(std::string(kAttentionNames[(int)kind]));
+        with_activation(kind, [&]<class A>(A) {
+            CHECK(attention_power(kind) == A::kPower);
+            if constexpr (!A::kOnline)
+                for (double x : {-2.5, -0.4, 0.7, 3.0}) {
+                    CAPTURE(x);
+                    const double value = A::value(x, keys, math), slope = A::slope(x, value, math);
+                    CHECK(value == doctest::Approx(A::kPower > 0 ? std::pow(x, A::kPower)
+                                                                 : 1 / (1 + std::exp(std::log(keys) - x))));
+                    const double above = A::value(x + step, keys, math),
+                                 below = A::value(x - step, keys, math);
+                    CHECK(slope == doctest::Approx((above - below) / (2 * step)).epsilon(1e-6));
+                    double weighted, weighted_slope;
+                    A::weighted(weighted, weighted_slope, x, w, keys, math);
+                    CHECK(weighted == doctest::Approx(w * value));
+                    CHECK(weighted_slope * A::kSlopeFactor == doctest::Approx(w * slope));
+                }
+        });
+    }
+    const AttentionKind unknown = (AttentionKind)std::size(kAttentionNames);
+    check_error([&] { with_activation(unknown, [](auto) {}); }, {"attention", "no kind"});
+    check_error([&] { with_linear_power(AttentionKind::poly4, [](auto) {}); }, {"poly4", "linear"});
 }
 
 TEST_CASE("config.json goes out and comes back; what it may not say is refused") {

@@ -15,14 +15,14 @@ CONFIG = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64, "attention
           "attention_scale": "row", "decay": "none"}
 
 
-def norm_lines(softmax: bool = False) -> list[dict]:
+def norm_lines(scores: dict | None = None) -> list[dict]:
     lines = [{"step": 1, "loss": 3.5}]
     for step in [0, 10, 20]:
         for layer in range(2):
             for head in range(2):
                 line = {"step": step, "layer": layer, "head": head, "attention_norm": 0.5 + step * (head + 1),
                         "jacobian_norm": 0.25 + step, "effective_keys": 5.0 + layer}
-                lines.append(line | ({"entropy": 1.5} if softmax else {"moment_excess": step - 0.5}))
+                lines.append(line | {"score_std": 1.0} | (scores or {"moment_excess": step - 0.5}))
             lines.append({"step": step, "layer": layer, "gradient_norm": 0.5})
     return lines
 
@@ -66,8 +66,15 @@ class PlotNormsTest(unittest.TestCase):
             self.assertIn(part, output.getvalue())
 
     def test_softmax_beside_a_polynomial(self) -> None:
-        softmax = self.make_run("softmax", norm_lines(softmax=True), CONFIG | {"attention": "softmax"})
+        softmax = self.make_run("softmax", norm_lines({"entropy": 1.5}), CONFIG | {"attention": "softmax"})
         self.check_drawn(softmax, self.make_run("cubic", norm_lines()))
+
+    def test_sigmoid(self) -> None:
+        lines = [{key: line[key] for key in line if key != "moment_excess"} for line in norm_lines()]
+        folder = self.make_run("run", lines, CONFIG | {"attention": "sigmoid"})
+        self.check_drawn(folder)
+        run = plot_norms.read_run(folder)
+        self.assertEqual((run.label, run.scores, run.predicted), ("run: sigmoid", "score_std", []))
 
     def test_what_a_run_may_lack(self) -> None:
         self.check_drawn(self.make_run("no checkpoint yet", norm_lines(), None))
@@ -91,8 +98,8 @@ class PlotNormsTest(unittest.TestCase):
         self.assertEqual([step for step, _ in run.heads[0, 1]], [0, 10, 20])
         self.assertEqual(sorted(run.layers), [(0,), (1,)])
         # A config.json without our keys is GPT-2's.
-        plain = plot_norms.read_run(self.make_run("gpt2", norm_lines(softmax=True), {"n_positions": 64}))
-        self.assertEqual((plain.label, plain.softmax, plain.predicted), ("gpt2: softmax", True, []))
+        plain = plot_norms.read_run(self.make_run("gpt2", norm_lines({"entropy": 1.5}), {"n_positions": 64}))
+        self.assertEqual((plain.label, plain.scores, plain.predicted), ("gpt2: softmax", "entropy", []))
 
     def test_predictions(self) -> None:
         def predicted(T: int = 32, **changes) -> list[tuple[float, float]]:
@@ -114,7 +121,7 @@ class PlotNormsTest(unittest.TestCase):
             with self.subTest(**changes):
                 for got, value in zip(predicted(**changes)[0], expected):
                     self.assertAlmostEqual(got, value, places=12)
-        for changes in [{"attention": "softmax"}, {"attention_scale": "sum"},
+        for changes in [{"attention": "softmax"}, {"attention": "sigmoid"}, {"attention_scale": "sum"},
                         {"attention_scale": "mean", "decay": "learned"}]:
             self.assertEqual(predicted(**changes), [])
 

@@ -8,6 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# The kinds of attention, as config.json names them.
+ATTENTIONS = ["softmax", "poly1", "poly2", "poly3", "poly4", "sigmoid"]
+
+
+def power_of(attention: str) -> int:
+    """p of poly<p>, 0 for every other kind."""
+    return int(attention.removeprefix("poly")) if attention.startswith("poly") else 0
+
 
 def rms_norm(x: Tensor) -> Tensor:  # (..., D)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
@@ -36,9 +44,12 @@ def attention_matrix(q: Tensor, k: Tensor, delta: Tensor | None, attention: str,
     if attention == "softmax":
         return (x + log_fade).softmax(-1)
 
-    p = int(attention.removeprefix("poly"))
-    power = x ** p
     fade = log_fade.exp()  # gamma^(i-j), and 0 for j > i
+    if attention == "sigmoid":
+        return torch.sigmoid(x - (i[:, None] + 1).log()) * fade
+
+    p = power_of(attention)
+    power = x ** p
     moment = math.prod((2 * s + 1) * (1 + 2 * s / D) for s in range(p))  # E[x^(2p)] for q, k ~ N(0, I)
     match scale:
         case "row":  # n_i is the sum over the row of gamma^(2(i-j)): i + 1 without decay

@@ -21,13 +21,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from attention import ATTENTIONS, power_of
 from gpt import GPT, GPTConfig, forward_backward
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
 SIZES = {"n_layer": 2, "n_embd": 12, "n_positions": 17, "vocab_size": 29}
 BATCH, SEQ = 2, 13
 FACTORS = {
-    "attention": ["softmax", "poly1", "poly2", "poly3", "poly4"],
+    "attention": ATTENTIONS,
     "attention_scale": ["row", "context", "mean", "sum", "0.35"],
     "positions": ["learned", "rope"],
     "qk_norm": [False, True],
@@ -42,17 +43,17 @@ FIRST = [dict(zip(FACTORS, values)) for values in [("softmax", "row", "learned",
 
 def covered(case: dict) -> set:
     """The combinations in a case: every two of its values and, of a polynomial, its scale with its decay and
-    whether its power is odd, for these three meet in the gradients. Softmax has no scale."""
-    if case["attention"] == "softmax":
+    whether its power is odd, because these three meet in the gradients. Only polynomials have a scale."""
+    power = power_of(case["attention"])
+    if power == 0:
         return set(combinations({**case, "attention_scale": None}.items(), 2))
-    odd = case["attention"] in ("poly1", "poly3")
-    return set(combinations(case.items(), 2)) | {(case["attention_scale"], case["decay"], odd)}
+    return set(combinations(case.items(), 2)) | {(case["attention_scale"], case["decay"], power % 2)}
 
 
 def choose_cases() -> list[dict]:
     """Cases that cover, between them, all that a model can have; greedily, and always the same ones."""
     candidates = [case for case in (dict(zip(FACTORS, values)) for values in product(*FACTORS.values()))
-                  if case["attention"] != "softmax" or case["attention_scale"] == "row"]
+                  if power_of(case["attention"]) or case["attention_scale"] == "row"]
     random.Random(1).shuffle(candidates)
     missing = set().union(*map(covered, candidates))
     cases = []
@@ -89,7 +90,7 @@ def make_model(config: GPTConfig, tensors: dict[str, Tensor], dtype: torch.dtype
 
 def case_name(config: GPTConfig) -> str:
     words = [config.attention]
-    words += [config.attention_scale] if config.attention != "softmax" else []
+    words += [config.attention_scale] if power_of(config.attention) else []
     words += [config.positions]
     words += ["qknorm"] if config.qk_norm else []
     words += [f"{config.decay}-decay"] if config.decay != "none" else []

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from attention import attention_matrix, rms_norm, rotate
+from attention import ATTENTIONS, attention_matrix, power_of, rms_norm, rotate
 from shards import batches
 
 # The values that config.json may have where a typing error, or another GPT-2, would pass for this model.
 ALLOWED = {"model_type": ["gpt2"], "layer_norm_epsilon": [1e-5], "activation_function": ["gelu_new"],
-           "attention": ["softmax", "poly1", "poly2", "poly3", "poly4"], "positions": ["learned", "rope"],
+           "attention": ATTENTIONS, "positions": ["learned", "rope"],
            "decay": ["none", "fixed", "learned"], "qk_norm": [False, True]}
 
 
@@ -39,7 +39,7 @@ class GPTConfig:
     n_embd: int
     n_positions: int
     vocab_size: int
-    attention: str = "softmax"  # or poly1 to poly4
+    attention: str = "softmax"  # one of ATTENTIONS
     attention_scale: str = "row"  # context, mean, sum or a number; for polynomials only
     positions: str = "learned"  # or rope
     qk_norm: bool = False
@@ -130,8 +130,9 @@ class FusedAttention(Attention):
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         T, D = config.n_positions, config.n_embd // config.n_head
-        self.power = 0 if config.attention == "softmax" else int(config.attention.removeprefix("poly"))
-        self.covered = config.decay == "none" and (self.power == 0 or config.attention_scale == "row")
+        self.power = power_of(config.attention)
+        self.covered = config.decay == "none" and (config.attention == "softmax" or
+                                                   self.power > 0 and config.attention_scale == "row")
         tables = {}
         if config.positions == "rope":
             unit = torch.cat([torch.ones(T, D // 2), torch.zeros(T, D // 2)], dim=-1).double()

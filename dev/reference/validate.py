@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
-from attention import attention_matrix, rms_norm, rotate
+from attention import ATTENTIONS, attention_matrix, power_of, rms_norm, rotate
 from gpt import GPT, GPTConfig, ShortConv
 
-ATTENTIONS = ["softmax", "poly1", "poly2", "poly3", "poly4"]
 SCALES = ["row", "context", "mean", "sum", "0.35"]
 
 
@@ -25,6 +24,8 @@ def attention_row(x: list[float], gamma: float, D: int, attention: str, scale: s
     if attention == "softmax":
         row = [math.exp(x[j]) * gamma ** (i - j) for j in range(i + 1)]
         return [value / sum(row) for value in row]
+    if attention == "sigmoid":
+        return [gamma ** (i - j) / (1 + (i + 1) * math.exp(-x[j])) for j in range(i + 1)]
     p = int(attention[-1])
     a, b, c = 1 + 2 / D, 1 + 4 / D, 1 + 6 / D
     m = [1, 3 * a, 15 * a * b, 105 * a * b * c][p - 1]
@@ -79,7 +80,7 @@ def check_formulas() -> None:
 def check_gradients() -> None:
     tokens = torch.tensor([[0, 3, 1, 4]])
     for attention, decay in product(ATTENTIONS, ["none", "learned"]):
-        for scale in ["row"] if attention == "softmax" else SCALES:
+        for scale in SCALES if power_of(attention) else ["row"]:
             config = GPTConfig(1, 2, 4, 4, 5, attention, scale, "rope", True, decay, short_conv=2)
             model = GPT(config).double()
             names, values = zip(*model.named_parameters())

@@ -129,6 +129,9 @@ inline vec exp(vec x) {
 }
 
 // What activations (llmc/activation.h) compute with.
-struct VectorMath {};
+struct VectorMath {
+    vec exp(vec x) const { return cpu::exp(x); }
+    vec reciprocal(vec x) const { return 1.0f / x; }
+};
 
 }  // namespace cpu

@@ -28,7 +28,7 @@ __global__ void attention_cached_kernel(Real* out, float* scores, const Real* qk
             x += distance * log_g;
             largest = fmaxf(largest, x);
         } else {
-            x = A::value(x, i + 1.0f, ScalarMath());
+            x = A::value(x, i + 1.0f, DeviceMath());
             total += fabsf(x);
             x *= expf(distance * log_g);
         }

@@ -195,7 +195,7 @@ __global__ __launch_bounds__(kAttentionThreads,
                 for (int m = 0; m < 4; m++) {
                     const int distance = row + r - j0 - x - 8 * m;
                     const float x = activation_argument<A>(s[r][m], shape.scale);
-                    s[r][m] = distance >= 0 ? A::value(x, row + r + 1.0f, ScalarMath()) : 0;
+                    s[r][m] = distance >= 0 ? A::value(x, row + r + 1.0f, DeviceMath()) : 0;
                     rows.total[r] += fabsf(s[r][m]);
                     if (shape.decays) s[r][m] *= shape.tables.fade[table + max(0, min(distance, T - 1))];
                 }

@@ -41,18 +41,10 @@ inline AttentionShape attention_shape(const AttentionConfig& config, const float
     return {T, H, D, config.has_row_sum(), decay != nullptr, 1 / std::sqrt((float)D), tables, segments};
 }
 
-constexpr float kLog2e = 1.44269504088896340736f;
-
 // What an activation takes: q . k for a power, otherwise the score.
 template <class A>
 __device__ float activation_argument(float qk, float scale) {
     return A::kPower > 0 ? qk : qk * scale;
-}
-
-__device__ inline float fast_exp2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 // ------------------------------------------------------------------------------------------------ forward
@@ -115,7 +107,7 @@ __device__ void plain_weights(float (&s)[8][4], ForwardRows& rows, const int (&l
     for (int n = 0; n < 8; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            s[n][e] = A::value(activation_argument<A>(s[n][e], scale), row + e / 2 * 8 + 1.0f, ScalarMath());
+            s[n][e] = A::value(activation_argument<A>(s[n][e], scale), row + e / 2 * 8 + 1.0f, DeviceMath());
             if (kDiagonal && 8 * n + e % 2 > last[e / 2]) s[n][e] = 0;
         }
     if (row_sum) {
@@ -334,13 +326,13 @@ __device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[
         } else {
             const float x = activation_argument<A>(s[e], scale), keys = rows[e] + 1.0f;
             float value, slope;
-            A::weighted(value, slope, x, w[e], keys, ScalarMath());
+            A::weighted(value, slope, x, w[e], keys, DeviceMath());
             s[e] = visible[e] ? value : 0;
             if constexpr (kRowSum) {
                 // Of |x^p|, whose derivative has the sign of x^p.
-                value = A::value(x, keys, ScalarMath());
+                value = A::value(x, keys, DeviceMath());
                 da[e] = da[e] * w[e] - (value > 0 ? dot[e] : value < 0 ? -dot[e] : 0);
-                A::weighted(value, slope, x, 1.0f, keys, ScalarMath());
+                A::weighted(value, slope, x, 1.0f, keys, DeviceMath());
             }
             da[e] = visible[e] ? slope * da[e] : 0;
         }

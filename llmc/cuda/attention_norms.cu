@@ -99,7 +99,7 @@ __device__ void add_to_rest(Number (&sum)[kRowSums], Number x, Number fade, Numb
         sum[kRestCube] += x * x * x;
     } else {
         Number u, share;
-        A::weighted(share, u, x, factor, Number(), ScalarMath());
+        A::weighted(share, u, x, factor, Number(), DeviceMath());
         Number faded_u = u * fade, faded_share = share * fade;
         sum[kRest] += share;
         sum[kRestSquare] += faded_share * faded_share;
@@ -130,8 +130,8 @@ struct RowNorms {
             largest = fmaxf(largest, a);
         } else {
             float a, da;
-            A::weighted(a, da, x, fade * factor, keys, ScalarMath());
-            if constexpr (A::kPower > 0) now[kMoment] += A::value(x2, keys, ScalarMath());
+            A::weighted(a, da, x, fade * factor, keys, DeviceMath());
+            if constexpr (A::kPower > 0) now[kMoment] += A::value(x2, keys, DeviceMath());
             now[kAbsolute] += fabsf(a);
             now[kNegative] += fmaxf(-a, 0.0f);
             now[kSquare] += a * a;
@@ -195,7 +195,7 @@ struct RowNorms {
             row.jacobian = total[kSlope];
             if constexpr (kRowSum) {
                 double a, u, fade2 = (double)largest_fade * largest_fade;
-                A::weighted(a, u, (double)largest, c, 0.0, ScalarMath());
+                A::weighted(a, u, (double)largest, c, 0.0, DeviceMath());
                 double without = R1 + kRowSumEps * c;  // 1 - a_m
                 row.jacobian = u * u * (fade2 * without * without + R2) + total[kRestOwn] +
                                (fade2 * a * a + R2) * total[kRestSlope];

@@ -71,6 +71,24 @@ __device__ Real from_float(float x) {
     }
 }
 
+constexpr float kLog2e = 1.44269504088896340736f;
+
+__device__ inline float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// What activations (llmc/activation.h) compute with: approximations that are off by 1 or 2 units in the last place.
+struct DeviceMath {
+    __device__ float exp(float x) const { return fast_exp2(x * kLog2e); }
+    __device__ float reciprocal(float x) const {
+        float y;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+        return y;
+    }
+};
+
 // Of all lanes, in all lanes. The order of additions is fixed.
 __device__ inline float warp_sum(float x) {
     for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
