@@ -11,10 +11,10 @@
 //   slope     f'(x), from x and the value there
 //   weighted  w f(x) and w f'(x) in the fewest operations, the latter without the factor kSlopeFactor
 //
-// A Number is a float or a double, or a vector of floats on the CPU; `keys` is how many keys the row sees, i + 1.
-// Math has exp() and reciprocal() for it: ScalarMath here, VectorMath in llmc/cpu/vector.h, DeviceMath in
-// llmc/cuda/common.h. It also keeps the copies apart that the CPU backend has for different instruction sets
-// (llmc/cpu/isa.h).
+// A Number is a float or a double, or a vector of floats on the CPU; `keys` is the number of keys that the
+// row sees. Math has exp() and reciprocal() for it: ScalarMath here, VectorMath in llmc/cpu/vector.h,
+// DeviceMath in llmc/cuda/common.h. It also keeps the copies apart that the CPU backend has for different
+// instruction sets (llmc/cpu/isa.h).
 #pragma once
 #include <cmath>
 
@@ -33,7 +33,7 @@ LLMC_HD inline Number integer_power(Number x, Math math) {
     if constexpr (P == 0) return Number() + 1.0f;
     if constexpr (P == 1) return x;
     if constexpr (P >= 2) {
-        const Number part = integer_power<P % 2 ? P - 1 : P / 2>(x, math);
+        const Number part = integer_power<(P % 2 ? P - 1 : P / 2)>(x, math);
         return part * (P % 2 ? x : part);
     }
 }
@@ -71,7 +71,8 @@ struct Poly {
         return (float)P * integer_power<P - 1>(x, math);
     }
     template <class Number, class Math>
-    LLMC_HD static void weighted(Number& value, Number& slope, Number x, Number w, Number /*keys*/, Math math) {
+    LLMC_HD static void weighted(Number& value, Number& slope, Number x, Number w, Number /*keys*/,
+                                 Math math) {
         slope = integer_power<P - 1>(x, math) * w;
         value = slope * x;
     }

@@ -12,7 +12,8 @@ inline float initial_decay(int head, int H) {
     return H == 1 ? 1.0f : 1.0f + 4.5f * head / (H - 1);
 }
 
-// log gamma with gamma = sigmoid(delta): finite for every finite delta, because exp() has no positive argument.
+// log gamma with gamma = sigmoid(delta): finite for every finite delta, because exp() has no positive
+// argument.
 LLMC_HD inline double log_gamma(double delta) {
     return delta > 0 ? -log1p(exp(-delta)) : delta - log1p(exp(delta));
 }
@@ -36,8 +37,8 @@ inline std::vector<double> row_scale_log_derivatives(int64_t T, double log_gamma
     return e;
 }
 
-// c_i of a polynomial: A_ij = c_i gamma^(i-j) x_ij^p. For `sum` it is 1, because its normaliser depends on the
-// scores, and for every other kind of attention.
+// c_i of a polynomial: A_ij = c_i gamma^(i-j) x_ij^p. For `sum` it is 1, because its normaliser depends on
+// the scores, and for every other kind of attention.
 inline double row_scale(const AttentionConfig& config, int64_t i, double log_gamma, int D) {
     if (!config.polynomial()) return 1;
     double m = gaussian_moment(config.power(), D);

@@ -47,8 +47,9 @@ struct ModelFlags {
         return config;
     }
 
-    // A new model: GPT-2 where the attention is softmax. Every other kind has RoPE and qk-norm unless flags say
-    // otherwise, because the size of its scores is that of its weights: it has no normaliser that makes up for it.
+    // A new model: GPT-2 where the attention is softmax. Every other kind has RoPE and qk-norm unless flags
+    // say otherwise, because the size of its scores is that of its weights: it has no normaliser that makes
+    // up for it.
     GPTConfig fresh(int vocab_size, int eot_token) const {
         GPTConfig config = with_preset(GPTConfig(), "nano");
         config.vocab_size = vocab_size;
@@ -231,8 +232,8 @@ inline void require_supported(const Backend& backend, const GPTConfig& config, c
                     can.largest_head);
     auto require_linear_form = [&](bool wanted, const char* flag) {
         if (wanted && !has_linear_form(config.attention(), config.head_size()))
-            usage_error(flag, ": ", kAttentionNames[(int)config.attention_kind], ", scale ", config.attention_scale,
-                        ", heads of ", config.head_size(),
+            usage_error(flag, ": ", kAttentionNames[(int)config.attention_kind], ", scale ",
+                        config.attention_scale, ", heads of ", config.head_size(),
                         ": expected poly1, poly2, or poly3 with heads of at most 32, and no scale sum with "
                         "odd powers");
     };

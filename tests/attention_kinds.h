@@ -1,5 +1,5 @@
-// The kinds of attention that the tests go through: all that llmc/activation.h has, polynomials with each scale,
-// and each with each decay.
+// The kinds of attention that the tests go through: all that llmc/activation.h has, polynomials with each
+// scale, and each with each decay.
 #pragma once
 #include <iterator>
 #include <string>

@@ -82,8 +82,8 @@ TEST_CASE_TEMPLATE("cuda attention: rows of zeros", Real, float, gpu::bf16) {
 }
 
 TEST_CASE_TEMPLATE("cuda attention: softmax and sigmoid with scores of +-100", Real, float, gpu::bf16) {
-    // Scaled so that the largest |x| is 100: a float score is then off by some 1e-5, and so are the weights. The
-    // exponentials of sigmoid overflow.
+    // Scaled so that the largest |x| is 100: a float score is then off by some 1e-5, and so are the weights.
+    // The exponentials of sigmoid overflow.
     const Size size = {1, 66, 2, 16};
     const int T = size.T, H = size.H, D = size.D, C = H * D;
     for (double sign : {1.0, -1.0}) {

@@ -34,14 +34,19 @@ TEST_CASE_TEMPLATE("cuda linear attention: every head size with every power", Re
         AttentionKind activation;
         Size size;
     };
-    std::vector<Case> cases = {{AttentionKind::poly1, {1, 1, 1, 32}},  {AttentionKind::poly1, {2, 65, 3, 7}},   {AttentionKind::poly1, {1, 66, 1, 33}},
-                               {AttentionKind::poly1, {1, 65, 1, 96}}, {AttentionKind::poly1, {1, 65, 1, 128}}, {AttentionKind::poly2, {1, 64, 1, 16}},
-                               {AttentionKind::poly2, {1, 70, 2, 20}}, {AttentionKind::poly2, {1, 65, 1, 40}},  {AttentionKind::poly3, {1, 1, 1, 8}},
-                               {AttentionKind::poly3, {1, 65, 3, 7}},  {AttentionKind::poly3, {1, 70, 1, 12}}};
+    std::vector<Case> cases = {
+        {AttentionKind::poly1, {1, 1, 1, 32}},   {AttentionKind::poly1, {2, 65, 3, 7}},
+        {AttentionKind::poly1, {1, 66, 1, 33}},  {AttentionKind::poly1, {1, 65, 1, 96}},
+        {AttentionKind::poly1, {1, 65, 1, 128}}, {AttentionKind::poly2, {1, 64, 1, 16}},
+        {AttentionKind::poly2, {1, 70, 2, 20}},  {AttentionKind::poly2, {1, 65, 1, 40}},
+        {AttentionKind::poly3, {1, 1, 1, 8}},    {AttentionKind::poly3, {1, 65, 3, 7}},
+        {AttentionKind::poly3, {1, 70, 1, 12}}};
     if (thorough() || !std::is_same_v<Real, float>) cases.push_back({AttentionKind::poly2, {1, 65, 1, 72}});
     if (thorough())
-        cases.insert(cases.end(),
-                     {{AttentionKind::poly2, {1, 130, 2, 64}}, {AttentionKind::poly2, {1, 65, 1, 99}}, {AttentionKind::poly2, {1, 66, 1, 128}}, {AttentionKind::poly3, {1, 130, 1, 32}}});
+        cases.insert(cases.end(), {{AttentionKind::poly2, {1, 130, 2, 64}},
+                                   {AttentionKind::poly2, {1, 65, 1, 99}},
+                                   {AttentionKind::poly2, {1, 66, 1, 128}},
+                                   {AttentionKind::poly3, {1, 130, 1, 32}}});
     for (size_t i = 0; i < cases.size(); i++) {
         const auto& [activation, size] = cases[i];
         const bool sum = activation == AttentionKind::poly2 && i % 2;
@@ -54,7 +59,8 @@ TEST_CASE_TEMPLATE("cuda linear attention: every head size with every power", Re
     constexpr int kTile = gpu::attention_tile<Real>;
     for (AttentionKind activation : reference::linear_kinds())
         for (int D : {32, 17, 64, 33, 80, 65, 96, 81, 128, 97}) {
-            if (activation == AttentionKind::poly2 && std::is_same_v<Real, float> && D > 64) continue;  // minutes each
+            if (activation == AttentionKind::poly2 && std::is_same_v<Real, float> && D > 64)
+                continue;  // minutes each
             for (ScaleKind scale : {ScaleKind::row, ScaleKind::sum})
                 for (DecayKind decay : {DecayKind::none, DecayKind::fixed, DecayKind::learned})
                     if (has_linear_form({.kind = activation, .scale = scale}, D))
@@ -68,8 +74,8 @@ TEST_CASE_TEMPLATE("cuda linear attention: extreme decays, from forgetting at on
     const Floats delta = {-30.0f, -3.0f, 12.0f, 40.0f};
     const Size size = {1, 129, 4, 4};
     for (ScaleKind scale : {ScaleKind::row, ScaleKind::sum})
-        check_attention({{.kind = AttentionKind::poly2, .scale = scale}, DecayKind::fixed}, size, random_qkv<Real>(size), delta,
-                        1e-5, 64);
+        check_attention({{.kind = AttentionKind::poly2, .scale = scale}, DecayKind::fixed}, size,
+                        random_qkv<Real>(size), delta, 1e-5, 64);
 }
 
 TEST_CASE_TEMPLATE("cuda linear attention: rows of zeros in `sum`", Real, float, gpu::bf16) {
@@ -87,20 +93,22 @@ TEST_CASE_TEMPLATE("cuda linear attention: rows of zeros in `sum`", Real, float,
 
 TEST_CASE_TEMPLATE("cuda linear attention: many segments", Real, float, gpu::bf16) {
     for (AttentionKind activation : reference::linear_kinds())
-        check_linear<Real>(
-            {{.kind = activation,
-              .scale = activation == AttentionKind::poly2 ? ScaleKind::sum : ScaleKind::row}, DecayKind::learned},
-            {1, 270, 1, 4});
+        check_linear<Real>({{.kind = activation,
+                             .scale = activation == AttentionKind::poly2 ? ScaleKind::sum : ScaleKind::row},
+                            DecayKind::learned},
+                           {1, 270, 1, 4});
 }
 
 TEST_CASE("cuda linear attention: a learned decay's gradient over many segments") {
-    check_linear<float>({{.kind = AttentionKind::poly2, .scale = ScaleKind::row}, DecayKind::learned}, {1, 600, 1, 4});
+    check_linear<float>({{.kind = AttentionKind::poly2, .scale = ScaleKind::row}, DecayKind::learned},
+                        {1, 600, 1, 4});
 }
 
 TEST_CASE_TEMPLATE("cuda linear attention: segments of its own length", Real, float, gpu::bf16) {
     CHECK(gpu::linear_segment(1, 8) == 128);
     CHECK(gpu::linear_segment(2, 64) == 576);
-    check_linear<Real>({{.kind = AttentionKind::poly2, .scale = ScaleKind::row}, DecayKind::learned}, {1, 130, 1, 8}, 0);
+    check_linear<Real>({{.kind = AttentionKind::poly2, .scale = ScaleKind::row}, DecayKind::learned},
+                       {1, 130, 1, 8}, 0);
 }
 
 TEST_CASE("cuda linear attention: pays for long sequences") {

@@ -2,6 +2,7 @@
 // loss and the same gradient of every tensor.
 #include "dev/ptxsim/report.h"
 #include "llmc/cpu/dispatch.h"
+#include "llmc/options.h"
 #include "llmc/parameters.h"
 #include "tests/helpers.h"
 #include "tests/norms.h"
@@ -16,8 +17,9 @@ namespace {
 using reference::Vector;
 
 std::string describe(const GPTConfig& c) {
-    return str(kAttentionNames[(int)c.attention_kind], ", scale ", c.attention_scale, ", ", c.rope() ? "rope" : "learned",
-               c.qk_norm ? ", qk-norm" : "", ", decay ", (int)c.decay, ", conv ", c.short_conv);
+    return str(kAttentionNames[(int)c.attention_kind], ", scale ", c.attention_scale, ", ",
+               c.rope() ? "rope" : "learned", c.qk_norm ? ", qk-norm" : "", ", decay ", (int)c.decay,
+               ", conv ", c.short_conv);
 }
 
 // Weights like those after some training: noise on all that starts as zero or one.
@@ -233,7 +235,8 @@ TEST_CASE("the CUDA model against the CPU's: what is computed again in the backw
     for (Recompute recompute : {Recompute::gelu, Recompute::layernorm, Recompute::block})
         for (Precision precision : {Precision::fp32, Precision::bf16}) {
             GPTConfig config = small();
-            config.attention_kind = AttentionKind::poly3, config.qk_norm = true, config.positions = PositionKind::rope;
+            config.attention_kind = AttentionKind::poly3, config.qk_norm = true,
+            config.positions = PositionKind::rope;
             compare(config, {Purpose::training, 2, 23, precision, recompute});
         }
 }

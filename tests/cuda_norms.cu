@@ -50,7 +50,8 @@ std::vector<AttentionNorms> measure(const AttentionOption& option, const Size& s
 }
 
 template <class Real>
-void check_norms(const AttentionOption& option, const Size& size, const Floats& qkv, double tolerance = 1e-5) {
+void check_norms(const AttentionOption& option, const Size& size, const Floats& qkv,
+                 double tolerance = 1e-5) {
     auto [B, T, H, D] = size;
     INFO(describe(option), ", B ", B, ", T ", T, ", H ", H, ", D ", D);
     const std::vector<Real> rounded = convert<Real>(qkv);
@@ -86,12 +87,14 @@ TEST_CASE_TEMPLATE("cuda norms: every kind at every small size, and every size",
 }
 
 TEST_CASE("cuda norms: more keys than one thread adds up in float") {
-    check_norms<float>({{.kind = AttentionKind::poly3}, DecayKind::fixed}, {1, 530, 1, 8}, random_qkv({1, 530, 1, 8}));
+    check_norms<float>({{.kind = AttentionKind::poly3}, DecayKind::fixed}, {1, 530, 1, 8},
+                       random_qkv({1, 530, 1, 8}));
     check_norms<gpu::bf16>({{}, DecayKind::fixed}, {1, 300, 1, 8}, random_qkv({1, 300, 1, 8}));
 }
 
 TEST_CASE("cuda norms: many sequences") {
-    check_norms<float>({{.kind = AttentionKind::poly2}, DecayKind::fixed}, {140, 2, 1, 8}, random_qkv({140, 2, 1, 8}));
+    check_norms<float>({{.kind = AttentionKind::poly2}, DecayKind::fixed}, {140, 2, 1, 8},
+                       random_qkv({140, 2, 1, 8}));
 }
 
 TEST_CASE("cuda norms: rows that one key has nearly to itself") {

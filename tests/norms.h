@@ -25,9 +25,9 @@ inline Vector dense_jacobian(const AttentionRow& row, const AttentionConfig& con
             }
             if (j == k) d = row.slope[j];
             if (!config.has_row_sum()) continue;
-            // A_j = x_j^p g_j / s, ds / dx_k = sign(x_k^p) dxp
-            double x = row.x[k], xp = power(x, p), dxp = p * power(x, p - 1);
-            d -= row.A[j] / row.stat * ((xp > 0) - (xp < 0)) * dxp;
+            // d(1/s) / dx_k = -sign(x_k^p) (ds / dx_k) / s^2, and slope is (ds / dx_k) / s but for that sign
+            double xp = power(row.x[k], p);
+            d -= row.A[j] * ((xp > 0) - (xp < 0)) * row.slope[k];
         }
     return J;
 }

@@ -239,7 +239,12 @@ AttentionRow attention_row(const double* q /*row i, (D)*/, const double* k /*row
             break;
         case ScaleKind::sum:
             row.stat = 1e-6;
-            for (int j = 0; j <= i; j++) row.stat += std::abs(power(row.x[j], p));
+            for (int j = 0; j <= i; j++) {
+                const double weight = std::abs(power(row.x[j], p)) * std::exp((i - j) * log_gamma);
+                row.stat += weight;
+                row.dlog_scale -= (i - j) * weight;
+            }
+            row.dlog_scale /= row.stat;
             break;
         case ScaleKind::constant:
             row.stat = 1 / config.constant;
@@ -317,7 +322,7 @@ AttentionGradients attention_backward(const Vector& dout /*(B,T,C)*/, const Vect
                     add_term(bh, dx * (i - j));
                 } else {
                     double xp = power(row.x[j], p), sign = (xp > 0) - (xp < 0);
-                    if (config.has_row_sum()) dx -= p * power(row.x[j], p - 1) / row.stat * sign * r;
+                    if (config.has_row_sum()) dx -= row.slope[j] * sign * r;
                     add_term(bh, row.A[j] * dA[j] * (i - j + row.dlog_scale));
                 }
                 for (int d = 0; d < D; d++) {

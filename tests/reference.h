@@ -160,7 +160,7 @@ struct AttentionGradients {
 
 // With r_i = sum_j A_ij dA_ij:
 //   softmax      dx_ij = A_ij (dA_ij - r_i), and log gamma has the gradient sum_ij dx_ij (i-j)
-//   sum          dx_ij = p x_ij^(p-1) (gamma^(i-j) dA_ij - sign(x_ij^p) r_i) / s_i
+//   sum          dx_ij = gamma^(i-j) p x_ij^(p-1) (dA_ij - sign(x_ij^p) r_i) / s_i
 //   other scales dx_ij = c_i gamma^(i-j) p x_ij^(p-1) dA_ij
 //   sigmoid      dx_ij = gamma^(i-j) sigmoid'(x_ij - log(i+1)) dA_ij
 // and for all but softmax log gamma has the gradient sum_ij A_ij dA_ij (i - j + d log c_i / d log gamma).

@@ -54,8 +54,8 @@ void check(const AttentionOption& kind, int B, int T, int H, int D, int threads,
         CHECK(relative_error(doubles(out), y.out) < tolerance);
         Floats sums(stats.begin(), stats.begin() + (stats.empty() ? 0 : B * H * T));
         if (kind.config.has_row_sum()) CHECK(relative_error(to_double(sums), y.stats) < 1e-5);
-        cpu::attention_linear_backward(dqkv.data(), decays ? ddecay.data() : nullptr, dout.data(),
-                                       out.data(), stats.data(), qkv.data(), decay, kind.config, B, T, H, D);
+        cpu::attention_linear_backward(dqkv.data(), decays ? ddecay.data() : nullptr, dout.data(), out.data(),
+                                       stats.data(), qkv.data(), decay, kind.config, B, T, H, D);
         for (int part = 0; part < 3 && T > 1; part++) {  // q, k, v
             CAPTURE(part);
             Vector got, expected;
@@ -64,8 +64,7 @@ void check(const AttentionOption& kind, int B, int T, int H, int D, int threads,
             CHECK(relative_error(got, expected, 0.1 * norm(d.dqkv)) < tolerance);
         }
         for (float& x : ddecay) x -= 0.5f;
-        if (decays && T > 1)
-            CHECK(relative_error(to_double(ddecay), d.ddecay, d.ddecay_terms) < tolerance);
+        if (decays && T > 1) CHECK(relative_error(to_double(ddecay), d.ddecay, d.ddecay_terms) < tolerance);
         return std::make_pair(out, dqkv);
     };
     auto first = run(), again = run();
@@ -103,8 +102,8 @@ TEST_CASE("linear attention: the future does not leak, bit for bit") {
                    delta = {2.0f};
             const float* decay = kind.decay == DecayKind::none ? nullptr : delta.data();
             auto run = [&](Floats& o) {
-                cpu::attention_linear_forward(o.data(), stats.data(), qkv.data(),
-                                              decay, kind.config, 1, T, H, D);
+                cpu::attention_linear_forward(o.data(), stats.data(), qkv.data(), decay, kind.config, 1, T, H,
+                                              D);
             };
             run(out);
             for (int c = 0; c < 2 * D; c++) qkv[(size_t)j * 3 * D + D + c] *= -50;

@@ -240,6 +240,7 @@ TEST_CASE("cli: flags that a kind of attention has no kernel for are refused, an
     const Bad table[] = {
         {train + " --attention-kernel linear", {"--attention-kernel linear", "softmax", "poly1"}},
         {train + " --attention poly4 --attention-kernel linear", {"--attention-kernel linear", "poly4"}},
+        {train + " --attention sigmoid --attention-kernel linear", {"--attention-kernel linear", "sigmoid"}},
         {train + " --attention poly1 --attention-scale sum --attention-kernel linear", {"poly1", "sum"}},
         {train + " --attention-kernel fast", {"--attention-kernel", "fast", "auto", "tiled", "linear"}},
         {train + " --dtype fp16", {"--dtype", "fp16", "fp32", "bf16"}},

@@ -132,8 +132,11 @@ TEST_CASE("bf16: loss and gradients are those of float32 but for rounding") {
             difference += squares(gradient.data(), t.size);
             norm += squares(wanted.data(), t.size);
         }
-        CHECK(std::sqrt(difference / norm) <
-              6e-2);  // most are under 1e-2; high powers raise what was rounded
+        // Most are under 1e-2. High powers raise what was rounded; and `sum` with a decay divides by a sum of
+        // a few scores, which rounding changes much where they are small.
+        const bool few_terms =
+            golden.config.attention().has_row_sum() && golden.config.decay != DecayKind::none;
+        CHECK(std::sqrt(difference / norm) < (few_terms ? 0.12 : 6e-2));
     }
 }
 
@@ -212,7 +215,8 @@ TEST_CASE("generation with the cache gives the logits of the training forward pa
 TEST_CASE("a prompt longer than the buffers goes through the cache in pieces") {
     GPTConfig config;
     config.layers = 2, config.heads = 2, config.channels = 16, config.context = 40, config.vocab_size = 50;
-    config.attention_kind = AttentionKind::poly3, config.positions = PositionKind::rope, config.qk_norm = true, config.short_conv = 4;
+    config.attention_kind = AttentionKind::poly3, config.positions = PositionKind::rope,
+    config.qk_norm = true, config.short_conv = 4;
     config.decay = DecayKind::learned;
     std::vector<int> tokens(33);
     for (size_t i = 0; i < tokens.size(); i++) tokens[i] = (int)(i * i % 50);
@@ -306,6 +310,21 @@ TEST_CASE("generation goes over to the state without a change in the logits") {
             CHECK(automatic->cache.has_state());
             CHECK(!kv->cache.has_state());
         }
+}
+
+TEST_CASE("a new model has RoPE and qk-norm, unless its attention is softmax or flags say otherwise") {
+    for (AttentionKind kind : reference::every_kind()) {
+        ModelFlags flags;
+        flags.attention = kAttentionNames[(int)kind];
+        CAPTURE(*flags.attention);
+        const bool softmax = kind == AttentionKind::softmax;
+        CHECK(flags.fresh(100, -1).attention_kind == kind);
+        CHECK(flags.fresh(100, -1).rope() == !softmax);
+        CHECK(flags.fresh(100, -1).qk_norm == !softmax);
+        flags.positions = "learned", flags.qk_norm = softmax;
+        CHECK(!flags.fresh(100, -1).rope());
+        CHECK(flags.fresh(100, -1).qk_norm == softmax);
+    }
 }
 
 TEST_CASE("a kind of attention without a linear form is refused where that is asked for") {

@@ -238,7 +238,8 @@ TEST_CASE("activations: values, slopes by finite differences, and no kind but th
 TEST_CASE("config.json goes out and comes back; what it may not say is refused") {
     GPTConfig config;
     config.layers = 3, config.heads = 2, config.channels = 20, config.context = 7, config.vocab_size = 99;
-    config.attention_kind = AttentionKind::poly2, config.attention_scale = "0.125", config.positions = PositionKind::rope;
+    config.attention_kind = AttentionKind::poly2, config.attention_scale = "0.125",
+    config.positions = PositionKind::rope;
     config.qk_norm = true, config.decay = DecayKind::fixed, config.short_conv = 4;
     for (const std::vector<int>& ends : {std::vector<int>(), {98}, {3, 0}}) {
         config.bos_token = ends.empty() ? -1 : ends[0], config.eos_tokens = ends;

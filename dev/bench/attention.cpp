@@ -1,9 +1,8 @@
 // Times one attention kernel alone, forward and backward, from and to the layout of the qkv projection.
 // Prints a JSON line for each sequence length: milliseconds of a call of each pass, medians.
 //
-//   attention --attention softmax|poly1..poly4 --kernel tiled|linear --dtype fp32|bf16 --heads H --head-size
-//   D
-//             --seq T[,T...]
+//   attention --attention softmax|poly1..poly4|sigmoid --kernel tiled|linear --dtype fp32|bf16 --heads H
+//             --head-size D --seq T[,T...]
 //   attention --matmul N --dtype fp32|bf16     the rate of a matrix product of N^3 instead, the best of
 //   `repeat`
 #include <omp.h>

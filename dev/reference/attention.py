@@ -59,7 +59,7 @@ def attention_matrix(q: Tensor, k: Tensor, delta: Tensor | None, attention: str,
         case "mean":
             c = 1 / (math.sqrt(moment) * (i[:, None] + 1))
         case "sum":
-            c = 1 / (1e-6 + (power * visible).abs().sum(-1, keepdim=True))
+            c = 1 / (1e-6 + (power * fade).abs().sum(-1, keepdim=True))
         case number:
             c = float(number)
     return c * power * fade

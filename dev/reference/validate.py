@@ -36,7 +36,7 @@ def attention_row(x: list[float], gamma: float, D: int, attention: str, scale: s
     elif scale == "mean":
         c = 1 / (math.sqrt(m) * (i + 1))
     elif scale == "sum":
-        c = 1 / (1e-6 + sum(abs(value) ** p for value in x))
+        c = 1 / (1e-6 + sum(gamma ** (i - j) * abs(x[j]) ** p for j in range(i + 1)))
     else:
         c = float(scale)
     return [c * x[j] ** p * gamma ** (i - j) for j in range(i + 1)]

@@ -1,16 +1,16 @@
-// Causal attention, softmax and polynomial, forward and backward, in tiles of 64 queries by 64 keys: no (T,T)
-// matrix is stored, and what lies above the diagonal is not computed.
+// Causal attention, forward and backward, in tiles of 64 queries by 64 keys: no (T,T) matrix is stored, and
+// what lies above the diagonal is not computed.
 //
 //   x_ij = q_i . k_j / sqrt(D),  O = A V,  j <= i
 //   softmax: A_ij = exp(x_ij + (i-j) log gamma) / sum_j        (arXiv 1706.03762; tiling: arXiv 2307.08691)
-//   poly<p>: A_ij = c_i gamma^(i-j) x_ij^p                     (arXiv 2410.18613; c_i:
-//   llmc/attention_scale.h)
+//   poly<p>: A_ij = c_i gamma^(i-j) x_ij^p                     (arXiv 2410.18613; c_i: row_scale())
+//   sigmoid: A_ij = gamma^(i-j) sigmoid(x_ij - log(i+1))       (arXiv 2409.04431)
 //
 // qkv rows are q (H,D), k (H,D), v (H,D). decay holds delta (H) with gamma_h = sigmoid(delta_h), or is null:
-// gamma is 1. stats keeps what backward needs of a row (B,H,T): the log-sum-exp for softmax, 1e-6 + sum |x^p|
-// for the scale `sum`, nothing otherwise; and for `sum` in bf16, where dO . O is a small difference that a
-// rounded O would spoil, O itself in float (B,T,C) behind that (stats_size). Results are the same bits for
-// the same number of threads.
+// gamma is 1. stats keeps what backward needs of a row (B,H,T): the log-sum-exp for softmax, 1e-6 + sum_j
+// gamma^(i-j) |x_ij^p| for the scale `sum`, nothing otherwise; and for `sum` in bf16, where dO . O is a small
+// difference that a rounded O would spoil, O itself in float (B,T,C) behind that (stats_size). Results are
+// the same bits for the same number of threads.
 //
 // Tiles hold q . k; a polynomial's 1/sqrt(D)^p goes with c_i. Sums are float32, and so are the scores; with
 // bf16 the factors of every product are bf16 (tile.h).
@@ -163,8 +163,8 @@ inline void scores_to_weights(Word* weights,   // (64 keys,64) in words; may be 
                 vec x = activation_argument<A>(load(s + j * kTile + i), to_x);
                 vec a = A::value(x, keys_seen(i0 + i), VectorMath());
                 if (diagonal) a = lane_index() + i >= j ? a : vec{};
-                if (row_sum) sum += abs(a);
                 if (scale.decays) a *= scale.rising(i0 + i - j0 - j);
+                if (row_sum) sum += abs(a);
                 return a;
             };
             for (int j = 0; j < seen; j += 2) {
@@ -286,7 +286,7 @@ inline void attention_forward(Real* out,           // (B,T,C)
                 int tile = tiles - 1 - task / (B * H), bh = task % (B * H), b = bh / H, h = bh % H;
                 const Real* head = qkv + (size_t)b * T * 3 * C + h * D;
                 ForwardTile<A, Real> queries(scales[decay ? h : 0], config.has_row_sum(), T, C, D,
-                                                 scratch.get());
+                                             scratch.get());
                 queries.begin(head, tile * kTile);
                 for (int j0 = 0; j0 <= tile * kTile; j0 += kTile) queries.add_keys(head, j0);
                 queries.finish(out + (size_t)b * T * C + h * D, stats ? stats + (size_t)bh * T : nullptr,
@@ -297,10 +297,11 @@ inline void attention_forward(Real* out,           // (B,T,C)
 }
 
 // The weights and the gradient of the scores of one tile. s becomes A without c_i, da = c_i dO V^T becomes
-// the gradient of the activation's argument: of q . k for a power, otherwise of the score. On the diagonal only
-// the columns that add_queries() computed.
-//   Returns the gradient of log gamma where `wants_decay`: sum_ij (i-j-e_i) A_ij dA_ij for a polynomial, with
-//   the distance e_i that is neutral (HeadScale), sum_ij (i-j) dX_ij for softmax.
+// the gradient of the activation's argument: of q . k for a power, otherwise of the score. On the diagonal
+// only the columns that add_queries() computed.
+//   Returns the gradient of log gamma where `wants_decay`: sum_ij (i-j) dX_ij for softmax; otherwise
+//   sum_ij (i-j-e_i) A_ij dA_ij, with the distance e_i that is neutral (HeadScale) and, for `sum`, dA_ij less
+//   sign(x_ij^p) dO_i . O_i, which is what gamma does to the normaliser.
 template <class A, class Word>
 inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,64) in words of two; may be s
                                           Word* dx_pairs,        // (64 queries,64) in words of two; may be da
@@ -329,13 +330,12 @@ inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,
             vec slope = A::slope(x, value, VectorMath());
             vec fade = scale.decays ? scale.falling(distance) : broadcast(1.0f);
             a = value * fade;
-            dx = d * fade;
             if (row_sum) {  // of |x^p|, whose derivative has the sign of x^p
                 vec dot = broadcast(row_dot[i]);
-                if (A::kPower % 2 == 0) dx -= dot;
-                if (A::kPower % 2 == 1) dx -= x > 0.0f ? dot : x < 0.0f ? -dot : vec{};
+                if (A::kPower % 2 == 0) d -= dot;
+                if (A::kPower % 2 == 1) d -= x > 0.0f ? dot : x < 0.0f ? -dot : vec{};
             }
-            dx *= slope;
+            dx = d * fade * slope;
         }
         if (diagonal) {
             vint visible = lane_index() + j <= i;
@@ -344,8 +344,8 @@ inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,
         }
         if (wants_decay && i < queries) {
             float neutral = scale.neutral_distance.empty() ? 0.0f : scale.neutral_distance[i0 + i];
-            ddecay += (A::kOnline ? dx : a * d) *
-                      (__builtin_convertvector(distance - lane_index(), vec) - neutral);
+            ddecay +=
+                (A::kOnline ? dx : a * d) * (__builtin_convertvector(distance - lane_index(), vec) - neutral);
         }
     };
     for (int i = 0; i < kTile; i += 2) {
@@ -470,7 +470,7 @@ struct BackwardTiles {
         if (A::kOnline) std::copy_n(stats + i0, queries, lse);
         if (row_dot) std::copy_n(row_dot + i0, queries, dot);
         dlog_gamma += weights_and_score_gradients<A>(a, dx, dx_rows, s, da, lse, dot, scale, row_sum,
-                                                          wants_decay, queries, i0, j0, D);
+                                                     wants_decay, queries, i0, j0, D);
         for (int r = 0; r < kTile; r += kTileRows) {  // keys
             int from = (diagonal ? r : 0) / N;        // the first query that sees them, in words
             tile_product<true, true>(dv + r * Dp, Dp, a + from * kTile + r, kTile, d_o_pairs + at + from * Dp,
@@ -620,8 +620,8 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
                 std::fill(dq + skipped, dq + share, 0.0f);
                 const HeadScale& scale = scales[decay ? h : 0];
                 BackwardTiles<A, Real> work(scale, row_sum, ddecay != nullptr, cuts[part], tiles, T, C, D,
-                                                stats ? stats + (size_t)bh * T : nullptr, rows.dot_of(bh),
-                                                scratch.get());
+                                            stats ? stats + (size_t)bh * T : nullptr, rows.dot_of(bh),
+                                            scratch.get());
                 work.load_queries(head, dout + (size_t)b * T * C + h * D, rows.factor_of(bh, scale));
                 for (int j0 = cuts[part] * kTile; j0 < cuts[part + 1] * kTile; j0 += kTile) {
                     work.begin_keys(head, j0);

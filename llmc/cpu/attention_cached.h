@@ -47,8 +47,8 @@ inline void attention_cached_forward(Real* out,        // (n,C)
                             total += a[j] = std::exp(a[j] - largest);
                         } else {
                             a[j] = A::value(a[j], i + 1.0f, ScalarMath());
-                            total += std::fabs(a[j]);
                             if (decay) a[j] *= (float)std::exp((i - j) * log_g);
+                            total += std::fabs(a[j]);
                         }
                     }
                     float scale = (float)(A::kOnline             ? 1 / total

@@ -7,7 +7,7 @@
 // Tokens come in chunks of 64: pairs within a chunk go through the tiles of attention.h, those with an
 // earlier chunk through the state. c_i is a factor of the row and commutes with all this; a decay fades the
 // state from chunk to chunk. Nothing but `sum` with odd p is in the way, whose absolute values have no such
-// form: with even p its normaliser is phi(q_i) . z, z = sum_j phi(k_j) without decay.
+// form: with even p its normaliser is phi(q_i) . z, z = sum_j phi(k_j), which fades as the state does.
 //
 // Features are tiles of 64 products, so that phi is made of whole vectors and all else is tile_product:
 // blocks of 64 channels for p = 1, all 8 x 8 of two blocks of 8 channels for p = 2, 4 x 4 x 4 of three blocks
@@ -141,7 +141,8 @@ struct LinearState {
     Floats memory;
     float* s;   // (features,Dp): sum phi(k_j) gamma^n v_j^T, n the distance of j to the first token after
     float* ds;  // (features,Dp): its derivative by log gamma, sum n phi(k_j) gamma^n v_j^T; null: not wanted
-    float* z;   // (features): sum phi(k_j), for `sum`
+    float* z;   // (features): sum phi(k_j) gamma^n, for `sum`
+    float* dz;  // (features): its derivative by log gamma; null: not wanted
     bool zero = true;
 
     LinearState(int features, int D, bool wants_decay)
@@ -150,7 +151,8 @@ struct LinearState {
           memory(size(wants_decay)),
           s(memory.get()),
           ds(wants_decay ? s + features * Dp : nullptr),
-          z(s + (size_t)features * Dp * (wants_decay ? 2 : 1)) {
+          z(s + (size_t)features * Dp * (wants_decay ? 2 : 1)),
+          dz(wants_decay ? z + features : nullptr) {
         clear();
     }
     void clear() {
@@ -165,12 +167,15 @@ struct LinearState {
             if (ds) ds[i] += fade * (earlier.ds[i] + (float)tokens * earlier.s[i]);
             s[i] += fade * earlier.s[i];
         }
-        for (size_t i = 0; i < features; i++) z[i] += earlier.z[i];
+        for (size_t i = 0; i < features; i++) {
+            if (dz) dz[i] += fade * (earlier.dz[i] + (float)tokens * earlier.z[i]);
+            z[i] += fade * earlier.z[i];
+        }
         zero = zero && earlier.zero;
     }
 
   private:
-    size_t size(bool wants_decay) const { return features * (Dp * (wants_decay ? 2 : 1) + 1); }
+    size_t size(bool wants_decay) const { return features * (Dp + 1) * (wants_decay ? 2 : 1); }
 };
 
 // One head: what its chunks do to the states, and get from them. Pointers to rows of qkv, out, dout and dqkv
@@ -193,7 +198,7 @@ class LinearHead {
         for (float** transposed : {&qt_, &kt_, &vt_, &dot_, &dxt_}) *transposed = floats(Dp_ * kTile);
         for (float** rows : {&v_, &d_o_}) *rows = floats(kTile * Dp_);
         for (float** features : {&phi_, &dphi_}) *features = floats(kTile * kTile);
-        for (float** lanes : {&from_start_, &to_end_, &to_end_slope_, &row_dot_, &distance_})
+        for (float** lanes : {&from_start_, &to_end_, &to_end_slope_, &row_dot_, &faded_dot_, &distance_})
             *lanes = floats(kTile);
         for (int t = 0; t < kTile; t++) {
             from_start_[t] = (float)std::exp(t * log_gamma);
@@ -204,7 +209,7 @@ class LinearHead {
     }
 
     static size_t scratch_size(int D) {  // floats
-        return (size_t)kTile * (7 * padded(D) + 2 * kTile + 5) +
+        return (size_t)kTile * (7 * padded(D) + 2 * kTile + 6) +
                std::max(forward_scratch(D), backward_scratch(1, D));
     }
 
@@ -232,14 +237,11 @@ class LinearHead {
                 for (int r = 0; r < kTile; r += kTileRows)
                     tile_product<true, true>(queries.o + r * Dp_, Dp_, phi_ + r, kTile, s, Dp_, Dp_,
                                              tile.features);
-                if (row_sum_) {
-                    if (scale_.decays) build_features<kPower>(phi_, qt_, tile, nullptr, tile.multiplicity);
-                    for (int t = 0; t < kTile; t += kLanes) {
-                        vec total = load(queries.total + t);
-                        for (int f = 0; f < tile.features; f++)
-                            total += load(phi_ + f * kTile + t) * state.z[tile.row + f];
-                        store(queries.total + t, total);
-                    }
+                for (int t = 0; row_sum_ && t < kTile; t += kLanes) {
+                    vec total = load(queries.total + t);
+                    for (int f = 0; f < tile.features; f++)
+                        total += load(phi_ + f * kTile + t) * state.z[tile.row + f];
+                    store(queries.total + t, total);
                 }
             }
             if (!last) add_keys(state, tile);
@@ -265,8 +267,11 @@ class LinearHead {
                     build_features<kPower>(phi_, qt_, tile, fading(from_start_), tile.multiplicity);
                     multiply(dphi_, state.ds, dot_, tile);
                     for (int f = 0; f < tile.features; f++)
-                        for (int t = 0; t < kTile; t += kLanes)
-                            slopes += load(phi_ + f * kTile + t) * load(dphi_ + f * kTile + t);
+                        for (int t = 0; t < kTile; t += kLanes) {
+                            vec g = load(dphi_ + f * kTile + t);
+                            if (row_sum_) g -= load(row_dot_ + t) * state.dz[tile.row + f];
+                            slopes += load(phi_ + f * kTile + t) * g;
+                        }
                 }
                 multiply(dphi_, state.s, dot_, tile);
                 for (int f = 0; f < tile.features; f++) {
@@ -274,9 +279,9 @@ class LinearHead {
                     for (int t = 0; t < kTile; t += kLanes) {
                         float* d = dphi_ + f * kTile + t;
                         vec g = load(d);
+                        if (row_sum_) g -= load(row_dot_ + t) * z;
                         if (wants_decay_) slopes += load(phi_ + f * kTile + t) * g * load(distance_ + t);
                         if (scale_.decays) g *= load(from_start_ + t);
-                        if (row_sum_) g -= load(row_dot_ + t) * z;
                         store(d, g * tile.multiplicity);
                     }
                 }
@@ -307,7 +312,7 @@ class LinearHead {
                          const float* row_factor, const float* row_dot, const Real* qkv, int chunk) {
         int j0 = chunk * kTile;
         BackwardTiles<Poly<kPower>, Real> keys(scale_, row_sum_, wants_decay_, chunk, chunk + 1, T_, C_, D_,
-                                         nullptr, row_dot, scratch_);
+                                               nullptr, row_dot, scratch_);
         keys.load_queries(qkv, dout, row_factor);
         keys.begin_keys(qkv, j0);
         keys.add_queries(dq, j0);
@@ -328,8 +333,8 @@ class LinearHead {
                         for (int t = 0; t < kTile; t += kLanes) {
                             float* d = dphi_ + f * kTile + t;
                             vec g = load(d);
-                            if (scale_.decays) g *= load(to_end_ + t);
                             if (row_sum_) g -= dstate.z[tile.row + f];
+                            if (scale_.decays) g *= load(to_end_ + t);
                             store(d, g);
                         }
                 feature_gradients<kPower>(dxt_, dphi_, kt_, tile);
@@ -354,7 +359,7 @@ class LinearHead {
     float *phi_, *dphi_;            // (64 features,64 tokens)
     float *from_start_, *to_end_;   // (64): gamma^t, gamma^(64-t)
     float* to_end_slope_;           // (64): (64-t) gamma^(64-t)
-    float* row_dot_;                // (64)
+    float *row_dot_, *faded_dot_;   // (64): dO . O of `sum`, times c_i; times gamma^t, too
     float* distance_;               // (64): of a query to the chunk's start, less the neutral one
     float fade_;                    // gamma^64
 
@@ -380,6 +385,7 @@ class LinearHead {
         transpose(dot_, kTile, Dp_, [&](int r, int d) { return load(d_o_ + r * Dp_ + d); });
         std::fill_n(row_dot_, kTile, 0.0f);
         if (row_dot) std::copy_n(row_dot + i0, n, row_dot_);
+        for (int t = 0; t < kTile; t++) faded_dot_[t] = row_dot_[t] * from_start_[t];
         for (int t = 0; t < kTile; t++)
             distance_[t] =
                 (float)t - (t < n && !scale_.neutral_distance.empty() ? scale_.neutral_distance[i0 + t] : 0);
@@ -407,6 +413,15 @@ class LinearHead {
             tile_product<false, true>(s + r * Dp_, Dp_, phi_ + r * kTile, kTile, x, Dp_, Dp_, kTile);
     }
 
+    // z = fade z + phi_ summed up over the tokens, the tile's rows.
+    void accumulate_sums(float* z, const FeatureTile& tile) {
+        for (int f = 0; f < tile.features; f++) {
+            vec total = {};
+            for (int t = 0; t < kTile; t += kLanes) total += load(phi_ + f * kTile + t);
+            z[tile.row + f] = fade_ * z[tile.row + f] + sum(total);
+        }
+    }
+
     void add_keys(LinearState& state, const FeatureTile& tile) {
         if (state.ds) {
             float* s = state.s + (size_t)tile.row * Dp_;
@@ -415,28 +430,23 @@ class LinearHead {
                 store(ds + i, load(ds + i) + (float)kTile * load(s + i));
             build_features<kPower>(phi_, kt_, tile, to_end_slope_, 1);
             accumulate(state.ds, tile, v_);
+            if (row_sum_) {
+                for (int f = tile.row; f < tile.row + tile.features; f++)
+                    state.dz[f] += (float)kTile * state.z[f];
+                accumulate_sums(state.dz, tile);
+            }
         }
         build_features<kPower>(phi_, kt_, tile, fading(to_end_), 1);
         accumulate(state.s, tile, v_);
-        if (!row_sum_) return;
-        if (scale_.decays) build_features<kPower>(phi_, kt_, tile, nullptr, 1);
-        for (int f = 0; f < tile.features; f++) {
-            vec total = {};
-            for (int t = 0; t < kTile; t += kLanes) total += load(phi_ + f * kTile + t);
-            state.z[tile.row + f] += sum(total);
-        }
+        if (row_sum_) accumulate_sums(state.z, tile);
     }
 
     void add_queries(LinearState& dstate, const FeatureTile& tile) {
         build_features<kPower>(phi_, qt_, tile, fading(from_start_), tile.multiplicity);
         accumulate(dstate.s, tile, d_o_);
         if (!row_sum_) return;
-        build_features<kPower>(phi_, qt_, tile, row_dot_, tile.multiplicity);
-        for (int f = 0; f < tile.features; f++) {
-            vec total = {};
-            for (int t = 0; t < kTile; t += kLanes) total += load(phi_ + f * kTile + t);
-            dstate.z[tile.row + f] += sum(total);
-        }
+        build_features<kPower>(phi_, qt_, tile, faded_dot_, tile.multiplicity);
+        accumulate_sums(dstate.z, tile);
     }
 };
 

@@ -2,12 +2,13 @@
 // scores, and no (T,T) matrix.
 //
 // A row's Jacobian, dA_j / dx_k, is not written out either: its square follows from a few sums over the row.
-// With u_k = p x_k^(p-1), g_k = gamma^(i-k), and for `sum` s = 1e-6 + sum_k |x_k^p| and a_k = |x_k^p| / s:
+// With f the activation, g_k = gamma^(i-k), w_k = c g_k f'(x_k), and for `sum` a_k = |A_k|, where c is 1 / s
+// and s = 1e-6 + sum_k g_k |x_k^p|:
 //
-//   scale        dA_j / dx_k                    its square, summed over j and k
-//   poly's c_i   c g_k u_k 1[j=k]               sum_k (c g_k u_k)^2
+//   kind         dA_j / dx_k                    its square, summed over j and k
 //   softmax      A_j (1[j=k] - A_k)             sum_j A_j^2 (1 - 2 A_j + sum_k A_k^2)
-//   `sum`        g_j u_k / s (1[j=k] -+ a_j)    sum_k (u_k / s)^2 (g_k^2 (1 - 2 a_k) + sum_j (g_j a_j)^2)
+//   `sum`        w_k (1[j=k] -+ a_j)            sum_k w_k^2 (1 - 2 a_k + sum_j a_j^2)
+//   all others   w_k 1[j=k]                     sum_k w_k^2
 //
 // (`sum` without -+ a_j, and so without the sum over j, where x_k = 0: |x^p| has the derivative 0 there or
 // none.) The last two are small differences of large numbers once one key m has nearly all of a row, as
@@ -15,8 +16,7 @@
 // with 1 - a_m taken from the rest, too, nothing cancels:
 //
 //   softmax      A_m^2 (R_1^2 + R_2) + R_2 (1 + A_m^2 + R_2) - 2 R_3,    R_n = sum_rest A_k^n
-//   `sum`        (u_m / s)^2 (g_m^2 (1 - a_m)^2 + G) + sum_rest (g_k u_k / s)^2 (1 - 2 a_k)
-//                  + ((g_m a_m)^2 + G) sum_rest (u_k / s)^2,             G = sum_rest (g_k a_k)^2
+//   `sum`        w_m^2 ((1 - a_m)^2 + R_2) + sum_rest w_k^2 (1 - 2 a_k) + (a_m^2 + R_2) sum_rest w_k^2
 //
 // In one pass: the largest so far stands apart, and joins the rest when a larger one comes.
 //
@@ -45,11 +45,11 @@ struct RowSums {
     double moment[kTile];                       // x^(2p)
     double absolute[kTile], negative[kTile];    // |A|, and where A < 0
     double square[kTile];                       // A^2
-    double slope[kTile];                        // (c g u / kSlopeFactor)^2
+    double slope[kTile];                        // (w / kSlopeFactor)^2
     double entropy[kTile];                      // -A log A
-    double rest[kTile], rest_square[kTile];     // A, A^2 of softmax; a, (g a)^2 of `sum`
+    double rest[kTile], rest_square[kTile];     // A, A^2 of softmax; a, a^2 of `sum`
     double rest_cube[kTile];                    // A^3
-    double rest_slope[kTile], rest_own[kTile];  // (u / (p s))^2, and that times g^2 (1 - 2a)
+    double rest_slope[kTile], rest_own[kTile];  // (w / p)^2, and that times 1 - 2a
     float max_score[kTile], max_weight[kTile];  // |x|, |A|
     float largest[kTile], largest_fade[kTile];  // what is not in the rest: A of softmax; |x|, g of `sum`
 };
@@ -74,7 +74,10 @@ inline void add_scores(RowSums& sums, const float* s, const float* row, const He
         vec entropy = {}, rest = {}, rest_square = {}, rest_cube = {}, rest_slope = {}, rest_own = {};
         vec max_score = load(sums.max_score + i), max_weight = load(sums.max_weight + i);
         vec largest = load(sums.largest + i), largest_fade = load(sums.largest_fade + i);
-        const vec row_i = load(row + i);
+        const vec row_i = load(row + i), keys = keys_seen(i0 + i);
+        vec largest_share, slope_there;  // a of the largest of `sum`
+        if constexpr (kRowSum)
+            A::weighted(largest_share, slope_there, largest, largest_fade * row_i, keys, VectorMath());
         for (int j = 0; j < seen; j++) {
             vint visible = lane_index() + i >= j;
             vec x = load(s + j * kTile + i) * to_x;
@@ -97,7 +100,6 @@ inline void add_scores(RowSums& sums, const float* s, const float* row, const He
             } else {
                 vec fade = scale.decays ? scale.rising(i0 + i - j0 - j) : broadcast(1.0f);
                 if (diagonal) fade = visible ? fade : vec{};
-                const vec keys = keys_seen(i0 + i);
                 vec a, da;
                 A::weighted(a, da, x, fade * row_i, keys, VectorMath());
                 if constexpr (A::kPower > 0) moment += A::value(x2, keys, VectorMath());
@@ -107,17 +109,17 @@ inline void add_scores(RowSums& sums, const float* s, const float* row, const He
                 max_weight = max(abs(a), max_weight);
                 slope += da * da;
                 if constexpr (kRowSum) {
-                    vint larger = y > largest;
-                    vec r = larger ? largest : y, r_fade = larger ? largest_fade : fade;
+                    const vint larger = abs(a) > largest_share;
+                    const vec r = larger ? largest : y, r_fade = larger ? largest_fade : fade;
                     largest = larger ? y : largest;
                     largest_fade = larger ? fade : largest_fade;
-                    vec u, share;
-                    A::weighted(share, u, r, row_i, keys, VectorMath());
-                    vec faded_u = u * r_fade, faded_share = share * r_fade;
+                    largest_share = larger ? abs(a) : largest_share;
+                    vec share, w;
+                    A::weighted(share, w, r, r_fade * row_i, keys, VectorMath());
                     rest += share;
-                    rest_square += faded_share * faded_share;
-                    rest_slope += r > 0.0f ? u * u : vec{};  // abs(x) has no slope at 0
-                    rest_own += faded_u * faded_u * (1.0f - 2.0f * share);
+                    rest_square += share * share;
+                    rest_slope += r > 0.0f ? w * w : vec{};  // abs(x) has no slope at 0
+                    rest_own += w * w * (1.0f - 2.0f * share);
                 }
             }
         }
@@ -171,12 +173,11 @@ inline NormSums finish_row(const RowSums& sums, int r, double c) {
         row.max_weight = sums.max_weight[r];
         row.moment = sums.moment[r];
         if constexpr (kRowSum) {
-            double a, u, fade = sums.largest_fade[r];
-            A::weighted(a, u, (double)sums.largest[r], c, 0.0, ScalarMath());
-            double without = R1 + kRowSumEps * c;  // 1 - a_m
-            row.jacobian = A::kSlopeFactor * A::kSlopeFactor *
-                           (u * u * (fade * fade * without * without + R2) + sums.rest_own[r] +
-                            (fade * fade * a * a + R2) * sums.rest_slope[r]);
+            double w = std::pow((double)sums.largest[r], A::kPower - 1) * c * sums.largest_fade[r];
+            double a = w * sums.largest[r], without = R1 + kRowSumEps * c;  // 1 - a_m
+            row.jacobian =
+                A::kSlopeFactor * A::kSlopeFactor *
+                (w * w * (without * without + R2) + sums.rest_own[r] + (a * a + R2) * sums.rest_slope[r]);
         }
     }
     if (row.square != 0) row.effective_keys = row.absolute * row.absolute / row.square;

@@ -4,8 +4,8 @@
 // the number of their arrangements. It is float32 whatever the model computes in, for its sums grow with the
 // text.
 //
-// The state of a head: sum_j gamma^(i-j) phi(k_j) v_j^T (features,D), then, for `sum`, sum_j phi(k_j)
-// (features).
+// The state of a head: sum_j gamma^(i-j) phi(k_j) v_j^T (features,D), then, for `sum`, sum_j gamma^(i-j)
+// phi(k_j) (features).
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -86,7 +86,7 @@ inline void attention_state_forward(Real* out,           // (n,C), or null: the 
                     store(&o[d], load(&o[d], lanes) + phi_q * sum, lanes);
                 });
                 s += D;
-                *z += phi_k;
+                *z = gamma * *z + phi_k;
                 total += phi_q * *z++;
             });
             if (!out) continue;

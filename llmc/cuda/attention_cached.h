@@ -29,8 +29,8 @@ __global__ void attention_cached_kernel(Real* out, float* scores, const Real* qk
             largest = fmaxf(largest, x);
         } else {
             x = A::value(x, i + 1.0f, DeviceMath());
-            total += fabsf(x);
             x *= expf(distance * log_g);
+            total += fabsf(x);
         }
         a[j] = x;
     }
@@ -62,9 +62,8 @@ inline void attention_cached_forward(Real* out,        // (n,C)
                                      const AttentionConfig& config, int start, int n, int H, int D,
                                      cudaStream_t stream) {
     with_activation(config.kind, [&]<class A>(A) {
-        attention_cached_kernel<A><<<dim3(n, H), 128, 0, stream>>>(out, scores, qkv, cache, decay, row_scale,
-                                                                   config.has_row_sum(), start, start + n, H,
-                                                                   D);
+        attention_cached_kernel<A><<<dim3(n, H), 128, 0, stream>>>(
+            out, scores, qkv, cache, decay, row_scale, config.has_row_sum(), start, start + n, H, D);
         check_launch();
     });
 }

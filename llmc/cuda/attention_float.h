@@ -196,8 +196,8 @@ __global__ __launch_bounds__(kAttentionThreads,
                     const int distance = row + r - j0 - x - 8 * m;
                     const float x = activation_argument<A>(s[r][m], shape.scale);
                     s[r][m] = distance >= 0 ? A::value(x, row + r + 1.0f, DeviceMath()) : 0;
-                    rows.total[r] += fabsf(s[r][m]);
                     if (shape.decays) s[r][m] *= shape.tables.fade[table + max(0, min(distance, T - 1))];
+                    rows.total[r] += fabsf(s[r][m]);
                 }
             }
         }
@@ -227,9 +227,9 @@ __global__ __launch_bounds__(kAttentionThreads,
     o.store(out + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
 }
 
-// The weights and gradients of scores that are given by functions of their place in registers: the number of the
-// query, its distance to the key, and the query's terms.
-template <class A, class Row, class Distance, class Terms>
+// The weights and gradients of scores that are given by functions of their place in registers: the number of
+// the query, its distance to the key, and the query's terms.
+template <class A, Leave kLeave, class Row, class Distance, class Terms>
 __device__ void float_gradients(float (&s)[2][4], float (&da)[2][4], const AttentionShape& shape, int h,
                                 float slope2, Row row_of, Distance distance_of, Terms terms) {
     const float* fade = shape.tables.fade + (size_t)h * shape.tables.stride;
@@ -248,11 +248,14 @@ __device__ void float_gradients(float (&s)[2][4], float (&da)[2][4], const Atten
             if constexpr (A::kOnline) {
                 w[m] = fmaf(distance, slope2, w[m]);
             } else if (shape.decays) {
-                w[m] *= fade[max(0, min(distance, shape.T - 1))];
+                const float by = fade[max(0, min(distance, shape.T - 1))];
+                w[m] *= by;
+                if (kLeave == Leave::weights) dot[m] *= by;
             }
         }
         with_row_sum<A>(shape.row_sum, [&](auto row_sum) {
-            score_gradients<A, decltype(row_sum)::value>(s[r], da[r], w, dot, rows, visible, shape.scale);
+            score_gradients<A, kLeave, decltype(row_sum)::value>(s[r], da[r], w, dot, rows, visible,
+                                                                 shape.scale);
         });
     }
 }
@@ -292,7 +295,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         float s[2][4], da[2][4];
         Tiles::scores(s, k, q, D);
         Tiles::scores(da, v, d_o, D);
-        float_gradients<A>(
+        float_gradients<A, Leave::weights>(
             s, da, shape, h, slope2, [&](int, int m) { return i0 + x + 8 * m; },
             [&](int r, int m) { return i0 + x + 8 * m - key - r; },
             [&](int, int m) { return of_rows[x + 8 * m]; });
@@ -350,15 +353,11 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
         Tiles::load(k, head + j0 * stride + C, stride, T - j0, D);
         Tiles::load(v, head + j0 * stride + 2 * C, stride, T - j0, D);
         __syncthreads();
-        float s[2][4], da[2][4], before[2][4];
+        float s[2][4], da[2][4];
         Tiles::scores(s, q, k, D);
         Tiles::scores(da, d_o, v, D);
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-#pragma unroll
-            for (int m = 0; m < 4; m++) before[r][m] = da[r][m];
         auto distance = [&](int r, int m) { return row + r - j0 - x - 8 * m; };
-        float_gradients<A>(
+        float_gradients<A, Leave::decay_terms>(
             s, da, shape, h, slope2, [&](int r, int) { return row + r; }, distance,
             [&](int r, int) { return of_rows[r]; });
         if (dlog_gamma) {
@@ -366,9 +365,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
             for (int r = 0; r < 2; r++) {
                 float tile_ddecay = 0;
 #pragma unroll
-                for (int m = 0; m < 4; m++)
-                    tile_ddecay +=
-                        (A::kOnline ? da[r][m] : s[r][m] * before[r][m]) * (distance(r, m) - neutral[r]);
+                for (int m = 0; m < 4; m++) tile_ddecay += s[r][m] * (distance(r, m) - neutral[r]);
                 ddecay += c[r] * tile_ddecay;
             }
         }

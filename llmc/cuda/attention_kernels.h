@@ -110,12 +110,6 @@ __device__ void plain_weights(float (&s)[8][4], ForwardRows& rows, const int (&l
             s[n][e] = A::value(activation_argument<A>(s[n][e], scale), row + e / 2 * 8 + 1.0f, DeviceMath());
             if (kDiagonal && 8 * n + e % 2 > last[e / 2]) s[n][e] = 0;
         }
-    if (row_sum) {
-#pragma unroll
-        for (int n = 0; n < 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) rows.total[e / 2] += fabsf(s[n][e]);
-    }
     if (decays) {
         const float* from_last = near + kAttentionTile - 1 - threadIdx.x % 4 * 2;
 #pragma unroll
@@ -124,6 +118,12 @@ __device__ void plain_weights(float (&s)[8][4], ForwardRows& rows, const int (&l
             for (int e = 0; e < 4; e++)
                 s[n][e] *= kDiagonal ? near[max(0, last[e / 2] - 8 * n - e % 2)]
                                      : from_last[-8 * n - e % 2] * far[e / 2];
+    }
+    if (row_sum) {
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) rows.total[e / 2] += fabsf(s[n][e]);
     }
 }
 
@@ -311,29 +311,35 @@ __device__ RowTerms row_terms(const float* stats, const float* dot, const Attent
     return terms;
 }
 
-// Replaces four q . k by weights and four dO V^T by the gradients of q . k, without gradient_factor().
-//   w: their rows' weights with the decay in them; c_i may be left out of both w and dot, and is so of the
-//      results then
+// What score_gradients() leaves in the place of the scores: the weights, for dv; or, for the gradient of log
+// gamma, what each pair gives to it for a token of distance.
+enum class Leave { weights, decay_terms };
+
+// Replaces four dO V^T by the gradients of q . k, without gradient_factor(), and four q . k by what `kLeave`
+// says.
+//   w: the factors of their rows, with the decay; for Leave::decay_terms without c_i, as the results are then
+//   dot: dO_i . O_i where there is a normaliser, for Leave::weights and `sum` times w
 //   rows: the numbers of their rows
-template <class A, bool kRowSum>
+template <class A, Leave kLeave, bool kRowSum>
 __device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[4], const float (&dot)[4],
                                 const int (&rows)[4], const bool (&visible)[4], float scale) {
+    constexpr bool kWeights = kLeave == Leave::weights;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
+        float value, slope;
         if constexpr (A::kOnline) {
-            s[e] = visible[e] ? fast_exp2(fmaf(s[e], scale * kLog2e, w[e])) : 0;
-            da[e] = s[e] * (da[e] - dot[e]);
+            value = visible[e] ? fast_exp2(fmaf(s[e], scale * kLog2e, w[e])) : 0;
+            da[e] = value * (da[e] - dot[e]);
+            s[e] = kWeights ? value : da[e];
         } else {
             const float x = activation_argument<A>(s[e], scale), keys = rows[e] + 1.0f;
-            float value, slope;
             A::weighted(value, slope, x, w[e], keys, DeviceMath());
-            s[e] = visible[e] ? value : 0;
-            if constexpr (kRowSum) {
-                // Of |x^p|, whose derivative has the sign of x^p.
-                value = A::value(x, keys, DeviceMath());
-                da[e] = da[e] * w[e] - (value > 0 ? dot[e] : value < 0 ? -dot[e] : 0);
-                A::weighted(value, slope, x, 1.0f, keys, DeviceMath());
+            if constexpr (kRowSum) {  // of |x^p|, whose derivative has the sign of x^p
+                const float signed_dot = value > 0 ? dot[e] : value < 0 ? -dot[e] : 0;
+                da[e] = kWeights ? da[e] * w[e] - signed_dot : da[e] - signed_dot;
             }
+            s[e] = !visible[e] ? 0 : kWeights ? value : value * da[e];
+            if (kRowSum && kWeights) A::weighted(value, slope, x, 1.0f, keys, DeviceMath());
             da[e] = visible[e] ? slope * da[e] : 0;
         }
     }
@@ -405,7 +411,8 @@ __global__ __launch_bounds__(kAttentionThreads,
         const int row = threadIdx.x;
         if (row >= kAttentionTile) return;
         RowTerms r = row_terms<A>(stats, dot, shape, blockIdx.x, i0 + row);
-        if (!A::kOnline && shape.decays && i > tile && i0 + row < T) r.weight *= fade[row];
+        if (!A::kOnline && shape.decays && i > tile && i0 + row < T)
+            r.weight *= fade[row], r.dot *= fade[row];
         terms[i % 2 * 2 * kAttentionTile + row] = r.weight;
         terms[(i % 2 * 2 + 1) * kAttentionTile + row] = r.dot;
     };
@@ -465,11 +472,13 @@ __global__ __launch_bounds__(kAttentionThreads,
                             if constexpr (A::kOnline) {
                                 w[e] = fmaf(distance + from_key, slope2, w[e]);
                             } else {
-                                w[e] *= kDiagonal ? near[max(0, from_key - key)] : far[e / 2];
+                                const float by = kDiagonal ? near[max(0, from_key - key)] : far[e / 2];
+                                w[e] *= by, row_dot[e] *= by;
                             }
                         }
                     }
-                    score_gradients<A, kRowSum>(s[n], da[n], w, row_dot, rows, visible, shape.scale);
+                    score_gradients<A, Leave::weights, kRowSum>(s[n], da[n], w, row_dot, rows, visible,
+                                                                shape.scale);
                 }
             });
 #pragma unroll
@@ -583,12 +592,12 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
 #pragma unroll
                 for (int n = 0; n < kStep / 8; n++) {
                     const int column = k0 + 8 * n + 2 * t;
-                    float w[4], row_dot[4], before[4];
+                    float w[4], row_dot[4];
                     int rows[4];
                     bool visible[4];
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
-                        w[e] = row[e / 2].weight, row_dot[e] = row[e / 2].dot, before[e] = da[n][e];
+                        w[e] = row[e / 2].weight, row_dot[e] = row[e / 2].dot;
                         rows[e] = i0 + query + e / 2 * 8;
                         visible[e] = !kDiagonal || column + e % 2 <= query + e / 2 * 8;
                     }
@@ -605,14 +614,13 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
                             }
                         }
                     }
-                    score_gradients<A, kRowSum>(s[n], da[n], w, row_dot, rows, visible, shape.scale);
+                    score_gradients<A, Leave::decay_terms, kRowSum>(s[n], da[n], w, row_dot, rows, visible,
+                                                                    shape.scale);
                     if (kDecays && dlog_gamma) {
 #pragma unroll
-                        for (int e = 0; e < 4; e++) {
-                            float term = A::kOnline ? da[n][e] : s[n][e] * before[e];
+                        for (int e = 0; e < 4; e++)
                             tile_ddecay[e / 2] +=
-                                term * (distance + e / 2 * 8 - column - e % 2 - neutral[e / 2]);
-                        }
+                                s[n][e] * (distance + e / 2 * 8 - column - e % 2 - neutral[e / 2]);
                     }
                 }
             };

@@ -36,7 +36,7 @@ struct LinearBuffers {
     float* parts[2];        // (B,H,slots,size): what segments give, of the keys and of the queries
     Real* states[2];        // (B,H,slots,size); in float in the place of parts
     float* z[2];            // (B,H,slots,features), for `sum`
-    double* dlog_gamma[3];  // of the queries' kernel, of the keys' and of the scan
+    double* dlog_gamma[4];  // of the queries' kernel, of the keys' and of the scans of states and of z
     size_t size;            // floats of all scratch
 
     LinearBuffers(float* scratch, bool backward, const LinearShape& shape, const AttentionConfig& config,
@@ -65,6 +65,7 @@ struct LinearBuffers {
         dlog_gamma[0] = doubles(row_tiles<Real>(Rows::gradients, shape, T));
         dlog_gamma[1] = doubles(row_tiles<Real>(Rows::keys, shape, T));
         dlog_gamma[2] = doubles(ceil_div(shape.size(), kScanBlock));
+        dlog_gamma[3] = config.has_row_sum() ? doubles(ceil_div(shape.features(), kScanBlock)) : nullptr;
     }
 };
 
@@ -93,17 +94,22 @@ struct LinearKernels {
         }
     }
 
-    void scan(Real* states, const float* parts, float* z, const Real* others, double* dlog_gamma,
-              bool from_right) const {
+    // others: the keys' states, where the share of both in the gradient of log gamma is wanted.
+    template <class Number>
+    void scan(Number* states, const float* parts, const Number* others, double* dlog_gamma, int width,
+              float sign, bool from_right) const {
         linear_scan_kernel<P>
-            <<<dim3(ceil_div(shape.size(), kScanBlock), heads), kAttentionThreads, 0, stream>>>(
-                states, parts, others, dlog_gamma, shape.size(), from_right, true, shape);
+            <<<dim3(ceil_div(shape.features() * width, kScanBlock), heads), kAttentionThreads, 0, stream>>>(
+                states, parts, others, dlog_gamma, width, sign, from_right, shape);
         check_launch();
-        if (!z) return;
-        int size = shape.tiles * kFeatures;
-        linear_scan_kernel<P><<<dim3(ceil_div(size, kScanBlock), heads), kAttentionThreads, 0, stream>>>(
-            z, z, (const float*)nullptr, nullptr, size, from_right, false, shape);
-        check_launch();
+    }
+    void scan_states(Real* states, const float* parts, const Real* others, double* dlog_gamma,
+                     bool from_right) const {
+        scan(states, parts, others, dlog_gamma, shape.width, 1, from_right);
+    }
+    // What gamma does to the normaliser of `sum` counts with the opposite sign.
+    void scan_z(float* z, const float* others, double* dlog_gamma, bool from_right) const {
+        if (z) scan(z, z, others, dlog_gamma, 1, -1, from_right);
     }
 
     template <Rows kRows>
@@ -178,7 +184,8 @@ void attention_linear_forward(Real* out,           // (B,T,C)
     with_linear_kernels<Real>(
         config, shape, B, qkv, nullptr, nullptr, nullptr, stream, [&](const auto& kernels) {
             kernels.template states<Rows::keys>(buffers.parts[0], buffers.z[0]);
-            kernels.scan(buffers.states[0], buffers.parts[0], buffers.z[0], nullptr, nullptr, false);
+            kernels.scan_states(buffers.states[0], buffers.parts[0], nullptr, nullptr, false);
+            kernels.scan_z(buffers.z[0], nullptr, nullptr, false);
             kernels.template rows<Rows::queries>(buffers.sums, buffers.totals, nullptr, buffers.states[0],
                                                  buffers.z[0]);
         });
@@ -205,22 +212,25 @@ void attention_linear_backward(Real* dqkv,          // (B,T,3C)
         attention_backward_terms(scratch, dout, out, stats, decay, config, B, T, H, D, stream);
     shape.attention = attention_shape(config, decay, T, H, D, terms.tables, {});
     LinearBuffers<Real> buffers(scratch, true, shape, config, B, T, H, D);
-    double* dlog_gamma[3] = {};
-    if (ddecay) std::copy_n(buffers.dlog_gamma, 3, dlog_gamma);
+    double* dlog_gamma[4] = {};
+    if (ddecay) std::copy_n(buffers.dlog_gamma, 4, dlog_gamma);
     with_linear_kernels<Real>(
         config, shape, B, qkv, dout, stats, terms.dot, stream, [&](const auto& kernels) {
             auto& [sums, totals, parts, states, z, all_gammas, size] = buffers;
             kernels.template states<Rows::keys>(parts[0], z[0]);
-            kernels.scan(states[0], parts[0], z[0], nullptr, nullptr, false);
+            kernels.scan_states(states[0], parts[0], nullptr, nullptr, false);
+            kernels.scan_z(z[0], nullptr, nullptr, false);
             kernels.template states<Rows::gradients>(parts[1], z[1]);
-            kernels.scan(states[1], parts[1], z[1], ddecay ? states[0] : nullptr, dlog_gamma[2], true);
+            kernels.scan_states(states[1], parts[1], ddecay ? states[0] : nullptr, dlog_gamma[2], true);
+            kernels.scan_z(z[1], ddecay ? z[0] : nullptr, dlog_gamma[3], true);
             kernels.template rows<Rows::gradients>(sums, nullptr, dlog_gamma[0], states[0], z[0]);
             kernels.template rows<Rows::keys>(sums, nullptr, dlog_gamma[1], states[1], z[1]);
         });
     if (ddecay) {
-        int shares[3] = {row_tiles<Real>(Rows::gradients, shape, T), row_tiles<Real>(Rows::keys, shape, T),
-                         ceil_div(shape.size(), kScanBlock)};
-        for (int i = 0; i < 3; i++) add_decay_gradient(ddecay, dlog_gamma[i], decay, B, shares[i], H, stream);
+        int shares[4] = {row_tiles<Real>(Rows::gradients, shape, T), row_tiles<Real>(Rows::keys, shape, T),
+                         ceil_div(shape.size(), kScanBlock), ceil_div(shape.features(), kScanBlock)};
+        for (int i = 0; i < (config.has_row_sum() ? 4 : 3); i++)
+            add_decay_gradient(ddecay, dlog_gamma[i], decay, B, shares[i], H, stream);
     }
     attention_backward(dqkv, ddecay, scratch, dout, out, stats, qkv, decay, config, B, T, H, D, stream,
                        {shape.segment, buffers.sums, nullptr});

@@ -150,7 +150,8 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
             slope +=
                 add_feature_gradients<P, 4>(to, dphi + row * kStride, terms.weight, channels, tile, quarter);
             if (P == 2 && z)
-                add_feature_gradients<P, 4>(to, z + n * kFeatures, -terms.dot, channels, tile, quarter);
+                slope +=
+                    add_feature_gradients<P, 4>(to, z + n * kFeatures, -terms.dot, channels, tile, quarter);
             __syncwarp();
         }
     }
@@ -164,7 +165,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
         if (kTotals && totals) {
             total += __shfl_xor_sync(0xFFFFFFFFu, total, 8);
             total += __shfl_xor_sync(0xFFFFFFFFu, total, 16);
-            if (quarter == 0 && i < T) totals[(size_t)bh * T + i] = total;
+            if (quarter == 0 && i < T) totals[(size_t)bh * T + i] = total * terms.weight;
         }
     }
     if constexpr (kGradient) {

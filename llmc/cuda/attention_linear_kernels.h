@@ -16,7 +16,8 @@ struct LinearShape {
     int block;    // channels in one
     int width;    // of a row of the states: D, rounded up to 8
 
-    int size() const { return tiles * kFeatures * width; }  // of a state
+    int features() const { return tiles * kFeatures; }
+    int size() const { return features() * width; }  // of a state
     // width for the kernels, whose rows of a state all begin at 16-byte addresses.
     __device__ int state_width() const {
         __builtin_assume(width % 8 == 0);
@@ -48,7 +49,7 @@ struct LinearRows {
 };
 
 // The factors of row i: `weight` towards the state of its boundary, the fade from there with, for gradients,
-// c_i; `dot` towards z.
+// c_i; `dot` towards z, the same with, for gradients, dO_i . O_i.
 template <int P, Rows kRows>
 __device__ RowTerms linear_terms(const float* stats, const float* dot, const LinearShape& shape, int bh,
                                  int i, int boundary) {
@@ -61,10 +62,12 @@ __device__ RowTerms linear_terms(const float* stats, const float* dot, const Lin
     } else {
         terms.weight = terms.dot = 1;
     }
-    if (attention.decays)
-        terms.weight *=
+    if (attention.decays) {
+        const float fade =
             attention.tables
                 .fade[(size_t)(bh % attention.H) * attention.tables.stride + std::abs(i - boundary)];
+        terms.weight *= fade, terms.dot *= fade;
+    }
     return terms;
 }
 
@@ -315,7 +318,7 @@ __global__ __launch_bounds__(kAttentionThreads,
             slope +=
                 add_feature_gradients<P, 2>(to, dphi + row * kStride, terms.weight, channels, tile, half);
             if (P == 2 && z)
-                add_feature_gradients<P, 2>(to, z + n * kFeatures, -terms.dot, channels, tile, half);
+                slope += add_feature_gradients<P, 2>(to, z + n * kFeatures, -terms.dot, channels, tile, half);
             __syncwarp();
         }
     }
@@ -328,7 +331,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         store_sums<kD>(kRows == Rows::keys ? to + 2 * C : to, stride, o, factor[0], factor[1], T - i0, D);
         if (kTotals && totals) {
             total += __shfl_xor_sync(0xFFFFFFFFu, total, 16);
-            if (half == 0 && i < T) totals[(size_t)bh * T + i] = total;
+            if (half == 0 && i < T) totals[(size_t)bh * T + i] = total * terms.weight;
         }
     }
     if constexpr (kGradient) {
@@ -344,19 +347,21 @@ __global__ __launch_bounds__(kAttentionThreads,
     }
 }
 
-// The states of the boundaries, from what each segment gives to its own: their running sums with the decay
-// (`fades`), from the left or from the right. In the second case the pairs of rows on either side of two
-// neighbouring boundaries or more have the segments between them for a distance: their share in the gradient
-// of log gamma. Blocks: (four numbers of a state a thread, B H).
+// The states of the boundaries, from what each segment gives to its own: their running sums with the decay,
+// from the left or from the right. In the second case the pairs of rows on either side of two neighbouring
+// boundaries or more have the segments between them for a distance: their share in the gradient of log gamma,
+// times `sign`. Blocks: (four numbers of a state a thread, B H).
+//   width: numbers a feature, of a state or of z
 template <int P, class Real>
 __global__ void linear_scan_kernel(Real* states,        // (B,H,slots,size), which may be `parts`
                                    const float* parts,  // (B,H,slots,size)
                                    const Real* others,  // (B,H,slots,size): of the keys; or null
                                    double* dlog_gamma,  // (B,H,blocks), with others
-                                   int size, bool from_right, bool fades, LinearShape shape) {
+                                   int width, float sign, bool from_right, LinearShape shape) {
     const AttentionTables& tables = shape.attention.tables;
     const int bh = blockIdx.y, at = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    const float fade = fades && shape.attention.decays
+    const int size = shape.tiles * kFeatures * width;
+    const float fade = shape.attention.decays
                            ? tables.fade[(size_t)(bh % shape.attention.H) * tables.stride + shape.segment]
                            : 1.0f;
     float sum[4] = {};
@@ -383,8 +388,9 @@ __global__ void linear_scan_kernel(Real* states,        // (B,H,slots,size), whi
         *reinterpret_cast<Four*>(states + place) = four;
     }
     if (!others) return;
-    const int tile = at / (kFeatures * shape.width);  // both states have the multiplicity in them
-    if (tile < shape.tiles) total *= shape.segment / FeatureTile<P>::at(tile, shape.blocks).multiplicity();
+    const int tile = at / (kFeatures * width);  // both states have the multiplicity in them
+    if (tile < shape.tiles)
+        total *= sign * shape.segment / FeatureTile<P>::at(tile, shape.blocks).multiplicity();
     __shared__ double of_warps[kAttentionThreads / kWarp];
     block_total(total, of_warps, dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x);
 }

@@ -68,13 +68,13 @@ enum RowSum {
     kAbsolute,     // |A|
     kNegative,     // |A| where A < 0
     kSquare,       // A^2
-    kSlope,        // (c g u / kSlopeFactor)^2
+    kSlope,        // (w / kSlopeFactor)^2
     kEntropy,      // -A log A
     kRest,         // A of softmax; a of `sum`
-    kRestSquare,   // A^2; (g a)^2
+    kRestSquare,   // A^2; a^2
     kRestCube,     // A^3 of softmax
-    kRestSlope,    // (u / (p s))^2 of `sum`
-    kRestOwn,      // that times g^2 (1 - 2a)
+    kRestSlope,    // (w / p)^2 of `sum`
+    kRestOwn,      // that times 1 - 2a
     kRowSums
 };
 
@@ -98,13 +98,12 @@ __device__ void add_to_rest(Number (&sum)[kRowSums], Number x, Number fade, Numb
         sum[kRestSquare] += x * x;
         sum[kRestCube] += x * x * x;
     } else {
-        Number u, share;
-        A::weighted(share, u, x, factor, Number(), DeviceMath());
-        Number faded_u = u * fade, faded_share = share * fade;
+        Number share, w;
+        A::weighted(share, w, x, fade * factor, Number(), DeviceMath());
         sum[kRest] += share;
-        sum[kRestSquare] += faded_share * faded_share;
-        sum[kRestSlope] += x > 0 ? u * u : 0;  // |x| has no slope at 0
-        sum[kRestOwn] += faded_u * faded_u * (1 - 2 * share);
+        sum[kRestSquare] += share * share;
+        sum[kRestSlope] += x > 0 ? w * w : 0;  // |x| has no slope at 0
+        sum[kRestOwn] += w * w * (1 - 2 * share);
     }
 }
 
@@ -115,6 +114,7 @@ struct RowNorms {
     double total[kRowSums] = {};
     float max_score = 0, max_weight = 0;  // |x|, |A|
     float largest = 0, largest_fade = 0;  // what is not in the rest: A of softmax; |x|, g of `sum`
+    float largest_share = 0;              // a of it
 
     // Key j of row i: their score, gamma^(i-j) of a polynomial and (i-j) log gamma of softmax.
     //   factor: the log-sum-exp of softmax, c_i, or 1 / s; keys: i + 1
@@ -137,9 +137,9 @@ struct RowNorms {
             now[kSquare] += a * a;
             max_weight = fmaxf(max_weight, fabsf(a));
             if constexpr (kRowSum) {
-                bool larger = y > largest;
+                bool larger = fabsf(a) > largest_share;
                 add_to_rest<A>(now, larger ? largest : y, larger ? largest_fade : fade, factor);
-                if (larger) largest = y, largest_fade = fade;
+                if (larger) largest = y, largest_fade = fade, largest_share = fabsf(a);
             } else {
                 now[kSlope] += da * da;
             }
@@ -164,11 +164,10 @@ struct RowNorms {
             max_score = fmaxf(max_score, other(max_score));
             if constexpr (!A::kOnline) max_weight = fmaxf(max_weight, other(max_weight));
             if constexpr (A::kOnline || kRowSum) {
-                float x = other(largest), fade = other(largest_fade);
-                bool larger = x > largest;
-                add_to_rest<A, double>(total, larger ? largest : x, larger ? largest_fade : fade,
-                                            factor);
-                if (larger) largest = x, largest_fade = fade;
+                float x = other(largest), fade = other(largest_fade), share = other(largest_share);
+                bool larger = kRowSum ? share > largest_share : x > largest;
+                add_to_rest<A, double>(total, larger ? largest : x, larger ? largest_fade : fade, factor);
+                if (larger) largest = x, largest_fade = fade, largest_share = share;
             }
         }
     }
@@ -194,11 +193,10 @@ struct RowNorms {
             row.moment = total[kMoment];
             row.jacobian = total[kSlope];
             if constexpr (kRowSum) {
-                double a, u, fade2 = (double)largest_fade * largest_fade;
-                A::weighted(a, u, (double)largest, c, 0.0, DeviceMath());
-                double without = R1 + kRowSumEps * c;  // 1 - a_m
-                row.jacobian = u * u * (fade2 * without * without + R2) + total[kRestOwn] +
-                               (fade2 * a * a + R2) * total[kRestSlope];
+                double a, w, without = R1 + kRowSumEps * c;  // 1 - a_m
+                A::weighted(a, w, (double)largest, largest_fade * c, 0.0, DeviceMath());
+                row.jacobian =
+                    w * w * (without * without + R2) + total[kRestOwn] + (a * a + R2) * total[kRestSlope];
             }
             row.jacobian *= A::kSlopeFactor * A::kSlopeFactor;
         }

@@ -2,8 +2,8 @@
 // llmc/cpu/attention_state.h. It is float32 whatever the model computes in, for its sums grow with the text.
 //
 // The features are those of attention_linear.h, in tiles of 64. The state of a head: sum_j gamma^(i-j)
-// phi(k_j) v_j^T (features,D), then, for `sum`, sum_j phi(k_j) (features). A block has a tile of a head, in
-// its registers while it goes through the tokens.
+// phi(k_j) v_j^T (features,D), then, for `sum`, sum_j gamma^(i-j) phi(k_j) (features). A block has a tile of
+// a head, in its registers while it goes through the tokens.
 #pragma once
 #include "llmc/attention_linear_form.h"
 #include "llmc/attention_scale.h"
@@ -73,7 +73,7 @@ __global__ void attention_state_kernel(float* shares,       // (n,H,tiles,D+1): 
             sums[i][m] = gamma * sums[i][m] + phi[0][warp * kOwn + i] * v[m];
             o[m] += phi[1][warp * kOwn + i] * sums[i][m];
         });
-        if (thread < kFeatures) z_sum += phi[0][thread];
+        if (thread < kFeatures) z_sum = gamma * z_sum + phi[0][thread];
         if (!shares) continue;
         for (int m = 0; m < kColumns; m++) o_of_warps[warp][lane + m * kWarp] = o[m];
         if (thread < kFeatures) totals[thread] = phi[1][thread] * z_sum;
@@ -113,7 +113,7 @@ inline void launch_state_kernel(float* shares, float* state, const Real* q, cons
                                 AttentionKind kind, int stride, int n, int H, int D, cudaStream_t stream) {
     with_linear_power(kind, [&](auto power) {
         constexpr int P = power;
-        auto* kernel = attention_state_kernel<P, P == 3 ? 32 : 64, Real>;
+        auto *kernel = attention_state_kernel < P, P == 3 ? 32 : 64, Real > ;
         if constexpr (P < 3)
             if (D > 64) kernel = attention_state_kernel<P, 128, Real>;
         kernel<<<dim3(feature_tiles(P, D), H), kStateThreads, 0, stream>>>(
@@ -150,8 +150,7 @@ inline void attention_state_of_cache(float* state,        // (H,state_size)
                                      const float* decay,  // (H), or null
                                      const AttentionConfig& config, int n, int H, int D,
                                      cudaStream_t stream) {
-    launch_state_kernel<Real>(nullptr, state, nullptr, cache, decay, config.kind, 2 * H * D, n, H, D,
-                              stream);
+    launch_state_kernel<Real>(nullptr, state, nullptr, cache, decay, config.kind, 2 * H * D, n, H, D, stream);
 }
 
 }  // namespace gpu

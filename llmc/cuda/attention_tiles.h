@@ -284,7 +284,7 @@ struct AttentionTables {
 struct AttentionSegments {
     int length = 0;                 // tokens, a multiple of 64
     const float* sums = nullptr;    // forward (B,T,C): o, before c_i; backward (B,T,3C): dq, dk and dv
-    const float* totals = nullptr;  // (B,H,T), for `sum`: of |x_ij^p|
+    const float* totals = nullptr;  // (B,H,T), for `sum`: of gamma^(i-j) |x_ij^p|
 };
 
 // 1 / (e^y - 1) - 1 / y.
@@ -305,8 +305,7 @@ __global__ void attention_tables(AttentionTables tables, const float* decay /*(H
     double log_g = decay ? log_gamma(decay[h]) : 0;
     size_t at = (size_t)h * T + i;
     double length = i + 1;  // n_i
-    if (kind == ScaleKind::row && log_g != 0)
-        length = expm1(2 * length * log_g) / expm1(2 * log_g);
+    if (kind == ScaleKind::row && log_g != 0) length = expm1(2 * length * log_g) / expm1(2 * log_g);
     double c = kind == ScaleKind::row    ? factor / sqrt(length)
                : kind == ScaleKind::mean ? factor / (i + 1)
                                          : factor;
@@ -314,8 +313,9 @@ __global__ void attention_tables(AttentionTables tables, const float* decay /*(H
     if (!decay) return;
     tables.fade[at] = (float)exp(i * log_g);
     // The derivative of log n_i in 2 log gamma, without the 1 / (2 log gamma) that its two terms share.
-    tables.neutral[at] =
-        kind == ScaleKind::row ? (float)(smooth_part(-2 * log_g) - (i + 1) * smooth_part(-2 * (i + 1) * log_g)) : 0.0f;
+    tables.neutral[at] = kind == ScaleKind::row
+                             ? (float)(smooth_part(-2 * log_g) - (i + 1) * smooth_part(-2 * (i + 1) * log_g))
+                             : 0.0f;
     if (i == 0) tables.log_gamma[h] = (float)log_g;
 }
 
@@ -332,7 +332,8 @@ inline void make_tables(const AttentionTables& tables, const float* decay, const
         if (kind == ScaleKind::context) factor /= std::sqrt((double)config.context);
         if (kind == ScaleKind::constant) factor *= config.constant;
     }
-    attention_tables<><<<dim3(ceil_div(T, 128), decay ? H : 1), 128, 0, stream>>>(tables, decay, kind, factor, T);
+    attention_tables<>
+        <<<dim3(ceil_div(T, 128), decay ? H : 1), 128, 0, stream>>>(tables, decay, kind, factor, T);
     check_launch();
 }
 

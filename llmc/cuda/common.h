@@ -79,7 +79,8 @@ __device__ inline float fast_exp2(float x) {
     return y;
 }
 
-// What activations (llmc/activation.h) compute with: approximations that are off by 1 or 2 units in the last place.
+// What activations (llmc/activation.h) compute with: approximations that are off by 1 or 2 units in the last
+// place.
 struct DeviceMath {
     __device__ float exp(float x) const { return fast_exp2(x * kLog2e); }
     __device__ float reciprocal(float x) const {
