@@ -1,4 +1,4 @@
-// The CPU trainer. This file is the model: a GPT-2 with softmax or polynomial attention, its forward pass,
+// The CPU trainer. This file is the model: a GPT-2 with one of several attentions, its forward pass,
 // its backward pass and its update, in the order of the algorithm. The layers are in llmc/cpu/, a header
 // each; the loop, the command line, files and everything else that the CUDA trainer shares are in llmc/. See
 // README.md.

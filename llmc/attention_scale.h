@@ -57,4 +57,4 @@ inline double row_scale(const AttentionConfig& config, int64_t i, double log_gam
     return 1;
 }
 
-constexpr double kRowSumEps = 1e-6;  // of the scale `sum`: c_i = 1 / (1e-6 + sum_j |x_ij^p|)
+constexpr double kRowSumEps = 1e-6;  // of the scale `sum`: c_i = 1 / (1e-6 + sum_j gamma^(i-j) |x_ij^p|)

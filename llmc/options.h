@@ -560,7 +560,7 @@ inline bool parse_options(int argc, char** argv, const char* program,
                           const std::function<std::string()>& version, const char* train_dtype,
                           Options& options) {
     options.train.compute.dtype = train_dtype;
-    CLI::App app("Trains GPT models, with softmax or polynomial attention.", program);
+    CLI::App app("Trains GPT models, with softmax, polynomial or sigmoid attention.", program);
     app.require_subcommand(1);
     app.set_version_flag("--version", version, "print the version and what it was built with, and exit");
     CLI::App* train = app.add_subcommand("train", "train a model");

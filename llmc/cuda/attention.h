@@ -1,4 +1,4 @@
-// Causal attention, softmax and polynomial, forward and backward: the twin of llmc/cpu/attention.h, where the
+// Causal attention of every kind, forward and backward: the twin of llmc/cpu/attention.h, where the
 // formulas and the contents of stats are. bf16 on tensor cores here, float in attention_float.h.
 //
 // A block has 64 queries (or keys) and walks through the tiles of 64 keys (or queries) that they see; its
