@@ -177,9 +177,9 @@ TEST_CASE(
 }
 
 TEST_CASE("attention takes its linear form from the lengths on at which that is the faster one") {
-    auto check_pays_from = [](int power, int D, int T_float, int T_pairs) {
+    auto check_pays_from = [](AttentionKind kind, int D, int T_float, int T_pairs) {
         AttentionConfig config;
-        config.power = power;
+        config.kind = kind;
         auto check = [&](auto real, int T) {
             using Real = decltype(real);
             CHECK(!cpu::linear_pays<Real>(config, T, D));
@@ -188,8 +188,8 @@ TEST_CASE("attention takes its linear form from the lengths on at which that is 
         check(float(), T_float);
         check(cpu::bf16(), cpu::kMultipliesPairs ? T_pairs : T_float);
     };
-    check_pays_from(1, 64, 328, 374);
-    check_pays_from(2, 32, 1480, 2390);
-    check_pays_from(2, 64, 4808, 8214);
+    check_pays_from(AttentionKind::poly1, 64, 328, 374);
+    check_pays_from(AttentionKind::poly2, 32, 1480, 2390);
+    check_pays_from(AttentionKind::poly2, 64, 4808, 8214);
     CHECK(!cpu::linear_pays<float>(AttentionConfig(), 1 << 24, 8));  // softmax
 }
