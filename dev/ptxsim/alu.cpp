@@ -1,5 +1,5 @@
-// Arithmetic, logic, comparisons and moves: what a lane does for itself. One entry for each instruction as
-// nvcc writes it.
+// Arithmetic and logic: instructions in which no lane sees another one. The table has one entry for each
+// instruction, under the name that nvcc writes.
 #include <algorithm>
 #include <limits>
 #include <type_traits>
@@ -95,7 +95,8 @@ void add_integers() {
                        (int64_t)c);
         });
     });
-    // Division by zero is undefined; hardware gives all ones, and the dividend as the remainder.
+    // The ISA leaves division by zero undefined. Hardware gives a quotient of all ones, and the dividend as
+    // the remainder.
     for_unsigned("div.*", []<class T>(auto& m) {
         add<T, T, T>(m, [](T a, T b) { return b ? (T)(a / b) : (T)~T(0); });
     });
@@ -167,7 +168,7 @@ void add_integers() {
         return result;
     };
     add<U, U, U, U>("prmt.b32", permute);
-    // The modes of prmt choose bytes by the low two bits of the selector.
+    // With a mode, prmt chooses the bytes by the low two bits of the selector only.
     auto mode = [&]<class F>(const char* name, F) {
         add<U, U, U, U>(std::string("prmt.b32.") + name, [](U a, U b, U selector) {
             uint64_t bytes = (uint64_t)b << 32 | a;
@@ -275,7 +276,7 @@ void add_integers() {
     dot.template operator()<int8_t, uint8_t>("s32.u32");
 }
 
-// The condition code: add.cc and its like.
+// Additions and subtractions that read or write the condition code: add.cc, addc, sub.cc, subc.
 template <class T, bool kSubtract, bool kCarryIn, bool kCarryOut>
 void add_carry(Warp& w, const Instruction& in, Mask lanes) {
     T *d = w.reg<T>(in.o[0]), values[kWarpSize];
@@ -342,7 +343,8 @@ void add_carries() {
 
 // ---- floats
 
-// The larger or smaller; of a number and a NaN the number, unless kNan; -0 < 0.
+// The larger or the smaller of a and b, where -0 < 0. If one of them is NaN the result is the other one, or
+// NaN with kNan.
 template <bool kMax, bool kNan, class T>
 T extreme(T a, T b) {
     if (std::isnan(a) || std::isnan(b)) {
@@ -353,7 +355,7 @@ T extreme(T a, T b) {
     return kMax == (a > b) ? a : b;
 }
 
-// f in every form of an instruction: with and without .ftz and .sat.
+// Computes f for one form of an instruction: with or without .ftz, with or without .sat.
 template <bool kFlush, bool kSaturate, class T, class F, class... S>
 T finish(F f, S... s) {
     T result = kFlush ? f(flush(s)...) : f(s...);
@@ -371,7 +373,8 @@ void add_float_forms(const std::string& op, F) {
     add<T, S...>(op + ".ftz.sat.f32", [](S... s) { return finish<true, true, T>(F(), s...); });
 }
 
-// Arithmetic that rounds: nearest by the processor's vectors, other modes lane by lane.
+// Arithmetic that rounds. The processor's vector instructions round to nearest; the other modes are computed
+// lane by lane.
 template <class... S, class F>
 void add_rounding(const std::string& op, bool nearest_is_default, F f) {
     auto mode = [&]<Round round>(const char* name) {
@@ -416,7 +419,7 @@ void add_floats() {
     add_rounding64<D>("rcp", false, [](D a) { return 1.0 / a; });
     add_rounding64<D>("sqrt", false, [](D a) { return __builtin_sqrt(a); });
 
-    // The approximations are better here than the ISA asks for; without .ftz, denormals are kept.
+    // The approximations are more exact than the ISA asks for. Denormals are kept unless .ftz is given.
     auto approx = [&](const char* name, auto f) { add_float_forms<F>(std::string(name) + ".approx", f); };
     approx("rcp", [](F a) { return 1.0f / a; });
     approx("sqrt", [](F a) { return __builtin_sqrtf(a); });
@@ -475,7 +478,7 @@ void add_floats() {
 // ---- 16-bit floats, alone and in pairs
 
 template <class H, class F, class... S>
-struct HalfOp {  // in double, whose rounding does not show in the result
+struct HalfOp {  // computes in double, whose own rounding cannot change the rounded result
     H operator()(S... s) const { return to_half<H>(F()((double)decode(s)...)); }
 };
 template <class T, class>
@@ -508,7 +511,8 @@ void add_halves(const char* type) {
     auto plus = [](D a, D b) { return a + b; };
     auto minus = [](D a, D b) { return a - b; };
     auto times = [](D a, D b) { return a * b; };
-    // Exact but for its last bit, which is odd where the sum is not exact: it then never looks like a tie.
+    // Rounds the sum to odd: when it is not exact, its last bit becomes 1, so that the second rounding, to 16
+    // bits, never takes it for a tie.
     auto fma = [](D a, D b, D c) {
         D product = a * b, sum = product + c, rest = sum - product;
         D error = (product - (sum - rest)) + (c - rest);

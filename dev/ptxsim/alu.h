@@ -1,4 +1,4 @@
-// What alu.cpp and comparisons.cpp share: the table of instructions, and how one is entered.
+// What alu.cpp and comparisons.cpp share: the table of instructions, and the functions that add to it.
 #pragma once
 #include <string>
 #include <type_traits>
@@ -19,7 +19,7 @@ void add(const std::string& mnemonic, F) {
     table()[mnemonic] = {&map_lanes<F, D, S...>, {sizeof(D), sizeof(S)...}};
 }
 
-// One for each of the types, with the type's name put for "*".
+// Calls f with `pattern` in which the type's name replaces "*".
 template <class F>
 void add_text(std::string pattern, const char* type, F f) {
     pattern.replace(pattern.find('*'), 1, type);
@@ -49,7 +49,7 @@ void for_bits(const std::string& pattern, F f) {
     for_types<uint16_t, uint32_t, uint64_t>(pattern, {"b16", "b32", "b64"}, f);
 }
 
-// F on both halves of a pair.
+// Applies F to both halves of a pair.
 template <class H, class F, class... S>
 struct PairOp {
     uint32_t operator()(S... s) const {
@@ -57,6 +57,6 @@ struct PairOp {
         return (uint32_t)high.bits << 16 | low.bits;
     }
 };
-void add_comparisons();  // comparisons.cpp: setp, set, selp, slct, mov and what predicates have
+void add_comparisons();  // comparisons.cpp: setp, set, selp, slct, mov, and the logic of predicates
 
 }  // namespace ptxsim

@@ -1,4 +1,4 @@
-// The speed of ptxsim: lane-instructions a second of a few kernels, without checks and with all of them.
+// The speed of ptxsim: lane-instructions per second of a few kernels, without checks and with all of them.
 #include <cuda_runtime.h>
 
 #include <chrono>
@@ -61,13 +61,13 @@ __global__ void mma_loop(float* out, int n) {
     out[blockIdx.x * blockDim.x + threadIdx.x] = d[0] + d[1] + d[2] + d[3];
 }
 
-// Millions of lane-instructions a second, and of mma.sync.
+// Millions of lane-instructions and of mma.sync per second.
 struct Speed {
     double instructions, products;
 };
 
 Speed measure(const std::function<void()>& launch) {
-    launch();  // warm
+    launch();  // the first launch decodes the kernel, so it is not timed
     check(cudaDeviceSynchronize());
     ptxsim::clear_figures();
     const auto start = std::chrono::steady_clock::now();

@@ -1,17 +1,19 @@
-// Comparisons, selections, moves, and what is done with predicates.
+// Comparisons, selections, moves, and the logic of predicates.
 #include "dev/ptxsim/alu.h"
 
 namespace ptxsim {
 
 namespace {
 
+// o[0] and o[1] are the two predicates that setp writes. o[4] is the predicate that the result is combined
+// with; aux says how (1: and, 2: or, 3: xor), plus 8 if that predicate is negated.
 template <class T, class C>
 void compare(Warp& w, const Instruction& in, Mask lanes) {
     const T *a = w.src<T>(in.o[2]), *b = w.src<T>(in.o[3]);
     alignas(32) uint8_t bytes[kWarpSize];
     for (int i = 0; i < kWarpSize; i++) bytes[i] = C()(a[i], b[i]);
     Mask yes = pack(bytes), no = ~yes;
-    if (in.aux) {  // combined with a predicate
+    if (in.aux) {  // the result is combined with another predicate
         Mask c = *w.src<Mask>(in.o[4]);
         if (in.aux & 8) c = ~c;
         int op = in.aux & 3;
@@ -22,8 +24,6 @@ void compare(Warp& w, const Instruction& in, Mask lanes) {
     put_predicate(w, in.o[0], yes, lanes);
 }
 
-// The second of a pair of predicates is o[1]; a third operand o[4] with aux (1: and, 2: or, 3: xor; + 8 where
-// it is negated).
 template <class T, class C>
 void add_compare(const std::string& name, const std::string& type, C) {
     uint8_t n = sizeof(T);
@@ -71,7 +71,7 @@ template <class H>
 void add_half_comparisons(const std::string& type) {
     auto op = [&]<class C>(const char* name, C) {
         add_compare<H>(name, type, [](H a, H b) { return C()(decode(a), decode(b)); });
-        // Pairs: the first predicate is that of the low halves, the second that of the high ones.
+        // With pairs, the first predicate compares the low halves and the second one the high halves.
         table()["setp." + std::string(name) + "." + type + "x2"] = {
             [](Warp& w, const Instruction& in, Mask lanes) {
                 const uint32_t *a = w.src<uint32_t>(in.o[2]), *b = w.src<uint32_t>(in.o[3]);
@@ -85,7 +85,7 @@ void add_half_comparisons(const std::string& type) {
                 put_predicate(w, in.o[1], high, lanes);
             },
             {1, 1, 4, 4}};
-        // set gives 1.0 or all ones.
+        // Where the comparison holds, set writes 1.0 or all ones.
         std::string set = "set." + std::string(name);
         add<uint32_t, H, H>(set + ".u32." + type,
                             [](H a, H b) { return C()(decode(a), decode(b)) ? ~0u : 0u; });

@@ -1,7 +1,7 @@
 // cvt, between all types and widths.
 //
-// A source register may be wider than the type it holds, and so may the destination: the value is then read
-// from the low bits, and is extended by sign or by zeros.
+// A source register may be wider than the type it holds: the value is then in its low bits. A destination may
+// be wider, too: the value is then extended by its sign or by zeros.
 #include <algorithm>
 #include <limits>
 #include <type_traits>
@@ -21,7 +21,7 @@ struct Mode {
     bool saturates = false, flushes = false, relu = false;
 };
 
-// Packed into Instruction::aux.
+// Puts the mode into one number, for Instruction::aux.
 int32_t pack_mode(const Mode& m) {
     return (int)m.round | (int)m.integral << 4 | m.saturates << 8 | m.flushes << 9 | m.relu << 10;
 }
@@ -63,7 +63,8 @@ D from_double(double x, Round round) {
     if constexpr (std::is_same_v<D, double>) return x;
 }
 
-// A float to an integer: out of range gives the nearest that there is; NaN as the ISA says.
+// A float to an integer. Values out of range become the nearest integer of the type; NaN becomes what the ISA
+// says.
 template <class D>
 D float_to_integer(double x, bool from_double) {
     if (std::isnan(x)) {
@@ -94,7 +95,8 @@ D convert(S x, const Mode& mode) {
         return float_to_integer<D>(to_integral(value, how), std::is_same_v<S, double>);
     } else if constexpr (std::is_integral_v<S>) {
         if constexpr (is_half<D>) {
-            // A 64-bit integer may not be exact in double: round to odd, which does not show in 16 bits.
+            // Not every 64-bit integer is exact in double. Here it is rounded to odd, which cannot change the
+            // result of the second rounding, to 16 bits.
             double value = (double)x;
             if constexpr (sizeof(S) == 8) {
                 uint64_t magnitude = std::is_signed_v<S> && x < 0 ? 0 - (uint64_t)x : (uint64_t)x;
@@ -134,7 +136,8 @@ D convert(S x, const Mode& mode) {
     }
 }
 
-// o[0] = o[1]; widths of the registers are in memory.bytes (from) and memory.register_bytes (to).
+// o[0] = o[1]. The width of the source register is in memory.bytes, that of the destination in
+// memory.register_bytes.
 template <class D, class S>
 void run_conversion(Warp& w, const Instruction& in, Mask lanes) {
     Mode mode = unpack_mode(in.aux);
@@ -160,7 +163,7 @@ void run_conversion(Warp& w, const Instruction& in, Mask lanes) {
     }
 }
 
-// cvt.rn.bf16x2.f32 d, a, b: a is the high half.
+// cvt.rn.bf16x2.f32 d, a, b: a becomes the high half.
 template <class H>
 void run_pair(Warp& w, const Instruction& in, Mask lanes) {
     Mode mode = unpack_mode(in.aux);

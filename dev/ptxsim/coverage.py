@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How much of the kernels' PTX has run, from figures of dev/ptxsim (PTXSIM=figures=FILE.json).
+"""Prints how much of the kernels' PTX has run, by the figures of dev/ptxsim (PTXSIM=figures=FILE.json).
 
     LLMC_THOROUGH=kinds PTXSIM=figures=build/figures.json build/ptxsim/tests -tc="cuda*,the CUDA*,attention on*" \\
         -tce="cuda figures*"
     dev/ptxsim/coverage.py build/figures.json
 
-Prints kernels with all their instances together, the least covered first, and with --lines the source lines of the
-instructions that never ran, with their number.
+All instances of a kernel count together. The least covered kernels come first. --lines adds the source lines of the
+instructions that never ran, and how many there are in each.
 """
 import argparse
 import collections

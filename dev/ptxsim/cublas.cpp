@@ -1,5 +1,5 @@
 // cuBLAS: the products and the few vector functions that trainers use. One template serves a function and its
-// _64 twin, which differ in the type of their sizes only.
+// _64 twin, because the two differ only in the type of their sizes.
 #include <cublas_v2.h>
 #include <cuda_runtime_api.h>
 
@@ -44,7 +44,7 @@ cublasStatus_t product(const char* call, cublasHandle_t handle, cublasOperation_
         if (op != CUBLAS_OP_N && op != CUBLAS_OP_T && op != CUBLAS_OP_C)
             return refuse(kInvalid, call, "unknown transposition " + std::to_string(op));
     auto [m, n, k, batches] = size;
-    if (m < 0 || n < 0 || k < 0 || batches < 0) return refuse(kInvalid, call, "a negative size");
+    if (m < 0 || n < 0 || k < 0 || batches < 0) return refuse(kInvalid, call, "a size is negative");
     if (std::max({m, n, k}) > INT32_MAX)
         return refuse(CUBLAS_STATUS_NOT_SUPPORTED, call, "sizes of 2^31 and more are not simulated");
     Gemm g;
@@ -61,7 +61,7 @@ cublasStatus_t product(const char* call, cublasHandle_t handle, cublasOperation_
     for (const Operand* x : {&g.a, &g.b, &g.c})
         if (x->ld < std::max<int64_t>(1, x->inner))
             return refuse(kInvalid, call,
-                          std::string(x->name) + " has ld " + std::to_string(x->ld) + " for " +
+                          std::string(x->name) + " has ld " + std::to_string(x->ld) + ", but " +
                               std::to_string(x->inner) + " rows");
     if (cublasStatus_t s =
             check_types(call, compute, CUDA_R_32F, a.type, b.type, c.type, c.type, &g.precision))
@@ -78,12 +78,13 @@ cublasStatus_t product(const char* call, cublasHandle_t handle, cublasOperation_
     }
     g.workspace = (uint64_t)handle->workspace;
     g.workspace_bytes = handle->workspace_bytes;
-    g.spoiled_bytes = std::min<size_t>(g.workspace_bytes, 64 << 10);  // all of a large one takes long
+    g.spoiled_bytes = std::min<size_t>(g.workspace_bytes, 64 << 10);  // filling a large one takes too long
     enqueue(handle->stream, [g] { run_gemm(g); });
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// y = alpha op(A) x + beta y is the product of rows y^T = x^T op(A)^T, whose steps are their ld.
+// y = alpha op(A) x + beta y, as the product y^T = x^T op(A)^T. x^T and y^T are column-major matrices of one
+// row, so the steps of x and y are their leading dimensions.
 cublasStatus_t matrix_vector(cublasHandle_t handle, cublasOperation_t op, int64_t m, int64_t n,
                              const float* alpha, const float* A, int64_t lda, const float* x, int64_t step_x,
                              const float* beta, float* y, int64_t step_y) {
@@ -98,7 +99,7 @@ cublasStatus_t matrix_vector(cublasHandle_t handle, cublasOperation_t op, int64_
                    CUBLAS_COMPUTE_32F);
 }
 
-// A strided vector of floats in device memory: n lines of one element.
+// A strided vector of floats in device memory is an operand with n lines of one element.
 Operand make_vector(const char* name, const void* address, int64_t n, int64_t step) {
     return {.name = name, .address = (uint64_t)address, .inner = 1, .outer = n, .ld = step};
 }
@@ -113,7 +114,7 @@ bool readable(const char* call, const Operand& x) {
     return true;
 }
 
-// What the vector functions begin with. True where there is nothing to do but to return *status.
+// The checks with which the vector functions begin. True if the call is refused and has to return *status.
 bool refused(const char* call, cublasHandle_t handle, int64_t step_x, int64_t step_y,
              cublasStatus_t* status) {
     *status = CUBLAS_STATUS_SUCCESS;
@@ -124,7 +125,7 @@ bool refused(const char* call, cublasHandle_t handle, int64_t step_x, int64_t st
     return *status != CUBLAS_STATUS_SUCCESS;
 }
 
-// A scalar argument: its value now, or where it will be.
+// A scalar argument: its value, or its place in device memory, where it is read when the work runs.
 struct Scalar {
     float value = 0;
     Operand on_device{.name = "alpha", .inner = 1};
@@ -173,7 +174,8 @@ cublasStatus_t add_scaled(cublasHandle_t handle, int64_t n, const float* alpha, 
     return status;
 }
 
-// The dot product, or its root for the norm. With a result in host memory the call waits for it.
+// The dot product, or its square root, which is the norm. If the result is in host memory the call waits for
+// it.
 cublasStatus_t dot(const char* call, cublasHandle_t handle, int64_t n, const float* first, int64_t step_x,
                    const float* second, int64_t step_y, bool root, float* result) {
     cublasStatus_t status;
@@ -224,7 +226,7 @@ cublasStatus_t cublasGetVersion_v2(cublasHandle_t, int* version) {
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// The real library goes back to a workspace of its own when the stream changes.
+// When the stream changes, the real library stops using the program's workspace and uses its own.
 cublasStatus_t cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream) {
     if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
     handle->stream = stream;
@@ -321,7 +323,7 @@ const char* cublasGetStatusString(cublasStatus_t status) {
 }
 
 #define OPS cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb
-// A function with 32-bit sizes and its twin with 64-bit ones.
+// Defines a function with 32-bit sizes and its twin with 64-bit sizes.
 #define BOTH(name, twin, parameters, ...)                                                      \
     cublasStatus_t name parameters(int){__VA_ARGS__} cublasStatus_t twin parameters(int64_t) { \
         __VA_ARGS__                                                                            \

@@ -1,7 +1,7 @@
-// cuBLASLt: descriptors, a heuristic that knows what the real one refuses, and cublasLtMatmul().
+// cuBLASLt: a heuristic that knows what the real one refuses, and cublasLtMatmul().
 //
-// What is refused is what NVIDIA's documentation does not list; a program that runs here may still meet an
-// algorithm of its own on a GPU, but not a combination that no algorithm has.
+// Combinations that NVIDIA's documentation does not list are refused. So a program that runs here does not
+// ask a GPU for a combination that no algorithm supports; which algorithm the GPU chooses may differ.
 #include <cublasLt.h>
 
 #include <algorithm>
@@ -19,10 +19,11 @@ struct cublasLtContext {};
 namespace ptxsim {
 namespace {
 
-// Chosen for one problem: another one is refused, as by the real library's check of an algorithm.
+// What the heuristic chooses for one problem. For another problem it is refused, because the real library's
+// check of an algorithm refuses that, too.
 struct Algorithm {
     uint64_t magic, workspace, problem;
-    uint32_t alignment[4];  // of A, B, C, D: what it relies on
+    uint32_t alignment[4];  // the alignment of A, B, C and D that the algorithm relies on
 };
 constexpr uint64_t kMagic = 0x70747873696D4C74;
 
@@ -48,7 +49,8 @@ cublasStatus_t check_layout(const char* call, const Operand& x, const Layout& la
     if (x.ld < x.inner || x.inner < 1 || x.outer < 1 || std::max({x.inner, x.outer, x.ld}) > INT32_MAX)
         return refuse(CUBLAS_STATUS_INVALID_VALUE, call,
                       name + " has " + std::to_string(layout.rows) + " rows, " + std::to_string(layout.cols) +
-                          " columns and ld " + std::to_string(x.ld));
+                          " columns and ld " + std::to_string(x.ld) +
+                          ": ld is too small, or one of them is not between 1 and 2^31 - 1");
     if (layout.batches != batches)
         return refuse(CUBLAS_STATUS_INVALID_VALUE, call, name + " and D have different batch counts");
     return CUBLAS_STATUS_SUCCESS;
@@ -100,7 +102,8 @@ cublasStatus_t set_epilogue(const char* call, const Description& x, Gemm* g) {
             return refuse(CUBLAS_STATUS_NOT_SUPPORTED, call,
                           "epilogue " + std::to_string(x.epilogue) + " is unknown or not simulated");
     }
-    if (g->d.row_major) return refuse(CUBLAS_STATUS_NOT_SUPPORTED, call, "an epilogue with a row-major D");
+    if (g->d.row_major)
+        return refuse(CUBLAS_STATUS_NOT_SUPPORTED, call, "an epilogue cannot have a row-major D");
     if (g->bias_use != Bias::none) {
         if (x.bias_type != -1 && x.bias_type != (int)g->d.type)
             return refuse(CUBLAS_STATUS_NOT_SUPPORTED, call, "the bias has another type than D");
@@ -127,7 +130,7 @@ cublasStatus_t set_epilogue(const char* call, const Description& x, Gemm* g) {
     return CUBLAS_STATUS_SUCCESS;
 }
 
-// The call for a problem, but for the addresses of its matrices.
+// Makes the product for a problem, except for the addresses of its matrices.
 cublasStatus_t make_gemm(const char* call, const Problem& p, Gemm* g) {
     const Description& x = p.description;
     g->call = call;
@@ -139,7 +142,7 @@ cublasStatus_t make_gemm(const char* call, const Problem& p, Gemm* g) {
                                        g->b.type, g->c.type, g->d.type, &g->precision))
         return s;
     g->batches = p.d.batches;
-    if (g->batches < 1) return refuse(CUBLAS_STATUS_INVALID_VALUE, call, "a batch count below 1");
+    if (g->batches < 1) return refuse(CUBLAS_STATUS_INVALID_VALUE, call, "the batch count is below 1");
     const std::pair<const Operand&, const Layout&> all[] = {
         {g->a, p.a}, {g->b, p.b}, {g->c, p.c}, {g->d, p.d}};
     for (auto [operand, layout] : all)
@@ -148,7 +151,7 @@ cublasStatus_t make_gemm(const char* call, const Problem& p, Gemm* g) {
         if (op != CUBLAS_OP_N && op != CUBLAS_OP_T && op != CUBLAS_OP_C)
             return refuse(CUBLAS_STATUS_INVALID_VALUE, call, "unknown transposition " + std::to_string(op));
     if (x.trans_c != CUBLAS_OP_N || x.fill != CUBLAS_FILL_MODE_FULL)
-        return refuse(CUBLAS_STATUS_NOT_SUPPORTED, call, "a transposed C, or a fill mode");
+        return refuse(CUBLAS_STATUS_NOT_SUPPORTED, call, "a transposed C or a fill mode is not supported");
     if (x.pointer_mode != CUBLASLT_POINTER_MODE_HOST && x.pointer_mode != CUBLASLT_POINTER_MODE_DEVICE)
         return refuse(CUBLAS_STATUS_NOT_SUPPORTED, call,
                       "pointer mode " + std::to_string(x.pointer_mode) + " is not simulated");
@@ -174,7 +177,7 @@ cublasStatus_t make_gemm(const char* call, const Problem& p, Gemm* g) {
     return set_epilogue(call, x, g);
 }
 
-// Of everything but addresses: FNV-1a.
+// FNV-1a of everything except addresses.
 uint64_t hash(const Problem& p) {
     uint64_t h = 0xCBF29CE484222325;
     auto add = [&](uint64_t x) { h = (h ^ x) * 0x100000001B3; };
@@ -189,7 +192,8 @@ uint64_t hash(const Problem& p) {
     return h;
 }
 
-// What every pointer of the operand is aligned to, at most 16 bytes: all that tensor cores want.
+// The alignment that all lines of the operand have. Tensor cores need no more than 16 bytes, so it is at most
+// that.
 uint32_t alignment(const Operand& x, uint64_t first, int64_t batches) {
     uint64_t all = first | 16 | (batches > 1 ? (uint64_t)x.stride * size_of(x.type) : 0);
     if (x.outer > 1) all |= (uint64_t)x.ld * size_of(x.type);
@@ -225,7 +229,7 @@ cublasStatus_t matmul(const Problem& problem, const void* alpha, const void* bet
     const void* pointers[] = {A, B, C, D};
     Operand* operands[] = {&g.a, &g.b, &g.c, &g.d};
     for (int i = 0; i < 4; i++) operands[i]->address = (uint64_t)pointers[i];
-    if (C == D && problem.c.ld != problem.d.ld) return refuse(invalid, call, "C is D with another ld");
+    if (C == D && problem.c.ld != problem.d.ld) return refuse(invalid, call, "C is D, but with another ld");
     if ((g.bias_use != Bias::none && !g.bias.address) || (g.has_aux && !g.aux.address))
         return refuse(invalid, call, "the epilogue's bias or aux pointer is null");
     if (g.has_aux && g.aux.address % 16) return refuse(invalid, call, "aux is not aligned to 16 bytes");
@@ -237,7 +241,7 @@ cublasStatus_t matmul(const Problem& problem, const void* alpha, const void* bet
         if (chosen.workspace > (workspace ? bytes : 0))
             return refuse(invalid, call,
                           "the algorithm needs a workspace of " + std::to_string(chosen.workspace) +
-                              " bytes, which was given " + std::to_string(workspace ? bytes : 0));
+                              " bytes, but was given " + std::to_string(workspace ? bytes : 0));
         for (int i = 0; i < 4; i++)
             if ((uint64_t)pointers[i] % chosen.alignment[i])
                 return refuse(invalid, call,
@@ -247,8 +251,8 @@ cublasStatus_t matmul(const Problem& problem, const void* alpha, const void* bet
     }
     g.workspace = (uint64_t)workspace;
     g.workspace_bytes = g.spoiled_bytes = workspace ? bytes : 0;
-    // No more than this is known of what an algorithm of the real library writes; all of a large one takes
-    // long.
+    // An algorithm of the real library may overwrite the workspace that it asked for. Filling all of a larger
+    // one takes too long.
     if (algo)
         g.spoiled_bytes = std::min(g.workspace_bytes, std::max(get<Algorithm>(algo).workspace, 64ul << 10));
     if (problem.description.pointer_mode == CUBLASLT_POINTER_MODE_HOST) {
@@ -314,11 +318,11 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
         if (wishes.alignment[i] < size_of(operands[i]->type) ||
             (wishes.alignment[i] & (wishes.alignment[i] - 1)))
             return refuse(CUBLAS_STATUS_NOT_SUPPORTED, call,
-                          std::string(operands[i]->name) + " with an alignment of " +
+                          std::string(operands[i]->name) + " cannot have an alignment of " +
                               std::to_string(wishes.alignment[i]) + " bytes");
         algorithm.alignment[i] = alignment(*operands[i], wishes.alignment[i], g.batches);
     }
-    // The best of them wants a workspace.
+    // The algorithm with a workspace comes first, because the heuristic lists the fastest one first.
     for (uint64_t workspace : {workspace_for(g), (uint64_t)0}) {
         if (workspace > wishes.workspace || *returned == wanted) continue;
         cublasLtMatmulHeuristicResult_t& result = results[(*returned)++];

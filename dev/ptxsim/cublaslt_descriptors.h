@@ -31,7 +31,7 @@ struct Description {
 struct Preference {
     uint64_t workspace = 0, implementations = ~0ull;
     uint32_t search = CUBLASLT_SEARCH_BEST_FIT, reductions = CUBLASLT_REDUCTION_SCHEME_MASK;
-    uint32_t alignment[4] = {256, 256, 256, 256};  // of A, B, C, D
+    uint32_t alignment[4] = {256, 256, 256, 256};  // of A, B, C and D, in bytes
     float waves = 0;
 };
 

@@ -1,4 +1,5 @@
-// From a kernel's text to its program: calls inlined, names resolved to places, branches to indices.
+// Turns a kernel's text into its program: calls are inlined, names become places in the registers, and labels
+// become indices of instructions.
 #include <cxxabi.h>
 
 #include <algorithm>
@@ -7,16 +8,6 @@
 #include "dev/ptxsim/program.h"
 
 namespace ptxsim {
-
-// warp_ops.cpp
-void run_printf(Warp&, const Instruction&, Mask);
-void run_assert(Warp&, const Instruction&, Mask);
-void run_clock(Warp&, const Instruction&, Mask);
-void run_pack(Warp&, const Instruction&, Mask);
-void run_unpack(Warp&, const Instruction&, Mask);
-void run_to_shared(Warp&, const Instruction&, Mask);
-void run_from_shared(Warp&, const Instruction&, Mask);
-void run_is_space(Warp&, const Instruction&, Mask);
 
 namespace {
 
@@ -58,11 +49,11 @@ bool is_clock(Special s) {
            s == Special::globaltimer;
 }
 
-// What a name stands for.
+// What a name means in the PTX.
 struct Binding {
     enum { reg, variable, label } kind;
     int32_t place = 0;
-    int bytes = 0;  // reg: 1 for a predicate
+    int bytes = 0;  // reg: its width; 1 for a predicate. variable: -1 for dynamic shared memory
     Space space = Space::generic;
     uint64_t address = 0;  // variable
 };
@@ -99,7 +90,7 @@ class Decoder {
         function(entry_, true);
         k.info.static_shared = true_shared_bytes_;
         k.info.local_bytes = k.local_bytes;
-        // The dynamic part begins after all static variables, and a gap.
+        // Dynamic shared memory begins after all static variables and a gap.
         size_t dynamic = align_up(k.shared_bytes + (k.shared_bytes ? kGap : 0), 128);
         k.shared_bytes = dynamic;
         for (auto [place, at] : dynamic_shared_) {
@@ -114,7 +105,7 @@ class Decoder {
     }
 
   private:
-    static constexpr size_t kGap = 128;  // between shared variables, so that overruns show
+    static constexpr size_t kGap = 128;  // between shared variables, so that accesses past the end are found
 
     const Module& module_;
     const FunctionText& entry_;
@@ -123,7 +114,7 @@ class Decoder {
     std::vector<std::string> call_stack_;
     std::map<std::string, uint16_t> mnemonics_;
     std::map<std::pair<int, std::vector<uint8_t>>, int32_t> constants_;
-    std::vector<std::pair<int, size_t>> dynamic_shared_;  // constants that are its address: bytes, offset
+    std::vector<std::pair<int, size_t>> dynamic_shared_;  // constants with its address: (bytes, offset)
     size_t true_shared_bytes_ = 0;
     int line_ = 0;
 
@@ -137,7 +128,7 @@ class Decoder {
         char* text = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
         std::string result = status == 0 ? text : name;
         free(text);
-        // Without the parameters, and without a template's result type before the name.
+        // Removes the parameters, and the result type that stands before the name of a template.
         int depth = 0;
         for (size_t i = result.size(); i-- > 0;) {
             if (result[i] == ')') depth++;
@@ -193,7 +184,7 @@ class Decoder {
     }
 
     void declare_shared(const VariableDeclaration& v) {
-        if (v.count == 0) {  // dynamic: where it begins is known at the end
+        if (v.count == 0) {  // dynamic: run() knows where it begins when all static variables are declared
             scopes_.back()[v.name] = {Binding::variable, 0, -1, Space::shared, 0};
             return;
         }
@@ -220,7 +211,7 @@ class Decoder {
         memcpy(&kernel_->constants[at + (size_t)lane * bytes], &bits, bytes);
     }
 
-    // The place of a constant of `bytes` in all lanes (1: a predicate).
+    // The place of a constant that has the same value in all lanes. `bytes` is 1 for a predicate.
     int32_t constant(uint64_t bits, int bytes) {
         std::vector<uint8_t> key((uint8_t*)&bits, (uint8_t*)&bits + 8);
         auto [it, is_new] = constants_.try_emplace({bytes, key}, 0);
@@ -246,7 +237,7 @@ class Decoder {
         if (const Binding* b = find(name); b && b->kind == Binding::variable) {
             if (b->space == Space::shared && b->bytes == -1) {
                 int32_t place = new_constant((uint64_t)offset, bytes);
-                if (offset) fail("an offset to dynamic shared memory in an operand");
+                if (offset) fail("an operand with an offset to dynamic shared memory is not supported");
                 dynamic_shared_.emplace_back(bytes, (size_t)~place);
                 return place;
             }
@@ -260,7 +251,7 @@ class Decoder {
 
     // ---- operands
 
-    // The place of an operand that an instruction takes as `bytes` wide (0: as wide as its register is).
+    // The place of an operand. The instruction reads `bytes` of it; 0: the width of its register.
     int32_t place(const Operand& o, int bytes) {
         switch (o.kind) {
             case Operand::ignored:
@@ -291,11 +282,11 @@ class Decoder {
             case Operand::name:
                 break;
             default:
-                fail("an operand of another kind");
+                fail("an operand of a kind that this instruction cannot have");
         }
         if (const Binding* b = find(o.text); b && b->kind == Binding::reg) {
             if (bytes && b->bytes != bytes && !(bytes > 1 && b->bytes > 1))
-                fail("operand " + o.text + " of another width");
+                fail("operand " + o.text + " has another width than the instruction");
             if (bytes && b->bytes < bytes) fail("operand " + o.text + " is too narrow");
             return b->place;
         }
@@ -319,8 +310,6 @@ class Decoder {
         if (it != scopes_[0].end()) return it->second.place;
         int32_t p = new_register(bytes);
         scopes_[0][name] = {Binding::reg, p, bytes, Space::generic, 0};
-        // The width goes with the place, in its sign: 8 bytes are rare (%gridid, %lanemask in 64 bits are
-        // not).
         kernel_->specials.emplace_back(s, bytes == 8 ? -p - 1 : p);
         return p;
     }
@@ -334,7 +323,7 @@ class Decoder {
     // ---- functions and statements
 
     struct Frame {
-        // Labels are known in their block: "/2/5:name" is one in the sixth block, within the third.
+        // A label belongs to its block: "/2/5:name" is a label in the sixth block, which is in the third.
         std::string block;
         int blocks = 0;
         std::map<std::string, int32_t> labels;
@@ -347,7 +336,7 @@ class Decoder {
 
     void function(const FunctionText& f, bool is_entry) {
         if (std::find(call_stack_.begin(), call_stack_.end(), f.name) != call_stack_.end())
-            fail("a recursive call of " + f.name + ", which the simulator cannot inline");
+            fail("a recursive call of " + f.name + " cannot be inlined");
         call_stack_.push_back(f.name);
         Frame frame;
         size_t depth = scopes_.size();
@@ -372,7 +361,7 @@ class Decoder {
                     } else if (s.declaration.space == Space::local || s.declaration.space == Space::param) {
                         declare_local(s.declaration);
                     } else {
-                        fail("a variable of a function in this state space");
+                        fail("a function cannot have a variable in this state space");
                     }
                     break;
                 case Statement::label:
@@ -387,7 +376,7 @@ class Decoder {
             }
         }
         scopes_.resize(depth);
-        if (is_entry) {  // the end of the text returns, too
+        if (is_entry) {  // a kernel also returns at the end of its text
             Instruction in;
             in.flow = Flow::exit;
             in.ptx_line = line_;
@@ -399,7 +388,7 @@ class Decoder {
                                         [&](auto& l) { return l.second == (int32_t)kernel_->code.size(); });
             if (!ends || labelled) kernel_->code.push_back(in);
         }
-        auto target = [&](std::string label) {  // in its block, or the nearest around it
+        auto target = [&](std::string label) {  // looks in the branch's block, then in those around it
             for (;;) {
                 auto it = frame.labels.find(label);
                 if (it != frame.labels.end()) return it->second;
@@ -511,7 +500,8 @@ class Decoder {
             arithmetic(s, *entry, in);
             return emit();
         }
-        // Memory and other lanes: registers in order, vectors flattened, addresses apart.
+        // Instructions that touch memory or other lanes take their registers in order, with vectors
+        // flattened. Their addresses have places of their own.
         places(s, in);
         auto file = module_.text.files.find(in.source.file);
         in.memory.of_toolkit = file != module_.text.files.end() && is_toolkit_file(file->second);
@@ -522,7 +512,7 @@ class Decoder {
     const AluEntry* alu(const Statement& s, const std::string& name) {
         const AluEntry* entry = find_alu(name);
         if (entry) return entry;
-        // lop3 with a fifth operand and so on are not in use; what remains are modifiers in another order.
+        // Shifts and logic of signed and unsigned types (shl.s32) are those of bits (shl.b32).
         if (s.op == "shl" || s.op == "not" || s.op == "and" || s.op == "or" || s.op == "xor") {
             std::string type = s.modifiers.empty() ? "" : s.modifiers.back();
             if (type.size() > 1 && (type[0] == 'u' || type[0] == 's'))
@@ -537,7 +527,7 @@ class Decoder {
         bool pair_of_predicates = s.op == "setp";
         for (size_t i = 0; i < s.operands.size(); i++) {
             const Operand& o = s.operands[i];
-            // setp's second predicate is optional.
+            // The second predicate of setp is optional.
             if (pair_of_predicates && i == 1 && !o.lane_predicate) n++;
             if (n >= 6 || !entry.widths[n]) fail("too many operands");
             if (o.negated) in.aux |= s.op == "setp" || s.op == "selp" ? 8 : 1 << n;
@@ -560,7 +550,7 @@ class Decoder {
         return true;
     }
 
-    // mov.b64 {%r1,%r2}, %rd1 and the other way round.
+    // mov.b64 {%r1,%r2}, %rd1 and mov.b64 %rd1, {%r1,%r2}.
     bool vector_move(const Statement& s, Instruction& in) {
         const Operand &d = s.operands.at(0), &a = s.operands.at(1);
         if (d.kind != Operand::vector && a.kind != Operand::vector) return false;
@@ -586,7 +576,7 @@ class Decoder {
             bool is_value =
                 o.kind == Operand::integer || o.kind == Operand::float32 || o.kind == Operand::float64;
             int bytes = 0;
-            if (is_value) {  // as wide as the memory's type in ld, st and atom; 4 elsewhere
+            if (is_value) {  // as wide as the type in memory for st, atom and red; 4 bytes elsewhere
                 bool typed = s.op == "st" || s.op == "atom" || s.op == "red";
                 bytes = typed && !type.empty() ? std::max(2, type_bytes(type)) : 4;
             }
@@ -640,12 +630,12 @@ class Decoder {
         std::vector<Operand> results, arguments;
         if (s.operands.at(0).kind == Operand::vector) results = s.operands[i++].parts;
         if (i >= s.operands.size() || s.operands[i].kind != Operand::name)
-            fail("a call without a function's name");
+            fail("a call does not name a function");
         std::string name = s.operands[i++].text;
         if (i < s.operands.size() && s.operands[i].kind == Operand::vector) arguments = s.operands[i].parts;
         auto local = [&](const Operand& o) {
             const Binding* b = o.kind == Operand::name ? find(o.text) : nullptr;
-            if (!b || b->kind != Binding::variable) fail("an argument that is no .param variable");
+            if (!b || b->kind != Binding::variable) fail("an argument is not a .param variable");
             return *b;
         };
         if (name == "vprintf" || name == "__assertfail") {
@@ -658,19 +648,19 @@ class Decoder {
         }
         auto it = module_.text.functions.find(name);
         if (it == module_.text.functions.end())
-            fail("a call of unknown " + name + " (calls through pointers are not supported)");
+            fail("a call of unknown function " + name + " (calls through pointers are not supported)");
         const FunctionText& f = it->second;
-        if (f.is_declaration) fail("a call of " + name + ", which is declared and not defined");
+        if (f.is_declaration) fail("a call of " + name + ", which is declared but not defined");
         if (f.parameters.size() != arguments.size() || f.results.size() != results.size())
-            fail("a call of " + name + " with other parameters than it has");
-        if (in.guard >= 0) {  // jump around what is inlined
+            fail("a call passes other parameters to " + name + " than it has");
+        if (in.guard >= 0) {  // a guarded call becomes a branch around the inlined function
             Instruction around = in;
             around.flow = Flow::branch;
             around.guard_negated = !in.guard_negated;
             kernel_->code.push_back(around);
         }
         size_t start = kernel_->code.size();
-        std::map<std::string, Binding> scope;  // the callee sees its own names and the module's
+        std::map<std::string, Binding> scope;  // the function sees its own names and those of the module
         for (size_t k = 0; k < arguments.size(); k++) scope[f.parameters[k].name] = local(arguments[k]);
         for (size_t k = 0; k < results.size(); k++) scope[f.results[k].name] = local(results[k]);
         scopes_.push_back(scope);

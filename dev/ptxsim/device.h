@@ -1,4 +1,4 @@
-// What the runtime asks of the executor: modules of PTX, their kernels and variables, and launches.
+// What the executor offers the runtime: modules of PTX, their kernels and variables, and launches.
 #pragma once
 #include <array>
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace ptxsim {
 
-struct Kernel;  // an entry, decoded (program.h)
+struct Kernel;  // a decoded entry (program.h)
 struct Module;
 
 struct Dim3 {
@@ -22,9 +22,9 @@ struct KernelInfo {
     std::vector<size_t> parameter_sizes;  // bytes
     std::vector<size_t> parameter_offsets;
     size_t parameter_bytes;
-    size_t static_shared, local_bytes;  // bytes a block, a thread
+    size_t static_shared, local_bytes;  // bytes per block and per thread
     int max_threads;                    // .maxntid, or 1024
-    bool required_threads;              // .reqntid: exactly these
+    bool required_threads;              // .reqntid: a block has exactly max_threads
 };
 
 struct LaunchConfig {
@@ -45,11 +45,11 @@ enum class LaunchResult {
     unsupported
 };
 
-// Parses and decodes PTX text; its variables are allocated and initialised. Throws std::runtime_error that
-// names the line of PTX and what was not understood. The module lives until the process ends.
+// Parses PTX text, and allocates and initialises its variables. Throws a std::runtime_error that names the
+// line of PTX and what was not understood. The module lives until the process ends.
 Module* load_module(const std::string& ptx, const std::string& name);
 
-// Null where the module has no such entry or variable.
+// Null if the module has no such entry or variable.
 const Kernel* find_kernel(const Module* module, const std::string& mangled);
 struct VariableInfo {
     uint64_t address;
@@ -58,11 +58,11 @@ struct VariableInfo {
 const VariableInfo* find_variable(const Module* module, const std::string& mangled);
 const KernelInfo& info(const Kernel* kernel);
 
-// Runs the whole grid and returns. Whatever the checks find is reported; the result is what the hardware
-// would have said. The limits of the device were checked by the caller.
+// Runs the whole grid before it returns. The checks report what they find; the result is what the hardware
+// would have returned. The caller has checked the limits of the device.
 LaunchResult run(const LaunchConfig& launch);
 
-// Figures by kernel (options().figures): a table for people, and JSON.
+// Figures of each kernel (options().figures), as a table for people and as JSON.
 std::string figures_table();
 std::string figures_json();
 void clear_figures();

@@ -1,5 +1,5 @@
-// What nvcc's host code calls at start-up: it registers the PTX in the program, its kernels and its
-// variables. PTX is parsed when something of it is first used.
+// The functions that nvcc's host code calls at start-up to register the program's PTX, kernels and variables.
+// PTX is parsed when one of its kernels or variables is first used.
 #include <cxxabi.h>
 #include <fatbinary_section.h>
 
@@ -23,7 +23,7 @@ constexpr char kFlags[] =
 struct FatBinary {
     const __fatBinC_Wrapper_t* wrapper;
     Module* module = nullptr;
-    std::string error;                                    // why there is no module
+    std::string error;                                    // why the module could not be loaded
     std::vector<std::pair<void**, std::string>> managed;  // the host's pointers to managed variables
 };
 
@@ -38,9 +38,10 @@ struct Function {
 };
 
 struct State {
-    // By the address of the host's stub or variable. Addresses of map nodes stay.
+    // The key is the address of the host's stub or variable. `handles` points into these maps, whose nodes do
+    // not move.
     std::map<const void*, Function> functions;
-    std::map<const void*, Function*> handles;  // by the cudaKernel_t, which is the address of the entry
+    std::map<const void*, Function*> handles;  // the key is the cudaKernel_t: the address of the KernelEntry
     std::map<const void*, Symbol> variables;
 };
 
@@ -49,16 +50,16 @@ State& state() {
     return s;
 }
 
-// The two headers of a fatbinary: of the whole, and of each entry.
+// The two headers in a fatbinary: one of the whole file, and one of each entry.
 struct FileHeader {
     uint32_t magic;
     uint16_t version, header_bytes;
-    uint64_t bytes;  // of all entries
+    uint64_t bytes;  // the size of all entries
 };
 struct EntryHeader {
     uint16_t kind, version;
     uint32_t header_bytes;
-    uint64_t bytes;  // of the payload
+    uint64_t bytes;  // the size of the payload
     uint32_t compressed_bytes, unknown;
     uint16_t minor, major;
     uint32_t architecture;
@@ -68,7 +69,7 @@ struct EntryHeader {
 static_assert(sizeof(FileHeader) == 16 && sizeof(EntryHeader) == 48);
 constexpr uint32_t kFileMagic = 0xBA55ED50;
 constexpr uint16_t kKindPtx = 1;
-constexpr uint32_t kBestArchitecture = 90;  // of the device
+constexpr uint32_t kBestArchitecture = 90;  // the architecture of the simulated device
 
 struct Ptx {
     std::string text, name;
@@ -78,7 +79,7 @@ struct Ptx {
 Ptx find_ptx(const void* data) {
     FileHeader file;
     std::memcpy(&file, data, sizeof file);
-    if (file.magic != kFileMagic) throw std::runtime_error("this is no fatbinary of nvcc");
+    if (file.magic != kFileMagic) throw std::runtime_error("this is not a fatbinary of nvcc");
     const char* at = (const char*)data + file.header_bytes;
     const char* end = at + file.bytes;
     Ptx best;
@@ -104,7 +105,7 @@ Ptx find_ptx(const void* data) {
     return best;
 }
 
-// Says once what is wrong with a module that cannot be used.
+// Loads the module. If that is impossible, reports the reason once.
 void load(FatBinary* b) {
     if (b->module || !b->error.empty()) return;
     std::string name = "a CUDA object";
@@ -124,14 +125,15 @@ void load(FatBinary* b) {
         if (const VariableInfo* v = find_variable(b->module, variable)) *pointer = (void*)v->address;
 }
 
-// "void gelu<float>(float*)" is "gelu<float>".
+// "void gelu<float>(float*)" becomes "gelu<float>".
 std::string title_of(const std::string& mangled) {
     int status = 0;
     char* text = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status);
     if (status != 0 || !text) return mangled;
     std::string name = text;
     std::free(text);
-    // The parameters are the last brackets outside of <>; a template's result type stands before the name.
+    // The parameters are in the last parentheses outside of <>. The result type of a template stands before
+    // the name.
     int depth = 0;
     size_t end = name.rfind(')');
     if (end == std::string::npos) return name;
@@ -196,7 +198,7 @@ using namespace ptxsim;
 extern "C" {
 
 void** __cudaRegisterFatBinary(void* data) {
-    options();  // PTXSIM=help, and a wrong option, end the process here
+    options();  // ends the process if PTXSIM is "help" or has a wrong option
     auto* binary = new FatBinary;
     binary->wrapper = (const __fatBinC_Wrapper_t*)data;
     return (void**)binary;
@@ -204,12 +206,12 @@ void** __cudaRegisterFatBinary(void* data) {
 
 void __cudaRegisterFatBinaryEnd(void**) {}
 
-// Called at exit, when static objects of the program may still have memory to free: nothing goes away.
+// Called at exit. Nothing is unloaded, because static objects of the program may still free memory after it.
 void __cudaUnregisterFatBinary(void**) {}
 
 void __cudaRegisterFunction(void** handle, const char* host_function, char*, const char* name, int, uint3*,
                             uint3*, dim3*, dim3*, int*) {
-    // Several objects have the same instance of a template; the first one stands for all.
+    // Several object files may contain the same instance of a template; the first one is used.
     auto [it, added] = state().functions.try_emplace(host_function);
     if (!added) return;
     it->second.symbol = {(FatBinary*)handle, name};

@@ -1,4 +1,4 @@
-// Figures by kernel: what ran, what it moved, and the least time that an H100 would take for it.
+// Figures of each kernel: what ran, how many bytes it moved, and the least time that an H100 would take.
 #include <algorithm>
 #include <cstdio>
 #include <nlohmann/json.hpp>
@@ -7,19 +7,17 @@
 
 namespace ptxsim {
 
-std::vector<const Kernel*> launched_kernels();  // module.cpp
-
 namespace {
 
-// H100 SXM (NVIDIA H100 Tensor Core GPU architecture, table 3): bytes/s of HBM3, dense bf16 operations/s of
-// the tensor cores, lane instructions/s (132 SMs, 128 lanes, 1.83 GHz).
+// What an H100 SXM does per second (NVIDIA H100 Tensor Core GPU architecture, table 3): bytes of HBM3, dense
+// bf16 operations of the tensor cores, lane-instructions (132 SMs, 128 lanes, 1.83 GHz).
 constexpr double kBandwidth = 3.35e12, kTensorRate = 989e12, kLaneRate = 132 * 128 * 1.83e9;
 
 struct Summary {
     uint64_t warps = 0, lanes = 0, instructions = 0, executed = 0;
     double bound_us = 0;
     const char* limit = "";
-    std::map<std::string, uint64_t> kinds;   // warp instructions by mnemonic
+    std::map<std::string, uint64_t> kinds;   // warp-instructions by mnemonic
     std::map<std::string, uint64_t> missed;  // instructions that never ran, by source line
 };
 
@@ -28,7 +26,7 @@ struct Entry {
     Figures figures;
 };
 
-// A template that several objects have is one kernel.
+// An instance of a template that is in several object files counts as one kernel.
 bool same_code(const Kernel& a, const Kernel& b) {
     if (a.title != b.title || a.code.size() != b.code.size()) return false;
     for (size_t i = 0; i < a.code.size(); i++)
@@ -79,7 +77,7 @@ Summary summarize(const Entry& entry) {
         s.warps += f.warps[i];
         s.lanes += f.lanes[i];
         s.instructions++;
-        // A branch that no lane takes has run, too.
+        // A branch has also run if no lane took it.
         const bool ran = f.lanes[i] > 0 || (k.code[i].flow == Flow::branch && f.warps[i] > 0);
         s.executed += ran;
         s.kinds[k.mnemonics[k.code[i].mnemonic]] += f.warps[i];
@@ -150,8 +148,8 @@ std::string figures_table() {
         text += line;
     }
     return text +
-           "A bound is what bytes, tensor cores and issue slots of an H100 allow; real kernels take "
-           "longer.\n";
+           "A bound is the least time that the bytes, tensor cores and issue slots of an H100 allow; real "
+           "kernels take longer.\n";
 }
 
 void clear_figures() {

@@ -1,4 +1,4 @@
-// 16-bit floats, tf32, and roundings that the processor has no instruction for.
+// 16-bit floats, tf32, and rounding modes for which the processor has no instruction.
 #pragma once
 #include <bit>
 #include <cfenv>
@@ -17,8 +17,8 @@ struct bf16 {
 
 enum class Round : uint8_t { nearest, zero, down, up, away /* ties away from zero */ };
 
-// x as a float of `exponent` and `mantissa` bits (IEEE 754, with denormals), in the low bits. NaN is
-// canonical.
+// x as a float with `exponent` and `mantissa` bits (IEEE 754, with denormals), in the low bits of the result.
+// NaN becomes the canonical NaN.
 inline uint32_t encode(double x, int exponent, int mantissa, Round round) {
     uint64_t bits = std::bit_cast<uint64_t>(x);
     uint32_t sign = (uint32_t)(bits >> 63), bias = (1u << (exponent - 1)) - 1, top = (1u << exponent) - 1;
@@ -86,19 +86,19 @@ inline bf16 to_half<bf16>(double x, Round round) {
     return {(uint16_t)encode(x, 8, 7, round)};
 }
 
-// The float that has x's tf32 in its upper 19 bits.
+// x rounded to tf32, as a float: the tf32 number is in its upper 19 bits.
 inline float to_tf32(float x, Round round) {
     return std::bit_cast<float>(encode(x, 8, 10, round) << 13);
 }
 
-// x, computed neither earlier nor later than here.
+// Returns x. The compiler may not move the computation of x across this call.
 template <class T>
 inline T opaque(T x) {
     asm volatile("" : "+x"(x)::"memory");
     return x;
 }
 
-// f(x...) by the processor's arithmetic in another rounding mode.
+// f(x...), computed by the processor in another rounding mode.
 template <class F, class... X>
 auto rounded(Round round, F f, X... x) {
     fesetround(round == Round::zero   ? FE_TOWARDZERO

@@ -15,7 +15,7 @@
 namespace ptxsim {
 namespace {
 
-// Not every compiler has _Float16 on every processor.
+// A float16 of our own, because not every compiler has _Float16 on every processor.
 struct Half {
     f16 x = {};
     Half() = default;
@@ -33,7 +33,7 @@ void load(float* out, const std::byte* from, int64_t n, Precision precision) {
     if constexpr (sizeof(T) == 4) {
         if (precision == Precision::tf32)
             for (int64_t i = 0; i < n; i++)
-                out[i] = to_tf32(out[i], Round::away);  // as kernels of libraries do
+                out[i] = to_tf32(out[i], Round::away);  // as the libraries' kernels do
         if (precision == Precision::bf16)
             for (int64_t i = 0; i < n; i++) out[i] = cpu::bf16(out[i]);
         if (precision == Precision::f16)
@@ -64,7 +64,7 @@ void store_line(const Operand& x, int64_t batch, int64_t line, const float* from
     if (x.type == CUDA_R_16F) store<Half>(to, from, x.inner);
 }
 
-// The matrix as floats without gaps between its lines: where they lie, or converted into `memory`.
+// The matrix as floats without gaps between its lines. Converts it into `memory` unless it already lies so.
 const float* dense(const Operand& x, int64_t batch, Precision precision, std::vector<float>* memory) {
     bool is_float = x.type == CUDA_R_32F && precision == Precision::as_stored;
     if (is_float && (x.ld == x.inner || x.outer == 1))
@@ -86,7 +86,7 @@ float gelu_derivative(float x) {
     return 0.5f * (1 + t) + 0.5f * x * (1 - t * t) * kGeluScale * (1 + 3 * 0.044715f * x * x);
 }
 
-// The sums of a matrix (outer, inner) over its lines, or within each.
+// The sums of a matrix (outer, inner) over its lines, or the sum of each line.
 std::vector<float> sums(const float* x, int64_t outer, int64_t inner, bool over_lines) {
     std::vector<double> sum(over_lines ? inner : outer);
     for (int64_t o = 0; o < outer; o++)
@@ -94,7 +94,7 @@ std::vector<float> sums(const float* x, int64_t outer, int64_t inner, bool over_
     return {sum.begin(), sum.end()};
 }
 
-// One call, its memory checked.
+// Computes one call whose memory has been checked.
 class Product {
   public:
     explicit Product(const Gemm& gemm) : g(gemm) {}
@@ -119,9 +119,9 @@ class Product {
         }
         const float* a = dense(g.a, batch, g.precision, &memory_a);
         const float* b = dense(g.b, batch, g.precision, &memory_b);
-        // Whether the elements of a line are those of one index of k.
+        // Whether all elements of one line have the same index of k.
         bool a_along_k = g.trans_a != g.a.row_major, b_along_k = g.trans_b == g.b.row_major;
-        // matmul() is row-major: it gives a column-major D as D^T = op(B)^T op(A)^T.
+        // matmul() is row-major, so a column-major D is computed as D^T = op(B)^T op(A)^T.
         int m = (int)g.m, n = (int)g.n, k = (int)g.k;
         if (g.d.row_major) {
             cpu::matmul(product.data(), a, b, m, n, k, !a_along_k, b_along_k, false);
@@ -216,8 +216,7 @@ void run_gemm(Gemm g) {
                             {g.bias, reads_bias, writes_bias},
                             {g.aux, reads_aux, g.has_aux && !reads_aux},
                             {g.d, false, true}};
-    // The real workspace is any memory that the call was given: a bad one is found whether or not it is
-    // needed.
+    // The workspace is checked even if it is not needed here, because the real library may write to it.
     bool ok = check_range(g.call, "the workspace", g.workspace, g.workspace_bytes, 256);
     for (const Check& check : checks)
         if (check.reads || check.writes) ok &= check_range(g.call, check.operand, g.batches);
@@ -226,7 +225,7 @@ void run_gemm(Gemm g) {
         if (check.reads) check_written(g.call, check.operand, g.batches);
     spoil_workspace(g);
     {
-        static std::mutex one_at_a_time;  // oneDNN's kept products have one owner
+        static std::mutex one_at_a_time;  // only one thread at a time may call matmul()
         std::lock_guard lock(one_at_a_time);
         Product(g).run();
     }
@@ -258,7 +257,7 @@ cublasStatus_t check_types(const char* call, cublasComputeType_t compute, cudaDa
     }
     if (scale != CUDA_R_32F)
         return refuse(CUBLAS_STATUS_NOT_SUPPORTED, call,
-                      "scale type " + std::to_string(scale) + " with a compute type of float32");
+                      "scale type " + std::to_string(scale) + " does not go with a compute type of float32");
     bool half = a == CUDA_R_16BF || a == CUDA_R_16F;
     bool known = size_of(a) && a == b && c == d && (d == CUDA_R_32F || (half && d == a)) && !(fast && half);
     if (known) return CUBLAS_STATUS_SUCCESS;
@@ -266,8 +265,8 @@ cublasStatus_t check_types(const char* call, cublasComputeType_t compute, cudaDa
         return size_of(type) ? std::string(name_of(type)) : "cudaDataType " + std::to_string(type);
     };
     return refuse(CUBLAS_STATUS_NOT_SUPPORTED, call,
-                  "no product of types A " + text(a) + ", B " + text(b) + ", C " + text(c) + ", D " +
-                      text(d) + " with compute type " + std::to_string(compute));
+                  "there is no product of the types A " + text(a) + ", B " + text(b) + ", C " + text(c) +
+                      ", D " + text(d) + " with compute type " + std::to_string(compute));
 }
 
 Operand make_operand(const char* name, const void* address, cudaDataType type, int64_t rows, int64_t cols,

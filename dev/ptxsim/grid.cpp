@@ -1,4 +1,4 @@
-// Blocks and the grid: whose turn it is, barriers, and reports that name a thread.
+// Blocks and the grid: the order in which warps and blocks run, barriers, and reports that name a thread.
 #include <algorithm>
 #include <numeric>
 
@@ -83,14 +83,15 @@ int Block::arrive(Warp& w, const Instruction& in, Mask lanes) {
     } else if (count != b.expected) {
         report_at(Fault::barrier, w, in, lane,
                   "comes to barrier " + std::to_string(number) + " for " + std::to_string(count) +
-                      " threads, others for " + std::to_string(b.expected),
+                      " threads, and others came to it for " + std::to_string(b.expected),
                   b.first);
     }
     if (count && (count % kWarpSize || count > (int)warps.size() * kWarpSize))
         report_at(Fault::barrier, w, in, lane,
                   "comes to barrier " + std::to_string(number) + " for " + std::to_string(count) +
-                      " threads: expected a multiple of 32 that the block has");
-    // A barrier of so many threads counts whole warps, also one that the block does not fill.
+                      " threads: expected a multiple of 32, and not more threads than the block has");
+    // A barrier with a count of threads counts whole warps, even the last warp of a block that does not fill
+    // it.
     b.arrived += count && lanes == w.live ? kWarpSize : __builtin_popcount(lanes);
     if (in.o[3] != kIgnored) {
         Mask p = *w.src<Mask>(in.o[3]);
@@ -128,8 +129,8 @@ void Block::complete(int number) {
             if (exited && !b.expected && !told) {
                 told = true;
                 report_at(Fault::barrier, w, in, __builtin_ctz(s.lanes),
-                          "waits at a barrier that " + std::to_string(exited) +
-                              " threads of the block returned before",
+                          "waits at a barrier, and " + std::to_string(exited) +
+                              " threads of the block have returned without coming to it",
                           last_exit);
             }
             int kind = in.aux & 255;
@@ -157,7 +158,7 @@ void Block::report_deadlock() {
             const Instruction& in = grid->kernel.code[s.pc];
             const Barrier& b = barriers[s.barrier < 0 ? 0 : s.barrier];
             report_at(Fault::barrier, w, in, __builtin_ctz(s.lanes),
-                      "deadlock: waits at barrier " + std::to_string(s.barrier) + ", where " +
+                      "is in a deadlock: it waits at barrier " + std::to_string(s.barrier) + ", where " +
                           std::to_string(b.arrived) + " of " +
                           std::to_string(b.expected ? b.expected : threads - exited) +
                           " threads have arrived");
@@ -323,8 +324,8 @@ std::unique_ptr<Block> Grid::start(uint64_t number) {
 void Grid::run() {
     const Options& o = options();
     uint64_t count = launch.grid.count(), admitted = 0;
-    // A permutation without a table: number i of the random order is i times an odd number that has no factor
-    // in common with the count, plus a start.
+    // A random order of the blocks that needs no table: block number i is (first + i * step) % count, where
+    // step and count have no common factor.
     uint64_t step = 1, first = 0;
     if (o.order == Order::random && count > 2) {
         first = next_random(&random) % count;
@@ -335,8 +336,8 @@ void Grid::run() {
         return o.order == Order::reversed ? count - 1 - i
                                           : (first + (unsigned __int128)i * step % count) % count;
     };
-    // One block after the other, as far as they get; more at a time where the order is random, where the
-    // launch is cooperative, and where a block takes so long that it may wait for others.
+    // Blocks run one after the other. Several run at a time if the order is random, if the launch is
+    // cooperative, or if a block takes so many turns that it may be waiting for another block.
     constexpr int kPatience = 20;
     uint64_t resident = launch.cooperative ? count : o.order == Order::random ? 4 : 1;
     std::vector<std::unique_ptr<Block>> blocks;
@@ -361,7 +362,7 @@ LaunchResult run(const LaunchConfig& launch) {
     Grid grid(launch);
     grid.figures.launches++;
     uint64_t workspace = 0;
-    if (launch.cooperative) {  // cooperative_groups' grid barrier lives here
+    if (launch.cooperative) {  // the grid barrier of cooperative_groups keeps its counters here
         workspace = memory::allocate(256, MemoryKind::device, "workspace of a cooperative launch", true);
         memory::fill(workspace, 0, 256);
         grid.workspace = workspace;

@@ -1,4 +1,4 @@
-// Registers of a warp as arrays of 32 lanes, and loops over them that the compiler makes vectors of.
+// Registers of a warp as arrays of 32 lanes, and loops over them that the compiler vectorises.
 #pragma once
 #include <immintrin.h>
 
@@ -8,7 +8,7 @@
 
 namespace ptxsim {
 
-// d = value in the lanes of `lanes`. Values may come from d itself.
+// Writes `values` to d in the lanes of `lanes`. `values` may have been computed from d.
 template <class T>
 inline void put(T* d, const T* values, Mask lanes) {
     if (lanes == kAllLanes) {
@@ -21,7 +21,7 @@ inline void put(T* d, const T* values, Mask lanes) {
     }
 }
 
-// A predicate from a byte of 0 or 1 a lane.
+// Makes a predicate of 32 bytes, one per lane, that are 0 or 1.
 inline Mask pack(const uint8_t* bytes) {
     return (Mask)_mm256_movemask_epi8(_mm256_slli_epi16(_mm256_loadu_si256((const __m256i*)bytes), 7));
 }
@@ -37,7 +37,7 @@ inline void each(Mask lanes, F f) {
     for (; lanes; lanes &= lanes - 1) f(__builtin_ctz(lanes));
 }
 
-// D = F(S...) lane by lane. F is also called for lanes that are not active, with whatever is there.
+// D = F(S...) lane by lane. F is also called for lanes that are not active; its result is then dropped.
 template <class F, class D, class... S>
 void map_lanes(Warp& w, const Instruction& in, Mask lanes) {
     [&]<size_t... k>(std::index_sequence<k...>) {

@@ -23,33 +23,33 @@ namespace ptxsim::memory {
 namespace {
 
 constexpr uint64_t kPage = 4096;
-constexpr uint64_t kAlign = 512;  // of device memory, and the least gap between two allocations
+constexpr uint64_t kAlign = 512;  // the alignment of allocations, and the least gap between two of them
 constexpr uint64_t kMostReserved = 4ull << 40, kLeastReserved = 16ull << 30;
 
 struct Record {
     Allocation allocation;
     bool live = true;
-    bool registered = false;  // the program's own memory
+    bool registered = false;  // the program's own memory, which cudaHostRegister pinned
 };
 
-// Address space without memory; what lies in it is handed out once, from the bottom up.
+// Reserved address space. Every part of it is allocated only once, from the bottom up.
 struct Range {
     uint64_t begin = 0, size = 0, used = 0;
     bool holds(uint64_t address) const { return address - begin < size; }
 };
 
-// Both ranges are outside of State, so that view() and written() are plain arithmetic.
+// Both ranges are outside of State, so that view() and written() need only arithmetic.
 Range device, host;
-uint64_t view_offset = 0;     // from a device address to where the simulator sees it
+uint64_t view_offset = 0;     // from a device address to its address in the simulator's mapping
 uint64_t written_offset = 0;  // from a device address to its shadow byte
 int device_file = -1;
 struct sigaction old_action;
 
 struct State {
-    std::map<uint64_t, Record> records;  // by address; freed ones stay
+    std::map<uint64_t, Record> records;  // by address; freed allocations stay
     uint64_t count = 0;
     size_t used = 0, peak = 0;
-    // The live allocations met last, by page: kernels go through few arrays, but many times.
+    // A cache of the live allocations found last, by page, because kernels use few arrays many times.
     const Record* recent[256] = {};
 };
 
@@ -67,7 +67,7 @@ void* reserve(uint64_t size, int protection, int flags, int file) {
     return p == MAP_FAILED ? nullptr : p;
 }
 
-// What a fault in the host's code meant.
+// The fault that host code commits when it touches this address.
 Fault fault_at(uint64_t address) {
     if (was_freed(address)) return Fault::use_after_free;
     return device.holds(address) ? Fault::host_access : Fault::out_of_bounds;
@@ -76,8 +76,8 @@ Fault fault_at(uint64_t address) {
 void on_fault(int signal, siginfo_t* info, void* context) {
     uint64_t address = (uint64_t)info->si_addr;
     if (!device.holds(address) && !host.holds(address)) {
-        // Not ours: as if this handler were not there. The one before it may come back to us; then nobody
-        // wants it.
+        // This address is not ours, so the handler before this one gets the signal. If that one passes it
+        // back to us, nobody handles it, and the default action ends the process.
         static bool passed_on = false;
         if (passed_on) old_action = {};
         passed_on = true;
@@ -109,7 +109,7 @@ void on_fault(int signal, siginfo_t* info, void* context) {
     std::exit(2);
 }
 
-// Called often: test frameworks put handlers of their own in the place of this one.
+// Installs the handler. Called often, because test frameworks replace it by their own.
 void catch_faults() {
     struct sigaction action = {}, before;
     action.sa_sigaction = on_fault;
@@ -118,7 +118,7 @@ void catch_faults() {
     if (before.sa_sigaction != on_fault) old_action = before;
 }
 
-// Reserves as much as the system lets us have: sanitizers and limits leave less.
+// Reserves as much address space as the system allows; sanitizers and limits leave less of it.
 void initialize() {
     if (device.size) return;
     device_file = memfd_create("ptxsim", MFD_CLOEXEC);
@@ -130,7 +130,7 @@ void initialize() {
         void* shadow = reserve(size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
         void* pinned = reserve(size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
         if (outer && inner && shadow && pinned) {
-            // The first page stays free, so that the byte before the first allocation is nobody's.
+            // The first page stays unused, so that the byte before the first allocation belongs to none.
             device = {(uint64_t)outer, size, kPage};
             host = {(uint64_t)pinned, size, kPage};
             view_offset = (uint64_t)inner - device.begin;
@@ -140,10 +140,10 @@ void initialize() {
         for (void* p : {outer, inner, shadow, pinned})
             if (p) munmap(p, size);
     }
-    give_up("no address space for the device's memory");
+    give_up("cannot reserve address space for the device's memory");
 }
 
-// The record that begins last at or before address.
+// The last record that begins at or before address.
 std::map<uint64_t, Record>::iterator at_or_before(uint64_t address) {
     auto& records = state().records;
     auto it = records.upper_bound(address);
@@ -154,7 +154,7 @@ bool within(const Record& r, uint64_t address) {
     return address - r.allocation.address < r.allocation.bytes;
 }
 
-// Gives the pages back that lie wholly within a freed allocation.
+// Gives the system the pages back that lie wholly within a freed allocation.
 void give_back(const Allocation& a) {
     uint64_t begin = round_up(a.address, kPage);
     uint64_t end = (a.address + a.bytes) / kPage * kPage;
@@ -170,7 +170,7 @@ void give_back(const Allocation& a) {
         std::memset(shadow, 0, a.bytes);
         return;
     }
-    // Only what shares a page with others has to be cleared by hand.
+    // The parts of the shadow that share a page with other allocations have to be cleared by hand.
     std::memset(shadow, 0, begin - a.address);
     std::memset((void*)(end + written_offset), 0, a.address + a.bytes - end);
     fallocate(device_file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(begin - device.begin),
@@ -283,7 +283,7 @@ bool was_freed(uint64_t address) {
     auto it = at_or_before(address);
     if (it == state().records.end() || it->second.live) return false;
     const Allocation& a = it->second.allocation;
-    return within(it->second, address) || address == a.address;  // of zero bytes, too
+    return within(it->second, address) || address == a.address;  // also an allocation of zero bytes
 }
 
 std::string describe(uint64_t address) {
@@ -298,7 +298,7 @@ std::string describe(uint64_t address) {
     }
     if (after != s.records.end()) ahead = after->first - address;
     if (past_end == UINT64_MAX && ahead == UINT64_MAX) return "where nothing was ever allocated";
-    // Far from everything, the nearest allocation explains nothing.
+    // If the address is far from every allocation, naming the nearest one would explain nothing.
     if (std::min(past_end, ahead) > (1ull << 32)) return "far from every allocation";
     if (past_end <= ahead)
         return (past_end ? bytes_in_words(past_end) + " after the end of " : "at the end of ") +

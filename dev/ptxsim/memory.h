@@ -1,10 +1,11 @@
-// The device's memory, and what is known of each byte of it.
+// The device's memory, and whether each byte of it has been written.
 //
-// A device address is a host address in a range that is mapped twice: host code gets the first mapping, where
-// any access is a fault (so that host code that touches device memory is found), the simulator works through
-// the second, view(). Managed and pinned memory is mapped once, and its view is itself.
+// A device address is a host address in a range that is mapped twice. The program sees the first mapping,
+// where every access by the host is a fault; so host code that touches device memory is found. The simulator
+// works in the second mapping, view(). Managed and pinned memory is mapped once, and view() of its address is
+// that address.
 //
-// Fresh device memory is filled with 0xFF, a NaN in every float format, and is not `written`.
+// Fresh device memory is filled with 0xFF, which is a NaN in every float format, and counts as unwritten.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -21,15 +22,16 @@ struct Allocation {
     MemoryKind kind;
     std::string what;  // "cudaMalloc of 4096 bytes", "__device__ counter"
     uint64_t number;   // counts from 1
-    bool is_variable;  // of a module: no leak, and not to be freed
+    bool is_variable;  // a module's variable: it is not a leak, and the program may not free it
 };
 
 namespace memory {
 
-// Zero bytes give a unique address, too. Returns 0 where the device has not that much left.
+// An allocation of zero bytes also has an address of its own. Returns 0 if the device has too little memory
+// left.
 uint64_t allocate(size_t bytes, MemoryKind kind, const std::string& what, bool is_variable = false);
-// Freed ranges are never used again, so that later accesses are found. False where no allocation begins at
-// address.
+// Freed ranges are never used again, so that later accesses to them are found. False if no live allocation
+// begins at address.
 bool free(uint64_t address);
 // The live allocation that holds address, or null.
 const Allocation* find(uint64_t address);
@@ -38,8 +40,8 @@ const Allocation* find(uint64_t address);
 std::string describe(uint64_t address);
 bool was_freed(uint64_t address);
 
-// Where the simulator may read and write what is at a device, managed or pinned address, or at any other
-// address of the host, which is returned as it is.
+// The address at which the simulator may read and write the memory at a device, managed or pinned address.
+// Any other address of the host is returned as it is.
 std::byte* view(uint64_t address);
 inline std::byte* view(const void* address) {
     return view((uint64_t)address);
@@ -47,11 +49,12 @@ inline std::byte* view(const void* address) {
 // Whether [address, address+bytes) lies within one live allocation.
 bool contains(uint64_t address, size_t bytes);
 
-// One byte of knowledge a byte of device memory: 1 where it was written. Null for memory of other kinds,
-// which counts as written.
+// The shadow of device memory, one byte per byte: 1 if it was written, else 0. Null for memory of other
+// kinds, which counts as written.
 uint8_t* written(uint64_t address);
 void mark_written(uint64_t address, size_t bytes);
-// Bytes and what is known of them; either may be any host memory, which counts as written. They may overlap.
+// Copies bytes, and whether they were written. Both ranges may be any host memory, which counts as written,
+// and they may overlap.
 void copy(uint64_t to, uint64_t from, size_t bytes);
 void fill(uint64_t to, uint8_t value, size_t bytes);
 
@@ -60,7 +63,7 @@ struct Usage {
 };
 Usage usage();
 
-// A Fault::leak for each allocation that is there but variables; called at exit.
+// Reports a Fault::leak for each live allocation except variables; called at exit.
 void report_leaks();
 
 }  // namespace memory

@@ -1,4 +1,4 @@
-// The rest of memory.h that only the runtime needs.
+// The functions of device memory that only the runtime needs.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -6,15 +6,15 @@
 
 namespace ptxsim::memory {
 
-// Memory of the host that cudaHostRegister pins: find() knows it, nobody frees it. False where it overlaps
-// with memory that is pinned or of the device.
+// Records memory of the host that cudaHostRegister pins: find() finds it, and free() does not free it. False
+// if it overlaps with pinned memory or device memory.
 bool register_host(uint64_t address, size_t bytes);
 bool unregister_host(uint64_t address);
 
-// Whether address lies where device memory is handed out, allocated or not.
+// Whether address lies in the range of device memory, allocated or not.
 bool is_device_address(uint64_t address);
 
-// Frees all but variables; for cudaDeviceReset.
+// Frees everything except variables, for cudaDeviceReset.
 void free_all();
 
 }  // namespace ptxsim::memory

@@ -1,8 +1,6 @@
-// Loads, stores, atomics, cp.async and ldmatrix: where an address leads to, whether it may, and what is
-// counted.
+// Loads, stores, atomics, cp.async and ldmatrix: finds the memory at an address, and checks and counts the
+// access.
 #include <algorithm>
-#include <cstdio>
-
 #include "dev/ptxsim/floats.h"
 #include "dev/ptxsim/lanes.h"
 #include "dev/ptxsim/memory_host.h"
@@ -11,13 +9,7 @@ namespace ptxsim {
 
 namespace {
 
-constexpr uint64_t kFirstHostPage = 1 << 16;  // what lies below is a null pointer with an offset
-
-std::string hex(uint64_t x) {
-    char text[32];
-    snprintf(text, sizeof(text), "0x%llx", (unsigned long long)x);
-    return text;
-}
+constexpr uint64_t kFirstHostPage = 1 << 16;  // an address below it is a null pointer plus an offset
 
 const char* verb(AccessKind kind) {
     return !writes(kind) ? "reads" : kind == AccessKind::atomic ? "updates" : "writes";
@@ -28,7 +20,7 @@ void stop(Warp& w, LaunchResult result) {
     if (r == LaunchResult::ok) r = result;
 }
 
-// An access that the hardware would have refused.
+// Reports an access that the hardware would refuse, and stops the grid.
 void refuse(Warp& w, const Instruction& in, int lane, uint64_t address, int bytes, AccessKind kind,
             bool alignment, const std::string& where) {
     Fault fault = alignment ? Fault::misaligned : Fault::out_of_bounds;
@@ -63,7 +55,8 @@ void count_global(Warp& w, const Instruction&, Mask lanes, const uint64_t* a, in
     }
 }
 
-// Extra wavefronts: lanes go in groups of 128 bytes, and words of one bank that differ take turns.
+// Counts the extra wavefronts: lanes access shared memory in groups of 128 bytes, and different words of one
+// bank need one wavefront each.
 void count_shared(Warp& w, Mask lanes, const uint64_t* a, int bytes) {
     Figures& f = w.block->grid->figures;
     f.shared_accesses++;
@@ -88,8 +81,8 @@ void count_shared(Warp& w, Mask lanes, const uint64_t* a, int bytes) {
 
 // ---- places
 
-// Lanes whose bytes may be accessed; at[] is where they are. `repeated` are lanes that write what another
-// lane has written in this very instruction.
+// The lanes whose bytes may be accessed, and where the bytes are. `repeated` are the lanes that write bytes
+// which an earlier lane writes in the same instruction.
 struct Located {
     Mask lanes = 0, repeated = 0;
     std::byte* at[kWarpSize];
@@ -97,7 +90,7 @@ struct Located {
 
 bool aligned(Warp& w, const Instruction& in, int lane, uint64_t address, int bytes, AccessKind kind) {
     if (address % bytes == 0) return true;
-    refuse(w, in, lane, address, bytes, kind, true, "which is no multiple of " + std::to_string(bytes));
+    refuse(w, in, lane, address, bytes, kind, true, "which is not a multiple of " + std::to_string(bytes));
     return false;
 }
 
@@ -107,7 +100,7 @@ void report_known(Warp& w, const Instruction& in, int lane, uint64_t address, in
     if (std::find(known, end, kPending) != end) {
         report_at(Fault::missing_wait, w, in, lane,
                   std::string("reads ") + std::to_string(bytes) + " bytes at " + space + " " + hex(address) +
-                      ", which cp.async writes and no wait has made visible");
+                      ", which cp.async writes, before a wait for the copy");
     } else {
         report_at(Fault::uninitialized, w, in, lane,
                   std::string("reads ") + std::to_string(bytes) + " bytes at " + space + " " + hex(address) +
@@ -148,9 +141,9 @@ std::string shared_place(const Warp& w, uint64_t offset) {
                             : offset < k.shared_bytes          ? k.shared_bytes - offset
                                                                : 0;
     if (dynamic && from_dynamic < distance)
-        return std::to_string(from_dynamic) + " bytes from the " + std::to_string(dynamic) +
+        return std::to_string(from_dynamic) + " bytes away from the " + std::to_string(dynamic) +
                " bytes of dynamic shared memory";
-    if (!nearest) return "and the block has no shared memory there";
+    if (!nearest) return "but the block has no shared memory";
     return std::to_string(distance) +
            (offset >= nearest->offset + nearest->bytes ? " bytes after " : " bytes before ") + "shared " +
            nearest->name + " of " + std::to_string(nearest->bytes) + " bytes";
@@ -228,7 +221,7 @@ void locate_local(Warp& w, const Instruction& in, Mask lanes, const uint64_t* a,
         if (!aligned(w, in, i, offset, bytes, kind)) return;
         if (offset + bytes > size)
             return refuse(w, in, i, offset, bytes, kind, false,
-                          "and local memory has " + std::to_string(size) + " bytes");
+                          "but local memory has " + std::to_string(size) + " bytes");
         size_t at = (size_t)i * size + offset;
         uint8_t* known = &w.local_known[at];
         if (!reads(kind)) {
@@ -251,7 +244,7 @@ void locate_parameter(Warp& w, const Instruction& in, Mask lanes, const uint64_t
         if (offset + bytes > p.size() || writes(kind))
             return refuse(
                 w, in, i, offset, bytes, kind, false,
-                "and the kernel's parameters are " + std::to_string(p.size()) + " bytes, read-only");
+                "but the kernel's parameters are " + std::to_string(p.size()) + " bytes, read-only");
         out->at[i] = &p[offset];
         out->lanes |= 1u << i;
     });
@@ -326,7 +319,7 @@ void store(Warp& w, const Instruction& in, Mask lanes) {
             std::byte* to = l.at[i] + e * sizeof(T);
             if (l.repeated >> i & 1 && memcmp(to, &value, sizeof(T)) != 0)
                 report_at(Fault::race, w, in, i,
-                          "writes another value than another lane does in the same instruction", &in);
+                          "writes another value than another lane in the same instruction", &in);
             memcpy(to, &value, sizeof(T));
         });
     }
@@ -368,12 +361,12 @@ struct Store {
     static constexpr Handler handler = &store<T, R>;
 };
 
-// ---- atomics: f(old, b, c) is the new value
+// ---- atomics, where f(old, b, c) is the new value
 
 template <class T, class F>
 void atomic(Warp& w, const Instruction& in, Mask lanes, F f) {
     Located l = locate(w, in, lanes, sizeof(T), AccessKind::atomic);
-    bool returns = in.memory.elements == 1;  // atom; red has none
+    bool returns = in.memory.elements == 1;  // atom returns the old value, red returns nothing
     const T* b = w.src<T>(in.o[returns]);
     const T* c = in.o[returns + 1] == kIgnored ? b : w.src<T>(in.o[returns + 1]);
     T results[kWarpSize];
@@ -470,7 +463,7 @@ void run_copy(Warp& w, const Instruction& in, Mask lanes) {
     int bytes = (int)*w.src<uint32_t>(in.o[0]);
     const uint32_t* source_bytes = in.o[1] == kIgnored ? nullptr : w.src<uint32_t>(in.o[1]);
     Block& b = *w.block;
-    // The copy may read and write at any time from here on to the wait, which is a second event.
+    // The copy may read and write at any time from this event until the wait, which is another event.
     uint64_t event = options().race ? b.grid->races.events.add(b.number, w.index, &in) : 0;
     Mask good = 0;
     each(lanes, [&](int i) {
@@ -488,7 +481,7 @@ void run_copy(Warp& w, const Instruction& in, Mask lanes) {
     });
     if (event) check_races(w, in, good, to, bytes, AccessKind::write, true, event);
     count_shared(w, lanes, to, bytes);
-    // What is read from global memory, by lanes with the same number of bytes.
+    // Checks what is read from global memory, together for all lanes that read the same number of bytes.
     for (Mask rest = lanes; rest && !b.grid->stopped();) {
         int n = source_bytes ? (int)std::min<uint32_t>(source_bytes[__builtin_ctz(rest)], (uint32_t)bytes)
                              : bytes;
@@ -501,7 +494,7 @@ void run_copy(Warp& w, const Instruction& in, Mask lanes) {
         if (n == bytes) {
             locate(w, in, same, Space::global, from, n, AccessKind::read);
         } else {
-            for (int k = 0; k < n; k++) {  // a part, which need not be a power of two
+            for (int k = 0; k < n; k++) {  // byte by byte, because n need not be a power of two
                 uint64_t one[kWarpSize];
                 each(same, [&](int i) { one[i] = from[i] + k; });
                 locate(w, in, same, Space::global, one, 1, AccessKind::read);
@@ -522,9 +515,9 @@ void run_wait(Warp& w, const Instruction& in, Mask lanes) {
     each(waiting, [&](int i) { finish_copies(w, i, left, in.o[0] == kIgnored, event); });
 }
 
-// ---- ldmatrix, stmatrix: matrices of 8 x 8 words of 16 bits; lane 8 m + r has the address of row r of
-// matrix m
+// ---- ldmatrix, stmatrix
 
+// Loads or stores matrices of 8 x 8 words of 16 bits. Lane 8 m + r has the address of row r of matrix m.
 template <bool kStore>
 void run_matrix(Warp& w, const Instruction& in, Mask lanes) {
     int matrices = in.memory.elements;
@@ -553,7 +546,7 @@ void run_matrix(Warp& w, const Instruction& in, Mask lanes) {
     }
 }
 
-// __threadfence(): what the lanes wrote so far goes with their next atomic.
+// __threadfence(): the next atomic hands on what the lanes have written so far.
 void run_fence(Warp& w, const Instruction&, Mask) {
     for (int i = 0; i < kMaxWarps; i++) w.clock.at_fence[i] = std::max(w.clock.at_fence[i], w.clock.seen[i]);
     w.clock.at_fence[w.index] = w.block->grid->races.events.last();

@@ -1,8 +1,8 @@
-// mma.sync: products of matrices whose elements lie spread over the lanes of a warp.
+// mma.sync: products of matrices whose elements are spread over the lanes of a warp.
 //
-// Fragments by the PTX ISA, "Matrix Fragments for mma.m16n8k*": with g = lane / 4 and t = lane % 4, register
-// r of A holds row g + 8 (r % 2), that of B column g, and of C rows g and g + 8. 16-bit elements come in
-// pairs of columns of A and of rows of B.
+// Fragments are those of the PTX ISA, "Matrix Fragments for mma.m16n8k*". With g = lane / 4: register r of A
+// holds elements of row g + 8 (r % 2), the registers of B elements of column g, those of C elements of rows g
+// and g + 8. A register holds two 16-bit elements: neighbours in a row of A, or in a column of B.
 #include <algorithm>
 
 #include "dev/ptxsim/floats.h"
@@ -23,16 +23,16 @@ float tf32_value(uint32_t bits) {
     return std::bit_cast<float>(bits & 0xFFFFE000u);
 }
 
-// o: d, a, b, c. memory.bytes: K; memory.elements: registers of D and of C.
+// The operands o are the registers of D, A, B and C, in this order.
 template <Element kType, int K, bool kHalfResult, bool kHalfSum>
 void run_mma(Warp& w, const Instruction& in, Mask lanes) {
     constexpr bool kIsHalf = kType != kTf32;
-    constexpr int kA = kIsHalf ? K / 4 : K / 2, kB = kA / 2;  // registers
+    constexpr int kA = kIsHalf ? K / 4 : K / 2, kB = kA / 2;  // numbers of registers
     constexpr int kD = kHalfResult ? 2 : 4;
     float a[16][K];
     Row b[K], sums[16];
     const int32_t *at_a = in.o + kD, *at_b = at_a + kA, *at_c = at_b + kB;
-    alignas(64) float low[kWarpSize], high[kWarpSize];  // of a register's two elements; or its only one
+    alignas(64) float low[kWarpSize], high[kWarpSize];  // a register's two elements; tf32 has only low
     auto unpack = [&](const uint32_t* x) {
         for (int lane = 0; lane < kWarpSize; lane++) {
             low[lane] = kIsHalf ? half_value(kType, (uint16_t)x[lane]) : tf32_value(x[lane]);
@@ -109,7 +109,7 @@ Handler by_sums(const std::string& d, const std::string& c) {
 
 }  // namespace
 
-// mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+// Finds instructions like mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32.
 bool find_mma(const Statement& s, Instruction* in) {
     const std::vector<std::string>& m = s.modifiers;
     if (m.size() != 9 || m[0] != "sync" || m[1] != "aligned" || m[3] != "row" || m[4] != "col" ||

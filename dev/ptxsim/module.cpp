@@ -1,4 +1,5 @@
-// Modules: PTX is read when it is loaded, a kernel is parsed and decoded when it is asked for.
+// Modules. A module's text is parsed when it is loaded; the body of a kernel is parsed and decoded when the
+// kernel is first asked for.
 #include <algorithm>
 #include <stdexcept>
 
@@ -11,14 +12,14 @@ namespace {
 
 std::vector<std::unique_ptr<Module>>& modules() {
     static auto& all =
-        *new std::vector<std::unique_ptr<Module>>;  // figures are written when the process ends
+        *new std::vector<std::unique_ptr<Module>>;  // never destroyed: the figures at exit need them
     return all;
 }
 
 void initialize(const Module& m, const VariableDeclaration& v, const VariableInfo& at) {
     std::byte* to = memory::view(at.address);
     size_t width = (size_t)type_bytes(v.type);
-    // What is not given is zero, as in C.
+    // Elements without an initialiser are zero, as in C.
     std::fill_n(to, at.bytes, std::byte(0));
     memory::mark_written(at.address, at.bytes);
     for (size_t i = 0; i < v.values.size(); i++) {
@@ -26,8 +27,7 @@ void initialize(const Module& m, const VariableDeclaration& v, const VariableInf
         uint64_t bits = value.bits;
         if (!value.symbol.empty()) {
             auto it = m.variables.find(value.symbol);
-            if (m.text.functions.count(value.symbol))
-                continue;  // calls through pointers are refused by decode()
+            if (m.text.functions.count(value.symbol)) continue;  // decode() refuses calls through pointers
             if (it == m.variables.end())
                 throw std::runtime_error(m.text.name + ": " + v.name + " is initialised with unknown " +
                                          value.symbol);
@@ -52,7 +52,8 @@ Module* load_module(const std::string& ptx, const std::string& name) {
     for (const VariableDeclaration& v : m->text.variables) {
         if (!is_memory(v)) continue;
         if (v.is_extern)
-            throw std::runtime_error(name + ": extern variable " + v.name + " (no separate compilation)");
+            throw std::runtime_error(name + ": extern variable " + v.name +
+                                     ": separate compilation (-rdc=true) is not supported");
         size_t bytes = (size_t)type_bytes(v.type) * (size_t)v.count;
         const char* kind = v.space == Space::constant ? "__constant__ " : "__device__ ";
         uint64_t address =

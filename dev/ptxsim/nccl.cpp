@@ -1,8 +1,8 @@
 // NCCL for a communicator of one rank, where every collective is a copy in the stream.
 //
-// Data parallelism between simulated processes begins at ncclComm: it would hold the connection to the
-// other ranks, and exchange() below, which is where all collectives end, would use it.
-#if __has_include(<nccl.h>)  // not every toolkit brings it, and without it no program can be calling this
+// To simulate several ranks, ncclComm would hold the connection to the other processes, and exchange(), which
+// every collective calls, would use it.
+#if __has_include(<nccl.h>)  // not every toolkit has this header, and without it no program can call NCCL
 #include <cuda_runtime_api.h>
 #include <nccl.h>
 
@@ -23,7 +23,7 @@ struct ncclComm {
 namespace ptxsim {
 namespace {
 
-// Group calls: what is to go to the streams at the outermost ncclGroupEnd, by thread.
+// Group calls: the work of this thread that the outermost ncclGroupEnd puts into the streams.
 struct Transfer {
     ncclComm_t comm;
     uint64_t address;
@@ -63,7 +63,8 @@ size_t size_of(ncclDataType_t type) {
 
 ncclResult_t check(const char* call, ncclComm_t comm, ncclDataType_t type, int root_or_peer) {
     if (!comm) return refuse(ncclInvalidArgument, call, "the communicator is null");
-    if (!size_of(type)) return refuse(ncclInvalidArgument, call, "data type " + std::to_string(type));
+    if (!size_of(type))
+        return refuse(ncclInvalidArgument, call, "data type " + std::to_string(type) + " is not simulated");
     if (root_or_peer < 0 || root_or_peer >= comm->ranks)
         return refuse(ncclInvalidArgument, call, "there is no rank " + std::to_string(root_or_peer));
     return ncclSuccess;
@@ -75,7 +76,7 @@ void copy(const char* call, uint64_t to, uint64_t from, size_t bytes, size_t ali
     if (ok && to != from) memory::copy(to, from, bytes);
 }
 
-// The work of every collective: with one rank, what was sent is what is received.
+// The work of every collective: with one rank, the data that was sent is the data that is received.
 ncclResult_t exchange(const char* call, const void* from, void* to, size_t count, ncclDataType_t type,
                       int root, ncclComm_t comm, cudaStream_t stream) {
     if (ncclResult_t r = check(call, comm, type, root)) return r;
@@ -96,13 +97,13 @@ ncclResult_t reduce(const char* call, const void* from, void* to, size_t count, 
     return exchange(call, from, to, count, type, root, comm, stream);
 }
 
-// Sends and receives meet in their group, in order.
+// Within a group, the first send belongs to the first receive, the second to the second, and so on.
 ncclResult_t transfer(const char* call, bool send, const void* address, size_t count, ncclDataType_t type,
                       int peer, ncclComm_t comm, cudaStream_t stream) {
     if (ncclResult_t r = check(call, comm, type, peer)) return r;
     if (!group.depth)
         return refuse(ncclInvalidUsage, call,
-                      "to or from the own rank, outside of a group: it would wait forever");
+                      "a send to or a receive from the own rank outside of a group would wait forever");
     (send ? group.sent : group.received).push_back({comm, (uint64_t)address, count, type, stream});
     return ncclSuccess;
 }
@@ -117,7 +118,7 @@ ncclResult_t match_transfers(const Group& g) {
             return refuse(ncclInvalidUsage, call,
                           "a send and its receive in different streams are not simulated");
     }
-    if (!fits) return refuse(ncclInvalidUsage, call, "the sends of the group are not its receives");
+    if (!fits) return refuse(ncclInvalidUsage, call, "the sends and receives of the group do not match");
     for (size_t i = 0; i < g.sent.size(); i++) {
         size_t size = size_of(g.sent[i].type), bytes = g.sent[i].count * size;
         enqueue(g.received[i].stream, [=, to = g.received[i].address, from = g.sent[i].address] {
@@ -129,13 +130,12 @@ ncclResult_t match_transfers(const Group& g) {
 
 ncclResult_t create(const char* call, ncclComm_t* comm, int ranks, int rank, int device) {
     if (!comm || ranks < 1 || rank < 0 || rank >= ranks)
-        return refuse(
-            ncclInvalidArgument, call,
-            "rank " + std::to_string(rank) + " of " + std::to_string(ranks) + ", or a null pointer");
+        return refuse(ncclInvalidArgument, call,
+                      "there is no rank " + std::to_string(rank) + " of " + std::to_string(ranks) +
+                          ", or a pointer is null");
     if (ranks > 1)
         return refuse(ncclInvalidUsage, call,
-                      std::to_string(ranks) +
-                          " ranks: data parallelism between simulated processes comes later, one rank works");
+                      std::to_string(ranks) + " ranks are not simulated; a communicator can have one rank");
     *comm = new ncclComm{ranks, rank, device};
     return ncclSuccess;
 }
@@ -237,7 +237,7 @@ const char* ncclGetErrorString(ncclResult_t result) {
     }
 }
 
-// Errors have been said on stderr.
+// Returns no text, because the errors have already been printed on stderr.
 const char* ncclGetLastError(ncclComm_t) {
     return "";
 }
@@ -248,7 +248,7 @@ ncclResult_t ncclGroupStart() {
 }
 
 ncclResult_t ncclGroupEnd() {
-    if (group.depth == 0) return refuse(ncclInvalidUsage, "ncclGroupEnd", "without an ncclGroupStart");
+    if (group.depth == 0) return refuse(ncclInvalidUsage, "ncclGroupEnd", "no ncclGroupStart came before it");
     if (--group.depth > 0) return ncclSuccess;
     Group all;
     std::swap(all, group);

@@ -13,7 +13,7 @@ namespace {
 void found(Fault fault, std::string text) {
     Report r;
     r.fault = fault;
-    r.text = std::move(text);  // with the call's name: reports without a kernel are told apart by their text
+    r.text = std::move(text);  // begins with the call's name, because reports without a kernel differ by it
     report(std::move(r));
 }
 
@@ -27,18 +27,12 @@ std::string words(const char* call, const Operand& x) {
     return std::string(call) + ": " + x.name + " (" + size + ")";
 }
 
-std::string hex(uint64_t address) {
-    char text[32];
-    std::snprintf(text, sizeof text, "0x%llx", (unsigned long long)address);
-    return text;
-}
-
 std::string outside(uint64_t address, size_t bytes) {
     return " needs " + std::to_string(bytes) + " bytes at " + hex(address) +
            ", which is not all allocated: it is " + memory::describe(address);
 }
 
-// Batches that lie in the same place are one.
+// The number of matrices to check: with a stride of 0, all matrices of the batch are the same.
 int64_t distinct(const Operand& x, int64_t batches) {
     return x.stride == 0 && batches > 1 ? 1 : batches;
 }
@@ -85,7 +79,7 @@ const char* name_of(cudaDataType type) {
 bool check_range(const char* call, const Operand& x, int64_t batches) {
     if (x.inner == 0 || x.outer == 0) return true;
     if (x.address % size_of(x.type)) {
-        found(Fault::misaligned, words(call, x) + " begins at " + hex(x.address) + ", no multiple of " +
+        found(Fault::misaligned, words(call, x) + " begins at " + hex(x.address) + ", not a multiple of " +
                                      std::to_string(size_of(x.type)));
         return false;
     }
@@ -105,7 +99,7 @@ bool check_range(const char* call, const char* operand, uint64_t address, size_t
     std::string what = std::string(call) + ": " + operand;
     if (address % alignment) {
         found(Fault::misaligned,
-              what + " begins at " + hex(address) + ", no multiple of " + std::to_string(alignment));
+              what + " begins at " + hex(address) + ", not a multiple of " + std::to_string(alignment));
         return false;
     }
     if (memory::contains(address, bytes)) return true;

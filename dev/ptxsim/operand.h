@@ -1,4 +1,4 @@
-// The operands of library calls: matrices in device memory, and the checks of them before they are used.
+// The operands of library calls: matrices in device memory, and the checks before they are used.
 #pragma once
 #include <library_types.h>
 
@@ -8,8 +8,9 @@
 
 namespace ptxsim {
 
-// A batch of matrices. Each is an array of `outer` lines of `inner` neighbouring elements, `ld` elements
-// apart: the columns of a column-major matrix, or the rows of a row-major one. A vector is one line.
+// A batch of matrices. A matrix is an array of `outer` lines, which begin `ld` elements apart. A line is
+// `inner` neighbouring elements: a column of a column-major matrix, or a row of a row-major one. A vector is
+// one line.
 struct Operand {
     const char* name = "";  // for reports: "A"
     uint64_t address = 0;
@@ -25,13 +26,13 @@ struct Operand {
 size_t size_of(cudaDataType type);       // bytes; 0 where the libraries do not know the type
 const char* name_of(cudaDataType type);  // "bf16"
 
-// Each reports what it finds, naming `call` and the operand. False where the memory must not be touched.
+// Each check reports what it finds and names `call` and the operand. False if the memory must not be touched.
 bool check_range(const char* call, const Operand& x, int64_t batches);
 bool check_range(const char* call, const char* operand, uint64_t address, size_t bytes, size_t alignment);
 void check_written(const char* call, const Operand& x, int64_t batches);
 void mark_written(const Operand& x, int64_t batches);
 
-// Lines on stderr for what a library refuses; returns `status`.
+// Prints a line on stderr that says why a library refuses a call. refuse() also returns `status`.
 void print_refusal(const char* call, const std::string& why);
 template <class Status>
 Status refuse(Status status, const char* call, const std::string& why) {

@@ -12,24 +12,24 @@ namespace ptxsim {
 namespace {
 
 const char kHelp[] =
-    "PTXSIM=word,word,...  Everything that is checked is checked unless it is switched off.\n"
-    "  nobounds           do not check accesses against allocations, nor their alignment\n"
+    "PTXSIM=word,word,...  All checks are on unless a word switches them off.\n"
+    "  nobounds           do not check that accesses are aligned and inside of allocations\n"
     "  nouninit           do not look for reads of memory that nobody has written\n"
     "  norace             do not look for races in shared and global memory\n"
-    "  noleak             do not list the allocations that are there at exit\n"
+    "  noleak             do not list the allocations that were never freed\n"
     "  nohost             let host code touch device memory\n"
-    "  order=ORDER        of blocks, warps and turns: forward (the default), reversed or random\n"
-    "  seed=N             order=random, and the order of streams with lazy, by this seed\n"
-    "  lazy               streams run as late as their rules allow\n"
-    "  figures            at exit, a table of figures by kernel on stderr\n"
-    "  figures=FILE.json  the same as JSON in a file\n"
-    "  memory=BYTES       of the device, with K, M or G; 80G without\n"
-    "  fail-allocation=N  the N-th cudaMalloc fails\n"
-    "  fail-launch=N      the N-th launch of a kernel fails\n"
-    "  fail-heuristic=N   the N-th time that cuBLASLt is asked for an algorithm it finds none\n"
-    "  fail-call=N        from the N-th call of the runtime on all fail: an uncorrectable ECC error\n"
+    "  order=ORDER        run blocks and warps in this order: forward (the default), reversed or random\n"
+    "  seed=N             the seed of order=random, which it implies, and of the order of lazy streams\n"
+    "  lazy               run the work of streams as late as their rules allow\n"
+    "  figures            print a table of figures of each kernel on stderr at exit\n"
+    "  figures=FILE.json  write the same figures as JSON to a file\n"
+    "  memory=BYTES       the size of the device's memory (K, M and G are units); 80G by default\n"
+    "  fail-allocation=N  let the N-th cudaMalloc fail\n"
+    "  fail-launch=N      let the N-th launch of a kernel fail\n"
+    "  fail-heuristic=N   let cuBLASLt find no algorithm when it is asked for the N-th time\n"
+    "  fail-call=N        let the N-th call of the runtime and all later ones fail with an ECC error\n"
     "  help               print this and exit\n"
-    "A switch without its \"no\" (\"race\") turns a check on again; the last word counts.\n";
+    "A word without its \"no\" (\"race\") switches a check on again. The last word wins.\n";
 
 [[noreturn]] void unknown(const std::string& word, const std::string& why) {
     throw std::invalid_argument("'" + word + "' " + why + "; PTXSIM=help lists the options");
@@ -53,7 +53,7 @@ uint64_t number(const std::string& word, const std::string& value, bool with_uni
         shift = 30;
     else if (!unit.empty())
         digits = 0;
-    if (digits == 0) unknown(word, with_unit ? "wants a number, with K, M or G" : "wants a number");
+    if (digits == 0) unknown(word, with_unit ? "needs a number, and may add K, M or G" : "needs a number");
     if (n > (std::numeric_limits<uint64_t>::max() >> shift)) unknown(word, "is too large a number");
     return n << shift;
 }
@@ -89,7 +89,7 @@ void parse_word(const std::string& word, Options* out) {
             return;
         }
     if (key == "figures") {
-        if (equals != std::string::npos && value.empty()) unknown(word, "wants a file name");
+        if (equals != std::string::npos && value.empty()) unknown(word, "needs a file name");
         out->figures = value.empty() ? "-" : value;
     } else if (key == "order") {
         if (value == "forward")
@@ -99,14 +99,14 @@ void parse_word(const std::string& word, Options* out) {
         else if (value == "random")
             out->order = Order::random;
         else
-            unknown(word, "is none of the orders forward, reversed and random");
+            unknown(word, "is not an order: expected forward, reversed or random");
     } else if (key == "seed") {
         out->seed = number(word, value, false);
         out->order = Order::random;
     } else if (key == "memory") {
         out->memory = number(word, value, true);
     } else {
-        unknown(word, "is no option");
+        unknown(word, "is not an option");
     }
 }
 
@@ -117,7 +117,7 @@ Options from_environment() {
     if (std::string(text) == "help") {
         std::fputs(kHelp, stdout);
         std::fflush(stdout);
-        _exit(0);  // as below, without the functions of the exit, which want options
+        _exit(0);  // not exit(), because the functions that run at exit need the options
     }
     try {
         parse_options(text, &result);

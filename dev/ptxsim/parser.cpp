@@ -30,7 +30,7 @@ bool is_word(char c) {
     return isalnum((unsigned char)c) || c == '_' || c == '$' || c == '%' || c == '.';
 }
 
-// The end of what begins with the brace at text[0].
+// The position after the closing brace that belongs to the brace at text[0].
 size_t end_of_body(std::string_view text) {
     int depth = 0;
     for (size_t i = 0; i < text.size(); i++) {
@@ -40,8 +40,8 @@ size_t end_of_body(std::string_view text) {
     return text.size();
 }
 
-// Words may hold dots: "ld.global.f32", ".reg", "%tid.x". A negative number is two tokens. The body of an
-// entry is one.
+// A word may contain dots: "ld.global.f32", ".reg", "%tid.x". A negative number is two tokens. The whole body
+// of an entry is one token.
 std::vector<Token> tokenize(std::string_view text, int line) {
     std::vector<Token> tokens;
     bool in_entry = false;
@@ -73,7 +73,7 @@ std::vector<Token> tokenize(std::string_view text, int line) {
                                         text.substr(start, 2) != "0d")))
                 i++;
             tokens.push_back({Token::number, text.substr(start, i - start), line});
-        } else if (is_word(c)) {  // a directive ends at the next dot: ".reg.b16" is two
+        } else if (is_word(c)) {  // a directive ends at the next dot: ".reg.b16" is two tokens
             i++;
             while (i < text.size() && (is_word(text[i]) || text.substr(i, 2) == "::") &&
                    !(c == '.' && text[i] == '.'))
@@ -152,7 +152,7 @@ class Parser {
             }
             f.body.push_back(std::move(s));
         }
-        f.body.pop_back();  // the brace that ends the function
+        f.body.pop_back();  // the closing brace of the function is not a statement
     }
 
   private:
@@ -184,7 +184,7 @@ class Parser {
         return std::string(next().text);
     }
 
-    // An integer with its sign; 0x, 0b, 0 (octal), and a U at its end.
+    // An integer, which may have a sign, a prefix (0x, 0b, 0 for octal) and a U at its end.
     int64_t integer() {
         bool negative = accept("-");
         if (now().kind != Token::number) fail("a number");
@@ -202,7 +202,7 @@ class Parser {
         return negative ? -(int64_t)value : (int64_t)value;
     }
 
-    // 0f3F800000, 0d3FF0000000000000, an integer, or a decimal fraction.
+    // A number: 0f3F800000, 0d3FF0000000000000, an integer, or a decimal fraction.
     Operand number() {
         Operand o;
         std::string_view text = now().text;
@@ -250,14 +250,14 @@ class Parser {
                     module_.variables.push_back(std::move(v));
                 }
             } else if (accept(".alias")) {
-                fail("no alias");
+                fail("a directive other than .alias, which is not supported");
             } else {
                 fail("a directive");
             }
         }
     }
 
-    // .space [.align n] [.ptr ...] .type name [size] [= values], name ... ;   or without ';' for parameters
+    // .space [.align n] [.ptr ...] .type name [size] [= values], name ... ;   (parameters have no ';')
     std::vector<VariableDeclaration> variables() {
         std::vector<VariableDeclaration> all;
         VariableDeclaration shape = declaration_head();
@@ -495,7 +495,7 @@ class Parser {
             o.kind = Operand::ignored;
         } else if (now().kind == Token::word) {
             o.text = word();
-            if (is("+") || is("-")) {  // the address of a variable, with an offset
+            if (is("+") || is("-")) {  // the address of a variable plus an offset
                 if (is("+")) next();
                 o.value = integer();
             }

@@ -24,7 +24,7 @@ void RaceClock::sync_lanes(uint32_t lanes, uint32_t all, uint64_t event) {
     }
     if (!pairs) pairs = std::make_unique<std::array<uint64_t, 32 * 32>>();
     for (int a = 0; a < 32; a++) {
-        uint64_t* known = &(*pairs)[a * 32];  // what each lane knows of lane a
+        uint64_t* known = &(*pairs)[a * 32];  // the last event of lane a that each lane knows
         uint64_t most = lanes >> a & 1 ? event : 0;
         for (int b = 0; b < 32; b++)
             if (lanes >> b & 1) most = std::max(most, known[b]);
@@ -50,7 +50,8 @@ AccessRecord* GlobalRaces::record(uint64_t address) {
 
 namespace {
 
-// Whether an earlier access is ordered before what this lane does now. If not, *other is its lane.
+// Whether an earlier access is ordered before what this lane does now. If not, *other is the lane of that
+// access.
 bool ordered(const Warp& w, int lane, const Access& earlier, const Event& event, int* other) {
     const RaceClock& clock = w.clock;
     *other = earlier.first;
@@ -68,7 +69,7 @@ bool ordered(const Warp& w, int lane, const Access& earlier, const Event& event,
     return true;
 }
 
-// Whether a races with all that b would race with, at the same bytes.
+// Whether a races with every access of the same bytes with which b would race.
 bool covers(const Access& a, const Access& b) {
     return a.write >= b.write && a.atomic <= b.atomic;
 }
@@ -81,10 +82,10 @@ bool equal(const AccessRecord& a, const AccessRecord& b) {
     return !differs;
 }
 
-// Puts `now` in front. A full record forgets first what says no more than two newer accesses that race with
-// all that it races with: the newest such, and one that is as far from the newest as it is, by which is meant
-// other lanes of its warp, another warp of its block, or another block. A barrier of the whole warp, block or
-// grid that comes after these two and orders them orders all three.
+// Puts `now` in front. A full record forgets an access if two newer ones cover it: the newest that covers it,
+// and one that has the same distance from the newest as it has (in the same warp, in another warp of the
+// block, in another block). A barrier of a whole warp, block or grid that orders these two also orders the
+// forgotten one.
 void add(AccessRecord* r, const Access& now, const Events& events) {
     constexpr int n = AccessRecord::kKept;
     Access all[n + 1] = {now};
@@ -108,7 +109,7 @@ void add(AccessRecord* r, const Access& now, const Events& events) {
     };
     Mask superfluous = 0;
     for (int k = 1; k <= n; k++) superfluous |= (Mask)is_superfluous(k) << k;
-    for (int k = n; !superfluous; k--)  // the oldest, then, but no plain write
+    for (int k = n; !superfluous; k--)  // if there is none, the oldest except for plain writes
         if (!all[k].write || all[k].atomic) superfluous = 1u << k;
     int kept = 0;
     for (int k = 0; k <= n; k++)
@@ -116,8 +117,9 @@ void add(AccessRecord* r, const Access& now, const Events& events) {
     std::fill(r->kept + kept, std::end(r->kept), Access());
 }
 
-// After a fence an atomic hands on what its lane's warp and block know; any atomic takes what was handed on.
-//   address: in shared memory with the block's number above it, for each block has its own
+// An atomic takes what earlier atomics at this address have handed on, and hands on what its warp knew at its
+// last fence.
+//   address: for shared memory it contains the number of the block, because each block has its own
 void synchronize(Warp& w, uint64_t address, uint64_t event, bool releases) {
     auto& races = w.block->grid->races;
     auto it = races.released.find(address);
@@ -137,7 +139,7 @@ void synchronize(Warp& w, uint64_t address, uint64_t event, bool releases) {
     for (auto& [block, known] : w.clock.blocks) put(block, known);
 }
 
-// One instruction's access to one record after the other.
+// Checks the access of one instruction, record by record.
 struct Check {
     Warp& w;
     const Instruction& in;
@@ -147,10 +149,10 @@ struct Check {
     const Events& events;
     int lane = 0;
     Access now = {};
-    bool told = false;  // of this lane
+    bool told = false;  // whether a race of this lane has been reported
     Mask repeated = 0;
 
-    // Reports a race with what is kept.
+    // Reports a race with one of the kept accesses.
     void look(const AccessRecord& r) {
         for (const Access& e : r.kept) {
             if (!e.event) break;
@@ -163,7 +165,7 @@ struct Check {
     }
 
     void keep(AccessRecord* r) {
-        for (Access& e : r->kept) {  // by a lane before this one
+        for (Access& e : r->kept) {  // accesses of this instruction by earlier lanes
             if (e.event != now.event) break;
             repeated |= (Mask)(e.bytes & now.bytes && (int)e.last != lane) << lane;
             if (e.bytes != now.bytes) continue;
@@ -174,7 +176,7 @@ struct Check {
         int n = 0, kept = 0, other;
         for (; n < AccessRecord::kKept && r->kept[n].event; n++) {
             Access e = r->kept[n];
-            // A write that does not follow has been told of.
+            // A plain write also replaces accesses that are not ordered before it: look() has reported those.
             if (e.bytes & now.bytes && e.event != now.event && covers(now, e) &&
                 (plain_write || ordered(w, lane, e, events[e.event], &other)))
                 e.bytes &= ~now.bytes;
@@ -210,7 +212,7 @@ Mask check_races(Warp& w, const Instruction& in, Mask lanes, const uint64_t* add
     Grid& g = *w.block->grid;
     Check check{w, in, kind, is_shared, since, g.races.events};
     check.now.event = event, check.now.write = writes(kind);
-    // The toolkit's own loops around atom.cas begin with a plain read.
+    // CUDA's headers have loops around atom.cas that begin with a plain read, which counts as an atomic.
     check.now.atomic = is_atomic(kind) || (!writes(kind) && in.memory.of_toolkit);
     constexpr int kBytes = AccessRecord::kBytes;
     constexpr unsigned kWhole = (1 << kBytes) - 1;
@@ -226,12 +228,13 @@ Mask check_races(Warp& w, const Instruction& in, Mask lanes, const uint64_t* add
         }
     };
     if (check.now.write && !check.now.atomic) {
-        // First all lanes look, because the first to write makes the others forget what it follows itself.
+        // All lanes look before the first write is kept, because it replaces accesses with which the other
+        // lanes may race.
         each(lanes, [&](int i) { each_record(i, [&](AccessRecord* r) { check.look(*r); }); });
         each(lanes, [&](int i) { each_record(i, [&](AccessRecord* r) { check.keep(r); }); });
         return check.repeated;
     }
-    AccessRecord before, after;  // of the bytes before these: neighbours mostly have the same
+    AccessRecord before, after;  // the record checked last; neighbouring records are mostly equal
     each(lanes, [&](int i) {
         if (is_atomic(kind)) {
             uint64_t of_block = is_shared ? 1ull << 63 | w.block->number << 20 : 0;

@@ -1,21 +1,24 @@
-// Races: two accesses of the same bytes by different threads, one of them a write, not both atomic, that no
-// barrier orders.
+// Races: two accesses of the same bytes by different threads, of which at least one is a write and not both
+// are atomic, and which nothing orders.
 //
-// An access is known by the number of its event: events count up, one for each instruction of a warp that
-// touches memory. Within a warp, accesses of two lanes are ordered by a bar.warp.sync or barrier that both
-// took part in; between warps of a block by barriers, which a clock a warp keeps account of: seen[w] is the
-// last event of warp w that is ordered before what this warp does now. Between blocks only an atomic after a
-// fence orders: it hands on what its thread knows to whoever reads that address by an atomic later.
+// Every instruction of a warp that touches memory is an event, and events have rising numbers. An access
+// carries the number of its event. What orders two accesses depends on who made them:
+//   two lanes of a warp       a bar.warp.sync or a barrier to which both came
+//   two warps of a block      a barrier. Each warp has a clock: seen[w] is the last event of warp w that is
+//                             ordered before what this warp does now
+//   two blocks                an atomic after a fence, which hands on what its warp knows to the warps that
+//                             later access the same address by an atomic
 //
-// A record of memory covers four bytes (with a bit a byte) and holds the accesses that a later one may race
-// with. An access makes an earlier one superfluous where it follows it and races with all that the earlier
-// one would race with: a plain write does so for everything, a read only for reads. So a thread that reads
-// again leaves the reads of other threads in place, about which its own says nothing.
+// An AccessRecord covers four bytes, with one bit per byte, and keeps the accesses with which a later access
+// may race. A new access replaces an earlier one if it is ordered after it and would race with everything
+// with which the earlier one would race. A plain write replaces all accesses, a read replaces only reads. If
+// a thread reads again, the reads of other threads stay, because its own read says nothing about them.
 //
-// The last plain write always stays; six accesses do, in all. Where there are more, those go first that no
-// barrier of a whole warp, block or grid can tell from one that stays: of the reads, say, there stay the
-// newest, and the newest by other lanes of its warp, by another warp of its block, and by another block.
-// Forgetting more than that loses races now and then, and invents none.
+// A record keeps six accesses. The last plain write always stays. A full record first forgets the accesses
+// that no barrier of a whole warp, block or grid can tell from one that stays. For example, these reads stay:
+// the newest one, and the newest by another lane of its warp, by another warp of its block, and by another
+// block. If the record has to forget more than that, some races are missed; a race is never reported where
+// there is none.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -28,7 +31,8 @@ namespace ptxsim {
 struct Warp;
 struct Instruction;
 
-// The last two are of volatile, .acquire and .release: no race with each other or with atomics.
+// Ordered reads and writes are those of volatile, .acquire and .release. They do not race with each other or
+// with atomics.
 enum class AccessKind : uint8_t { read, write, atomic, ordered_read, ordered_write };
 inline bool reads(AccessKind k) {
     return k != AccessKind::write && k != AccessKind::ordered_write;
@@ -40,40 +44,41 @@ inline bool is_atomic(AccessKind k) {
     return k >= AccessKind::atomic;
 }
 
-constexpr int kMaxWarps = 32;  // of a block
+constexpr int kMaxWarps = 32;  // per block
 
 struct RaceClock {
-    std::array<uint64_t, kMaxWarps> seen = {};                             // by warp of this block
-    std::unordered_map<uint64_t, std::array<uint64_t, kMaxWarps>> blocks;  // by other blocks
-    uint64_t synced = 0;                                   // last event before a bar.warp.sync of all lanes
-    std::unique_ptr<std::array<uint64_t, 32 * 32>> pairs;  // the same by two lanes, where masks were smaller
-    std::array<uint64_t, kMaxWarps> at_fence = {};         // what fences have made visible to all
+    std::array<uint64_t, kMaxWarps> seen = {};                             // for each warp of this block
+    std::unordered_map<uint64_t, std::array<uint64_t, kMaxWarps>> blocks;  // the same for other blocks
+    uint64_t synced = 0;  // the last event before a bar.warp.sync of all lanes
+    // The same for each two lanes (earlier, later), once a mask did not name all lanes.
+    std::unique_ptr<std::array<uint64_t, 32 * 32>> pairs;
+    std::array<uint64_t, kMaxWarps> at_fence = {};  // `seen` as it was at the last fence
 
     void join(const RaceClock& other);
-    // A barrier of `lanes`; `all` are those that the warp began with.
+    // The lanes `lanes` have met at a barrier. `all` are the lanes that the warp began with.
     void sync_lanes(uint32_t lanes, uint32_t all, uint64_t event);
 };
 
-struct Access {  // event 0: none
-    uint64_t event : 48;
-    uint64_t first : 5, last : 5;  // the outermost of its lanes: where both are ordered, all are taken to be
+struct Access {
+    uint64_t event : 48;           // 0: there is no access
+    uint64_t first : 5, last : 5;  // its lowest and highest lane; if both are ordered, all count as ordered
     uint64_t bytes : 4;
     uint64_t write : 1;
     uint64_t atomic : 1;
 };
 struct AccessRecord {
     static constexpr int kBytes = 4, kKept = 6;
-    Access kept[kKept] = {};  // the newest first, what is not used at the end
+    Access kept[kKept] = {};  // the newest first; unused ones at the end
 };
 
-// What an event was.
+// What is known about an event.
 struct Event {
     uint64_t block;
     const Instruction* instruction;
     int warp;
 };
 
-// The events of a launch, which count from 1.
+// The events of a launch. The first one is number 1.
 class Events {
   public:
     uint64_t add(uint64_t block, int warp, const Instruction* instruction) {
@@ -87,7 +92,7 @@ class Events {
     std::vector<Event> events_;
 };
 
-// Records of a range of addresses, by pages that are made when they are touched.
+// The records of a block's shared memory.
 class SharedRaces {
   public:
     void reset(size_t bytes);
@@ -97,11 +102,12 @@ class SharedRaces {
     std::vector<AccessRecord> records_;
 };
 
+// The records of global memory, in pages that are made when they are first touched.
 class GlobalRaces {
   public:
     Events events;
     AccessRecord* record(uint64_t address);
-    // What atomics at an address hand on.
+    // What atomics at an address hand on: for each block, the last event of each warp.
     std::unordered_map<uint64_t, std::unordered_map<uint64_t, std::array<uint64_t, kMaxWarps>>> released;
 
   private:
@@ -112,10 +118,10 @@ class GlobalRaces {
     AccessRecord* last_ = nullptr;
 };
 
-// Looks at an access of some lanes and keeps it; reports races. `event` is the instruction's. Returns the
-// lanes that write bytes which a lane before them writes in this very instruction: a race if the values
-// differ.
-//   since: an access that goes on in the background since this event; nothing orders what came in between
+// Checks an access by some lanes, reports races, and keeps the access. `event` is the event of the
+// instruction. Returns the lanes that write bytes which an earlier lane writes in the same instruction; this
+// is a race if the values differ.
+//   since: the event at which an access in the background began. It races with all accesses after that event.
 uint32_t check_races(Warp& warp, const Instruction& in, uint32_t lanes, const uint64_t* addresses, int bytes,
                      AccessKind kind, bool is_shared, uint64_t event, uint64_t since = ~0ull);
 

@@ -14,16 +14,16 @@ struct Key {
     Fault fault;
     std::string kernel;
     int line, other_line;
-    std::string text;  // only outside of kernels, where there is no line to tell two reports apart
+    std::string text;  // only for reports outside of kernels, which have no line that tells them apart
     auto operator<=>(const Key&) const = default;
 };
 
 struct State {
     std::vector<Report> unread;
-    std::map<Key, size_t> seen;  // how often since the last take_reports
+    std::map<Key, size_t> seen;  // how often each was made since the last take_reports()
 };
 
-// Never destroyed: reports are made until the very end of the process.
+// The state is never destroyed, because reports are made until the very end of the process.
 State& state() {
     static State& s = *new State;
     return s;
@@ -36,7 +36,7 @@ std::string whole_line(const Report& r) {
     if (!r.file.empty() || r.line > 0) line += " ";
     if (!r.kernel.empty()) line += "in " + r.kernel + ": ";
     line += r.text;
-    if (r.other_line > 0) line += " (the other access: line " + std::to_string(r.other_line) + ")";
+    if (r.other_line > 0) line += " (the other line: " + std::to_string(r.other_line) + ")";
     return line;
 }
 
@@ -45,8 +45,8 @@ void flush() {
     std::fflush(nullptr);
 }
 
-// The last of the destructors (they run by falling priority, after those of static objects and atexit), so
-// that what is found at exit counts.
+// Destructor functions run by falling priority, after atexit's functions and the destructors of static
+// objects. This one is the last, so that reports that are made at exit count.
 __attribute__((destructor(101))) void set_exit_status() {
     for (const auto& [key, count] : state().seen)
         if (count > 1)
@@ -99,6 +99,12 @@ void report(Report r) {
     std::fflush(stdout);
     std::fprintf(stderr, "%s\n", r.text.c_str());
     state().unread.push_back(std::move(r));
+}
+
+std::string hex(uint64_t address) {
+    char text[32];
+    std::snprintf(text, sizeof text, "0x%llx", (unsigned long long)address);
+    return text;
 }
 
 std::vector<Report> take_reports() {

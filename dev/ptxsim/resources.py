@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Registers, spills and shared memory of every kernel, by ptxas for sm_80 and sm_90.
+"""Measures the registers, spills and shared memory of every kernel by ptxas, for sm_80 and sm_90.
 
-    dev/ptxsim/resources.py tests/ptxsim_samples.cu             # of sources, or of objects with PTX in them
-    dev/ptxsim/resources.py --figures figures.json FILE.cu...   # adds them to what PTXSIM=figures=figures.json wrote
-    dev/ptxsim/resources.py --renew TABLE build/ptx/*.o         # measures kernels whose PTX is not that of the table
-    dev/ptxsim/resources.py --check TABLE build/ptx/*.o         # the same, and fails where one takes more than it says
-                                                                # (where the table is of another ptxas: where one spills)
+    dev/ptxsim/resources.py tests/ptxsim_samples.cu             # measures sources, or objects with PTX in them
+    dev/ptxsim/resources.py --figures figures.json FILE.cu...   # adds the results to figures of PTXSIM=figures=...
+    dev/ptxsim/resources.py --renew TABLE build/ptx/*.o         # measures kernels whose PTX differs from the table's
+    dev/ptxsim/resources.py --check TABLE build/ptx/*.o         # fails if such a kernel takes more registers than before
 
-A table has a line a kernel: registers for sm_80 and for sm_90, bytes of static shared memory, a hash of the PTX that this
-was measured of, and the kernel. Spills are an error always. Dynamic shared memory is set at the launch and not seen here.
+A table has one line per kernel: registers for sm_80 and for sm_90, bytes of static shared memory, a hash of the PTX
+that was measured, and the kernel. --renew and --check also fail if a kernel spills. If the table was measured by
+another version of ptxas, --check does not compare registers. Dynamic shared memory is set at the launch and is not
+seen here.
 """
 import argparse
 import hashlib
@@ -40,13 +41,13 @@ def version_of(ptxas: str) -> str:
 
 
 def demangle(names: list[str]) -> list[str]:
-    """Without parameters and result types, as the figures have them."""
+    """Demangles names and removes their parameters and result types, as the figures do."""
     text = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     return [re.sub(r"^void ", "", line) for line in text.splitlines()]
 
 
 def kernels_of(path: str) -> dict[str, str]:
-    """The PTX of each kernel (nvcc's, or that in an object) with what its module declares and without line numbers."""
+    """The PTX of each kernel in a source or an object, with the declarations of its module, without line numbers."""
     if path.endswith(".cu"):
         command = [find_tool("nvcc"), "-std=c++20", "-O3", "-I.", "-ptx", "-arch=compute_80", path, "-o", "-"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -66,7 +67,7 @@ def kernels_of(path: str) -> dict[str, str]:
             break
         if kernel is None and (entry := re.search(r"\.entry (\w+)\(", line)):
             kernel, opened = kernels.setdefault(entry[1], []), False
-        # The numbers of labels count the kernels before.
+        # The numbers of labels depend on the kernels before, so they are removed.
         (shared if kernel is None else kernel).append(re.sub(r"(\$L__BB|__local_depot)\d+", r"\1", line))
         if kernel is not None:
             depth += line.count("{") - line.count("}")
@@ -105,10 +106,10 @@ def hash_of(ptx: str) -> str:
 
 
 class Table:
-    """What was measured once."""
+    """The results of earlier measurements."""
 
     def __init__(self, path: str):
-        self.path, self.version, self.rows = path, "", {}  # by kernel: registers by architecture, shared, hash
+        self.path, self.version, self.rows = path, "", {}  # kernel: registers for each architecture, shared, hash
         if not Path(path).exists():
             return
         for line in Path(path).read_text().splitlines():
@@ -127,7 +128,7 @@ class Table:
 
 
 def compare(table: Table, kernels: dict[str, str], ptxas: str, renew: bool) -> int:
-    """Measures what the table does not know yet. Returns the exit status."""
+    """Measures the kernels that the table does not have yet. Returns the exit status."""
     version = version_of(ptxas)
     other_version = version != table.version
     names = dict(zip(kernels, demangle(list(kernels))))
@@ -148,7 +149,7 @@ def compare(table: Table, kernels: dict[str, str], ptxas: str, renew: bool) -> i
             continue
         for a, now, before in zip(ARCHITECTURES, registers, table.rows[name][0]):
             if now > before:
-                errors.append(f"{name} takes {now} registers for {a}, and {before} by the table")
+                errors.append(f"{name} takes {now} registers for {a}, but {before} in the table")
     for error in errors:
         print(f"resources: {error}", file=sys.stderr)
     print(f"{len(kernels)} kernels, {len(unknown)} of them measured by ptxas {version}")
@@ -157,7 +158,7 @@ def compare(table: Table, kernels: dict[str, str], ptxas: str, renew: bool) -> i
         table.version = version
         table.write()
     elif other_version:
-        print(f"registers not compared: the table is of ptxas {table.version}")
+        print(f"registers are not compared, because the table was measured by ptxas {table.version}")
     return 1 if errors else 0
 
 
@@ -172,7 +173,7 @@ def show(kernels: Resources, figures: str) -> None:
         try:
             measured = json.loads(path.read_text())
         except (OSError, json.JSONDecodeError) as error:
-            sys.exit(f"resources: {path}: {error}: expected what PTXSIM=figures={path} writes")
+            sys.exit(f"resources: {path}: {error}: expected a file that PTXSIM=figures={path} writes")
         for kernel in measured["kernels"]:
             if kernel["name"] in kernels:
                 kernel["resources"] = kernels[kernel["name"]]

@@ -1,9 +1,10 @@
-// What the files of the CUDA runtime share: errors, kernels and variables of the program, and work with its
+// What the files of the CUDA runtime share: errors, the program's kernels and variables, and work and its
 // order.
 //
-// Work is a graph of operations. Each knows what it must come after: the one before it in its stream, the
-// events its stream waits for, the legacy default stream's rules. Eager mode runs an operation when it is
-// enqueued; lazy mode when something waits for it, after what it needs and no more.
+// Work is a graph of operations. Each operation knows the operations that must come before it: the previous
+// one in its stream, the events that its stream waits for, and those that the rules of the legacy default
+// stream name. In eager mode an operation runs when it is enqueued. In lazy mode it runs when something waits
+// for it, and only the operations that it needs run before it.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -20,16 +21,16 @@ namespace ptxsim {
 
 // Errors.
 
-// What every later call returns once a kernel has failed, or cudaSuccess.
+// The error that every call returns after a kernel has failed, or cudaSuccess.
 cudaError_t sticky_error();
 void set_sticky_error(cudaError_t error);
 void clear_errors();
-// What cudaGetLastError returns next.
+// Sets the error that cudaGetLastError returns next.
 void set_last_error(cudaError_t error);
-// Whether a host function in a stream is being called: it may not call CUDA.
+// Whether a host function of a stream is running. Such a function may not call CUDA.
 bool in_host_function();
 
-// Every call of the API goes through this.
+// The body of every call of the API runs in this function.
 template <typename Body>
 cudaError_t api(Body&& body) {
     if (in_host_function()) return cudaErrorNotPermitted;
@@ -45,20 +46,22 @@ cudaError_t api(Body&& body) {
 
 struct KernelEntry {
     const Kernel* kernel = nullptr;
-    int max_dynamic_shared = 0;  // set by cudaFuncSetAttribute; 0: the 48 KiB that need no consent
+    int max_dynamic_shared = 0;  // set by cudaFuncSetAttribute; 0: the 48 KiB that are always allowed
     int carveout = -1;
     std::string title;  // demangled, without parameters
 };
-// By the address of the host's stub or by a cudaKernel_t. Its module is loaded. An error where there is none.
+// Finds a kernel by the address of the host's stub or by its cudaKernel_t, and loads its module. An error if
+// there is none.
 cudaError_t find_kernel_entry(const void* function, KernelEntry** out);
-// By the address of the host's variable; of a managed one, by its address.
+// Finds a variable by the address of the host's variable, or a managed variable by its own address.
 cudaError_t find_symbol(const void* symbol, VariableInfo* out);
 void reset_kernel_attributes();
 
 // Work (work.cpp).
 
-// Memory that an operation is known to use. A kernel's pointers say only which allocations it may touch.
-enum class Use : uint8_t { read, write, maybe, lifetime };  // lifetime: allocates or frees it
+// How an operation uses memory. maybe: a kernel has a pointer to the allocation. lifetime: the operation
+// allocates or frees the memory.
+enum class Use : uint8_t { read, write, maybe, lifetime };
 struct MemoryUse {
     uint64_t begin, bytes;
     Use use;
@@ -66,7 +69,7 @@ struct MemoryUse {
 
 struct Task {
     std::string what;
-    std::function<cudaError_t()> run;  // its error becomes sticky; null does nothing
+    std::function<cudaError_t()> run;  // its error becomes sticky; null if there is nothing to do
     std::vector<MemoryUse> uses;
     cudaGraphNodeType type = cudaGraphNodeTypeEmpty;
 };
@@ -75,31 +78,31 @@ struct Operation;
 using OperationRef = std::shared_ptr<Operation>;
 struct Operation {
     Task task;
-    std::vector<OperationRef> after;  // emptied when it has run
+    std::vector<OperationRef> after;  // the operations before it; emptied when it has run
     bool done = false;
-    double finished = 0;  // milliseconds, when it had run
-    uint64_t visit = 0;   // marks of the walks over the graph
+    double finished = 0;  // the time at which it had run, in milliseconds
+    uint64_t visit = 0;   // the last walk over the graph that visited it
     size_t index = 0;
 };
 
-// Runs what is needed for these, and at most `limit` operations.
+// Runs the targets and the operations that they need, but at most `limit` operations.
 void complete(const std::vector<OperationRef>& targets, size_t limit = SIZE_MAX);
-// Runs everything that is pending: what cudaDeviceSynchronize waits for.
+// Runs all pending operations, as cudaDeviceSynchronize does.
 void complete_all();
 bool all_done(const std::vector<OperationRef>& targets);
-// Makes an operation. In eager mode it has run on return.
+// Makes an operation. In eager mode it has run when this returns.
 OperationRef add_operation(Task task, std::vector<OperationRef> after);
 
 // Streams (runtime_stream.cpp) and capture (runtime_graph.cpp).
 
-// Null where the handle is none.
+// Null if the handle is not one of a stream.
 CUstream_st* find_stream(cudaStream_t handle);
 CUstream_st* legacy_stream();
-// All of them, the two default ones included.
+// All streams, with the two default streams.
 const std::vector<CUstream_st*>& all_streams();
-// What an operation that is enqueued now has to come after.
+// The operations before one that is enqueued in the stream now.
 std::vector<OperationRef> before_next(CUstream_st* stream);
-// Enqueues, or adds a node to the graph that the stream is captured into. *out is null for a node.
+// Enqueues an operation. If the stream is being captured, adds a node to the graph instead, and *out is null.
 cudaError_t enqueue(CUstream_st* stream, Task task, OperationRef* out = nullptr);
 
 struct Capture {
@@ -109,19 +112,19 @@ struct Capture {
     uint64_t id;
     bool invalid = false;
 };
-// The error of a call that a capture forbids (it is invalid from then on), or cudaSuccess. With
-// cudaErrorStreamCaptureImplicit for calls that use the legacy stream.
+// Called by calls that a capture forbids. If one is in progress it becomes invalid, and `error` is returned;
+// else cudaSuccess. Calls that use the legacy stream pass cudaErrorStreamCaptureImplicit.
 cudaError_t forbidden_in_capture(cudaError_t error = cudaErrorStreamCaptureUnsupported);
 cudaError_t capture_task(CUstream_st* stream, Task task);
 
-// What is in the device (runtime_device.cpp).
+// The resources of the device (runtime_device.cpp).
 
 constexpr int kMultiprocessors = 132;
 constexpr int kMaxThreadsPerBlock = 1024;
 constexpr size_t kSharedDefault = 48 << 10, kSharedOptIn = 227 << 10, kSharedPerMultiprocessor = 228 << 10;
-constexpr size_t kSharedReserved = 1 << 10;  // of each block
+constexpr size_t kSharedReserved = 1 << 10;  // what CUDA itself uses for each block
 
-// Blocks of a kernel that fit one multiprocessor; registers are not known and do not count.
+// How many blocks of a kernel fit on one multiprocessor. Registers are not known, so they do not count.
 int blocks_per_multiprocessor(const KernelInfo& kernel, int threads, size_t dynamic_shared);
 
 }  // namespace ptxsim
@@ -130,7 +133,7 @@ struct CUstream_st {
     unsigned flags = 0;
     int priority = 0;
     uint64_t id = 0;
-    std::vector<ptxsim::OperationRef> tail;  // what the next operation comes after
+    std::vector<ptxsim::OperationRef> tail;  // the operations that come before the next one
     std::shared_ptr<ptxsim::Capture> capture;
     std::vector<CUgraphNode_st*> capture_tail;
     bool blocking() const { return !(flags & cudaStreamNonBlocking); }
@@ -138,8 +141,8 @@ struct CUstream_st {
 
 struct CUevent_st {
     unsigned flags = 0;
-    ptxsim::OperationRef operation;            // the last record; null before
-    std::shared_ptr<ptxsim::Capture> capture;  // of a record into a graph
+    ptxsim::OperationRef operation;            // the last record; null if there was none
+    std::shared_ptr<ptxsim::Capture> capture;  // the capture in which it was recorded, or null
     std::vector<CUgraphNode_st*> nodes;
 };
 

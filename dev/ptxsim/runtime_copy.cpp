@@ -1,4 +1,4 @@
-// Copies and fills, with the rules for when each kind of memory is read and written.
+// Copies and fills, and the rules about when each kind of memory is read and written.
 #include <cstdio>
 #include <cstring>
 
@@ -11,7 +11,7 @@
 namespace ptxsim {
 namespace {
 
-// Rows of bytes at one side of a copy.
+// The rows of bytes that a copy reads, or those that it writes.
 struct Rows {
     uint64_t address;
     size_t pitch, width, height;
@@ -20,13 +20,7 @@ struct Rows {
     std::string what() const { return std::to_string(width * height) + " bytes"; }
 };
 
-std::string hex(uint64_t address) {
-    char text[32];
-    std::snprintf(text, sizeof text, "0x%llx", (unsigned long long)address);
-    return text;
-}
-
-// Pageable memory of the host is all that nobody allocated or registered.
+// Memory of the host that the program neither allocated nor registered by CUDA is pageable.
 bool is_pageable(uint64_t address) {
     return !memory::find(address) && !memory::is_device_address(address);
 }
@@ -36,7 +30,7 @@ bool is_on_device(uint64_t address) {
     return a ? a->kind != MemoryKind::pinned : memory::is_device_address(address);
 }
 
-// Reports where rows are not within one allocation.
+// Reports rows that are not within one allocation.
 bool check_rows(const char* call, const char* direction, const Rows& rows) {
     bool freed = memory::was_freed(rows.address);
     if (!freed && (is_pageable(rows.address) || memory::contains(rows.address, rows.extent()))) return true;
@@ -46,7 +40,7 @@ bool check_rows(const char* call, const char* direction, const Rows& rows) {
     if (const Allocation* a = memory::find(bad)) bad = a->address + a->bytes;
     r.text = std::string(call) + " " + direction + " " + rows.what() + " at " + hex(rows.address) +
              (rows.height > 1 ? " with a pitch of " + std::to_string(rows.pitch) : "") + "; " +
-             (bad == rows.address ? "that is " : "the first outside is ") + memory::describe(bad);
+             (bad == rows.address ? "that is " : "the first byte outside is ") + memory::describe(bad);
     report(std::move(r));
     return false;
 }
@@ -56,7 +50,7 @@ void note_use(Task* task, const Rows& rows, Use use) {
 }
 
 bool kind_fits(cudaMemcpyKind kind, uint64_t to, uint64_t from) {
-    // Pinned and registered memory is accessible from both sides.
+    // The host and the device can both access pinned and registered memory.
     auto can_be_device = [](uint64_t address) { return !is_pageable(address); };
     auto can_be_host = [](uint64_t address) {
         const Allocation* a = memory::find(address);
@@ -78,7 +72,7 @@ bool kind_fits(cudaMemcpyKind kind, uint64_t to, uint64_t from) {
 }
 
 cudaError_t copy_rows(const char* call, const Rows& to, const Rows& from) {
-    // Again when it runs: either may have been freed since.
+    // The rows are checked again when the copy runs, because they may have been freed since the call.
     if (!check_rows(call, "writes", to) || !check_rows(call, "reads", from)) return cudaErrorIllegalAddress;
     for (size_t i = 0; i < to.height; i++) memory::copy(to.row(i), from.row(i), to.width);
     return cudaSuccess;
@@ -105,8 +99,8 @@ cudaError_t copy(const char* call, Rows to, Rows from, cudaMemcpyKind kind, cuda
     // A copy within the device does not make the host wait, not even a plain cudaMemcpy.
     bool to_device = is_on_device(to.address);
     if (to_device && is_on_device(from.address)) blocking = false;
-    // Pageable memory is staged for the device at the call. (A plain cudaMemcpy of it waits for the device,
-    // as programs expect, though the documentation only promises that the source has been read.)
+    // The call itself reads pageable memory that goes to the device. (A plain cudaMemcpy also waits for the
+    // device, as programs expect, although the documentation only promises that the source has been read.)
     if (options().lazy && !blocking && !stream->capture && is_pageable(from.address) && to_device) {
         auto bytes = std::make_shared<std::vector<std::byte>>(from.width * from.height);
         for (size_t i = 0; i < from.height; i++)
@@ -116,7 +110,7 @@ cudaError_t copy(const char* call, Rows to, Rows from, cudaMemcpyKind kind, cuda
             return copy_rows(call, to, source);
         };
     } else if (is_pageable(to.address) || is_pageable(from.address)) {
-        blocking = true;  // a copy to pageable memory returns when it is done
+        blocking = true;  // a copy to or from pageable memory returns when it is done
     }
     OperationRef op;
     if (cudaError_t e = enqueue(stream, std::move(task), &op)) return e;
@@ -157,7 +151,7 @@ cudaError_t fill(const char* call, Rows to, int value, cudaStream_t handle, bool
         for (size_t i = 0; i < to.height; i++) memory::fill(to.row(i), (uint8_t)value, to.width);
         return cudaSuccess;
     };
-    // Only a fill of the host's memory makes the host wait.
+    // A fill makes the host wait only if it is of the host's memory.
     const Allocation* a = memory::find(to.address);
     if (a->kind == MemoryKind::device) blocking = false;
     OperationRef op;

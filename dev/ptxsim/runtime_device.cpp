@@ -60,7 +60,8 @@ cudaDeviceProp properties() {
     return p;
 }
 
-// What asks for a property has the property's value; the rest is here. False where it is not known.
+// Sets *value. Attributes that are also properties have the property's value. False if the attribute is not
+// known.
 bool attribute(cudaDeviceAttr which, int* value) {
     cudaDeviceProp p = properties();
     const struct {
@@ -139,7 +140,7 @@ bool attribute(cudaDeviceAttr which, int* value) {
     return false;
 }
 
-size_t limits[] = {1024, 1 << 20, 8 << 20, 2, 2048, 128, 0};  // by cudaLimit, as on the hardware
+size_t limits[] = {1024, 1 << 20, 8 << 20, 2, 2048, 128, 0};  // by cudaLimit; the defaults of the hardware
 static_assert(cudaLimitStackSize == 0 && cudaLimitPersistingL2CacheSize == 6);
 
 cudaError_t check_device(int device) {
@@ -230,7 +231,7 @@ cudaError_t cudaDeviceSynchronize() {
     });
 }
 
-// Ends what a failed kernel left: its error, memory and pending work go; streams and modules stay.
+// Removes the error of a failed kernel, all memory and all pending work. Streams and modules stay.
 cudaError_t cudaDeviceReset() {
     if (in_host_function()) return cudaErrorNotPermitted;
     complete_all();
@@ -283,11 +284,11 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsig
     return api([&] {
         if (function) *function = nullptr;
         if (result) *result = cudaDriverEntryPointSymbolNotFound;
-        return cudaErrorNotSupported;  // there is no driver
+        return cudaErrorNotSupported;  // the simulator has no driver API
     });
 }
 
-// Declared by cuda_profiler_api.h.
+// cuda_profiler_api.h declares these.
 cudaError_t cudaProfilerStart() {
     return api([] { return cudaSuccess; });
 }

@@ -1,4 +1,4 @@
-// Errors: which one is kept, and what they are called.
+// Errors: which error is kept, and the names and texts of all of them.
 #include "dev/ptxsim/runtime.h"
 
 namespace ptxsim {
@@ -177,7 +177,7 @@ void clear_errors() {
     sticky = last = cudaSuccess;
 }
 
-// The first one stays.
+// Keeps the first error only.
 void set_sticky_error(cudaError_t error) {
     if (sticky == cudaSuccess) sticky = error;
 }

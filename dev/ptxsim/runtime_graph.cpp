@@ -11,10 +11,10 @@ using ptxsim::Task;
 struct CUgraphExec_st {
     struct Node {
         Task task;
-        std::vector<size_t> after;  // earlier ones in the list
+        std::vector<size_t> after;  // indices of earlier nodes in the list
     };
     std::vector<Node> nodes;
-    OperationRef last;  // the end of its last launch: a graph does not run beside itself
+    OperationRef last;  // the end of its last launch, because two launches of a graph do not run at once
 };
 
 namespace ptxsim {
@@ -31,7 +31,7 @@ State& state() {
     return s;
 }
 
-// Nodes are created after what they depend on, so the list of a graph is in an order that can run.
+// A node is created after the nodes that it depends on, so a graph can run in the order of its list.
 std::vector<CUgraphExec_st::Node> flatten(const CUgraph_st& graph) {
     std::map<const CUgraphNode_st*, size_t> index;
     std::vector<CUgraphExec_st::Node> nodes;
@@ -60,7 +60,7 @@ void end_capture(const std::shared_ptr<Capture>& capture) {
     }
 }
 
-// Whether all that forked streams have done comes before what the origin will do next.
+// Whether the next operation of the origin comes after everything that the other captured streams have done.
 bool all_joined(const std::shared_ptr<Capture>& capture) {
     std::set<const CUgraphNode_st*> reached;
     std::vector<CUgraphNode_st*> stack = capture->origin->capture_tail;
@@ -127,7 +127,7 @@ cudaError_t instantiate(cudaGraphExec_t* out, cudaGraph_t graph) {
     return cudaSuccess;
 }
 
-// What the caller's array holds is filled; without one only the number is given.
+// Fills the caller's array as far as it reaches. Without an array, only the number is returned.
 template <typename T>
 cudaError_t give_list(const std::vector<T>& all, T* out, size_t* count) {
     if (!count) return cudaErrorInvalidValue;
@@ -147,7 +147,7 @@ cudaError_t give_list(const std::vector<T>& all, T* out, size_t* count) {
 cudaError_t forbidden_in_capture(cudaError_t error) {
     for (CUstream_st* s : all_streams()) {
         if (!s->capture) continue;
-        // An implicit dependency is forbidden in every mode, but there is none on a non-blocking stream.
+        // An implicit dependency is forbidden in every mode, but a non-blocking stream has none.
         bool allowed = error == cudaErrorStreamCaptureImplicit
                            ? !s->blocking()
                            : s->capture->mode == cudaStreamCaptureModeRelaxed;
@@ -238,7 +238,8 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatu
 }
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-    // Every thread begins in global mode; what a capture forbids is decided by its own mode.
+    // Every thread begins in global mode. The mode of a capture decides what it forbids, so this value is
+    // only kept for the caller.
     static cudaStreamCaptureMode current = cudaStreamCaptureModeGlobal;
     return api([&] {
         if (!mode) return cudaErrorInvalidValue;
@@ -270,7 +271,7 @@ cudaError_t cudaGraphUpload(cudaGraphExec_t executable, cudaStream_t) {
 
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
     return api([&] {
-        // A launch that is pending has copies of all it needs.
+        // A pending launch has copies of all it needs.
         if (!state().executables.erase(executable)) return cudaErrorInvalidValue;
         delete executable;
         return cudaSuccess;

@@ -1,4 +1,4 @@
-// Launches of kernels, the device's limits on them, and what is asked and set of kernels.
+// Launches of kernels, the device's limits on them, and the attributes of kernels.
 #include <algorithm>
 #include <cstring>
 
@@ -10,7 +10,7 @@
 namespace ptxsim {
 namespace {
 
-// What <<<>>> pushes and the stub pops.
+// The launch configuration that <<<>>> pushes and the kernel's stub pops.
 struct CallConfiguration {
     dim3 grid, block;
     size_t shared;
@@ -73,7 +73,8 @@ Refusal check_limits(const KernelEntry& entry, const LaunchConfig& launch) {
     return {};
 }
 
-// The device allocations that a kernel's parameters point to: any 8 bytes that are an address of one.
+// The device allocations that a kernel's parameters point to. Every 8 bytes that are an address in an
+// allocation count as a pointer.
 std::vector<MemoryUse> pointers_in(const std::vector<std::byte>& parameters) {
     std::vector<MemoryUse> uses;
     for (size_t i = 0; i + 8 <= parameters.size(); i += 8) {
@@ -225,7 +226,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
                     if (cluster.x * cluster.y * cluster.z > 1) return cudaErrorNotSupported;
                     break;
                 }
-                // These change when work runs, within what its order allows, or are hints.
+                // These are hints, or change only when work runs within the order that it has anyway.
                 case cudaLaunchAttributeIgnore:
                 case cudaLaunchAttributeAccessPolicyWindow:
                 case cudaLaunchAttributeClusterSchedulingPolicyPreference:
@@ -263,7 +264,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, const void* function)
         if (cudaError_t e = find_kernel_entry(function, &entry)) return e;
         if (!out) return cudaErrorInvalidValue;
         const KernelInfo& kernel = info(entry->kernel);
-        *out = {};  // numRegs among them: PTX has no registers of the hardware
+        *out = {};  // numRegs stays 0, because PTX does not say how many registers the hardware needs
         out->sharedSizeBytes = kernel.static_shared;
         out->localSizeBytes = kernel.local_bytes;
         out->maxThreadsPerBlock = kernel.max_threads;

@@ -1,4 +1,4 @@
-// Allocations, and what is asked about pointers.
+// Allocations, and the attributes of pointers.
 #include <algorithm>
 
 #include "dev/ptxsim/memory.h"
@@ -24,7 +24,7 @@ cudaError_t allocate(const char* call, void** out, size_t bytes, MemoryKind kind
     return *out ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 
-// Whether an allocation of the program begins at the pointer; reports a second free.
+// Whether an allocation of the program begins at the pointer. Reports a second free.
 bool can_free(const char* call, void* pointer, bool pinned) {
     uint64_t address = (uint64_t)pointer;
     const Allocation* a = memory::find(address);
@@ -38,7 +38,7 @@ bool can_free(const char* call, void* pointer, bool pinned) {
     return false;
 }
 
-// cudaFree and cudaFreeHost wait for all work, so that none can miss the memory.
+// cudaFree and cudaFreeHost wait for all work, because it may use the memory.
 cudaError_t free_now(const char* call, void* pointer, bool pinned) {
     if (!pointer) return cudaSuccess;
     if (cudaError_t e = forbidden_in_capture()) return e;
@@ -50,10 +50,10 @@ cudaError_t free_now(const char* call, void* pointer, bool pinned) {
 cudaError_t allocate_async(void** out, size_t bytes, cudaStream_t handle) {
     CUstream_st* stream = find_stream(handle);
     if (!stream) return cudaErrorInvalidResourceHandle;
-    if (stream->capture) return cudaErrorNotSupported;  // memory nodes of graphs
+    if (stream->capture) return cudaErrorNotSupported;  // graphs have no memory nodes here
     cudaError_t e = allocate("cudaMallocAsync", out, bytes, MemoryKind::device);
     if (e != cudaSuccess || !*out) return e;
-    // The address is known at once, but may only be used by work that comes after this.
+    // The address is known at once, but only work that comes after this operation may use the memory.
     Task task;
     task.what = sized("cudaMallocAsync", bytes);
     task.uses = {{(uint64_t)*out, bytes, Use::lifetime}};
@@ -76,7 +76,7 @@ cudaError_t free_async(void* pointer, cudaStream_t handle) {
     return enqueue(stream, std::move(task));
 }
 
-// The one pool of the device; its handle only has to be unlike others.
+// The device has one pool. Its handle only has to differ from others.
 cudaMemPool_t default_pool() {
     static char pool;
     return (cudaMemPool_t)&pool;
@@ -90,7 +90,7 @@ cudaError_t pool_attribute(cudaMemPool_t pool, cudaMemPoolAttr attribute, void* 
         case cudaMemPoolReuseFollowEventDependencies:
         case cudaMemPoolReuseAllowOpportunistic:
         case cudaMemPoolReuseAllowInternalDependencies:
-            if (!set) *(int*)value = 0;  // memory is never used again
+            if (!set) *(int*)value = 0;  // no reuse: freed memory is never used again
             return cudaSuccess;
         case cudaMemPoolAttrReleaseThreshold:
             (set ? release_threshold : *(uint64_t*)value) = set ? *(uint64_t*)value : release_threshold;

@@ -11,7 +11,7 @@ namespace {
 struct State {
     std::vector<CUstream_st*> streams;
     CUstream_st *legacy, *per_thread;
-    // Of destroyed blocking streams: the legacy stream still waits for it.
+    // Pending work of destroyed blocking streams. The legacy stream still waits for it.
     std::vector<OperationRef> orphans;
     std::set<CUevent_st*> events;
     uint64_t ids = 0;
@@ -55,7 +55,7 @@ cudaError_t wait_event(CUstream_st* stream, CUevent_st* event) {
     if (event->capture) {
         if (stream == legacy_stream()) return cudaErrorStreamCaptureImplicit;
         if (event->capture->invalid) return cudaErrorStreamCaptureInvalidated;
-        if (!event->capture->graph) return cudaErrorCapturedEvent;  // that capture has ended
+        if (!event->capture->graph) return cudaErrorCapturedEvent;  // the event's capture has ended
         if (stream->capture && stream->capture != event->capture) return cudaErrorStreamCaptureMerge;
         if (!stream->capture) {
             stream->capture = event->capture;
@@ -72,7 +72,7 @@ cudaError_t wait_event(CUstream_st* stream, CUevent_st* event) {
         return cudaErrorStreamCaptureIsolation;
     }
     if (!event->operation || event->operation->done) return cudaSuccess;
-    // On the legacy stream a wait is an action like another: later work of all blocking streams waits, too.
+    // On the legacy stream a wait acts like an operation: later work of all blocking streams waits, too.
     if (stream == legacy_stream()) stream->tail = before_next(stream);
     stream->tail.push_back(event->operation);
     return cudaSuccess;
@@ -85,12 +85,13 @@ cudaError_t synchronize(CUstream_st* stream) {
     }
     if (stream == legacy_stream())
         if (cudaError_t e = forbidden_in_capture(cudaErrorStreamCaptureImplicit)) return e;
-    // A synchronisation of a blocking stream is no action in it, so it does not wait for the legacy stream.
+    // Synchronising a blocking stream adds no operation to it, so it does not wait for the legacy stream.
     complete(stream == legacy_stream() ? before_next(stream) : stream->tail);
     return cudaSuccess;
 }
 
-// Not ready is said before a step is made, so that a loop over a query goes on, step by step.
+// If not all targets have run, runs one operation and returns cudaErrorNotReady. So a loop that queries until
+// it succeeds comes to an end.
 cudaError_t query(const std::vector<OperationRef>& targets) {
     if (all_done(targets)) return cudaSuccess;
     complete(targets, 1);
@@ -187,7 +188,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
     return with_stream(handle, [&](CUstream_st* s) {
         if (s == state().legacy || s == state().per_thread) return cudaErrorInvalidResourceHandle;
         if (s->capture) s->capture->invalid = true;
-        // Work that is pending goes on; later legacy work waits for it.
+        // Pending work of the stream still runs, and later work of the legacy stream waits for it.
         if (s->blocking()) append_pending(&state().orphans, &s->tail);
         std::erase(state().streams, s);
         delete s;

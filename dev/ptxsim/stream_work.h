@@ -6,8 +6,9 @@
 
 namespace ptxsim {
 
-// Runs `work` when a kernel launched here would run: lazy streams, events and graph capture apply to it. What
-// it needs has to be captured by value, since it may run long after the call, and more than once in a graph.
+// Runs `work` when a kernel that is launched here would run: lazy streams, events and graph capture apply to
+// it. `work` has to hold what it needs by value, because it may run long after the call, and a graph may run
+// it several times.
 void enqueue(cudaStream_t stream, std::function<void()> work);
 
 }  // namespace ptxsim

@@ -1,5 +1,5 @@
-// A warp: which of its lanes run, which wait. Lanes at the lowest instruction go first, so that those that
-// went different ways meet again.
+// A warp: which of its lanes run and which wait. The lanes at the lowest instruction run first, so that lanes
+// that went different ways meet again.
 #include "dev/ptxsim/warp.h"
 
 #include <algorithm>
@@ -28,7 +28,7 @@ void Warp::insert(Split split) {
         if (at_barrier != (split.state == Split::at_barrier)) continue;
         splits[i].lanes |= split.lanes;
         if (!at_barrier && split.state == Split::ready)
-            splits[i].state = Split::ready;  // look again at its mask
+            splits[i].state = Split::ready;  // its mask has to be checked again
         return;
     }
     splits.insert(splits.begin() + k, split);
@@ -74,7 +74,8 @@ void Warp::run_split(size_t k, int* budget) {
     uint32_t pc = splits[k].pc;
     Mask lanes = splits[k].lanes;
     splits.erase(splits.begin() + k);
-    // The next split, which is to be met rather than passed; one at a barrier has arrived there already.
+    // The next split that these lanes must not pass, because they have to join it. A split at a barrier is
+    // not one of these, because its lanes have already arrived there.
     auto next_stop = [&] {
         for (const Split& s : splits)
             if (s.pc > pc && s.state != Split::at_barrier) return s.pc;
@@ -124,7 +125,8 @@ void Warp::run_split(size_t k, int* budget) {
                     each(rest, [&](int lane) { same |= (Mask)(index[lane] == i) << lane; });
                     rest &= ~same;
                     if (i >= in.targets->size()) {
-                        report_at(Fault::trap, *this, in, __builtin_ctz(same), "brx.idx beyond its targets");
+                        report_at(Fault::trap, *this, in, __builtin_ctz(same),
+                                  "has an index for brx.idx that is beyond its targets");
                         g.result = LaunchResult::trap;
                     } else {
                         insert({(uint32_t)(*in.targets)[i], same});
@@ -186,8 +188,8 @@ Mask Warp::run_sync(const Instruction& in, Mask active, Mask* wanted) {
             return active;
         }
         if (live != kAllLanes)
-            complain(live,
-                     "an instruction of the whole warp, of which only " + lane_list(live) + " are there");
+            complain(live, "comes to an instruction of the whole warp, but " + lane_list(present & ~live) +
+                               " returned before");
         in.run(*this, in, active);
         return 0;
     }
@@ -197,10 +199,12 @@ Mask Warp::run_sync(const Instruction& in, Mask active, Mask* wanted) {
         Mask mask = masks[__builtin_ctz(rest)] & present, group = 0;
         each(rest, [&](int i) { group |= (Mask)((masks[i] & present) == mask) << i; });
         rest &= ~group;
-        if (group & ~mask) complain(group & ~mask, "a lane that its own mask does not name");
+        if (group & ~mask) complain(group & ~mask, "passes a mask that does not name its own lane");
         Mask returned = mask & ~live, elsewhere = mask & ~group & live, others = elsewhere & active;
-        if (returned) complain(group, "its mask names " + lane_list(returned) + ", which returned");
-        if (others) complain(group, "its mask names " + lane_list(others) + ", which came with another mask");
+        if (returned) complain(group, "passes a mask that names " + lane_list(returned) + ", which returned");
+        if (others)
+            complain(group,
+                     "passes a mask that names " + lane_list(others) + ", which came with another mask");
         if (elsewhere & ~others) {
             waiting |= group;
             *wanted |= mask;
@@ -213,7 +217,7 @@ Mask Warp::run_sync(const Instruction& in, Mask active, Mask* wanted) {
 
 void Warp::resolve() {
     const std::vector<Instruction>& code = block->grid->kernel.code;
-    // bar.warp.sync at different lines may belong together.
+    // Several bar.warp.sync at different lines may be one barrier.
     size_t first = splits.size();
     for (size_t k = 0; k < splits.size(); k++)
         if (splits[k].state == Split::at_sync && first == splits.size()) first = k;
@@ -238,7 +242,7 @@ void Warp::resolve() {
     for (const Split& o : splits)
         if (o.lanes & wanted & ~s.lanes) other = &o;
     report_at(Fault::warp_mask, *this, in, __builtin_ctz(s.lanes),
-              "waits in vain for " + lane_list(wanted & ~s.lanes & live) + ", which wait elsewhere",
+              "waits for ever for " + lane_list(wanted & ~s.lanes & live) + ", which wait elsewhere",
               other ? &code[other->pc] : nullptr);
     in.run(*this, in, s.lanes);
     splits.erase(splits.begin() + (ptrdiff_t)first);

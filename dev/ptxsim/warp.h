@@ -1,4 +1,4 @@
-// A grid in execution: blocks, their warps, and what lanes wait for.
+// A grid that is running: its blocks, their warps, and what the lanes wait for.
 #pragma once
 #include <array>
 #include <deque>
@@ -17,7 +17,7 @@ namespace ptxsim {
 struct Block;
 struct Grid;
 
-// Lanes of a warp at the same instruction.
+// The lanes of a warp that are at the same instruction.
 struct Split {
     uint32_t pc;
     Mask lanes;
@@ -26,31 +26,31 @@ struct Split {
     int barrier = -1;  // at_barrier: its number
 };
 
-// What is known of a byte of shared or local memory.
-enum : uint8_t { kUnwritten = 0, kWritten = 1, kPending = 2 /* cp.async */, kNoMemory = 255 };
+// The state of a byte of shared or local memory. kPending: cp.async writes it, and no wait has come yet.
+enum : uint8_t { kUnwritten = 0, kWritten = 1, kPending = 2, kNoMemory = 255 };
 
-struct PendingCopy {  // of cp.async, by one lane
+struct PendingCopy {  // a copy that a lane has begun with cp.async
     uint32_t to;
     uint64_t from;
     uint8_t bytes, source_bytes;
     uint32_t group;
-    uint64_t event;  // that it began with
+    uint64_t event;  // the event of its cp.async
 };
 
 struct Warp {
     Block* block = nullptr;
-    int index = 0;  // in the block
+    int index = 0;  // the number of the warp in its block
     std::byte* regs = nullptr;
     const std::byte* constants = nullptr;
     Mask present = 0;           // lanes that the block has threads for
-    Mask live = 0;              // those that have not returned
-    Mask carry = 0;             // the condition code of add.cc and its like
-    std::vector<Split> splits;  // by pc, no two alike while ready
+    Mask live = 0;              // lanes that have not returned
+    Mask carry = 0;             // the condition code that add.cc and similar instructions write
+    std::vector<Split> splits;  // sorted by pc; no two ready ones have the same pc
     std::vector<std::byte> registers;
     std::vector<std::byte> local;      // (32,local_bytes)
     std::vector<uint8_t> local_known;  // (32,local_bytes)
     std::array<std::vector<PendingCopy>, kWarpSize> copies;
-    std::array<uint32_t, kWarpSize> copy_groups = {};  // committed
+    std::array<uint32_t, kWarpSize> copy_groups = {};  // the number of committed groups
     Mask has_copies = 0;
     RaceClock clock;
 
@@ -63,7 +63,7 @@ struct Warp {
         return (const T*)(place >= 0 ? regs + place : constants + ~place);
     }
 
-    // Runs at most `budget` instructions. False where no lane can go on.
+    // Runs at most `budget` instructions. False if no lane can go on.
     bool run(int budget);
     bool finished() const { return live == 0; }
     // Whether all live lanes wait at barriers.
@@ -72,44 +72,45 @@ struct Warp {
     void insert(Split split);
 
   private:
-    // Goes on with splits[k] until it meets another, waits, or `budget` is used up.
+    // Runs splits[k] until it meets another split, has to wait, or `budget` is used up.
     void run_split(size_t k, int* budget);
-    // An instruction whose mask names lanes: runs it for the groups of lanes that are complete. Returns the
-    // lanes that have to wait for others, and in *wanted those that they wait for.
+    // Runs an instruction with a mask of lanes for those groups of lanes that are complete. Returns the lanes
+    // that have to wait, and in *wanted the lanes for which they wait.
     Mask run_sync(const Instruction& in, Mask active, Mask* wanted);
-    // No split is ready, and not all are at barriers. Finds the fault, or what goes together, and goes on.
+    // Called when no split is ready and not all are at barriers. Joins splits that belong together, or
+    // reports the fault; then the warp can go on.
     void resolve();
     void leave(Mask lanes, const Instruction& in);
 };
 
 struct Barrier {
-    int arrived = 0;                     // threads
-    int expected = 0;                    // threads; 0: all of the block that have not returned
-    int votes = 0, voters = 0;           // bar.red
-    const Instruction* first = nullptr;  // that someone arrived at
-    RaceClock clock;                     // of all that have arrived
+    int arrived = 0;                     // the number of threads that have arrived
+    int expected = 0;                    // how many have to; 0: all of the block that have not returned
+    int votes = 0, voters = 0;           // for bar.red
+    const Instruction* first = nullptr;  // the instruction at which the first thread arrived
+    RaceClock clock;                     // joins the clocks of all that have arrived
 };
 
 struct Block {
     Grid* grid = nullptr;
     Dim3 index;
-    uint64_t number = 0;  // linear
+    uint64_t number = 0;  // the index as one number
     int turns = 0;
     std::vector<Warp> warps;
     std::vector<std::byte> shared;
     std::vector<uint8_t> shared_known;
     std::array<Barrier, 16> barriers;
     int threads = 0, exited = 0;
-    uint64_t random = 0;  // the schedule's
+    uint64_t random = 0;  // the state of the generator for the schedule
     const Instruction* last_exit = nullptr;
     SharedRaces shared_races;
 
-    // One turn of each warp, in the order of the schedule. False where none can go on.
+    // Gives each warp a turn, in the order of the schedule. False if no warp can go on.
     bool turn();
     bool finished() const;
-    // Lanes of a warp have come to a barrier. Returns its number.
+    // Called when lanes of a warp come to a barrier. Returns the number of the barrier.
     int arrive(Warp& warp, const Instruction& in, Mask lanes);
-    // Lets those go on who wait at a barrier that all have arrived at.
+    // Releases the lanes at barriers at which all threads have arrived.
     void check_barriers();
 
   private:
@@ -123,11 +124,11 @@ struct Grid {
     Figures& figures;
     std::vector<std::byte> parameters;
     LaunchResult result = LaunchResult::ok;
-    uint64_t instructions = 0;  // of warps, executed so far
+    uint64_t instructions = 0;  // the number of warp-instructions executed so far
     uint64_t random;
     const Allocation* last_allocation = nullptr;
     GlobalRaces races;
-    uint64_t workspace = 0;  // of a cooperative launch: the address of grid.sync()'s counters
+    uint64_t workspace = 0;  // in a cooperative launch, the address of the counters of grid.sync()
 
     explicit Grid(const LaunchConfig& launch);
     void run();
@@ -140,14 +141,15 @@ struct Grid {
 
 uint64_t next_random(uint64_t* state);
 
-// Reports a fault of lane `lane` (-1: none in particular) at an instruction.
+// Reports a fault of a lane at an instruction. `other` is a second instruction that takes part in the fault.
 void report_at(Fault fault, const Warp& warp, const Instruction& in, int lane, const std::string& what,
                const Instruction* other = nullptr);
 // "thread (3,0,0) of block (1,0,0)"
 std::string thread_name(const Warp& warp, int lane);
 
-// memory_ops.cpp: the cp.async copies of a lane that are due when `left` of its groups may stay open, or all.
-// event: of the wait, for the races; 0: not looked for.
+// Finishes the cp.async copies of a lane (memory_ops.cpp): all of them, or all except for the last `left`
+// groups.
+//   event: the event of the wait, or 0 to look for no races
 void finish_copies(Warp& w, int lane, uint32_t left, bool all, uint64_t event);
 
 }  // namespace ptxsim

@@ -1,5 +1,5 @@
-// Instructions in which lanes see each other (shfl, vote, match, redux, barriers), and the few that are
-// neither arithmetic nor memory: printf, assert, clocks, packing.
+// Instructions in which lanes see each other (shfl, vote, match, redux, barriers), and a few that are neither
+// arithmetic nor memory (printf, assert, clocks, packing).
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -8,15 +8,13 @@
 
 namespace ptxsim {
 
-bool find_mma(const Statement& s, Instruction* in);  // mma.cpp
-
 namespace {
 
 // ---- lanes
 
 enum ShuffleMode { kUp, kDown, kButterfly, kIndex };
 
-// o: d, p, a, b, c. A lane that does not take part gives all ones.
+// The operands o are d, p, a, b, c. The value of a lane that does not take part is all ones.
 template <ShuffleMode kMode>
 void run_shuffle(Warp& w, const Instruction& in, Mask lanes) {
     const uint32_t *a = w.src<uint32_t>(in.o[2]), *b = w.src<uint32_t>(in.o[3]),
@@ -44,7 +42,7 @@ void run_shuffle(Warp& w, const Instruction& in, Mask lanes) {
     put_predicate(w, in.o[1], valid, lanes);
 }
 
-// o: d, a
+// The operands o are d, a.
 template <int kWhat>  // 0: all, 1: any, 2: uni, 3: ballot
 void run_vote(Warp& w, const Instruction& in, Mask lanes) {
     Mask a = *w.src<Mask>(in.o[1]);
@@ -59,7 +57,7 @@ void run_vote(Warp& w, const Instruction& in, Mask lanes) {
     }
 }
 
-// o: d, p, a
+// The operands o are d, p, a.
 template <class T, bool kAll>
 void run_match(Warp& w, const Instruction& in, Mask lanes) {
     const T* a = w.src<T>(in.o[2]);
@@ -100,7 +98,7 @@ void run_active(Warp& w, const Instruction& in, Mask lanes) {
     each(lanes, [&](int i) { d[i] = lanes; });
 }
 
-// o: d, p: the first lane is elected.
+// The operands o are d, p. Elects the first lane.
 void run_elect(Warp& w, const Instruction& in, Mask lanes) {
     if (in.o[0] != kIgnored) {
         uint32_t* d = w.reg<uint32_t>(in.o[0]);
@@ -115,7 +113,7 @@ void run_warp_barrier(Warp& w, const Instruction&, Mask lanes) {
 
 // ---- printf
 
-// The bytes of a thread at a generic address.
+// Reads a value of a thread at a generic address.
 template <class T>
 T fetch(Warp& w, int lane, uint64_t address) {
     T value = {};
@@ -205,14 +203,14 @@ void run_printf(Warp& w, const Instruction& in, Mask lanes) {
 // __assertfail(message, file, line, function, character size)
 void run_assert(Warp& w, const Instruction& in, Mask lanes) {
     int i = __builtin_ctz(lanes);
-    std::string text = fetch_text(w, i, argument(w, in, i, 1)) + ":" +
-                       std::to_string(argument(w, in, i, 2, false)) + ": assertion `" +
-                       fetch_text(w, i, argument(w, in, i, 0)) + "' failed";
+    std::string text = "fails the assertion `" + fetch_text(w, i, argument(w, in, i, 0)) + "' at " +
+                       fetch_text(w, i, argument(w, in, i, 1)) + ":" +
+                       std::to_string(argument(w, in, i, 2, false));
     report_at(Fault::trap, w, in, i, text);
     if (!w.block->grid->stopped()) w.block->grid->result = LaunchResult::assert_failed;
 }
 
-// Time is counted in the instructions of the grid's warps.
+// The clock counts the instructions of all warps of the grid.
 void run_clock(Warp& w, const Instruction& in, Mask lanes) {
     uint64_t now = w.block->grid->instructions;
     if ((Special)in.aux == Special::clock_hi) now >>= 32;
@@ -227,7 +225,7 @@ void run_clock(Warp& w, const Instruction& in, Mask lanes) {
     }
 }
 
-// o[0] is the whole, o[1] .. its parts, the first in the low bits.
+// o[0] is the whole value, and o[1], o[2], ... are its parts. The first part is in the low bits.
 void run_pack(Warp& w, const Instruction& in, Mask lanes) {
     int whole = in.memory.register_bytes, part = in.memory.bytes;
     std::byte* d = w.reg<std::byte>(in.o[0]);
@@ -282,7 +280,7 @@ bool has(const Statement& s, const char* modifier) {
     return std::find(s.modifiers.begin(), s.modifiers.end(), modifier) != s.modifiers.end();
 }
 
-// d|p and what follows become d, p (or none), and what follows.
+// If the first operand is d without |p, inserts kIgnored for p, so that the other operands keep their places.
 void split_pair(const Statement& s, Instruction* in) {
     if (s.operands.size() > 1 && s.operands[1].lane_predicate) return;
     for (int i = kAddress - 1; i > 1; i--) in->o[i] = in->o[i - 1];

@@ -1,4 +1,4 @@
-// Runs operations in an order that their dependencies allow, and what is left at the end of the process.
+// Runs operations in an order that their dependencies allow, and the pending ones at the end of the process.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -12,8 +12,8 @@ namespace ptxsim {
 namespace {
 
 struct State {
-    std::vector<OperationRef> pending;  // in the order they were enqueued
-    // Those of them whose uses are more than a kernel's: all that a kernel has to be compared with.
+    std::vector<OperationRef> pending;  // in the order in which they were enqueued
+    // Those pending operations that have other uses than Use::maybe. A kernel conflicts only with these.
     std::vector<OperationRef> pending_exact;
     uint64_t visits = 0;
     uint64_t seed = 0, random = 0;
@@ -25,7 +25,7 @@ State& state() {
     return s;
 }
 
-// splitmix64, started again where a test sets another seed.
+// SplitMix64. It starts again when a test sets another seed.
 uint64_t next_random() {
     State& s = state();
     if (s.seed != options().seed) s.random = s.seed = options().seed;
@@ -40,7 +40,7 @@ double now_ms() {
     return std::chrono::duration<double, std::milli>(now).count();
 }
 
-// After a kernel has failed nothing runs any more.
+// After a kernel has failed, no operation runs any more.
 void run_operation(Operation* op) {
     if (op->task.run && !sticky_error()) {
         State& s = state();
@@ -55,7 +55,7 @@ void run_operation(Operation* op) {
     op->task = Task();
 }
 
-// Whether `earlier` comes before the operation that comes after `after`.
+// Whether `earlier` comes before an operation that comes directly after the operations `after`.
 bool ordered(const Operation* earlier, const std::vector<OperationRef>& after) {
     uint64_t mark = ++state().visits;
     std::vector<Operation*> stack;
@@ -71,8 +71,8 @@ bool ordered(const Operation* earlier, const std::vector<OperationRef>& after) {
     return false;
 }
 
-// A kernel's pointers are only known by their allocation, so they conflict with its end and its beginning but
-// not with copies, which may be to another part of it.
+// A kernel's pointers tell only which allocations it may use. So a kernel conflicts with an operation that
+// allocates or frees one of them, but not with a copy, which may use another part of the allocation.
 bool conflict(const MemoryUse& a, const MemoryUse& b) {
     if (a.begin >= b.begin + b.bytes || b.begin >= a.begin + a.bytes) return false;
     if (a.use == Use::lifetime || b.use == Use::lifetime) return true;
@@ -94,13 +94,13 @@ void report_unordered(const Operation& op) {
         if (!clash || ordered(earlier.get(), op.after)) continue;
         Report r;
         r.fault = Fault::unordered_copy;
-        r.text = op.task.what + " uses memory that unfinished work of another stream uses, " +
-                 earlier->task.what + "; no event or synchronisation orders them";
+        r.text = op.task.what + " uses memory that unfinished work of another stream uses (" +
+                 earlier->task.what + "), and no event or synchronisation orders them";
         report(std::move(r));
     }
 }
 
-// The pending operations that the targets need, themselves included. Each gets its index.
+// The targets and all pending operations that they need. Sets the index of each.
 std::vector<OperationRef> needed_for(const std::vector<OperationRef>& targets) {
     uint64_t mark = ++state().visits;
     std::vector<OperationRef> found;
@@ -118,8 +118,8 @@ std::vector<OperationRef> needed_for(const std::vector<OperationRef>& targets) {
     return found;
 }
 
-// Here because no program does anything without this file. Runs after atexit's functions and the destructors
-// of static objects, which may still free memory, and before the one that sets the exit status.
+// This function is in this file because every program links it. It runs after atexit's functions and the
+// destructors of static objects, which may still free memory, and before set_exit_status().
 __attribute__((destructor(102))) void at_end() {
     complete_all();
     if (options().leak && !sticky_error()) memory::report_leaks();
@@ -186,7 +186,7 @@ OperationRef add_operation(Task task, std::vector<OperationRef> after) {
     } else if (op->after.empty()) {
         run_operation(op.get());
     } else {
-        complete({op});  // what is left of a lazy time
+        complete({op});  // some operations before it are still pending from an earlier lazy mode
     }
     return op;
 }
