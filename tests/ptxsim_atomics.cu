@@ -8,13 +8,13 @@ using namespace ptxsim_test;
 
 namespace {
 
-// The operations of a type; each works on a place of its own. The order of threads does not change the last
-// values that are checked. kOps places.
+// The atomic operations of a type. Each of the kOps operations has its own element. The final values that are
+// checked do not depend on the order of the threads.
 constexpr int kOps = 10;
 
 template <class T>
 __device__ void operate(T* place, T x, T* old) {
-    // CUDA has some of them for unsigned numbers alone.
+    // CUDA has some of them only for unsigned numbers.
     using P = std::conditional_t<sizeof(T) == 8, unsigned long long, T>;
     old[0] = atomicAdd((P*)place, (P)x);
     atomicMin(place + 1, x);
@@ -74,14 +74,14 @@ void check_atomics(bool shared) {
     const T expected[6] = {sum, least, most, all, any, odd};
     for (int i = 0; i < 6; i++) CHECK_MESSAGE(got[i] == expected[i], i);
     CHECK(got[7] == sum);
-    // Exchanges pass every value on: what came out, with what is left, is what went in and what was there.
+    // Exchanges lose no value: what came out, and the final value, is what went in, and the first value.
     std::vector<T> went_in = in, came_out = {got[6]};
     went_in.push_back(12345);
     for (int i = 0; i < n; i++) came_out.push_back(old[4 * i + 1]);
     std::sort(went_in.begin(), went_in.end());
     std::sort(came_out.begin(), came_out.end());
     CHECK(went_in == came_out);
-    // The old sums, each with what was added, are the old sums of others, and the last.
+    // An old sum plus what its thread added is the old sum of another thread, or the final sum.
     std::vector<U> before, after;
     for (int i = 0; i < n; i++) before.push_back(old[4 * i]), after.push_back((U)old[4 * i] + (U)in[i]);
     before.push_back(sum), after.push_back(0);
@@ -111,7 +111,7 @@ TEST_CASE("ptxsim: atomics of 32 and 64 bits") {
     }
 }
 
-// Forms of atom and red as PTX has them, with the order and scope words, and by generic address.
+// The forms that PTX has of atom and red: with words for order and scope, and with generic addresses.
 __global__ void forms(uint32_t* words, uint64_t* wide, int* out) {
     uint32_t* w = words;
     const uint32_t t = threadIdx.x;
@@ -160,7 +160,7 @@ TEST_CASE("ptxsim: forms of atom and red") {
     CHECK(out.host() == std::vector<int>(64, 1));
 }
 
-// Sums of small whole numbers are exact in every type and order.
+// Sums of small integers are exact in every type and every order.
 __global__ void float_atomics(float* f, double* d, __half2* hh, __nv_bfloat162* bb, __half* h,
                               __nv_bfloat16* b, float* olds) {
     __shared__ float shared_f;

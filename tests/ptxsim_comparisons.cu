@@ -7,7 +7,7 @@ namespace {
 
 // -------------------------------------------------------------------------------------------- comparisons
 
-// A bit for each comparison.
+// Each comparison sets one bit.
 #define COMPARE(bit, op, type, c)                                                              \
     asm volatile("{\n\t.reg .pred p;\n\tsetp." op "." type " p, %1, %2;\n\tselp.u32 %0, " #bit \
                  ", 0, p;\n\t}"                                                                \
@@ -34,7 +34,7 @@ COMPARISONS(CompareU32, uint32_t, "u32", "r")
 COMPARISONS(CompareS64, int64_t, "s64", "l")
 COMPARISONS(CompareU64, uint64_t, "u64", "l")
 
-struct CompareNamed {  // lo, ls, hi, hs, and both outputs joined with a predicate
+struct CompareNamed {  // lo, ls, hi, hs; and both outputs of setp, combined with a predicate
     __device__ static uint32_t at(uint32_t a, uint32_t b) {
         uint32_t r = 0, one;
         COMPARE(1, "lo", "u32", "r")
@@ -99,7 +99,7 @@ TEST_CASE("ptxsim: integer comparisons and selections") {
         "set.ge.f32.s32", [](int32_t a, int32_t b) { return a >= b ? 1.0f : 0.0f; }, s, t);
 }
 
-// What nvcc makes of narrow types.
+// Narrow types, which nvcc compiles to wider instructions.
 struct Bytes {
     __device__ static int at(int8_t a, uint8_t b, int16_t c) {
         int8_t x = (int8_t)(a + b);

@@ -27,7 +27,8 @@ namespace {
 TO_INTEGERS(F, float, "f", "f32")
 TO_INTEGERS(D, double, "d", "f64")
 
-// Conversions to integers saturate. NaN is left out: the ISA has 0 for it, hardware not for every width.
+// Conversions to integers saturate. NaN is left out, because the ISA says 0, but hardware does not give 0 for
+// every width.
 template <class R>
 R to_integer(double x, Round mode) {
     const double r = round_integral(x, mode);
@@ -97,7 +98,7 @@ FROM_INTEGERS(Rz, "rz")
 FROM_INTEGERS(Rm, "rm")
 FROM_INTEGERS(Rp, "rp")
 
-// The host converts in its rounding mode.
+// The host converts in the rounding mode that is set.
 template <class R, class A>
 auto host_conversion(Round mode) {
     return [mode](A x) {
@@ -105,7 +106,7 @@ auto host_conversion(Round mode) {
         volatile A a = x;
         volatile R r;
         if constexpr (std::is_same_v<A,
-                                     uint64_t>) {  // x86 has none for large ones: two exact halves, one sum
+                                     uint64_t>) {  // x86 cannot convert large ones: adds two exact halves
             const R high = (R)(uint32_t)(a >> 32) * (R)4294967296.0;
             if constexpr (sizeof(R) == 8) {
                 r = high + (R)(uint32_t)a;
@@ -247,7 +248,7 @@ template <int bits>
 auto same_in(const Format& format) {
     return [format](uint32_t got, uint32_t expected) { return same_of<bits>(got, expected, format); };
 }
-// The ISA does not say which zero .relu gives for -0.
+// The ISA does not say which zero .relu returns for -0.
 template <int bits>
 auto same_but_zeros(const Format& format) {
     return [format](uint32_t got, uint32_t expected) {
@@ -270,7 +271,7 @@ auto encoded_pair(const Format& format, Round mode,
 TEST_CASE("ptxsim: cvt to and from f16 and bf16") {
     auto f = inputs<float>(0, 1, 30000), g = inputs<float>(1, 2, 30000);
     std::mt19937_64 random(4);
-    for (size_t i = 5000; i < 15000; i++)  // ties and their neighbours
+    for (size_t i = 5000; i < 15000; i++)  // ties and numbers next to them
         f[i] = (float)std::ldexp((double)(random() % 8192) + (random() % 3 - 1.0) / 1024,
                                  (int)(random() % 40) - 34);
     check_op_by<HRn>("rn.f16", same_in<16>(kF16), encoded(kF16, Round::nearest), f);
@@ -297,7 +298,7 @@ TEST_CASE("ptxsim: cvt to and from f16 and bf16") {
         "rzi.s32.f16", [](h x) { return to_integer<int32_t>(decode16(x, kF16), Round::zero); }, halves);
 }
 
-// Each operation of one 16-bit number and of a pair.
+// Each operation on one 16-bit number and on a pair.
 #define HALF2(name, text, t)                                          \
     ASM2(name##H, h, "=h", h, "h", h, "h", text "." t " %0, %1, %2;") \
     ASM2(name##W, w, "=r", w, "r", w, "r", text "." t "x2 %0, %1, %2;")
@@ -332,7 +333,7 @@ double pick_nan(double a, double b, bool less) {
     return std::isnan(a) || std::isnan(b) ? NAN : pick(a, b, less);
 }
 
-// f of one number, made into one of the packed numbers.
+// Makes f, a function of one number, a function of packed pairs.
 template <class F, class... A>
 w of_pair(F f, A... a) {
     return f((h)a...) | (w)f((h)(a >> 16)...) << 16;
@@ -374,7 +375,7 @@ void check_half3(const char* name, const Format& format, F f, bool relu = false)
         inputs16x2(format, 1, 3), inputs16x2(format, 2, 3));
 }
 
-// The sign of a zero sum comes from rounding to nearest, which fma_odd does not do.
+// A sum of zero has the sign that rounding to nearest gives; fma_odd() does not round to nearest.
 double fused(double a, double b, double c) {
     const double exact = fma_odd(a, b, c);
     return exact == 0 ? std::fma(a, b, c) : exact;
@@ -424,8 +425,8 @@ TEST_CASE("ptxsim: arithmetic of f16 and bf16, single and paired") {
             return r;                             \
         }                                         \
     };
-COMPARISONS(CompareF16, "f16")  // those of bf16 need sm_90
-struct ComparePair {            // a predicate for each half
+COMPARISONS(CompareF16, "f16")  // comparisons of bf16 need sm_90
+struct ComparePair {            // each half has its own predicate
     __device__ static uint32_t at(w a, w b) {
         w r;
         asm volatile(

@@ -1,6 +1,6 @@
-// ptxsim: planted faults. Every kernel has its repaired twin in it: `fixed` chooses. The line that a report
-// should name ends in a comment "fault: ..." that the test looks for in this file; where two lines are good,
-// or a race has two, both have it.
+// ptxsim: planted faults. Every kernel contains its repaired twin: `fixed` chooses. The line that a report
+// should name ends in a comment "fault: ..." for which the test looks in this file. If a race has two lines,
+// or a report may name either of two lines, both end in the comment.
 #include <assert.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -54,7 +54,8 @@ __global__ void sync_warp(const int* in, int* out, bool fixed) {
     out[t] = tile[31 - t];  // fault: sync_warp
 }
 
-// The leader reads once more what all have read, and its own read says nothing of theirs.
+// The leader reads `count` again after all lanes have read it. This does not order its write after their
+// reads.
 __global__ void leader_updates(int* out, bool fixed) {
     __shared__ int count;
     const int t = threadIdx.x;
@@ -62,11 +63,11 @@ __global__ void leader_updates(int* out, bool fixed) {
     __syncwarp();
     out[t] = count;  // fault: leader_updates
     if (fixed) __syncwarp();
-    asm volatile("" ::: "memory");  // the compiler would keep what it has read
+    asm volatile("" ::: "memory");  // or the compiler would not read count again
     if (t == 0) count += 1;         // fault: leader_updates
 }
 
-// The first of the lanes that write has read before, the second has not.
+// Lanes 0 and 1 write. Lane 0 has read `flag` itself, so only the write of lane 1 races with that read.
 __global__ void leaders_write(int* out, bool fixed) {
     __shared__ int flag;
     const int t = threadIdx.x;
@@ -257,7 +258,7 @@ __global__ void missing_wait(const int4* in, int4* out, bool fixed) {
     out[t] = tile[63 - t];  // fault: missing_wait
 }
 
-// The copy may overwrite what other warps still read, although a barrier follows before its wait.
+// The copy may overwrite data that other warps still read, although a barrier comes before its wait.
 __global__ void early_copy(const int4* in, int4* out, bool fixed) {
     __shared__ int4 tile[64];
     const int t = threadIdx.x;
@@ -274,7 +275,8 @@ __global__ void early_copy(const int4* in, int4* out, bool fixed) {
     out[t] = make_int4(before.x, before.y, tile[63 - t].z, tile[63 - t].w);
 }
 
-// Who writes where a copy comes from, or goes to, must have waited for it: a barrier does not.
+// A thread that writes to the source or the target of a copy must have waited for the copy. A barrier alone
+// does not wait for it.
 __global__ void source_written(int4* in, int4* out, bool fixed) {
     __shared__ int4 tile[64];
     const int t = threadIdx.x;
@@ -362,7 +364,7 @@ __global__ void nothing(int* out) {
 
 namespace {
 
-// The lines of this file with the marker, counted from 1.
+// The numbers of the lines of this file that have the marker.
 std::vector<int> lines_of(const std::string& marker) {
     std::ifstream file(__FILE__);
     REQUIRE_MESSAGE(file, __FILE__);
@@ -379,7 +381,7 @@ std::string all_of(const std::vector<Report>& reports) {
     return all;
 }
 
-// Holds reports against a kernel's marked lines.
+// Checks that reports name a kernel's marked lines.
 void expect_fault(const std::vector<Report>& reports, const std::string& kernel, Fault fault) {
     const std::vector<int> lines = lines_of(kernel);
     REQUIRE(!lines.empty());
@@ -484,7 +486,7 @@ const std::vector<Case>& cases() {
          }},
         {"early_copy", Fault::race,
          [](Buffers& b, bool fixed) {
-             ptxsim::options().uninit = false;  // a read after the copy has begun is another fault
+             ptxsim::options().uninit = false;  // reading after the copy has begun is a fault of another kind
              early_copy<<<1, 64>>>((int4*)b.in.get(), (int4*)b.out.get(), fixed);
              cudaDeviceSynchronize();
              ptxsim::options().uninit = true;
@@ -653,7 +655,7 @@ TEST_CASE("ptxsim: launches outside the device's limits") {
     ptxsim::take_reports();
 }
 
-// What work does in a child: its exit status, and what it wrote to stderr.
+// Runs work in a child process. Returns its exit status, and in *message what it wrote to stderr.
 int in_child(const std::function<void()>& work, std::string* message) {
     int pipes[2];
     REQUIRE(pipe(pipes) == 0);

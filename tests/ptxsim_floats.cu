@@ -116,12 +116,12 @@ float flushed(float x) {
 float clamped(float x) {
     return std::isnan(x) ? 0 : x <= 0 ? 0 : x >= 1 ? 1 : x;
 }
-// Whether a result that rounds up to the least normal number is flushed is left open.
+// Either answer is right for a result that rounds up to the least normal number: flushed or not.
 bool same_flushed(float got, float expected) {
     return same(got, expected) || (std::abs(expected) == std::numeric_limits<float>::min() && got == 0 &&
                                    std::signbit(got) == std::signbit(expected));
 }
-float pick(float a, float b, bool less) {  // min or max, as the ISA has it: -0 < +0, a number before a NaN
+float pick(float a, float b, bool less) {  // min or max of the ISA: -0 < +0, and a number wins over a NaN
     if (std::isnan(a)) return b;
     if (std::isnan(b)) return a;
     if (a == b) return std::signbit(a) == less ? a : b;
@@ -151,7 +151,7 @@ TEST_CASE("ptxsim: f32 with .ftz and .sat") {
         "abs.ftz", [=](float a) { return std::abs(f(a)); }, a);
     check_op<NegFtz>(
         "neg.ftz", [=](float a) { return -f(a); }, a);
-    auto equal = [](float a, float b) { return a == b; };  // the sign of zero is left open
+    auto equal = [](float a, float b) { return a == b; };  // either sign of zero is right
     check_op_by<AddSat>(
         "add.sat", equal, [](float a, float b) { return clamped(a + b); }, a, b);
     check_op_by<SubSat>(
@@ -309,8 +309,9 @@ ASM1(Tanh, float, "=f", float, "f", "tanh.approx.f32 %0, %1;")
 ASM2(DivApprox, float, "=f", float, "f", float, "f", "div.approx.f32 %0, %1, %2;")
 ASM2(DivFull, float, "=f", float, "f", float, "f", "div.full.f32 %0, %1, %2;")
 
-// A number within a relative and an absolute error of the exact value, in double; infinities and NaN as they
-// are. The exact value goes to the comparison as a float pair, as the operation's result is a float.
+// Checks results against exact values in double, within a relative and an absolute error. Infinities and NaN
+// must be equal. The result of the operation is a float, so the exact value goes to the comparison as two
+// floats.
 template <class Op, int operands = 1>
 void check_near(const char* name, double (*exact)(double, double), double relative, double absolute,
                 const std::vector<float>& a, const std::vector<float>& b, bool (*in_range)(float, float)) {
@@ -348,7 +349,7 @@ bool always(float, float) {
 TEST_CASE("ptxsim: approximate functions are within the stated errors") {
     auto a = inputs<float>(0, 2, 20000), b = inputs<float>(1, 2, 20000);
     for (size_t i = 5000; i < a.size(); i += 2)
-        a[i] = (float)((int)(i % 6000) - 3000) / 19;  // where they bend
+        a[i] = (float)((int)(i % 6000) - 3000) / 19;  // where the functions are curved
     const double least = std::numeric_limits<float>::denorm_min(), normal = std::numeric_limits<float>::min();
     check_near<Ex2>(
         "ex2.approx", [](double x, double) { return std::exp2(x); }, 0x1p-22, 2 * least, a, b, always);
@@ -380,7 +381,7 @@ TEST_CASE("ptxsim: approximate functions are within the stated errors") {
         "cos.approx", [](double x, double) { return std::cos(x); }, 0, 0x1p-20, a, b, tau);
     check_near<Tanh>(
         "tanh.approx", [](double x, double) { return std::tanh(x); }, 0x1p-10, 0, a, b, always);
-    const auto moderate = [](float, float y) {  // larger divisors may give 0
+    const auto moderate = [](float, float y) {  // for larger divisors the result may be 0
         return !std::isfinite(y) || y == 0 || (std::abs(y) >= 0x1p-126f && std::abs(y) <= 0x1p126f);
     };
     check_near<DivApprox, 2>(
@@ -471,7 +472,7 @@ TEST_CASE("ptxsim: mathematical functions of CUDA's headers, a switch at a time"
     std::vector<int> which;
     std::mt19937 random(3);
     for (int i = 0; i < 17 * 600; i++) {
-        const int scale = (int)(random() % 40) - 20;  // up to where sinf needs the long reduction
+        const int scale = (int)(random() % 40) - 20;  // large arguments make sinf take its slow reduction
         x.push_back(std::ldexp((float)(random() % 2000) - 1000 + 0.3f, scale - 9));
         which.push_back(i % 17);
     }

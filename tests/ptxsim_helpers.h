@@ -56,14 +56,14 @@ inline void expect_no_reports() {
     CHECK_MESSAGE(all.empty(), all);
 }
 
-// After a launch.
+// Checks that a launch has succeeded.
 inline void expect_success() {
     CUDA_OK(cudaGetLastError());
     CUDA_OK(cudaDeviceSynchronize());
     expect_no_reports();
 }
 
-// Sets options for a scope.
+// Restores the options at the end of its scope.
 struct WithOptions {
     ptxsim::Options saved = ptxsim::options();
     ~WithOptions() { ptxsim::options() = saved; }
@@ -71,7 +71,7 @@ struct WithOptions {
 
 // ------------------------------------------------------------------------------------ operations on arrays
 
-// Op has a static __device__ function at().
+// Applies Op::at(), a static __device__ function, to arrays.
 template <class Op, class R, class... A>
 __global__ void apply(int n, R* out, const A*... in) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -102,7 +102,7 @@ std::string shown(T x) {
     }
 }
 
-// The same bits, or two NaN.
+// Whether the bits are the same, or both are NaN.
 template <class T>
 bool same(T a, T b) {
     if constexpr (std::is_floating_point_v<T>)
@@ -110,7 +110,7 @@ bool same(T a, T b) {
     return !std::memcmp(&a, &b, sizeof a);
 }
 
-// Holds Op against host(in...), by equal(got, expected).
+// Compares Op with host(in...) by equal(got, expected).
 template <class Op, class Host, class Equal, class... A>
 void check_op_by(const char* name, Equal equal, Host host, const std::vector<A>&... in) {
     using R = decltype(host(in[0]...));
@@ -133,7 +133,8 @@ void check_op(const char* name, Host host, const std::vector<A>&... in) {
         name, [](auto a, auto b) { return same(a, b); }, host, in...);
 }
 
-// Operations that are one piece of PTX: the result's type and constraint, then those of the operands.
+// Define operations of one piece of PTX. The arguments are the type and the constraint of the result, then
+// those of the operands.
 #define ASM1(name, R, rc, A, ac, text)          \
     struct name {                               \
         __device__ static R at(A a) {           \
@@ -164,8 +165,8 @@ void check_op(const char* name, Host host, const std::vector<A>&... in) {
 enum class Round { nearest, zero, down, up, away };  // away: to nearest, ties away from zero
 
 struct Format {
-    int bits;          // of the significand, the hidden one too
-    int min_exponent;  // of the smallest normal number
+    int bits;          // of the significand, with the hidden bit
+    int min_exponent;  // the exponent of the smallest normal number
     double max;
 };
 constexpr Format kF16{11, -14, 65504.0}, kBf16{8, -126, 0x1.fep127}, kTf32{11, -126, 0x1.ffcp127},
@@ -196,7 +197,7 @@ inline double round_to(double x, const Format& format, Round mode) {
     return std::copysign(to_infinity ? INFINITY : format.max, x);
 }
 
-// 16-bit formats: the bits of a number that the format holds, and back.
+// 16-bit formats: converts a number that the format can hold to its bits, and back.
 inline uint16_t encode16(double x, const Format& format) {
     const int fraction = format.bits - 1, exponent_bits = 15 - fraction;
     const uint16_t sign = std::signbit(x) ? 0x8000 : 0, ones = ((1 << exponent_bits) - 1) << fraction;
@@ -225,7 +226,8 @@ inline int fenv_of(Round mode) {
                                  : FE_TONEAREST;
 }
 
-// f(x, y, z) in a rounding mode; f must read and write through volatile, which this does for it.
+// f(x, y, z) in a rounding mode. The values go through volatile variables, so that the compiler computes f
+// between the changes of the mode.
 template <class T, class F>
 T rounded(Round mode, F f, T x, T y = 0, T z = 0) {
     std::fesetround(fenv_of(mode));
@@ -235,7 +237,8 @@ T rounded(Round mode, F f, T x, T y = 0, T z = 0) {
     return r;
 }
 
-// a b + c, with an odd last bit where inexact, so that one more rounding to few bits is the right one.
+// x y + z, rounded to odd: the last bit is 1 if the sum is not exact, so that another rounding to fewer bits
+// is right.
 inline double fma_odd(double x, double y, double z) {
     std::fesetround(FE_TOWARDZERO);
     std::feclearexcept(FE_ALL_EXCEPT);
@@ -244,7 +247,7 @@ inline double fma_odd(double x, double y, double z) {
     const bool inexact = std::fetestexcept(FE_INEXACT);
     std::fesetround(FE_TONEAREST);
     if (inexact) r = std::bit_cast<double>(std::bit_cast<uint64_t>((double)r) | 1);
-    // A zero sum of opposites is +0 to nearest as in the other modes but down.
+    // A sum of opposite numbers is +0 in all modes except down.
     return r;
 }
 
@@ -314,7 +317,7 @@ inline std::vector<float> float_specials() {
     return all;
 }
 
-// The specials of type T.
+// The special values of type T.
 template <class T>
 std::vector<T> specials() {
     if constexpr (std::is_integral_v<T>) {
@@ -333,7 +336,7 @@ std::vector<T> specials() {
     }
 }
 
-// A number of any kind: any bits, or of moderate size.
+// A number of any kind: random bits, or a number of moderate size.
 template <class T>
 T any_number(std::mt19937_64& random) {
     const uint64_t bits = random();
@@ -350,7 +353,8 @@ T any_number(std::mt19937_64& random) {
     }
 }
 
-// Input `which` of `of`: all tuples of specials (for up to two inputs; random ones for three), then random.
+// Input number `which` of `of` inputs: first all tuples of special values (random tuples for three inputs),
+// then random numbers.
 template <class T>
 std::vector<T> inputs(int which = 0, int of = 1, size_t n = 6000) {
     const std::vector<T> special = specials<T>();
@@ -365,7 +369,7 @@ std::vector<T> inputs(int which = 0, int of = 1, size_t n = 6000) {
     return all;
 }
 
-// Of any 16 bits: all of them for one input, else random ones with many specials.
+// 16-bit inputs: all bit patterns for one input, else random ones with many special values.
 inline std::vector<uint16_t> inputs16(const Format& format, int which = 0, int of = 1) {
     std::vector<uint16_t> all;
     std::mt19937 random(which + 7);

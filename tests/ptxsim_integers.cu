@@ -52,83 +52,83 @@ T shifted_right(T x, uint32_t n) {
     return (T)((s128)x >> std::min(n, width));
 }
 
-#define CHECK_WIDTH(W, S, U)                                                                           \
-    do {                                                                                               \
-        const auto u0 = inputs<U>(0, 2), u1 = inputs<U>(1, 2);                                         \
-        const auto s0 = inputs<S>(0, 2), s1 = inputs<S>(1, 2);                                         \
-        const auto v0 = inputs<U>(0, 3), v1 = inputs<U>(1, 3), v2 = inputs<U>(2, 3);                   \
-        const auto t0 = inputs<S>(0, 3), t1 = inputs<S>(1, 3), t2 = inputs<S>(2, 3);                   \
-        check_op<Add##W>(                                                                              \
-            "add.u" #W, [](U a, U b) { return (U)((u128)a + b); }, u0, u1);                            \
-        check_op<AddS##W>(                                                                             \
-            "add.s" #W, [](S a, S b) { return (S)((s128)a + b); }, s0, s1);                            \
-        check_op<Sub##W>(                                                                              \
-            "sub.u" #W, [](U a, U b) { return (U)((u128)a - b); }, u0, u1);                            \
-        check_op<SubS##W>(                                                                             \
-            "sub.s" #W, [](S a, S b) { return (S)((s128)a - b); }, s0, s1);                            \
-        check_op<MulLo##W>(                                                                            \
-            "mul.lo.u" #W, [](U a, U b) { return (U)((u128)a * b); }, u0, u1);                         \
-        check_op<MulLoS##W>(                                                                           \
-            "mul.lo.s" #W, [](S a, S b) { return (S)((s128)a * b); }, s0, s1);                         \
-        check_op<MulHi##W>(                                                                            \
-            "mul.hi.u" #W, [](U a, U b) { return (U)((u128)a * b >> W); }, u0, u1);                    \
-        check_op<MulHiS##W>(                                                                           \
-            "mul.hi.s" #W, [](S a, S b) { return (S)((s128)a * b >> W); }, s0, s1);                    \
-        check_op<MadLo##W>(                                                                            \
-            "mad.lo.u" #W, [](U a, U b, U c) { return (U)((u128)a * b + c); }, v0, v1, v2);            \
-        check_op<MadHi##W>(                                                                            \
-            "mad.hi.u" #W, [](U a, U b, U c) { return (U)(((u128)a * b >> W) + c); }, v0, v1, v2);     \
-        check_op<MadHiS##W>(                                                                           \
-            "mad.hi.s" #W, [](S a, S b, S c) { return (S)(((s128)a * b >> W) + c); }, t0, t1, t2);     \
-        check_op<Sad##W>(                                                                              \
-            "sad.u" #W, [](U a, U b, U c) { return (U)(c + (a > b ? a - b : b - a)); }, v0, v1, v2);   \
-        check_op<SadS##W>(                                                                             \
-            "sad.s" #W,                                                                                \
-            [](S a, S b, S c) {                                                                        \
-                const s128 d = (s128)a - b;                                                            \
-                return (S)(c + (d < 0 ? -d : d));                                                      \
-            },                                                                                         \
-            t0, t1, t2);                                                                               \
-        auto d0 = u0, d1 = u1;                                                                         \
-        auto e0 = s0, e1 = s1;                                                                         \
-        for (U & x : d1) x += x == 0; /* divisions by zero and of the least by -1 are not specified */ \
-        for (size_t i = 0; i < e1.size(); i++)                                                         \
-            if (e1[i] == 0 || e1[i] == -1) e1[i] = 3;                                                  \
-        check_op<Div##W>(                                                                              \
-            "div.u" #W, [](U a, U b) { return (U)(a / b); }, d0, d1);                                  \
-        check_op<DivS##W>(                                                                             \
-            "div.s" #W, [](S a, S b) { return (S)(a / b); }, e0, e1);                                  \
-        check_op<Rem##W>(                                                                              \
-            "rem.u" #W, [](U a, U b) { return (U)(a % b); }, d0, d1);                                  \
-        check_op<RemS##W>(                                                                             \
-            "rem.s" #W, [](S a, S b) { return (S)(a % b); }, e0, e1);                                  \
-        check_op<Min##W>(                                                                              \
-            "min.u" #W, [](U a, U b) { return a < b ? a : b; }, u0, u1);                               \
-        check_op<MinS##W>(                                                                             \
-            "min.s" #W, [](S a, S b) { return a < b ? a : b; }, s0, s1);                               \
-        check_op<Max##W>(                                                                              \
-            "max.u" #W, [](U a, U b) { return a < b ? b : a; }, u0, u1);                               \
-        check_op<MaxS##W>(                                                                             \
-            "max.s" #W, [](S a, S b) { return a < b ? b : a; }, s0, s1);                               \
-        check_op<AbsS##W>(                                                                             \
-            "abs.s" #W, [](S a) { return a < 0 ? (S)(0 - (U)a) : a; }, s0);                            \
-        check_op<NegS##W>(                                                                             \
-            "neg.s" #W, [](S a) { return (S)(0 - (U)a); }, s0);                                        \
-        check_op<And##W>(                                                                              \
-            "and.b" #W, [](U a, U b) { return (U)(a & b); }, u0, u1);                                  \
-        check_op<Or##W>(                                                                               \
-            "or.b" #W, [](U a, U b) { return (U)(a | b); }, u0, u1);                                   \
-        check_op<Xor##W>(                                                                              \
-            "xor.b" #W, [](U a, U b) { return (U)(a ^ b); }, u0, u1);                                  \
-        check_op<Not##W>(                                                                              \
-            "not.b" #W, [](U a) { return (U)~a; }, u0);                                                \
-        check_op<Cnot##W>(                                                                             \
-            "cnot.b" #W, [](U a) { return (U)(a == 0); }, u0);                                         \
-        const auto n = inputs<uint32_t>(1, 2);                                                         \
-        check_op<Shl##W>(                                                                              \
-            "shl.b" #W, [](U a, uint32_t n) { return n < W ? (U)((u128)a << n) : (U)0; }, u0, n);      \
-        check_op<Shr##W>("shr.u" #W, shifted_right<U>, u0, n);                                         \
-        check_op<ShrS##W>("shr.s" #W, shifted_right<S>, s0, n);                                        \
+#define CHECK_WIDTH(W, S, U)                                                                              \
+    do {                                                                                                  \
+        const auto u0 = inputs<U>(0, 2), u1 = inputs<U>(1, 2);                                            \
+        const auto s0 = inputs<S>(0, 2), s1 = inputs<S>(1, 2);                                            \
+        const auto v0 = inputs<U>(0, 3), v1 = inputs<U>(1, 3), v2 = inputs<U>(2, 3);                      \
+        const auto t0 = inputs<S>(0, 3), t1 = inputs<S>(1, 3), t2 = inputs<S>(2, 3);                      \
+        check_op<Add##W>(                                                                                 \
+            "add.u" #W, [](U a, U b) { return (U)((u128)a + b); }, u0, u1);                               \
+        check_op<AddS##W>(                                                                                \
+            "add.s" #W, [](S a, S b) { return (S)((s128)a + b); }, s0, s1);                               \
+        check_op<Sub##W>(                                                                                 \
+            "sub.u" #W, [](U a, U b) { return (U)((u128)a - b); }, u0, u1);                               \
+        check_op<SubS##W>(                                                                                \
+            "sub.s" #W, [](S a, S b) { return (S)((s128)a - b); }, s0, s1);                               \
+        check_op<MulLo##W>(                                                                               \
+            "mul.lo.u" #W, [](U a, U b) { return (U)((u128)a * b); }, u0, u1);                            \
+        check_op<MulLoS##W>(                                                                              \
+            "mul.lo.s" #W, [](S a, S b) { return (S)((s128)a * b); }, s0, s1);                            \
+        check_op<MulHi##W>(                                                                               \
+            "mul.hi.u" #W, [](U a, U b) { return (U)((u128)a * b >> W); }, u0, u1);                       \
+        check_op<MulHiS##W>(                                                                              \
+            "mul.hi.s" #W, [](S a, S b) { return (S)((s128)a * b >> W); }, s0, s1);                       \
+        check_op<MadLo##W>(                                                                               \
+            "mad.lo.u" #W, [](U a, U b, U c) { return (U)((u128)a * b + c); }, v0, v1, v2);               \
+        check_op<MadHi##W>(                                                                               \
+            "mad.hi.u" #W, [](U a, U b, U c) { return (U)(((u128)a * b >> W) + c); }, v0, v1, v2);        \
+        check_op<MadHiS##W>(                                                                              \
+            "mad.hi.s" #W, [](S a, S b, S c) { return (S)(((s128)a * b >> W) + c); }, t0, t1, t2);        \
+        check_op<Sad##W>(                                                                                 \
+            "sad.u" #W, [](U a, U b, U c) { return (U)(c + (a > b ? a - b : b - a)); }, v0, v1, v2);      \
+        check_op<SadS##W>(                                                                                \
+            "sad.s" #W,                                                                                   \
+            [](S a, S b, S c) {                                                                           \
+                const s128 d = (s128)a - b;                                                               \
+                return (S)(c + (d < 0 ? -d : d));                                                         \
+            },                                                                                            \
+            t0, t1, t2);                                                                                  \
+        auto d0 = u0, d1 = u1;                                                                            \
+        auto e0 = s0, e1 = s1;                                                                            \
+        for (U & x : d1) x += x == 0; /* division by zero, and of the least number by -1, is undefined */ \
+        for (size_t i = 0; i < e1.size(); i++)                                                            \
+            if (e1[i] == 0 || e1[i] == -1) e1[i] = 3;                                                     \
+        check_op<Div##W>(                                                                                 \
+            "div.u" #W, [](U a, U b) { return (U)(a / b); }, d0, d1);                                     \
+        check_op<DivS##W>(                                                                                \
+            "div.s" #W, [](S a, S b) { return (S)(a / b); }, e0, e1);                                     \
+        check_op<Rem##W>(                                                                                 \
+            "rem.u" #W, [](U a, U b) { return (U)(a % b); }, d0, d1);                                     \
+        check_op<RemS##W>(                                                                                \
+            "rem.s" #W, [](S a, S b) { return (S)(a % b); }, e0, e1);                                     \
+        check_op<Min##W>(                                                                                 \
+            "min.u" #W, [](U a, U b) { return a < b ? a : b; }, u0, u1);                                  \
+        check_op<MinS##W>(                                                                                \
+            "min.s" #W, [](S a, S b) { return a < b ? a : b; }, s0, s1);                                  \
+        check_op<Max##W>(                                                                                 \
+            "max.u" #W, [](U a, U b) { return a < b ? b : a; }, u0, u1);                                  \
+        check_op<MaxS##W>(                                                                                \
+            "max.s" #W, [](S a, S b) { return a < b ? b : a; }, s0, s1);                                  \
+        check_op<AbsS##W>(                                                                                \
+            "abs.s" #W, [](S a) { return a < 0 ? (S)(0 - (U)a) : a; }, s0);                               \
+        check_op<NegS##W>(                                                                                \
+            "neg.s" #W, [](S a) { return (S)(0 - (U)a); }, s0);                                           \
+        check_op<And##W>(                                                                                 \
+            "and.b" #W, [](U a, U b) { return (U)(a & b); }, u0, u1);                                     \
+        check_op<Or##W>(                                                                                  \
+            "or.b" #W, [](U a, U b) { return (U)(a | b); }, u0, u1);                                      \
+        check_op<Xor##W>(                                                                                 \
+            "xor.b" #W, [](U a, U b) { return (U)(a ^ b); }, u0, u1);                                     \
+        check_op<Not##W>(                                                                                 \
+            "not.b" #W, [](U a) { return (U)~a; }, u0);                                                   \
+        check_op<Cnot##W>(                                                                                \
+            "cnot.b" #W, [](U a) { return (U)(a == 0); }, u0);                                            \
+        const auto n = inputs<uint32_t>(1, 2);                                                            \
+        check_op<Shl##W>(                                                                                 \
+            "shl.b" #W, [](U a, uint32_t n) { return n < W ? (U)((u128)a << n) : (U)0; }, u0, n);         \
+        check_op<Shr##W>("shr.u" #W, shifted_right<U>, u0, n);                                            \
+        check_op<ShrS##W>("shr.s" #W, shifted_right<S>, s0, n);                                           \
     } while (0)
 
 TEST_CASE("ptxsim: 16-bit integer arithmetic") {
@@ -288,7 +288,7 @@ TEST_CASE("ptxsim: funnel shifts, byte permutes and bit fields") {
         a, b, c);
     check_op<PrmtF4e>(
         "prmt.f4e",
-        [](u32 a, u32 b, u32 selector) {  // four bytes from c[1:0] on
+        [](u32 a, u32 b, u32 selector) {  // four bytes, beginning at byte c[1:0]
             return (u32)(((uint64_t)b << 32 | a) >> 8 * (selector & 3));
         },
         a, b, c);
@@ -436,8 +436,7 @@ TEST_CASE("ptxsim: dot products of bytes") {
 
 // ------------------------------------------------------------------------------------------------- carries
 
-// A 128-bit sum, difference and product of 64-bit words, through 32-bit carries, and a sum through 64-bit
-// ones.
+// A 128-bit sum, difference and product of 64-bit words with 32-bit carries, and a sum with 64-bit carries.
 __global__ void carries(const uint64_t* in, uint64_t* out, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;

@@ -142,7 +142,7 @@ TEST_CASE("ptxsim libraries: memory outside of allocations is reported and left 
     CHECK(freed.run(nullptr) == CUBLAS_STATUS_SUCCESS);
     check_report(Fault::use_after_free, {"D (16 x 16"});
     freed.d = std::make_unique<Matrix>(CUDA_R_32F, 16, 16);
-    ptxsim::take_reports();  // of the second free
+    ptxsim::take_reports();  // drops the report of the second free
 }
 
 TEST_CASE("ptxsim libraries: workspaces are spoiled, and have to be as large as the algorithm says") {
@@ -219,7 +219,8 @@ TEST_CASE("ptxsim libraries: what cuBLASLt refuses") {
     cublasLtMatmulDescSetAttribute(aux.description, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &ld, sizeof ld);
     CHECK(aux.choose() == CUBLAS_STATUS_INVALID_VALUE);
 
-    // An algorithm for aligned matrices does not take others; one that was asked for less does.
+    // An algorithm that was chosen for aligned matrices is refused for others. One that was chosen for a
+    // lower alignment is accepted.
     Call aligned;
     aligned.in = aligned.out = CUDA_R_16BF;
     aligned.make();
@@ -236,7 +237,7 @@ TEST_CASE("ptxsim libraries: what cuBLASLt refuses") {
 TEST_CASE("ptxsim libraries: cuBLAS") {
     cublasHandle_t handle;
     REQUIRE(cublasCreate(&handle) == CUBLAS_STATUS_SUCCESS);
-    Call x;  // for its matrices and expectations
+    Call x;  // only its matrices and expected results are used
     x.m = 17;
     x.n = 9;
     x.k = 33;
@@ -258,7 +259,7 @@ TEST_CASE("ptxsim libraries: cuBLAS") {
     in_place();
     CHECK(x.c->difference() < 1e-5);
 
-    // The first matrix of the batch alone, by the other functions.
+    // The other functions compute only the first matrix of the batch.
     Matrix d(CUDA_R_32F, 17, 9), y(CUDA_R_32F, 1, 17, 2);
     x.beta = 0;
     x.expect();

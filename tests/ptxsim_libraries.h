@@ -1,4 +1,4 @@
-// Matrices in ptxsim's device memory, and calls of cublasLtMatmul with what they should give.
+// Matrices in ptxsim's device memory, and calls of cublasLtMatmul with their expected results.
 #pragma once
 #include <cublasLt.h>
 #include <cuda_fp16.h>
@@ -22,7 +22,7 @@ namespace ptxsim_libraries {
 using ptxsim::Fault;
 namespace memory = ptxsim::memory;
 
-// x to a float of `bits` bits of significand; ties go away from zero where `away`, to even otherwise.
+// x rounded to a significand of `bits` bits. Ties are rounded away from zero with `away`, else to even.
 inline double rounded(double x, int bits, bool away = false) {
     int e;
     double f = std::ldexp(std::frexp(x, &e), bits);
@@ -71,7 +71,7 @@ struct Buffer {
     void* pointer() const { return (void*)address; }
 };
 
-// A batch of matrices in device memory and the same in doubles, already rounded to the type.
+// A batch of matrices in device memory, and the same values as doubles, rounded to the type.
 struct Matrix {
     cudaDataType type;
     int rows, cols, ld, batches;
@@ -111,7 +111,8 @@ struct Matrix {
             memory::mark_written(address, size_of(type));
         });
     }
-    // The relative norm of the difference to `values`; checks that all was marked as written, and no more.
+    // The relative norm of the difference to `values`. Also checks that all elements were marked as written,
+    // and nothing else was.
     double difference() {
         double wrong = 0, norm = 0;
         size_t written = 0;
@@ -136,7 +137,7 @@ inline double tolerance(cudaDataType type) {
     return type == CUDA_R_32F ? 1e-5 : 1e-2;
 }
 
-// One call of cublasLtMatmul, everything it takes, and what it should give.
+// One call of cublasLtMatmul: all its arguments and its expected results.
 struct Call {
     cudaDataType in = CUDA_R_32F, out = CUDA_R_32F;
     int m = 16, n = 16, k = 16, pad = 0, batches = 1;
@@ -175,7 +176,7 @@ struct Call {
         aux = matrix(out, m, n, aux_pad, 1);
         a->fill(random);
         b->fill(random);
-        if (beta != 0) c->fill(random);  // fresh memory is NaN
+        if (beta != 0) c->fill(random);  // else it stays NaN, as fresh memory is
         if (adds_bias()) bias->fill(random);
         if (dgelu()) aux->fill(random);
 
@@ -250,7 +251,7 @@ struct Call {
         return x;
     }
 
-    // Fills what d, bias and aux should be.
+    // Computes the expected d, bias and aux.
     void expect() {
         if (has_bias() && !adds_bias()) std::fill(bias->values.begin(), bias->values.end(), 0.0);
         const double s = std::sqrt(2 / M_PI);
@@ -276,7 +277,7 @@ struct Call {
             }
             if (gradient_a() || gradient_b()) {
                 Matrix& x = gradient_a() ? *a : *b;
-                bool first = gradient_a() ? !trans_a : trans_b;  // rows are what is left
+                bool first = gradient_a() ? !trans_a : trans_b;  // the rows are kept, the columns summed
                 for (int r = 0; r < x.rows; r++)
                     for (int col = 0; col < x.cols; col++)
                         bias->value(i, first ? r : col, 0) += factor(x.value(i, r, col));
@@ -307,7 +308,7 @@ struct Call {
     }
 };
 
-// The one report there is; its text names what it should.
+// There must be one report, and its text must contain the words.
 inline void check_report(Fault fault, std::vector<std::string> words) {
     auto reports = ptxsim::take_reports();
     REQUIRE(reports.size() == 1);

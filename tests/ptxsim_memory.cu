@@ -101,8 +101,8 @@ TEST_CASE("ptxsim: loads and stores of every width, with cache operators and hin
                  CRelaxed, CAcquire, CNcHint, C16x2, C32x2, C64x2, CF64x2, C16x4, C32x4, CF32x4, CNc4>();
 }
 
-// Bytes and shorts into wider registers: u8 and s8, u16 and s16 extend; stores take the low bits; v2 and v4
-// of bytes.
+// Bytes and shorts in wider registers. Loads of u8, s8, u16 and s16 extend the value, stores take the low
+// bits; and vectors of two and four bytes.
 __global__ void narrow(const uint8_t* in, uint32_t* out, uint8_t* bytes) {
     const int t = threadIdx.x;
     const uint8_t* p = in + 4 * t;
@@ -249,7 +249,7 @@ __device__ __noinline__ float called(Parameters p, int i, float* extra) {
 __device__ __noinline__ int next(int a, int b) {
     return a + b;
 }
-__device__ __noinline__ int fibonacci(int n) {  // a function that calls one
+__device__ __noinline__ int fibonacci(int n) {  // a function that calls another function
     int a = 0, b = 1;
     for (; n > 0; n--) {
         const int c = next(a, b);
@@ -257,7 +257,7 @@ __device__ __noinline__ int fibonacci(int n) {  // a function that calls one
     }
     return a;
 }
-__device__ __noinline__ int read_any(const int* pointer, int i) {  // generic
+__device__ __noinline__ int read_any(const int* pointer, int i) {  // reads by a generic address
     return pointer[i];
 }
 __device__ __noinline__ int twice(int x) {
@@ -298,7 +298,7 @@ __global__ void spaces(Parameters p, double* out, int n) {
     o[6] = is_shared + 2 * is_local + 4 * is_global;
     const int x = p.data[t % 16] + t;
     double y;
-    switch (x % 13) {  // a table of branches
+    switch (x % 13) {  // becomes a table of branches
         case 0:
             y = x * 3;
             break;
@@ -368,7 +368,7 @@ TEST_CASE("ptxsim: generic pointers, dynamic shared memory, struct parameters, c
 
 // ------------------------------------------------------------------------------------- PTX written by people
 
-// Scopes with registers and labels of their own, directives without spaces, comments of both kinds.
+// Scopes that have their own registers and labels, directives without spaces, and comments of both kinds.
 __global__ void inline_ptx(unsigned* out) {
     unsigned product, sum, triangle;
     asm("{.reg.b32 a,b;\n\tmov.b32 a,%1;/* a\n b */shl.b32 b,a,4; // to the end;\n\tadd.u32 %0,a,b;}"

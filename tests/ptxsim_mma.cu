@@ -1,5 +1,5 @@
-// ptxsim: mma.sync, ldmatrix and cp.async against a plain matrix product in double. The fragment layouts are
-// those of the PTX ISA's section on warp-level matrix instructions: g = lane / 4, t = lane % 4.
+// ptxsim: mma.sync, ldmatrix and cp.async against a plain matrix product in double. The PTX ISA describes the
+// layouts of fragments in its section on warp-level matrix instructions: g = lane / 4, t = lane % 4.
 #include "tests/ptxsim_helpers.h"
 
 using namespace ptxsim_test;
@@ -8,12 +8,12 @@ namespace {
 
 enum class Type { f16, bf16, tf32 };
 
-// The element of A (16,K), B (K,8) or C (16,8) that a lane holds at place i.
+// The row and column in A (16,K), B (K,8) or C (16,8) of the element that a lane holds as its i-th.
 struct Place {
     int row, column;
 };
-// 16-bit types, K = 16: a0,a1: (g, 2t); a2,a3: (g+8, 2t); a4,a5: (g, 2t+8); a6,a7: (g+8, 2t+8). K = 8:
-// a0..a3.
+// 16-bit types. K = 16: a0,a1: (g, 2t); a2,a3: (g+8, 2t); a4,a5: (g, 2t+8); a6,a7: (g+8, 2t+8). K = 8 has
+// only a0 to a3.
 __host__ __device__ Place place_a16(int lane, int i) {
     return {lane / 4 + (i / 2 % 2) * 8, lane % 4 * 2 + i % 2 + (i / 4) * 8};
 }
@@ -21,7 +21,8 @@ __host__ __device__ Place place_a16(int lane, int i) {
 __host__ __device__ Place place_b16(int lane, int i) {
     return {lane % 4 * 2 + i % 2 + (i / 2) * 8, lane / 4};
 }
-// tf32, K = 8: a0 (g, t), a1 (g+8, t), a2 (g, t+4), a3 (g+8, t+4); K = 4: a0, a1. b0 (t, g), b1 (t+4, g).
+// tf32. K = 8: a0 (g, t), a1 (g+8, t), a2 (g, t+4), a3 (g+8, t+4); K = 4 has only a0 and a1. b0 (t, g), b1
+// (t+4, g).
 __host__ __device__ Place place_a32(int lane, int i) {
     return {lane / 4 + i % 2 * 8, lane % 4 + i / 2 * 4};
 }
@@ -63,7 +64,7 @@ MMA_F32_A2B1(Bf16K8, "m16n8k8", "bf16")
 MMA_F32_A2B1(F16K8, "m16n8k8", "f16")
 MMA_F32_A2B1(Tf32K4, "m16n8k4", "tf32")
 
-// Accumulators of f16: two to a register, c0,c1 and c2,c3.
+// Accumulators in f16. A register holds two: c0,c1 or c2,c3.
 struct F16Sum16 {
     static constexpr int a = 4, b = 2;
     __device__ static void at(uint32_t* d, const uint32_t* a, const uint32_t* b, const uint32_t* c) {
@@ -82,7 +83,7 @@ struct F16Sum8 {
     }
 };
 
-// One product a warp: its registers lie lane by lane.
+// Each warp computes one product. The registers of one lane lie together.
 template <class Mma, class Sum, int sums>
 __global__ void mma_kernel(const uint32_t* a, const uint32_t* b, const Sum* c, Sum* d) {
     const int thread = blockIdx.x * blockDim.x + threadIdx.x;
@@ -105,7 +106,7 @@ uint32_t pair16(Type type, double low, double high) {
     return encode16(low, format) | (uint32_t)encode16(high, format) << 16;
 }
 
-// The small integers' products are exact in every type; the others' sums are near.
+// Products and sums of small integers must be exact in every type. Sums of other numbers must be near.
 template <class Mma, class Sum>
 void check_mma(const char* name, Type type, int K) {
     CAPTURE(name);
@@ -114,7 +115,7 @@ void check_mma(const char* name, Type type, int K) {
     std::mt19937 random(K + (int)type);
     std::vector<uint32_t> a, b;
     std::vector<Sum> c;
-    std::vector<double> expected;  // by warp, lane, place
+    std::vector<double> expected;  // for each warp, lane and element
     for (int warp = 0; warp < warps; warp++) {
         const bool exact = warp % 2;
         std::vector<double> A(16 * K), B(K * 8), C(16 * 8);
@@ -179,8 +180,8 @@ TEST_CASE("ptxsim: mma.sync of every shape and type") {
 }
 
 TEST_CASE("ptxsim: mma.sync keeps infinities, NaN and the range of bf16") {
-    // Row 0 of A times column 0 of B; the first element of A and of B and of C, then C's expected first
-    // element.
+    // Row 0 of A times column 0 of B. Each case has the first elements of A, B and C, and the expected first
+    // element of the result.
     const double big = std::ldexp(1.5, 100);
     const double cases[][4] = {{INFINITY, 1, 0, INFINITY},
                                {INFINITY, 0, 0, NAN},
@@ -206,7 +207,8 @@ TEST_CASE("ptxsim: mma.sync keeps infinities, NaN and the range of bf16") {
 
 // ----------------------------------------------------------------------------------------------- ldmatrix
 
-// Four 8x8 matrices of 16-bit numbers, rows of `stride`; lane l names row l % 8 of matrix l / 8.
+// Loads 8x8 matrices of 16-bit numbers, whose rows are `stride` apart. Lane l gives the address of row l % 8
+// of matrix l / 8.
 template <int matrices, bool transposed>
 __global__ void ldmatrix_kernel(uint32_t* out) {
     constexpr int stride = 24;
@@ -289,14 +291,14 @@ __global__ void cp_async_kernel(const uint8_t* in, uint8_t* out, int present) {
     };
     for (int stage = 0; stage < 3; stage++) {
         copy(stage,
-             stage == 1 ? present : bytes);  // the second one reads only `present` bytes, the rest is 0
+             stage == 1 ? present : bytes);  // the second copy reads only `present` bytes; the rest becomes 0
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
     asm volatile("cp.async.wait_group 2;" ::: "memory");
     for (int i = 0; i < bytes; i++) out[thread * bytes + i] = tile[0][thread * bytes + i];
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     for (int i = 0; i < bytes; i++) out[(64 + thread) * bytes + i] = tile[1][thread * bytes + i];
-    copy(3, bytes);  // in no group
+    copy(3, bytes);  // no commit follows, so it is in no group
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
     const int other = 63 - thread;
@@ -326,7 +328,7 @@ TEST_CASE("ptxsim: cp.async with groups and zero fill") {
     for (int present : {0, 4, 15, 16}) check_cp_async<16>(present);
 }
 
-// No byte of the source is touched where none is asked for: its address may be outside of everything.
+// If a copy asks for 0 bytes, the source is not touched, so its address may be outside of every allocation.
 __global__ void cp_async_nothing(const float* in, float* out, int n) {
     __shared__ float4 tile[32];
     const int thread = threadIdx.x;

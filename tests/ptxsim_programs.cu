@@ -1,4 +1,5 @@
-// ptxsim: sample programs with CUB, cooperative groups, streams and graphs, right under every schedule.
+// ptxsim: sample programs with CUB, cooperative groups, streams and graphs. They must give right results
+// under every schedule.
 #include <cooperative_groups.h>
 #include <cooperative_groups/reduce.h>
 
@@ -13,7 +14,7 @@ namespace cg = cooperative_groups;
 
 namespace {
 
-std::vector<float> small_numbers(int n) {  // their sums are exact
+std::vector<float> small_numbers(int n) {  // numbers whose sums are exact
     std::mt19937 random(n);
     std::vector<float> all(n);
     for (float& x : all) x = (int)(random() % 201) - 100;
@@ -45,7 +46,7 @@ __global__ void cub_reduce(const float* in, int n, float* sum, float* most, int*
     scanned[blockIdx.x * kThreads + threadIdx.x] = before;
     if (threadIdx.x == 0) {
         atomicAdd(sum, total);
-        atomicMax((int*)most, (int)top);  // as whole numbers
+        atomicMax((int*)most, (int)top);  // compares them as integers
     }
 }
 
@@ -101,7 +102,7 @@ template <int size>
 __device__ void tile_results(const cg::thread_block& block, int x, int* out) {
     auto tile = cg::tiled_partition<size>(block);
     out[0] = cg::reduce(tile, x, cg::plus<int>());
-    out[1] = cg::reduce(tile, x, cg::less<int>());  // the least
+    out[1] = cg::reduce(tile, x, cg::less<int>());  // the smallest
     out[2] = tile.shfl(x, 1) - tile.shfl_xor(x, 2);
     out[3] = (int)tile.ballot(x & 1);
     out[4] = tile.any(x > 95) * 2 + tile.all(x > -95);
@@ -117,7 +118,7 @@ __global__ void groups(const int* in, int* out, int* count) {
     tile_results<8>(block, x, o + 6);
     tile_results<4>(block, x, o + 12);
     o[18] = o[19] = 0;
-    if (x % 3 == 0) {  // one atomic for the threads that are here together
+    if (x % 3 == 0) {  // one atomic for all threads that are here at the same time
         const cg::coalesced_group active = cg::coalesced_threads();
         int first = 0;
         if (active.thread_rank() == 0) first = atomicAdd(count, (int)active.size());
@@ -163,13 +164,13 @@ TEST_CASE("ptxsim: cooperative groups under every schedule") {
             if (in[t] % 3 == 0) seen.push_back(got[20 * t + 18]);
             CHECK(got[20 * t + 19] == (t < 32 ? sum32 : t < 40 ? sum8 : 0));
         }
-        std::sort(seen.begin(), seen.end());  // every place once
+        std::sort(seen.begin(), seen.end());  // every place was given out once
         for (size_t i = 0; i < seen.size(); i++) CHECK(seen[i] == (int)i + 1);
         CHECK(count.host()[0] == (int)seen.size());
     });
 }
 
-__global__ void grid_steps(int* data, int n) {  // every step needs all blocks' last one
+__global__ void grid_steps(int* data, int n) {  // a step needs the previous step of all blocks
     const cg::grid_group grid = cg::this_grid();
     const int i = (int)grid.thread_rank();
     for (int step = 1; step < n; step *= 2) {
@@ -233,7 +234,7 @@ struct Pipeline {
         cudaFreeHost(in);
         cudaFreeHost(out);
     }
-    // A chunk a stream: copy and scale; then all are summed in the first stream, and copied back.
+    // Each stream copies and scales one chunk. Then the first stream sums all chunks and copies the sum back.
     void enqueue() {
         CUDA_OK(cudaEventRecord(start, streams[0]));
         for (int c = 0; c < kChunks; c++) {
@@ -280,7 +281,7 @@ TEST_CASE("ptxsim: a multi-stream pipeline, and its graph, under every schedule"
         CUDA_OK(cudaStreamBeginCapture(pipeline.streams[0], cudaStreamCaptureModeGlobal));
         pipeline.enqueue();
         CUDA_OK(cudaStreamEndCapture(pipeline.streams[0], &graph));
-        CHECK(pipeline.out[0] == -1.0f);  // nothing has run
+        CHECK(pipeline.out[0] == -1.0f);  // capturing has run nothing
         size_t nodes = 0;
         CUDA_OK(cudaGraphGetNodes(graph, nullptr, &nodes));
         CHECK(nodes == 2 * kChunks + 2);
@@ -296,7 +297,7 @@ TEST_CASE("ptxsim: a multi-stream pipeline, and its graph, under every schedule"
     });
 }
 
-// What fences, flags and counters order is no race, within a block and between blocks.
+// Accesses that fences, flags and counters order do not race, neither within a block nor between blocks.
 __global__ void flag_in_block(int* out) {
     __shared__ int data[32];
     __shared__ volatile int flag;
@@ -316,7 +317,7 @@ __global__ void flag_in_block(int* out) {
     }
 }
 __device__ unsigned arrived;
-__global__ void last_block(int* out, int* parts) {  // every thread fences, one counts
+__global__ void last_block(int* out, int* parts) {  // every thread has a fence, one thread counts
     __shared__ bool last;
     __shared__ int unrelated;
     parts[blockIdx.x * blockDim.x + threadIdx.x] = 1;

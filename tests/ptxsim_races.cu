@@ -1,5 +1,5 @@
-// ptxsim: which races it finds. Scripts of accesses and barriers run on the device; the same scripts go
-// through a checker on the host that forgets nothing, and what the two say must be the same.
+// ptxsim: which races it finds. Scripts of accesses and barriers run on the device. The same scripts go
+// through a checker on the host that forgets nothing, and both must find the same.
 #include <cooperative_groups.h>
 
 #include <algorithm>
@@ -21,9 +21,9 @@ enum Op {
     volatile_read,
     volatile_write,
     atomic,
-    warp_barrier,   // of some lanes
-    half_barrier,   // of warps 0 and 1 of a block
-    block_barrier,  // of each block
+    warp_barrier,   // for some lanes
+    half_barrier,   // for warps 0 and 1 of a block
+    block_barrier,  // in each block
     grid_barrier,
 };
 
@@ -36,7 +36,7 @@ struct Step {
 
 constexpr int kBlocks = 2, kWarps = 3, kArena = 16;
 
-// volatile in C++ would be .volatile in PTX.
+// Plain accesses are written in PTX, because volatile in C++ would become .volatile in PTX.
 template <int bytes>
 __device__ void access(const Step& s, unsigned char* at) {
     unsigned a = 7, b, c, d;
@@ -113,12 +113,12 @@ bool reported(const Script& script, bool in_shared) {
     return !reports.empty();
 }
 
-// What happened before what, by vector clocks of every thread.
+// Knows what happened before what, because every thread has a vector clock.
 class Checker {
   public:
     explicit Checker(bool in_shared) : in_shared_(in_shared) {}
 
-    // Whether the step's access has a race with one before it.
+    // Whether the access of this step races with an earlier one.
     bool step(const Step& s) {
         bool found = false;
         const int now = (int)script_.size() + 1;
@@ -163,7 +163,7 @@ class Checker {
 
     bool in_shared_;
     Script script_;
-    std::array<std::array<int, kThreads>, kThreads> known_ = {};  // [t][u]: the last step of u that t follows
+    std::array<std::array<int, kThreads>, kThreads> known_ = {};  // [t][u]: the last step of u before t
 };
 
 bool has_race(const Script& script, bool in_shared) {
@@ -188,10 +188,11 @@ std::string shown(const Script& script) {
 
 }  // namespace
 
-// Every pattern of reads and writes by one lane, another, another warp's and another block's, of several
-// widths, comes up here with the barriers that order it and without one of them, which may have been one too
-// many. With other seeds a race in global memory may be missed, rarely: a grid barrier is made of atomics,
-// and who is late to leave one may see that others have come to the next already, and follows them then.
+// The random scripts have every pattern of reads and writes by one lane, by another lane, by another warp and
+// by another block, in several widths. Each runs with the barriers that order it, and without one of them
+// (which may have been superfluous). With other seeds a race in global memory may be missed, but rarely: a
+// grid barrier is made of atomics, and a thread that leaves it late may see that others have already come to
+// the next one, and is then ordered after them.
 TEST_CASE("ptxsim: a race is reported where there is one, and nowhere else") {
     WithOptions restore;
     std::mt19937 random(3);
@@ -206,7 +207,7 @@ TEST_CASE("ptxsim: a race is reported where there is one, and nowhere else") {
         CHECK_MESSAGE(reported(script, in_shared) == expected,
                       (in_shared ? "shared memory:" : "global memory:"), shown(script));
     };
-    // Lane 31 is ordered before lane 0 by way of the lanes that both barriers have.
+    // Lane 31 is ordered before lane 0, through the lanes that take part in both barriers.
     compare({{plain_write, 0, 0, 1u << 31},
              {warp_barrier, 0, 0, 0xFFFFFF00},
              {warp_barrier, 0, 0, 0xFFFF},

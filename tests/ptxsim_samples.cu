@@ -1,5 +1,5 @@
-// ptxsim: a tiled matrix product as CUDA programs have it, under every schedule, and figures against those
-// counted by hand. More sample programs are in ptxsim_programs.cu.
+// ptxsim: a tiled matrix product like that of many CUDA programs, under every schedule; and figures, which
+// are compared with figures that were counted by hand. More sample programs are in ptxsim_programs.cu.
 #include <cuda_bf16.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -22,15 +22,15 @@ constexpr int kTile = 64, kDepth = 32, kPad = 8;
 __device__ unsigned shared_address(const void* pointer) {
     return (unsigned)__cvta_generic_to_shared(pointer);
 }
-// 16 bytes, or zeros.
+// Copies 16 bytes if they are present; else writes zeros.
 __device__ void copy_async(void* to, const void* from, bool present) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                  "r"(present ? 16 : 0)
                  : "memory");
 }
 
-// c (M,N) = a (M,K) b (K,N); K and N are multiples of 8. Blocks of four warps make tiles of 64 x 64, a warp
-// 32 x 32.
+// c (M,N) = a (M,K) b (K,N); K and N are multiples of 8. A block of four warps computes a tile of 64 x 64, a
+// warp 32 x 32 of it.
 __global__ __launch_bounds__(128) void matmul(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int M,
                                               int N, int K) {
     __shared__ alignas(16) __nv_bfloat16 tile_a[2][kTile][kDepth + kPad], tile_b[2][kDepth][kTile + kPad];
@@ -114,7 +114,7 @@ __global__ void copy_shifted(const float* in, float* out) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     out[i] = in[i + 1];
 }
-__global__ void copy_half(const float* in, float* out) {  // half of the lanes of each warp
+__global__ void copy_half(const float* in, float* out) {  // half of the lanes of each warp copy
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (threadIdx.x % 32 < 16) out[i] = in[i];
 }
@@ -246,7 +246,7 @@ TEST_CASE("ptxsim: figures are those counted by hand") {
     const float* i = in.get();
     float* o = out.get();
 
-    // 1,024 threads, 32 warps: 4 sectors a warp of floats, 16 of float4.
+    // 1,024 threads in 32 warps. A warp reads 4 sectors of float, or 16 of float4.
     auto f = figures_of("copy_float", [&] { copy_float<<<4, 256>>>(i, o); });
     check_global(f, 4096, 128, 4096, 128);
     CHECK_FIGURE(f, "divergent_branches", 0);
@@ -263,8 +263,8 @@ TEST_CASE("ptxsim: figures are those counted by hand") {
     check_global(f, 2048, 64, 2048, 64);
     CHECK(f["divergent_branches"] >= 1);
 
-    // All has run where the branch was not taken. Where it was, what it leaves out has not, and is counted by
-    // line.
+    // If the branch is not taken, all instructions run. If it is taken, those that it skips do not run, and
+    // are counted by line.
     f = figures_of("copy_if", [&] { copy_if<<<1, 32>>>(i, o, true); });
     CHECK(f["branches"] == 1);
     CHECK_FIGURE(f, "executed", f["instructions"]);
@@ -278,11 +278,12 @@ TEST_CASE("ptxsim: figures are those counted by hand") {
     CHECK(left_out > 0);
     CHECK(left_out == f["instructions"].get<int>() - f["executed"].get<int>());
 
-    // Reads of columns: all 32 lanes in one bank, 31 more wavefronts in each of 32 reads.
+    // When columns are read, all 32 lanes use one bank: each of the 32 reads takes 31 more wavefronts.
     check_shared(figures_of("columns_of_32", [&] { columns_of_32<<<1, 32>>>(i, o); }), 64, 992);
     check_shared(figures_of("columns_of_33", [&] { columns_of_33<<<1, 32>>>(i, o); }), 64, 0);
-    // Two warps write, one reads twice. Of every other word, half a warp (doubles) or a quarter (float4)
-    // meets each bank twice: one more wavefront in each of 2 halves, or of 4 quarters.
+    // Two warps write, and one reads twice. When it reads every other word, half a warp (doubles) or a
+    // quarter of it (float4) uses each bank twice: one more wavefront in each of the 2 halves or the 4
+    // quarters.
     check_shared(figures_of("wide_double", [&] { wide_double<<<1, 64>>>((double*)i, (double*)o); }), 4, 2);
     check_shared(figures_of("wide_float4", [&] { wide_float4<<<1, 64>>>((float4*)i, (float4*)o); }), 4, 4);
     check_shared(figures_of("broadcast", [&] { broadcast<<<1, 32>>>(i, o); }), 2, 0);
@@ -302,7 +303,7 @@ TEST_CASE("ptxsim: figures of the matrix product") {
     Device<float> c(kM * kN);
     const auto f = figures_of(
         "matmul", [&] { samples::matmul<<<dim3(2, 2), 128>>>(a.get(), b.get(), c.get(), kM, kN, kK); });
-    // 4 blocks of 4 warps, 3 tiles of 2 steps of 16, each with 2 x 4 products of 16 x 8 x 16.
+    // 4 blocks of 4 warps. Each warp has 3 tiles of 2 steps, and a step has 2 x 4 products of 16 x 8 x 16.
     const int products = 4 * 4 * 3 * 2 * 8;
     CHECK_FIGURE(f, "mma", products);
     CHECK_FIGURE(f, "tensor_flops", products * 2 * 16 * 8 * 16);

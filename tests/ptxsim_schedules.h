@@ -6,7 +6,7 @@
 
 namespace ptxsim_test {
 
-// Forward, reversed and seeds 1 to 3, with eager and with lazy streams.
+// The schedules are forward, reversed and seeds 1 to 3, each with eager and with lazy streams.
 inline void every_schedule(const std::function<void()>& program) {
     WithOptions restore;
     for (bool lazy : {false, true})

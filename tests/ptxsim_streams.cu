@@ -1,5 +1,5 @@
-// ptxsim: streams that run late. A missing synchronisation gives wrong data for some seed, the repaired twin
-// right data for all.
+// ptxsim: streams that run late. A missing synchronisation gives wrong data for some seed; its repaired twin
+// gives right data for all seeds.
 #include <algorithm>
 
 #include "tests/ptxsim_helpers.h"
@@ -44,7 +44,7 @@ Device<int> zeros() {
     return Device<int>(std::vector<int>(kSize));
 }
 
-// Each gives whether the data was right.
+// Each function returns whether the data was right.
 
 bool copy_to_host(bool fixed) {
     Streams streams;
@@ -103,7 +103,7 @@ bool early_event(bool fixed) {
     return std::count(got.begin(), got.end(), 34) == kSize;
 }
 
-// The default stream waits for blocking streams and they for it, but not for those that are not.
+// The default stream waits for blocking streams, and they wait for it. Non-blocking streams do not take part.
 bool default_stream(bool fixed) {
     Streams streams(fixed ? cudaStreamDefault : cudaStreamNonBlocking);
     Device<int> data = zeros(), out = zeros();
@@ -115,7 +115,7 @@ bool default_stream(bool fixed) {
     return std::count(got.begin(), got.end(), 111) == kSize;
 }
 
-// Memory that the next write overtakes, while a slow reader is still to come.
+// The next write to the memory may come before a slow reader has read it.
 bool write_after_read(bool fixed) {
     Streams streams;
     Device<int> data = zeros(), out = zeros();
@@ -154,7 +154,7 @@ TEST_CASE("ptxsim: missing stream and event waits show") {
             CHECK(run(true));
             expect_no_reports();
             wrong += !run(false);
-            ptxsim::take_reports();  // unordered-copy is not asked for, but may be found
+            ptxsim::take_reports();  // an unordered-copy may be reported, but is not required
         }
         CHECK(wrong > 0);
         ptxsim::options().lazy = false;
@@ -163,7 +163,7 @@ TEST_CASE("ptxsim: missing stream and event waits show") {
     }
 }
 
-// What waits for what: queries, callbacks and blocking calls under lazy streams.
+// Queries, callbacks and blocking calls wait for the right operations of lazy streams.
 TEST_CASE("ptxsim: lazy streams run when something waits for them") {
     WithOptions restore;
     ptxsim::options().lazy = true;
@@ -187,7 +187,7 @@ TEST_CASE("ptxsim: lazy streams run when something waits for them") {
         CUDA_OK(cudaEventSynchronize(done));
         CHECK(data.host() == std::vector<int>(kSize, 4));
         fill<<<kSize / 64, 64, 0, streams.two>>>(data.get(), 5);
-        CHECK(data.host() == std::vector<int>(kSize, 5));  // cudaMemcpy is in the default stream: it waits
+        CHECK(data.host() == std::vector<int>(kSize, 5));  // cudaMemcpy waits, because of the default stream
         fill<<<kSize / 64, 64, 0, streams.one>>>(data.get(), 6);
         CUDA_OK(
             cudaMemcpyAsync(host.data, data.get(), kSize * sizeof(int), cudaMemcpyDeviceToHost, streams.one));

@@ -5,7 +5,7 @@ using namespace ptxsim_test;
 
 namespace {
 
-// Runs a kernel of (const uint32_t* in, uint32_t* out) with `per` results a thread.
+// Runs a kernel of (const uint32_t* in, uint32_t* out) that writes `per` results per thread.
 std::vector<uint32_t> launch(void (*kernel)(const uint32_t*, uint32_t*), const std::vector<uint32_t>& in,
                              int threads, int per) {
     Device<uint32_t> device_in(in), out(std::vector<uint32_t>(threads * per));
@@ -30,7 +30,7 @@ std::vector<uint32_t> random_words(int n, uint32_t below = 0) {
                  : "r"(in[lane]), "r"(b), "r"(c), "r"(0xFFFFFFFFu)); \
     *out++ = value, *out++ = valid;
 
-// Every lane its own b and c, of in: b is in[32 + lane], c in[64 + lane].
+// Every lane has its own b and c: b is in[32 + lane], and c is in[64 + lane].
 __global__ void shuffles(const uint32_t* in, uint32_t* out) {
     const int lane = threadIdx.x;
     out += 8 * lane;
@@ -54,7 +54,7 @@ TEST_CASE("ptxsim: shfl.sync of every mode, with widths, clamps and the predicat
         }
         const auto got = launch(shuffles, in, 32, 8);
         for (int lane = 0; lane < 32; lane++)
-            for (int mode = 0; mode < 4; mode++) {  // as in the ISA's pseudo code
+            for (int mode = 0; mode < 4; mode++) {  // the pseudo code of the ISA
                 const int b = in[32 + lane] & 31, cval = in[64 + lane] & 31, mask = in[64 + lane] >> 8 & 31;
                 const int max_lane = (lane & mask) | (cval & ~mask), min_lane = lane & mask;
                 int j;
@@ -107,7 +107,7 @@ TEST_CASE("ptxsim: CUDA's shuffles") {
         wrong[0] += out[0] != x[(lane * 7 + 3) % 32];
         wrong[1] += out[1] != x[lane % 8 < 3 ? lane : lane - 3];
         wrong[2] += out[2] != x[lane % 16 + 5 < 16 ? lane + 5 : lane];
-        // A partner of a later group of four is out of reach, one of an earlier group is not.
+        // A lane cannot read from a later group of four lanes, but from an earlier group it can.
         wrong[3] += out[3] != x[(lane ^ 6) <= (lane | 3) ? lane ^ 6 : lane];
         const uint64_t wide = (uint64_t)x[lane ^ 16] << 20 | (lane ^ 16);
         wrong[4] += out[4] != (uint32_t)(wide ^ wide >> 32);
@@ -189,7 +189,7 @@ TEST_CASE("ptxsim: vote, match and redux") {
     }
 }
 
-__global__ void lanes_of_branch(const uint32_t*, uint32_t* out) {  // activemask: the branch's lanes
+__global__ void lanes_of_branch(const uint32_t*, uint32_t* out) {  // activemask gives the lanes in the branch
     const int lane = threadIdx.x;
     uint32_t mask = 0;
     if (lane >= 5 && lane < 21) {
@@ -208,13 +208,13 @@ TEST_CASE("ptxsim: activemask and lane masks in a branch") {
     int wrong = 0;
     for (int lane = 0; lane < 32; lane++) {
         const bool in = lane >= 5 && lane < 21;
-        // What a branch's active lanes are is left to the hardware, but they are among those of the branch,
-        // and with this one.
+        // The hardware may choose which lanes of a branch are active together, but all of them took the
+        // branch, and this lane is one of them.
         wrong += in ? (got[3 * lane] & ~0x1FFFE0u) != 0 || !(got[3 * lane] >> lane & 1) : got[3 * lane] != 0;
         if (in) wrong += got[3 * lane + 2] != ((1u << lane) - 1) * 2 + (1u << lane);
     }
     CHECK(wrong == 0);
-    CHECK(got[3 * 5] == 0x1FFFE0u);  // as ptxsim has it: lanes reconverge
+    CHECK(got[3 * 5] == 0x1FFFE0u);  // in ptxsim all lanes of the branch are active together
     CHECK(got[3 * 5 + 1] == 1);
 }
 
@@ -224,7 +224,7 @@ __global__ void divergence(const uint32_t* in, uint32_t* out) {
     const int t = threadIdx.x;
     const uint32_t x = in[t];
     uint32_t sum = 0;
-    for (uint32_t i = 0; i < x % 23; i++) {  // a trip count a lane
+    for (uint32_t i = 0; i < x % 23; i++) {  // each lane has its own number of iterations
         if (i % 2) {
             if (x & 4) {
                 sum += i;
@@ -239,7 +239,7 @@ __global__ void divergence(const uint32_t* in, uint32_t* out) {
     }
     if (x % 11 == 3) {
         out[t] = sum + 1;
-        return;  // early
+        return;  // early, for some lanes
     }
     switch (x % 9) {
         case 0:
@@ -312,7 +312,8 @@ TEST_CASE("ptxsim: nested divergence, loops of different length, switches and ea
     CHECK(wrong == 0);
 }
 
-// Halves that take different ways, meet their own halves at bar.warp.sync, and hand words over within them.
+// The halves of a warp take different branches. Within its half, each lane meets the others at bar.warp.sync
+// and exchanges words with them.
 __global__ void sync_in_branches(const uint32_t* in, uint32_t* out) {
     __shared__ uint32_t words[32];
     const int lane = threadIdx.x;
@@ -352,7 +353,8 @@ TEST_CASE("ptxsim: bar.warp.sync in divergent code") {
     CHECK(wrong == 0);
 }
 
-// A spin lock by lane, which ends only where lanes that hold it go on while others of their warp wait.
+// A spin lock for each lane. It ends only if the lane that holds the lock goes on while others of its warp
+// wait.
 __global__ void lock_by_lane(uint32_t* lock, uint32_t* counter) {
     bool done = false;
     while (!done) {
@@ -386,7 +388,7 @@ __global__ void block_votes(const uint32_t* in, uint32_t* out) {
 
 TEST_CASE("ptxsim: bar.red") {
     for (uint32_t below : {1000u, 1010u}) {
-        const auto in = random_words(200, below);  // the last warp is not whole
+        const auto in = random_words(200, below);  // the last warp is not full
         const auto got = launch(block_votes, in, 200, 3);
         uint32_t count = 0, all = 1, any = 0;
         for (uint32_t x : in) count += x % 3 == 0, all &= x < 1000, any |= x == 77;
@@ -397,7 +399,8 @@ TEST_CASE("ptxsim: bar.red") {
     }
 }
 
-// Warps 0 and 1 make words, which warps 2 and 3 take: full (1) and empty (2) barriers, arrive and sync.
+// Warps 0 and 1 produce words, which warps 2 and 3 take. They use two barriers, full (1) and empty (2), with
+// arrive and sync.
 __global__ void producers(const uint32_t* in, uint32_t* out) {
     __shared__ uint32_t words[64];
     const int t = threadIdx.x;
@@ -416,7 +419,7 @@ __global__ void producers(const uint32_t* in, uint32_t* out) {
             sum += words[127 - t] << i;
             if (i < 4) asm volatile("bar.arrive 2, 128;" ::: "memory");
         }
-        asm volatile("barrier.sync %0, 64;" ::"r"(3) : "memory");  // of these two warps alone
+        asm volatile("barrier.sync %0, 64;" ::"r"(3) : "memory");  // only these two warps
         out[t] = sum;
     }
 }
