@@ -1,7 +1,7 @@
-// Running the trainer's program as a user does, on small datasets and models made here.
+// Runs the trainer's program as a user does, on small datasets and models that are made here.
 //
-// LLMC_TRAIN_GPT is the program (./train_gpt where it is not set), LLMC_TRAIN_GPTCU the CUDA trainer (where
-// it is not set its tests are skipped) and LLMC_FAULT_PRELOAD the library of tests/fault_preload.c
+// LLMC_TRAIN_GPT names the program (default ./train_gpt), LLMC_TRAIN_GPTCU the CUDA trainer (its tests are
+// skipped if this is not set), and LLMC_FAULT_PRELOAD the library of tests/fault_preload.c
 // (build/fault_preload.so).
 #pragma once
 #include <doctest/doctest.h>
@@ -59,30 +59,31 @@ inline Strings lines_of(const std::string& text) {
     return lines;
 }
 
-// What a run left: its exit status, or minus the signal that ended it.
+// The result of a run. `status` is its exit status, or minus the signal that ended it.
 struct Result {
     int status = 0;
     std::string out, err;
 };
 
 struct Run {
-    Strings environment = {};     // NAME=VALUE, besides this process's own
+    Strings environment = {};     // NAME=VALUE, in addition to the environment of this process
     double kill_after = 0;        // seconds until SIGKILL; 0: never
-    std::string stdout_to = {};   // a file instead of Result::out
-    std::string stdin_from = {};  // a file; closed otherwise
-    std::string program = {};     // instead of train_gpt
-    // Called where the program stops itself (SIGSTOP); then it goes on.
+    std::string stdout_to = {};   // the file to which stdout goes, instead of Result::out
+    std::string stdin_from = {};  // the file that is stdin; without one, stdin is closed
+    std::string program = {};     // the program to run instead of train_gpt
+    // Called when the program stops itself (SIGSTOP); then the program goes on.
     std::function<void()> when_stopped = {};
 };
 
-// Runs the program with the words of `line` and then `more` as its arguments. Too long a run is an error.
+// Runs the program. Its arguments are the words of `line`, then `more`. A run that takes too long is an
+// error.
 inline Result train_gpt(const std::string& line, const Strings& more = {}, const Run& run = {}) {
     const double limit = 120;  // seconds
     Strings arguments = {run.program.empty() ? environment("LLMC_TRAIN_GPT", "./train_gpt") : run.program};
     std::istringstream words(line);
     for (std::string word; words >> word;) arguments.push_back(word);
     arguments.insert(arguments.end(), more.begin(), more.end());
-    // Threads that wait in a loop make a run many times slower where the machine has other work.
+    // Threads that wait in a loop make a run many times slower if the machine has other work.
     Strings variables = {"OMP_WAIT_POLICY=passive", "ASAN_OPTIONS=verify_asan_link_order=0"};
     variables.insert(variables.end(), run.environment.begin(), run.environment.end());
     std::vector<char*> argv, envp;
@@ -139,7 +140,8 @@ inline void check_done(const Result& result) {
     CHECK(result.err == "");
 }
 
-// The run failed with `status`, and stderr is warnings and one line of error, in which every part stands.
+// Checks that the run failed with `status`, and that stderr has warnings and one line of error, which
+// contains every part.
 inline void check_failed(const Result& result, int status, const Strings& parts,
                          const std::string& program = "train_gpt") {
     const std::string start = program + ": error: ";
@@ -161,7 +163,7 @@ inline void check_failed(const Result& result, int status, const Strings& parts,
     }
 }
 
-// The sizes of the models here, and two threads.
+// The sizes of the models in these tests, with two threads.
 inline const std::string kSizes = " --layers 1 --heads 2 --channels 16 --context 16";
 inline const std::string kTiny = kSizes + " --batch 2 --threads 2";
 inline const std::string kTokenizer = "tests/golden/tokenizer.json";
@@ -169,7 +171,7 @@ constexpr int kTokenizerVocab = 900;
 
 using Tokens = std::vector<uint16_t>;
 
-// The same on every machine.
+// Random tokens that are the same on every machine.
 inline Tokens random_tokens(int count, int vocab_size, int seed) {
     std::mt19937 random(seed);
     Tokens tokens;
@@ -184,7 +186,7 @@ inline std::string shard(const Tokens& tokens) {
            std::string((const char*)tokens.data(), 2 * tokens.size());
 }
 
-// A dataset folder, with tokenizer.json where the vocabulary is the golden tokenizer's.
+// Writes a dataset folder, with tokenizer.json if the vocabulary has the size of the golden tokenizer's.
 inline void write_dataset(const std::string& folder, int vocab_size, const Tokens& train, const Tokens& val) {
     std::filesystem::create_directory(folder);
     put_file(folder + "/train_000000.bin", shard(train));
@@ -193,7 +195,7 @@ inline void write_dataset(const std::string& folder, int vocab_size, const Token
     if (vocab_size == kTokenizerVocab) put_file(folder + "/tokenizer.json", get_file(kTokenizer));
 }
 
-// Trains and returns the last checkpoint.
+// Trains a model, and returns the last checkpoint.
 inline std::string train_model(const std::string& data, const std::string& out, const std::string& flags,
                                int steps = 1) {
     check_done(
@@ -204,7 +206,7 @@ inline std::string train_model(const std::string& data, const std::string& out, 
     return out + name;
 }
 
-// A safetensors file as header and data, to read and to spoil.
+// A safetensors file as header and data, which can be read and damaged.
 struct Safetensors {
     Json header;
     std::string data;
@@ -223,7 +225,7 @@ struct Safetensors {
         const uint64_t size = json.size();
         return std::string((const char*)&size, 8) + json + data;
     }
-    // The elements of a tensor of 4-byte ones.
+    // The elements of a tensor whose elements have 4 bytes.
     template <class T = float>
     std::vector<T> values(const std::string& name) const {
         static_assert(sizeof(T) == 4);
@@ -242,7 +244,7 @@ struct Safetensors {
     }
 };
 
-// A copy of a checkpoint as a mere model: without trainer.json, so that its files can be changed.
+// Copies a checkpoint as a model only, without trainer.json, so that its files can be changed.
 inline void copy_model(const std::string& checkpoint, const std::string& folder) {
     std::filesystem::remove_all(folder);
     std::filesystem::copy(checkpoint, folder);
@@ -263,7 +265,7 @@ inline std::vector<Json> read_metrics(const std::string& out) {
     return entries;
 }
 
-// What does not depend on the clock.
+// The metrics without the values that depend on the clock.
 inline std::vector<Json> timeless_metrics(const std::string& out) {
     std::vector<Json> entries = read_metrics(out);
     for (Json& entry : entries) entry.erase("ms"), entry.erase("tokens_per_second");
@@ -277,7 +279,7 @@ inline std::set<std::string> names_in(const std::string& folder) {
     return names;
 }
 
-// What tests/fault_preload.c is told: at the n-th change below `folder` this happens.
+// Makes a run in which tests/fault_preload.c does `what` at the n-th change below `folder`.
 inline Run fault(const std::string& folder, int n, const std::string& what, int value = 0,
                  const std::string& log = "") {
     return {

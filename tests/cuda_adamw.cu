@@ -14,13 +14,13 @@ struct Case {
     int step;
 };
 
-// The parameters are as small as the updates, and some eps as large as the gradients, so that each term
-// shows.
+// The parameters are as small as the updates, and some eps are as large as the gradients, so that every term
+// matters.
 const Case kCases[] = {{0.01f, 0.9f, 0.95f, 1e-8f, 1.0f, 1},
                        {0.003f, 0.5f, 0.9f, 0.5f, 2.0f, 1},
                        {0.01f, 0.9f, 0.95f, 1e-8f, 0.7f, 1000}};
 
-// `ranges` are sorted.
+// The ranges must be sorted.
 template <class Real, class Gradient>
 void check_adamw(size_t n, const Case& c, const std::vector<gpu::DecayRange>& ranges) {
     CAPTURE(n);
@@ -99,7 +99,7 @@ TEST_CASE("cuda adamw: stochastic rounding takes llmc/rng.h's bits and is right 
     const size_t n = 4099;
     const uint64_t seed = 0x123456789ABCDEFull;
     Floats param(n, 1.0f + 0.3f / 128), zeros(n, 0.0f);
-    param[n - 1] = -1.5f;  // a bf16: stays
+    param[n - 1] = -1.5f;  // this is a bf16 number, so rounding keeps it
     Device<float> grad(zeros), scale(Floats{1});
     Device<gpu::DecayRange> ranges(std::vector<gpu::DecayRange>{{0, 0}});
     std::vector<Floats> copies;

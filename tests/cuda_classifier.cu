@@ -24,7 +24,8 @@ void check_cross_entropy(int N, int V, int Vp, double scale = 1) {
     Vector dlogits = y.dlogits;
     for (double& d : dlogits) d *= dloss;
     Device<int> t(targets);
-    // Apart and in place. A loss of one row may be small next to the logits it is made of.
+    // dlogits apart from the logits, and in their place. The loss of one row may be small compared with its
+    // logits, so it has a looser tolerance.
     Expected losses = expect<float>("losses", y.losses, 1e-5);
     losses.floor = std::sqrt(N);
     Expected gradient = expect<Real>("dlogits", dlogits);
@@ -68,7 +69,7 @@ void check_classifier(int N, int C, int V, int Vp, int rows, bool accumulate) {
     double tolerance = std::is_same_v<Real, bf16> ? 1e-2 : 1e-5;
     std::vector<Expected> outputs{expect<float>("losses", y.losses, tolerance), expect<Real>("dinp", dinp),
                                   expect<float>("dwte", dwte, tolerance, accumulate)};
-    if (V == 1)  // all of it is rounding
+    if (V == 1)  // the result consists of rounding errors only
         for (Expected& e : outputs) e.floor = 1e-3;
     check_layer(outputs, [&](auto& out) {
         gpu::classifier<Real, float>(out["losses"], out["dinp"], out["dwte"], logits.get(), inp_device.get(),
@@ -120,7 +121,7 @@ TEST_CASE("cuda classifier: rows at a time") {
     CHECK(gpu::classifier_rows(65536, 1 << 25) == 128);
     std::vector<int> targets{1, 0};
     Device<int> t(targets);
-    // As classifier() has it by itself: all rows at once.
+    // classifier() itself computes all rows at once.
     Device<char> workspace(gpu::kMatmulWorkspace);
     gpu::MatmulContext context(workspace.get());
     Device<float> inp(Floats{1, 2}), wte(Floats{0, 1}), logits(4), losses(2);

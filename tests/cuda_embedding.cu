@@ -54,15 +54,15 @@ TEST_CASE("cuda embedding: runs of one token over many chunks, vocabularies of o
         int T = 1500;
         std::vector<int> tokens = reference::random_ints(T, V, 5);
         for (int i = 0; i < T; i++)
-            if (i % 3) tokens[i] = V - 1;  // 1000 of one token
+            if (i % 3) tokens[i] = V - 1;  // the same token 1000 times
         for (int C : {3, 4})
             if (C == 4 || V < 300) check_embedding(1, T, C, V, tokens);
     }
-    int T = 2 * 32 * 33;  // more chunks of one token than a warp has lanes
+    int T = 2 * 32 * 33;  // one token has more chunks than a warp has lanes
     for (int C : {1, 4}) check_embedding(1, T, C, 3, std::vector<int>(T, 1));
     check_embedding(1, 8500, 1, 300,
-                    reference::random_ints(8500, 300, 6));  // more than one batch of loads a warp
-    std::vector<int> ends_with_chunks(96);                  // runs that begin and end where chunks do
+                    reference::random_ints(8500, 300, 6));  // a warp loads more than one batch
+    std::vector<int> ends_with_chunks(96);                  // runs of a token that begin and end with chunks
     for (int i = 0; i < 96; i++) ends_with_chunks[i] = i / 32 == 2 ? 5 : i / 32;
     check_embedding(1, 96, 8, 6, ends_with_chunks);
 }

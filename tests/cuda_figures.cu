@@ -1,6 +1,6 @@
-// What the kernels of llmc/cuda move and compute, by the simulator's figures, against the least possible: the
-// bytes of memory-bound kernels, the tensor cores' products of attention, bank conflicts, and what attention
-// does beside its products.
+// What the kernels of llmc/cuda move and compute, by the simulator's figures, compared with the least
+// possible: the bytes of memory-bound kernels, the tensor-core products of attention, bank conflicts, and the
+// arithmetic of attention other than its products.
 #include <nlohmann/json.hpp>
 
 #include "dev/ptxsim/device.h"
@@ -23,7 +23,7 @@ namespace {
 
 using Json = nlohmann::json;
 
-// The kernels' own tests check what is in memory.
+// Switches the checks off, because the kernels' own tests have them, and keeps only the figures.
 struct OnlyFigures {
     const ptxsim::Options before = ptxsim::options();
     OnlyFigures() {
@@ -34,7 +34,7 @@ struct OnlyFigures {
     ~OnlyFigures() { ptxsim::options() = before; }
 };
 
-// Of the kernels that were launched by f and have `part` in their names.
+// The figures of the kernels that f launches and that have `part` in their names.
 template <class F>
 std::vector<Json> figures_of(F f, const std::string& part = "") {
     ptxsim::clear_figures();
@@ -56,13 +56,13 @@ double sum_of(const std::vector<Json>& figures, std::initializer_list<const char
     return sum;
 }
 
-// n of zeros.
+// A device array of n zeros.
 template <class T>
 struct Zeros : Device<T> {
     explicit Zeros(size_t n) : Device<T>(n) { gpu::check(cudaMemset(this->get(), 0, n * sizeof(T))); }
 };
 
-// f moves at most 1.1 times `least` bytes, in sectors of 32.
+// Checks that f moves at most 1.1 times `least` bytes, in sectors of 32 bytes.
 template <class F>
 void check_moved(const char* name, double least, F f, const std::string& part = "") {
     double moved = 32 * sum_of(figures_of(f, part), {"global_load_sectors", "global_store_sectors"});
@@ -72,7 +72,8 @@ void check_moved(const char* name, double least, F f, const std::string& part = 
                                             << ": " << moved << " bytes, " << least << " at least");
 }
 
-// Sizes at which what blocks read for themselves (weights, sums of blocks) is little: rows as in training.
+// Rows as in training: at these sizes the data that each block reads again (weights, sums of blocks) is
+// small.
 template <class Real>
 void check_bytes() {
     const OnlyFigures only;
@@ -135,7 +136,7 @@ void check_bytes() {
             gpu::short_conv_backward(dinp.get(), dtaps.get(), sums.get(), out.get(), inp.get(), taps.get(), B,
                                      T, W, K, nullptr);
         });
-        // dO . O of softmax, for the backward pass of attention.
+        // The dot products dO . O that the backward pass of softmax needs.
         Zeros<Real> o(N * C), d_o(N * C);
         Zeros<float> stats(N * H), room(gpu::attention_backward_scratch(B, T, H));
         check_moved(
@@ -196,7 +197,7 @@ TEST_CASE("cuda figures: the embedding moves little more than it must") {
     };
     check_moved("embedding_backward, tokens", 8 * N + 3 * N * row, backward, "sum_token_runs");
     check_moved("embedding_backward, positions", (N + 2 * T) * row, backward, "sum_positions");
-    // The sort is of 8 bytes a token, and moves most of them twice.
+    // The sort has 8 bytes per token, and moves most of them twice.
     const double all = 32 * sum_of(figures_of(backward), {"global_load_sectors", "global_store_sectors"});
     CHECK(all < 1.1 * (4 * N + (4 * N + 2 * T) * row));
 }
@@ -238,7 +239,8 @@ TEST_CASE("cuda figures: a kernel that two objects have is one") {
     CHECK(figures[0]["launches"] == 2);
 }
 
-// Products of 16 x 16 scores that a causal head of T has: all below the diagonal, and those on it.
+// The number of blocks of 16 x 16 scores of a causal head with T tokens: those below the diagonal and those
+// on it.
 double score_blocks(int T) {
     double rows = T / 16;
     return rows * (rows + 1) / 2;
@@ -257,7 +259,7 @@ TEST_CASE("cuda figures: attention has no product too many and no bank conflict"
                 CAPTURE(kernel);
                 const std::vector<Json> figures = attention_figures(kind, T, D, kernel);
                 REQUIRE(figures.size() == 1);
-                // Of 16 x 16 x 16, each two of mma.m16n8k16.
+                // A product of 16 x 16 x 16 is two of mma.m16n8k16.
                 CHECK(figures[0]["mma"] == products * score_blocks(T) * (D / 16) * 2);
                 CHECK(figures[0]["shared_bank_conflicts"] == 0);
             }

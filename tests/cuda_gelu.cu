@@ -13,7 +13,7 @@ void check_gelu(int N, int C) {
     size_t n = (size_t)N * C;
     auto inp = convert<Real>(reference::normal(n, 1, 2)), dout = convert<Real>(reference::normal(n, 2));
     Vector x = to_double(inp), dy = to_double(dout), out(n), dinp(n), dbias(C);
-    double magnitude = 0;  // of the terms of dbias, which may cancel
+    double magnitude = 0;  // the sum of the squares of the terms of dbias, which may cancel
     for (size_t i = 0; i < n; i++) {
         out[i] = reference::gelu(x[i]);
         dinp[i] = dy[i] * reference::gelu_derivative(x[i]).value();
@@ -45,7 +45,7 @@ TEST_CASE_TEMPLATE("cuda gelu: shapes", Real, float, gpu::bf16) {
     check_gelu<Real>(7, 384);
     check_gelu<Real>(3, 768);
     check_gelu<Real>(2, 1030);
-    check_gelu<Real>(2200, 8);  // more blocks of rows than slots that sum them
+    check_gelu<Real>(2200, 8);  // there are more blocks of rows than slots for their sums
 }
 
 TEST_CASE("cuda gelu: far out") {

@@ -69,8 +69,8 @@ void check_all_heads() {
     check_heads<Real>(1, 65, 2, 16, true, true);
     check_heads<Real>(1, 1, 1, 2, true, true);
     for (int mode = 0; mode < 4; mode++) check_heads<Real>(1, 2, 7, 30, mode & 1, mode & 2);
-    check_heads<Real>(1, 2, 1, 258, true, true);  // several channels a lane
-    for (int mode = 0; mode < 4; mode++)          // too wide for packs of floats
+    check_heads<Real>(1, 2, 1, 258, true, true);  // a lane has several channels
+    for (int mode = 0; mode < 4; mode++)          // the heads are too wide for packs of floats
         check_heads<Real>(1, 2, 1, 1024, mode & 1, mode & 2);
     for (int D : {255, 1023}) check_heads<Real>(1, 2, 1, D, true, false);
 }
@@ -108,7 +108,7 @@ void check_all_convs() {
             K = K % 7 + 1;
         }
     for (int K : {1, 2, 3, 4, 5, 9}) check_conv<Real>(2, 65, 24, K);
-    for (int K : {1, 2, 3, 4, 5})  // more than a block of rows
+    for (int K : {1, 2, 3, 4, 5})  // with more rows than one block has
         for (int W : {8, 3}) check_conv<Real>(1, 300, W, K);
     check_conv<Real>(1, 300, 3, 64);
 }

@@ -20,7 +20,7 @@ bool every_schedule() {
 
 namespace {
 
-// Every caller goes through the four other schedules in its own turn.
+// Each caller takes the four other schedules in turn.
 void under_every_schedule(const std::function<void()>& f, const std::type_info& caller) {
     static std::map<std::type_index, int> calls;
     const ptxsim::Options before = ptxsim::options();

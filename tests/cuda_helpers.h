@@ -1,6 +1,6 @@
-// For the tests of llmc/cuda: device arrays, and one call of a layer held against the double-precision oracle
-// (tests/reference.h) under every schedule of the simulator with all its checks on. On hardware the schedules
-// are one.
+// For the tests of llmc/cuda: device arrays, and a check that compares one call of a layer with the
+// double-precision oracle (tests/reference.h), under every schedule of the simulator with all its checks on.
+// On hardware there is only one schedule.
 #pragma once
 #include <algorithm>
 #include <functional>
@@ -41,7 +41,7 @@ class Device {
     size_t size_ = 0;
 };
 
-// Real numbers, rounded to Real.
+// The numbers x, rounded to Real.
 template <class Real, class T>
 std::vector<Real> convert(const std::vector<T>& x) {
     std::vector<Real> y(x.size());
@@ -55,23 +55,24 @@ Vector to_double(const std::vector<Real>& x) {
     return y;
 }
 
-// LLMC_THOROUGH=1: all that there is under every schedule, which takes an hour, instead of a sample;
-// LLMC_THOROUGH=kinds: all kinds and sizes, under a sample of the schedules, in minutes.
+// The tests run a sample of the kinds, sizes and schedules. With LLMC_THOROUGH=1 they run all of them, which
+// takes an hour; with LLMC_THOROUGH=kinds all kinds and sizes under a sample of the schedules, which takes
+// minutes.
 bool thorough();
 bool every_schedule();
 
-// Calls f() in order, reversed and under three seeds; or in order and, from call to call, under one of the
-// others.
+// Calls f() under the schedules forward, reversed and three seeds. If the test is not thorough, only under
+// forward and one of the others, which changes from call to call.
 void under_every_schedule(const std::function<void()>& f);
 
-// What a call must leave in one of its outputs, which lies in device memory as T.
+// What a call must write to one of its outputs, which is an array of T in device memory.
 struct Expected {
     std::string name;
     Vector values;
-    double tolerance = 1e-5;  // of the relative norm error
-    bool added = false;       // += : the values are what is added to random numbers
+    double tolerance = 1e-5;  // for the relative norm error
+    bool added = false;       // +=: the output holds random numbers before, to which the values are added
     bool is_bf16 = false;
-    double floor = 0;  // of the norm that the error is relative to
+    double floor = 0;  // the least norm to which the error is relative
 };
 template <class Real>
 Expected expect(const std::string& name, const Vector& values, double tolerance = 0, bool added = false) {
@@ -87,9 +88,9 @@ struct Pointer {
     }
 };
 
-// call(out) runs the layer with out["name"] for its outputs; those that it overwrites hold NaN before. What
-// it leaves must be within the tolerances, the same bits under every schedule, and nothing beyond an output's
-// end may be touched (the simulator sees to that). No check may report anything.
+// call(out) runs the layer, whose outputs are out["name"]. Outputs that it overwrites hold NaN before. The
+// results must be within the tolerances and have the same bits under every schedule. Nothing after the end of
+// an output may be touched (the simulator checks that), and no check may report anything.
 void check_layer(const std::vector<Expected>& outputs,
                  const std::function<void(std::map<std::string, Pointer>&)>& call);
 

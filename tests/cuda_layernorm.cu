@@ -50,8 +50,8 @@ void check_layernorm(int N, int C) {
 
     auto backward = reference::layernorm_backward(to_double(dout), to_double(inp), to_double(weight), N, C);
     Device<float> scratch(gpu::layernorm_backward_scratch(N, C));
-    // With one or two channels dinp cancels to nothing, and the float mean and rstd show: the error is
-    // relative to what it is made of.
+    // With one or two channels the terms of dinp cancel, and the rounding of mean and rstd remains. So the
+    // error is relative to the terms of dinp.
     Expected dinp = expect<float>("dinp", backward.dinp, 0, true);
     for (int i = 0; i < N; i++)
         for (int c = 0; c < C; c++)
@@ -62,7 +62,7 @@ void check_layernorm(int N, int C) {
     Expected dbias = expect<float>("dbias", backward.dbias, 0, true);
     std::vector<Expected> outputs = {dinp, dweight, dbias};
     if (!std::is_same_v<Real, float>) {
-        outputs.push_back(expect<Real>("copy", backward.dinp, INFINITY));  // looked at below
+        outputs.push_back(expect<Real>("copy", backward.dinp, INFINITY));  // checked below
         outputs.back().floor = 1;
     }
     check_layer(outputs, [&](auto& o) {

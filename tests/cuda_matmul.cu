@@ -12,7 +12,7 @@ namespace {
 
 const int kSizes[] = {1, 3, 7, 17, 64, 65, 100, 130};
 
-// A context with its workspace.
+// A cuBLASLt context with its workspace.
 struct Blas {
     Device<char> workspace{gpu::kMatmulWorkspace};
     gpu::MatmulContext context;
@@ -20,7 +20,7 @@ struct Blas {
     operator gpu::MatmulContext&() { return context; }
 };
 
-// An input: as the device has it, and in double.
+// An input, on the device and as doubles.
 template <class Real>
 struct Input {
     Vector values;
@@ -170,7 +170,7 @@ TEST_CASE("cuda matmul: failures name the product") {
     Blas blas;
     Input<bf16> x(64 * 64, 1);
     Device<bf16> c(64 * 64);
-    auto odd = (bf16*)((char*)c.get() + 1);  // an address that no algorithm takes
+    auto odd = (bf16*)((char*)c.get() + 1);  // no algorithm accepts this address
     std::string text = message([&] {
         gpu::matmul(odd, (const bf16*)x, (const bf16*)x, 3, 5, 7, true, false, false, {.bias = x}, blas,
                     nullptr);
@@ -199,6 +199,6 @@ TEST_CASE("cuda matmul: column sums") {
     check_column_sums<float>(1000, 8);
     check_column_sums<float>(1000, 9);
     check_column_sums<bf16>(1000, 72);
-    check_column_sums<bf16>(300, 64, 1);  // no address for packs
-    check_column_sums<bf16>(3, 33000);    // more columns than blocks
+    check_column_sums<bf16>(300, 64, 1);  // the address does not allow packs
+    check_column_sums<bf16>(3, 33000);    // there are more columns than blocks
 }

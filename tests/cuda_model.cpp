@@ -1,5 +1,5 @@
-// The CUDA model, executed by dev/ptxsim, against the CPU's: the same weights and batch must give the same
-// loss and the same gradient of every tensor.
+// The CUDA model, executed by dev/ptxsim, compared with the CPU's: the same weights and batch must give the
+// same loss and the same gradient of every tensor.
 #include "dev/ptxsim/report.h"
 #include "llmc/cpu/dispatch.h"
 #include "llmc/options.h"
@@ -22,7 +22,7 @@ std::string describe(const GPTConfig& c) {
                ", conv ", c.short_conv);
 }
 
-// Weights like those after some training: noise on all that starts as zero or one.
+// Fills the weights as after some training: also those that start as zero or one get noise.
 void fill(Model& model) {
     uint64_t seed = 1;
     for (const ParameterTensor& t : model.table.tensors) {
@@ -39,8 +39,8 @@ Vector gradient(const Model& model, const ParameterTensor& t) {
     return Vector(values.begin(), values.end());
 }
 
-// How far the gradients of a model are from those of another: all of them together, and each tensor. One
-// whose gradient is next to nothing is held against a share of the whole.
+// The distance between the gradients of two models: of all gradients together, and of each tensor. A tensor
+// with a very small gradient is compared relative to a fraction of the whole.
 struct Distance {
     double all = 0;
     std::map<std::string, double> tensors;
@@ -62,7 +62,7 @@ Distance distance(const Model& model, const Model& from) {
     return d;
 }
 
-// One step of AdamW on the gradients, clipped to a norm of 0.5, which returns their norm before.
+// Makes one step of AdamW with the gradients clipped to a norm of 0.5. Returns their norm before clipping.
 double update(Model& model, Optimizer& optimizer, int step) {
     model.clip_gradients(0.5);
     optimizer.step(model.table.all(), 1e-3, step);
@@ -74,11 +74,11 @@ struct Means {
     int count = 0;
 };
 
-// Two micro-batches and two updates. In float32 the CUDA model is held against the CPU's. In bf16 both round,
-// each in its own places, and high powers raise what was rounded: both are held against the CPU's in float32,
-// and the CUDA model must be within the bound or at most twice as far off as the CPU's. A gradient of a few
-// numbers (q_gain, decay) is too much a matter of chance for that: means_of_few gathers how far off each
-// model is.
+// Runs two micro-batches and two updates. In float32 the CUDA model is compared with the CPU's. In bf16 the
+// two models round in different places, and high powers increase the errors, so both are compared with the
+// CPU model in float32: the CUDA model must be within the bound, or at most twice as far off as the CPU's.
+// For a gradient of a few numbers (q_gain, decay) that depends too much on chance, so means_of_few sums how
+// far off each model is.
 void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few = nullptr) {
     INFO(describe(config));
     const int B = options.batch, T = options.seq;
@@ -153,7 +153,8 @@ void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few 
         Slice slice = layer < 0 ? gpu->table.all() : gpu->table.range(layer);
         CHECK(gpu->gradient_norm(slice) == doctest::Approx(std::sqrt(squares)).epsilon(1e-6));
     }
-    // AdamW's first steps are of one size, whatever the gradient's: a tensor moves by what its signs are.
+    // The first steps of AdamW have the same size for every gradient: a tensor moves by the signs of its
+    // gradient.
     for (int step = 1; step <= 2; step++)
         for (size_t i = 0; i < models.size(); i++) update(*models[i], *optimizers[i], step);
     for (const ParameterTensor& t : exact->table.tensors) {
@@ -177,7 +178,7 @@ GPTConfig small() {
     return c;
 }
 
-// Every attention with positions and qk-norm, then every scale with every decay.
+// Every kind of attention with positions and qk-norm, then every scale with every decay.
 std::vector<GPTConfig> configs() {
     std::vector<GPTConfig> all;
     for (AttentionKind kind : reference::every_kind())
@@ -260,7 +261,7 @@ TEST_CASE("the CUDA model against the CPU's: gradients added up in bf16") {
 TEST_CASE("the CUDA model: gradients in bf16 beside those in float32") {
     const int B = 2, T = 23;
     GPTConfig config = small();
-    std::vector<std::unique_ptr<Model>> models;  // float32, bf16
+    std::vector<std::unique_ptr<Model>> models;  // in float32 and in bf16
     std::vector<std::unique_ptr<Optimizer>> optimizers;
     std::vector<int> tokens = reference::random_ints((size_t)B * T, config.vocab_size, 10);
     for (Precision gradients : {Precision::fp32, Precision::bf16}) {
@@ -282,7 +283,7 @@ TEST_CASE("the CUDA model: gradients in bf16 beside those in float32") {
         CHECK(d.worst() < 1e-2);
         for (size_t i = 0; i < models.size(); i++) update(*models[i], *optimizers[i], step);
     }
-    // A step whose gradient is not finite changes nothing, and says where it is from.
+    // A step whose gradient is not finite changes nothing, and the message says where the NaN comes from.
     for (size_t i = 0; i < models.size(); i++) {
         Model* model = models[i].get();
         const ParameterTensor& t = model->table.tensors[0];
@@ -323,7 +324,7 @@ TEST_CASE("the CUDA model against the CPU's: tokens one after another from a cac
         }
         for (size_t at = 0; at < tokens.size();) {
             CAPTURE(at);
-            int n = at == 0 ? 11 : 1;  // a prompt that is longer than the model takes at once
+            int n = at == 0 ? 11 : 1;  // the prompt is longer than the model takes at once
             const float* logits[2];
             for (Model* model : {cpu.get(), gpu.get()})
                 logits[model == gpu.get()] = model->decode(&tokens[at], n);

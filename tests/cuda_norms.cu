@@ -15,7 +15,8 @@ struct Size {
     int B, T, H, D;
 };
 
-// (H), with what attention_forward leaves in stats; the same bits under every schedule.
+// The norms (H), computed from the stats of attention_forward. They must have the same bits under every
+// schedule.
 template <class Real>
 std::vector<AttentionNorms> measure(const AttentionOption& option, const Size& size,
                                     const std::vector<Real>& qkv) {
@@ -98,7 +99,7 @@ TEST_CASE("cuda norms: many sequences") {
 }
 
 TEST_CASE("cuda norms: rows that one key has nearly to itself") {
-    // As in tests/test_norms.cpp: what is left of error is a float's rounding of large scores.
+    // As in tests/test_norms.cpp, the remaining error comes from rounding large scores to float.
     const Size size = {1, 40, 2, 8};
     const int C = size.H * size.D;
     Floats qkv = reference::normal((size_t)size.T * 3 * C, 4, 0.05);

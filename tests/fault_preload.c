@@ -1,20 +1,20 @@
-// LD_PRELOAD library of tests/test_resume.cpp and tests/test_prepare_faults.py: counts the calls by which a
-// program changes what is on the disk under one folder, and lets something happen at the n-th. Between two calls
-// the disk does not change, so dying before call n + 1 is dying after call n too.
+// LD_PRELOAD library of tests/test_resume.cpp and tests/test_prepare_faults.py. It counts the calls by which
+// a program changes the disk under one folder, and causes a fault at the n-th call. The disk does not change
+// between two calls, so a process that dies before call n + 1 has also died after call n.
 //
-//   FAULT_FOLDER  the folder's absolute path; where it is not set nothing is counted
-//   FAULT_AT      n, from 1
-//   FAULT_DO      signal  the process gets signal FAULT_VALUE, before the call
-//                 twice   the same, two times
-//                 half    a write writes half of its bytes, and the process is killed
+//   FAULT_FOLDER  the folder's absolute path; without it, nothing is counted
+//   FAULT_AT      n, counted from 1
+//   FAULT_DO      signal  the process gets signal FAULT_VALUE before the call
+//                 twice   the process gets it twice
+//                 half    the call writes half of its bytes, and the process is killed
 //                 error   the call fails with errno FAULT_VALUE
-//                 full    the disk is full from here on: this write takes half of its bytes, and from then on
-//                         whatever needs space fails with ENOSPC
-//                 stuck   from here on nothing can be deleted: errno FAULT_VALUE
-//   FAULT_GONE    a file: when it has been opened for reading, its folder gets another name
-//   FAULT_LOG     a file outside of the folder, which gets a line a call: "write PATH"
+//                 full    the disk is full: this call writes half of its bytes, and all later calls that need
+//                         space fail with ENOSPC
+//                 stuck   from this call on, nothing can be deleted: the calls fail with errno FAULT_VALUE
+//   FAULT_GONE    a file; when it has been opened for reading, its folder is renamed
+//   FAULT_LOG     a file outside of the folder, to which each call adds a line: "write PATH"
 //
-// The calls go to the kernel directly, so there is no other function that could be called by mistake.
+// The functions call the kernel directly, so they cannot call each other by mistake.
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -35,7 +35,8 @@ static const char* setting(const char* name) {
     return value ? value : "";
 }
 
-// The path of `path`, seen from the folder that is open as `fd`; of what is open as `fd` where it is "".
+// The full path of `path`, which is relative to the folder that is open as `fd`. If `path` is "", the path of
+// the file that is open as `fd`.
 static void full_path(char* out, size_t size, int fd, const char* path) {
     char link[64], base[PATH_MAX] = "";
     snprintf(link, sizeof(link), fd == AT_FDCWD ? "/proc/self/cwd" : "/proc/self/fd/%d", fd);
@@ -52,7 +53,7 @@ static void log_call(const char* call, const char* path) {
     close(fd);
 }
 
-// Counts a call and says what is to become of it; sets errno where it is to fail.
+// Counts a call, and returns what has to happen to it. Sets errno if the call has to fail.
 static enum fate fate_of(const char* call, int needs_space, int fd, const char* path) {
     static atomic_int calls;
     char name[2 * PATH_MAX];
@@ -121,7 +122,7 @@ int open(const char* path, int flags, ...) {
     CALL("open", 1, AT_FDCWD, path, syscall(SYS_openat, AT_FDCWD, path, flags, mode));
 }
 
-// Python's name for it.
+// Python calls open() by this name.
 int open64(const char* path, int flags, ...) {
     va_list rest;
     va_start(rest, flags);

@@ -1,4 +1,4 @@
-// What several tests need: a folder of their own, and checks of an error's text.
+// What several tests need: a temporary folder, and checks of the text of an error.
 #pragma once
 #include <doctest/doctest.h>
 #include <stdlib.h>
@@ -11,7 +11,7 @@
 
 #include "llmc/error.h"
 
-// A new folder that goes away with the object.
+// A new folder, which is removed with the object.
 class TempFolder {
   public:
     TempFolder() {
@@ -32,8 +32,8 @@ class TempFolder {
     std::string path_;
 };
 
-// Writes a file without the syncs of write_text, for tests that make thousands. A new file each time: some
-// filesystems sync one that is cut to nothing and written again.
+// Writes a file without the syncs of write_text(), because some tests write thousands of files. It makes a
+// new file each time, because some filesystems sync a file that is truncated and written again.
 inline void put_file(const std::string& path, const std::string& text) {
     std::filesystem::remove(path);
     std::ofstream file(path, std::ios::binary);
@@ -41,7 +41,7 @@ inline void put_file(const std::string& path, const std::string& text) {
     if (!file.flush()) fail("cannot write ", path);
 }
 
-// The text of the Error that f throws; "" where it throws none.
+// The text of the Error that f throws, or "" if it throws none.
 template <class F>
 std::string error_of(F f) {
     try {
@@ -52,7 +52,7 @@ std::string error_of(F f) {
     return "";
 }
 
-// f must throw an Error whose one line contains every part.
+// Checks that f throws an Error, and that its text is one line that contains every part.
 template <class F>
 void check_error(F f, std::initializer_list<std::string> parts) {
     const std::string error = error_of(f);

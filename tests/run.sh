@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Runs the C++ tests, the programs given as arguments, and the Python tests, and ends with one line: N passed, N failed.
-# Called by `make test`, which builds what it needs first. LLMC_TEST_DATA: a folder with tinyshakespeare.txt, wikitext2/
-# and gpt2/, for tests on real text; they are skipped, with a notice, where it is not set.
+# `make test` calls it, after building what it needs. LLMC_TEST_DATA names a folder with tinyshakespeare.txt, wikitext2/
+# and gpt2/ for tests on real text. If it is not set, these tests are skipped with a notice.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-# Threads that wait spinning would take minutes more where other programs run beside the tests.
+# If threads waited in a loop, the tests would take minutes longer while other programs run beside them.
 export OMP_WAIT_POLICY=passive
 export LLMC_TRAIN_GPT=build/train_gpt LLMC_FAULT_PRELOAD=build/fault_preload.so
 [ ! -e train_gptcu_sim ] || export LLMC_TRAIN_GPTCU=./train_gptcu_sim
 log=$(mktemp -d)
 trap 'rm -rf "$log"' EXIT
 
-# The first program starts others and waits for them; all else runs beside it, each into a file of its own.
+# The first program starts others and waits for them. All other tests run beside it, each with its output in a file.
 passed=0 failed=0
 declare -A beside
 run_beside() { # name, command

@@ -1,6 +1,6 @@
-// What a model's folder may hold, and what it may not: shards with an index, tensors that do not fit, pipes,
-// names and values that are no text. Everything is checked when the folder is opened, so most of it is
-// checked here without the program.
+// What a model's folder may contain, and what it may not: shards with an index, tensors that do not fit,
+// pipes, names and values that are not text. The folder is checked when it is opened, so most tests do not
+// need the program.
 #include "llmc/checkpoint.h"
 
 #include <sys/stat.h>
@@ -33,7 +33,7 @@ const Fixture& fixture() {
     return fixture;
 }
 
-// One process for each way to open a model.
+// The commands that open a model, one for each way.
 Strings commands_on(const std::string& model, const TempFolder& folder) {
     const std::string data = " --threads 2 --data " + fixture().data;
     return {"generate --temperature 0 --tokens 5 --threads 2 --model " + model,
@@ -43,7 +43,7 @@ Strings commands_on(const std::string& model, const TempFolder& folder) {
                 " --init-from " + model + data};
 }
 
-// A safetensors file with some of the tensors of another.
+// A safetensors file with some of the tensors of another file.
 Safetensors part_of(const Safetensors& whole, const std::function<bool(const std::string&)>& chosen) {
     Safetensors part = whole;
     part.header = Json::object(), part.data.clear();
@@ -57,7 +57,7 @@ Safetensors part_of(const Safetensors& whole, const std::function<bool(const std
     return part;
 }
 
-// With another tensor at its end, a copy of the data of `like`.
+// The file with one more tensor at its end, whose data is a copy of that of `like`.
 Safetensors with_tensor(Safetensors file, const std::string& name, const std::string& like) {
     const Json entry = file.header[like];
     const size_t begin = entry["data_offsets"][0], end = entry["data_offsets"][1], at = file.data.size();
@@ -67,7 +67,7 @@ Safetensors with_tensor(Safetensors file, const std::string& name, const std::st
     return file;
 }
 
-// A folder with the fixture's model in two shards.
+// A folder that has the fixture's model in two shards.
 struct Sharded {
     std::string path, index_path = path + "/model.safetensors.index.json";
     const Safetensors whole{fixture().model + "/model.safetensors"};
@@ -97,7 +97,7 @@ void check_open_fails(const std::string& folder, std::initializer_list<std::stri
     check_error([&] { Checkpoint{folder}; }, parts);
 }
 
-// Writes trainer.json with the checksum that goes with it.
+// Writes trainer.json with the right checksum.
 void put_trainer(const std::string& path, Json json) {
     json["crc32"] = checkpoint_detail::json_crc32(json);
     put_file(path, json.dump());
@@ -122,7 +122,7 @@ TEST_CASE("checkpoint: a model in shards is the same as in one file") {
             CHECK(results[0].out == results[1].out);
         }
     }
-    // Hugging Face's name for the same tensors.
+    // Hugging Face has other names for the same tensors.
     Safetensors renamed = sharded.whole;
     renamed.header.clear();
     for (const auto& [name, entry] : sharded.whole.header.items())
@@ -171,7 +171,7 @@ TEST_CASE("checkpoint: an index that is not right about its shards is refused") 
         },
         {path + "/" + second, fc, "not here", index});
     bad([&](Sharded&) { put_file(path + "/config.json", "{}"); }, {"config.json"});
-    // A file that holds all goes before an index.
+    // A file with all tensors is preferred to an index.
     fs::copy(fixture().model + "/model.safetensors", path);
     fs::copy_file(fixture().model + "/config.json", path + "/config.json",
                   fs::copy_options::overwrite_existing);
@@ -193,7 +193,7 @@ TEST_CASE("checkpoint: shapes are compared before memory is taken") {
         check_failed(result, 1, {model + "/model.safetensors", "wte.weight", "(900, 16)", "(900, 65536)"});
         CHECK(result.out == "");
     }
-    // The moments, too.
+    // The same for the moments.
     fs::remove_all(model);
     fs::copy(fixture().checkpoint, model);
     fs::remove(model + "/optimizer.safetensors");
@@ -340,7 +340,7 @@ TEST_CASE("checkpoint: paths that are not UTF-8 are saved and found again") {
     check_done(train_gpt("dump --batch 2 --seq 8 --threads 2",
                          {"--model", out, "--data", data, "--file", folder / "\xff"}));
     CHECK(fs::exists(folder / "\xff"));
-    // What --data was is not the same as another path, which is told.
+    // If --data is another path than before, the program says so.
     const Result moved = train_gpt(flags + "3", {"--resume", "--out", out, "--data", fixture().data});
     CHECK(moved.status == 0);
     CHECK(contains(moved.out, "changed by the command line: --data \"" + fixture().data + "\" (was ["));

@@ -1,5 +1,5 @@
-// The program as its users meet it: bad command lines, bad files, training that diverges, and what generate,
-// eval and dump say. tests/test_resume.cpp has checkpoints, kills and full disks.
+// The program as its users see it: bad command lines, bad files, training that diverges, and the output of
+// generate, eval and dump. tests/test_resume.cpp tests checkpoints, kills and full disks.
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -14,7 +14,8 @@ namespace {
 using namespace cli;
 namespace fs = std::filesystem;
 
-// One dataset and one model of it for all tests. `data` has 4 training sequences of 16 tokens.
+// One dataset, and one model that was trained on it, for all tests. `data` has 4 training sequences of 16
+// tokens.
 struct Fixture {
     TempFolder folder;
     std::string data = folder / "data", model;
@@ -31,7 +32,7 @@ const Fixture& fixture() {
     return fixture;
 }
 
-// A command for each way to open a model.
+// The commands that open a model, one for each way.
 std::vector<std::string> commands_on(const std::string& model, const TempFolder& folder) {
     const std::string data = " --threads 2 --data " + fixture().data;
     return {"generate --tokens 1 --threads 2 --model " + model, "eval --model " + model + data,
@@ -218,7 +219,7 @@ TEST_CASE("cli: folders and files that cannot be written") {
                      1, {out});
     }
     CHECK(get_file(folder / "file") == "text");
-    // Results that are printed must not be lost without a word.
+    // If printed results are lost, the program must fail with a message.
     if (!fs::exists("/dev/full")) {
         MESSAGE("skipped: there is no /dev/full");
         return;
@@ -228,7 +229,7 @@ TEST_CASE("cli: folders and files that cannot be written") {
                      1, {"stdout"});
 }
 
-#ifndef __SANITIZE_ADDRESS__  // which ends the program where it cannot allocate
+#ifndef __SANITIZE_ADDRESS__  // it ends the program when an allocation fails
 TEST_CASE("cli: a model too large for the memory is refused") {
     const TempFolder folder;
     check_failed(
@@ -244,7 +245,7 @@ TEST_CASE("cli: bad token shards are refused, with the file's name") {
     const TempFolder folder;
     const std::string data = folder / "data", shard_path = data + "/train_000000.bin";
     const std::string good = shard(fixture().train);
-    auto with_int = [&](size_t index, int32_t value) {  // in the header
+    auto with_int = [&](size_t index, int32_t value) {  // changes a number in the header
         std::string text = good;
         memcpy(&text[4 * index], &value, 4);
         return text;
@@ -254,7 +255,8 @@ TEST_CASE("cli: bad token shards are refused, with the file's name") {
         tokens.at(index) = token;
         return shard(tokens);
     };
-    std::string wide = with_int(0, 20240801).substr(0, 1024);  // uint32 tokens, all of them 2^32 - 1
+    std::string wide =
+        with_int(0, 20240801).substr(0, 1024);  // a file of uint32 tokens that are all 2^32 - 1
     wide[4] = 7, wide += std::string(4 * fixture().train.size(), '\xff');
     struct Bad {
         std::string text;
@@ -325,7 +327,7 @@ TEST_CASE("cli: dataset folders with missing or broken parts are refused") {
         check_failed(train_gpt("train --data " + data + " --out " + out + kTiny), 1, bad.parts);
         CHECK_FALSE(fs::exists(out));
     }
-    fs::remove_all(data);  // which is not a folder of llm.c's with GPT-2's vocabulary
+    fs::remove_all(data);  // a missing folder is not taken for one of llm.c, which has GPT-2's vocabulary
     const std::string on = " --batch 2 --threads 2 --data " + data, &model = fixture().model;
     for (const std::string& command :
          {"train --out " + out + " --init-from " + model, "eval --model " + model})
@@ -338,7 +340,7 @@ TEST_CASE("cli: a broken model.safetensors is refused, with its tensor") {
     copy_model(fixture().model, model);
     const Safetensors good(path);
     const std::string name = "h.0.attn.c_attn.weight";  // (16, 48)
-    // The file with one key of the tensor's entry changed.
+    // The file, in which one key of the tensor's entry is changed.
     auto with = [&](const char* key, const Json& value) {
         Safetensors file = good;
         file.header[name][key] = value;
@@ -406,7 +408,7 @@ TEST_CASE("cli: a broken config.json is refused, with its key") {
     const Json good = Json::parse(get_file(path));
     struct Bad {
         const char* key;
-        Json value;  // null: the key is taken out
+        Json value;  // null: the key is removed
         Strings parts;
     };
     const Bad table[] = {
@@ -415,7 +417,7 @@ TEST_CASE("cli: a broken config.json is refused, with its key") {
         {"n_layer", 0, {"n_layer", "0"}},
         {"n_layer", 1.5, {"n_layer", "1.5"}},
         {"n_layer", int64_t{1} << 40, {"n_layer"}},
-        {"n_layer", 2, {"h.1."}},  // a layer that model.safetensors does not have
+        {"n_layer", 2, {"h.1."}},  // model.safetensors does not have this layer
         {"n_embd", "16", {"n_embd", "\"16\""}},
         {"n_embd", nullptr, {"n_embd", "missing"}},
         {"n_positions", -16, {"n_positions", "-16"}},
@@ -503,7 +505,7 @@ TEST_CASE("cli: training that diverges stops with status 3 and keeps the last ch
                 }
             }
         }
-        // At a position that no sequence reaches it shows in no loss, but must not come into a checkpoint.
+        // No sequence reaches this position, so the NaN is in no loss, but it must not get into a checkpoint.
         Safetensors bad = good;
         bad.poke("wpe.weight", 15 * 16, std::nanf(""));
         put_file(path, bad.text());
@@ -564,7 +566,7 @@ TEST_CASE("cli: generate follows its seed, and is greedy where it must be") {
     for (const char* flags : {"--temperature 0 --seed 2", "--top-k 1 --seed 3", "--top-p 1e-9 --seed 4",
                               "--temperature 1e-6 --seed 5"})
         CHECK(text(flags) == greedy);
-    check_done(train_gpt(command));  // without a prompt, from the start of a document
+    check_done(train_gpt(command));  // without a prompt the text begins like a document
     const Result empty = train_gpt("generate --threads 2 --tokens 0 --model " + fixture().model,
                                    {"--prompt", "caf\u00e9 \u4e2d"});
     check_done(empty);
@@ -572,12 +574,12 @@ TEST_CASE("cli: generate follows its seed, and is greedy where it must be") {
 }
 
 TEST_CASE("cli: a model learns a sentence by heart and says it past its context") {
-    // The tokens of the sentence are all different, so the one before decides the next.
+    // The tokens of the sentence are all different, so each token determines the next one.
     const std::string sentence = "0,1;2.3:4!5?6-7(8)9\n";
     const Tokenizer tokenizer(kTokenizer);
     const std::vector<int> ids = tokenizer.encode(sentence);
     CHECK(std::set<int>(ids.begin(), ids.end()).size() == ids.size());
-    REQUIRE(ids.size() > 16);  // the context
+    REQUIRE(ids.size() > 16);  // the sentence is longer than the context
     const TempFolder folder;
     Tokens tokens;
     std::string text;
@@ -592,7 +594,7 @@ TEST_CASE("cli: a model learns a sentence by heart and says it past its context"
         const std::string out = folder / std::to_string(kind);
         const std::string model = train_model(folder / "data", out, flags + kinds[kind], 150);
         CHECK(read_metrics(out).back().at("loss") < 0.01);
-        // Prompts shorter and longer than the context of 16 tokens.
+        // One prompt is shorter and one longer than the context of 16 tokens.
         for (size_t begins : {size_t{4}, 2 * sentence.size()}) {
             const Result result =
                 train_gpt("generate --temperature 0 --tokens 50 --threads 2 --model " + model,
@@ -617,7 +619,7 @@ TEST_CASE("cli: eval of a model of zeros finds every token equally likely") {
     struct Text {
         Tokens period;
         double bytes_a_token;
-        int separator = -1;  // according to meta.json
+        int separator = -1;  // the separator that meta.json names
     };
     for (const Text& text : {Text{{letter}, 1}, Text{{the, letter}, 2.5}, Text{{letter, end}, 0.5},
                              Text{{letter, the}, 0.5, the}}) {
@@ -626,7 +628,7 @@ TEST_CASE("cli: eval of a model of zeros finds every token equally likely") {
         write_dataset(data, kTokenizerVocab, tokens, tokens);
         put_file(data + "/meta.json",
                  Json{{"vocab_size", kTokenizerVocab}, {"eot_token", text.separator}}.dump());
-        // 6 sequences: whole batches and a part of one.
+        // 6 sequences make whole batches and a part of one.
         for (const char* batch : {"1", "4", "6", "100"}) {
             const Result result =
                 train_gpt("eval --threads 2 --model " + model + " --data " + data + " --batch " + batch);
@@ -651,11 +653,11 @@ TEST_CASE("cli: eval says the same whatever the batch, and what training said") 
         CHECK(loss(flags) == doctest::Approx(whole).epsilon(1e-6));
     CHECK(std::abs(loss("--batches 1 --batch 1") - whole) > 1e-4);
     CHECK(std::abs(loss("--split train") - whole) > 1e-4);
-    // Training validates on whole batches: 4 of the 5 sequences.
+    // Training validates only on whole batches: on 4 of the 5 sequences.
     const std::string run = parent_folder(fixture().model);
     CHECK(read_metrics(run).back().at("val_loss").get<double>() ==
           doctest::Approx(loss("--batches 2 --batch 2")).epsilon(1e-6));
-    // The newest checkpoint of a run stands for the run.
+    // If --model is the folder of a run, its newest checkpoint is used.
     CHECK(number_after("loss ",
                        train_gpt("eval --threads 2 --model " + run + " --data " + fixture().data).out) ==
           whole);
@@ -690,7 +692,7 @@ TEST_CASE("cli: dump writes every tensor, and its loss is eval's") {
     }
     CHECK(found == expected);
 
-    // The loss from the logits, in double.
+    // Computes the loss from the logits, in double.
     const auto inputs = dump.values<int32_t>("input_ids"), targets = dump.values<int32_t>("targets");
     const std::vector<float> logits = dump.values("logits");
     double loss = 0;
@@ -715,7 +717,7 @@ TEST_CASE("cli: the number of threads changes no loss") {
                 threads, " --data ", fixture().data, " --out ", out, kSizes)));
         losses[threads - 1] = read_metrics(out);
     }
-    REQUIRE(losses[0].size() == 14);  // 12 steps, and a validation before the first and after the last
+    REQUIRE(losses[0].size() == 14);  // 12 steps, and validations before the first and after the last one
     REQUIRE(losses[1].size() == 14);
     for (size_t i = 0; i < 14; i++)
         for (const char* key : {"loss", "val_loss", "grad_norm"})

@@ -1,6 +1,5 @@
-// The flags that say how a model is computed, as users meet them: --dtype, --attention-kernel, --recompute,
-// --cache,
-// --norms-every, the choice of the instruction set, and what limits the number of threads.
+// The flags that say how a model is computed, as users see them: --dtype, --attention-kernel, --recompute,
+// --cache and --norms-every; the choice of the instruction set, and what limits the number of threads.
 #include <algorithm>
 #include <sched.h>
 
@@ -16,7 +15,7 @@ namespace {
 using namespace cli;
 namespace fs = std::filesystem;
 
-// Data with something to learn, long enough for several chunks of 64.
+// Data from which a model can learn, with sequences of several chunks of 64 tokens.
 struct Fixture {
     TempFolder folder;
     std::string data = folder / "data";
@@ -36,7 +35,7 @@ const Fixture& fixture() {
 
 const std::string kLong = " --layers 2 --heads 2 --channels 16 --context 128 --batch 2 --lr 1e-2";
 
-// The losses of a run with these flags, in order.
+// The losses of a run with these flags, in the order of the steps.
 std::vector<double> losses(const std::string& flags, const Strings& environment = {}, int steps = 12) {
     const TempFolder folder;
     check_done(train_gpt(str("train --data ", fixture().data, " --out ", folder / "run", kLong, " --steps ",
@@ -64,14 +63,15 @@ const Strings& instruction_sets() {
         for (const char* isa : {"avx2", "avx512", "avx512_bf16"}) {
             const std::string variable = str("LLMC_ISA=", isa);
             const Result probe = train_gpt("eval --model none --data none", {}, {{variable}});
-            if (!contains(probe.err, variable)) found.push_back(variable);  // else it was refused
+            if (!contains(probe.err, variable)) found.push_back(variable);  // else the program refused it
         }
         return found;
     }();
     return all;
 }
 
-// While it lives, this process and those that it starts run on one core, as under taskset or in a cpuset.
+// While an object of this type lives, this process and those that it starts run on one core, as under taskset
+// or in a cpuset.
 struct OnOneCore {
     cpu_set_t before;
     explicit OnOneCore(bool wanted) {
@@ -102,7 +102,7 @@ TEST_CASE("cli: recomputation changes no loss") {
         const std::vector<double> all = losses(flags + "none");
         for (const char* recompute : {"gelu", "layernorm", "block"}) CHECK(losses(flags + recompute) == all);
     }
-    // And each takes less memory than the one before.
+    // Each of them also takes less memory than the one before.
     const TempFolder folder;
     int last = std::numeric_limits<int>::max();
     for (const std::string recompute : {"none", "gelu", "layernorm", "block"}) {
@@ -127,7 +127,7 @@ TEST_CASE("cli: the linear kernel follows the tiled one") {
         const std::string flags = str(kind, " --attention-kernel ");
         const std::vector<double> tiled = losses(flags + "tiled"), linear = losses(flags + "linear");
         CHECK(largest_difference(tiled, linear) < 1e-4);
-        CHECK(tiled != linear);  // it was another kernel
+        CHECK(tiled != linear);  // different bits show that another kernel ran
     }
 }
 
@@ -215,14 +215,14 @@ TEST_CASE("cli: what oneDNN cannot multiply is one line of ours") {
         "--data " +
             fixture().data + " --out " + (folder / "run") + kLong,
         {}, {{"ONEDNN_MAX_CPU_ISA=SSE41"}});
-    // Without AVX-512 BF16, or without oneDNN, it is not asked to.
+    // Without AVX-512 BF16, or without oneDNN, the program does not ask oneDNN for products in bf16.
     if (result.status != 0)
         check_failed(result, 1, {"oneDNN cannot multiply (", "in bf16", "ONEDNN_MAX_CPU_ISA"});
 }
 
 TEST_CASE("cli: LLMC_ISA with a name that is none is refused") {
     const Result result = train_gpt("eval --model none --data none", {}, {{"LLMC_ISA=mmx"}});
-    // A program that was built for one processor (make DISPATCH=0) has no choice to make.
+    // A program that was built for one processor (make DISPATCH=0) has only one instruction set.
     if (contains(result.err, "none: ")) return;
     check_failed(result, 2, {"LLMC_ISA=mmx", "avx512_bf16", "avx512", "avx2"});
 }
@@ -307,7 +307,7 @@ TEST_CASE("cli: --norms-every logs every head and layer, and changes no loss") {
         std::set<int> steps;
         std::vector<double> all;
         int heads = 0, layers = 0;
-        std::map<int, double> squares, norms;  // of the gradient, by step
+        std::map<int, double> squares, norms;  // of the gradient, for each step
         for (const Json& entry : read_metrics(out)) {
             const int step = entry.at("step");
             for (const char* key : {"loss", "val_loss"})

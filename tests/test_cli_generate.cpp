@@ -1,5 +1,5 @@
 // generate, and the samples of training: where texts start and end, prompts of every kind, and each token
-// against the logits of dump.
+// compared with the logits of dump.
 #include <sys/stat.h>
 
 #include <algorithm>
@@ -17,7 +17,7 @@ namespace {
 using namespace cli;
 namespace fs = std::filesystem;
 
-constexpr int kVocab = 257;  // the bytes, and a token that ends a text
+constexpr int kVocab = 257;  // one token for each byte, and one that ends a text
 constexpr int kEnd = 256;
 
 // A tokenizer whose ids 0 to 255 are the bytes themselves.
@@ -33,8 +33,8 @@ std::string byte_tokenizer(const std::string& end_token) {
     return json.dump();
 }
 
-// A small model with large random weights, whose next token depends on all before it. It never writes a byte
-// that is no ASCII, so that its text is its tokens, and ends a text only where `ends`.
+// Writes a small model with large random weights, in which the next token depends on all tokens before it. It
+// writes only ASCII characters, so that the bytes of its text are its tokens. It ends a text only if `ends`.
 void write_model(const std::string& folder, GPTConfig config, bool ends = false) {
     fs::create_directory(folder);
     config.layers = 1, config.heads = 2, config.channels = 16, config.context = 16,
@@ -65,7 +65,7 @@ GPTConfig rope_config() {
     return config;
 }
 
-// What generate writes greedily; it must not complain.
+// The text that generate writes with greedy sampling. There must be no warning.
 std::string greedy(const std::string& model, int tokens, const Strings& more = {}, const Run& run = {}) {
     const Result result = train_gpt(
         str("generate --temperature 0 --threads 2 --model ", model, " --tokens ", tokens), more, run);
@@ -94,8 +94,9 @@ TEST_CASE("cli: greedy generation chooses the likeliest of dump's logits, within
         write_model(model, config);
         fs::create_directory(data);
         put_file(data + "/meta.json", Json{{"vocab_size", kVocab}}.dump());
-        // A row of dump is what the model saw of a text when it chose the tokens from `first` of the row on.
-        // Learned positions end at the context, 16, after which a text goes on from its last 8 tokens.
+        // A row of dump is the part of a text that the model saw when it chose the tokens from number `first`
+        // of the row on. Learned positions end at the context, 16; after it, a text continues from its last 8
+        // tokens.
         struct Row {
             std::string text;
             int first;
@@ -149,10 +150,11 @@ TEST_CASE("cli: config.json says where texts start and end, and else the tokeniz
         put_file(path, config.dump());
     };
     const int n = 60;
-    auto started_by = [&](const std::string& token) {  // what comes after it, where nothing ends it
-        say(nullptr, 200);
-        return greedy(model, n, {"--prompt", token}).substr(token.size());
-    };
+    auto started_by =
+        [&](const std::string& token) {  // the text after this token, with no token that ends it
+            say(nullptr, 200);
+            return greedy(model, n, {"--prompt", token}).substr(token.size());
+        };
     const std::string a = started_by("A"), b = started_by("B"), end = started_by("<|endoftext|>");
     auto before = [](const std::string& text, const std::string& token) {
         REQUIRE(contains(text, token));
@@ -170,9 +172,9 @@ TEST_CASE("cli: config.json says where texts start and end, and else the tokeniz
     CHECK(greedy(model, n) == before(a, {(char)x}));
     say(65, {y, x, 200});
     CHECK(greedy(model, n) == std::min(before(a, {(char)x}), before(a, {(char)y})));
-    say(nullptr, {66, b[5]});  // the first of them starts where nothing else does
+    say(nullptr, {66, b[5]});  // the first of them starts a text, because nothing else is named
     CHECK(greedy(model, n) == before(b, {b[5]}));
-    // Nothing is said: not at all, by null, or by what the vocabulary does not have.
+    // If config.json names no token, or none that the vocabulary has, <|endoftext|> is used.
     for (const Json& nothing : {Json(), Json(50256), Json(-1), Json(Json::array())}) {
         say(nothing, nothing);
         CHECK(greedy(model, n) == before(end, "<|endoftext|>"));
@@ -203,7 +205,7 @@ TEST_CASE("cli: training starts and ends its samples, and its checkpoints' texts
     const Json written = Json::parse(get_file(checkpoint + "/config.json"));
     CHECK(written.at("bos_token_id") == kEnd);
     CHECK(written.at("eos_token_id") == kEnd);
-    // The sample is what generate writes with the sampler's seed of this step.
+    // The sample is the text that generate writes with the seed that the sampler has in this step.
     const Result generated = train_gpt("generate --tokens 200 --threads 2 --seed 7 --model " + checkpoint);
     check_done(generated);
     CHECK(contains(result.out, start + generated.out + "---\n"));
@@ -220,14 +222,14 @@ TEST_CASE("cli: prompts from a file, from stdin and from a pipe that is slow") {
     const std::string expected = greedy(model, 5, {"--prompt-file", file});
     CHECK(expected.starts_with(text));
     CHECK(expected.size() == text.size() + 5);
-    put_file(file, "\xef\xbb\xbf" + text);  // a byte order mark is no part of it
+    put_file(file, "\xef\xbb\xbf" + text);  // a byte order mark does not belong to the prompt
     CHECK(greedy(model, 5, {"--prompt-file", file}) == expected);
     Run from_file;
     from_file.stdin_from = file;
     CHECK(greedy(model, 5, {"--prompt-file", "-"}, from_file) == expected);
     CHECK(greedy(model, 5, {"--prompt-file", "/dev/null"}) == greedy(model, 5));
 
-    // The writer waits until the program reads, and then so long that it must say that it waits.
+    // The writer waits until the program reads, and then long enough that the program must say that it waits.
     REQUIRE(mkfifo(pipe.c_str(), 0600) == 0);
     std::thread writer([&] {
         const int fd = open(pipe.c_str(), O_WRONLY);
@@ -240,7 +242,8 @@ TEST_CASE("cli: prompts from a file, from stdin and from a pipe that is slow") {
     });
     const Result slow = train_gpt("generate --temperature 0 --threads 2 --tokens 5 --model " + model,
                                   {"--prompt-file", pipe});
-    const int released = open(pipe.c_str(), O_RDONLY | O_NONBLOCK);  // a writer that waits for a reader
+    const int released =
+        open(pipe.c_str(), O_RDONLY | O_NONBLOCK);  // releases a writer that waits for a reader
     writer.join();
     close(released);
     CHECK(slow.status == 0);
@@ -251,7 +254,7 @@ TEST_CASE("cli: prompts from a file, from stdin and from a pipe that is slow") {
     put_file(file, "abc\xff");
     check_failed(train_gpt(command, {"--prompt-file", file}), 1, {file, "UTF-8", "3"});
     check_failed(train_gpt(command, {"--prompt-file", "-"}, from_file), 1, {"stdin", "UTF-8", "3"});
-    check_failed(train_gpt(command, {"--prompt-file", "-"}), 1, {"stdin", "cannot read"});  // it is closed
+    check_failed(train_gpt(command, {"--prompt-file", "-"}), 1, {"stdin", "cannot read"});  // stdin is closed
     check_failed(train_gpt(command, {"--prompt-file", folder / "none"}), 1,
                  {folder / "none", "No such file"});
     check_failed(train_gpt(command, {"--prompt-file", model}), 1, {model, "directory"});

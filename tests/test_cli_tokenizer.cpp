@@ -1,5 +1,5 @@
-// tokenizer.json of a dataset beside that of a model: when they must be the same, which of them a checkpoint
-// gets, and what goes on without one that this program can encode with.
+// The tokenizer.json of a dataset and that of a model: when they must be the same, which of them a checkpoint
+// gets, and what still works if this program cannot encode with it.
 #include "tests/cli.h"
 
 namespace {
@@ -11,7 +11,8 @@ const std::string kSmall = " --batch 2 --val-every 0 --sample-tokens 2 ",
                   kOneStep = kSmall + " --steps 1 --threads 2 ";
 
 // A dataset, a run on it, and the dataset with other tokenizers: in `other` two tokens have changed places,
-// `same` is what another program wrote when it saved `data`, `none` has no tokenizer.json.
+// `same` has the file that another program wrote when it saved that of `data`, and `none` has no
+// tokenizer.json.
 struct Fixture {
     TempFolder folder;
     const std::string data = folder / "data", other = folder / "other", same = folder / "same",
@@ -70,7 +71,7 @@ TEST_CASE("cli: a dataset with another tokenizer than the model's is refused") {
     check_failed(train_gpt(resume + f.other + " --new-tokenizer --init-from " + f.model), 1, parts);
     CHECK_FALSE(fs::exists(run + "/step_00000002"));
 
-    // Where it is meant. From there on the new tokenizer is that of the model.
+    // With --new-tokenizer it is allowed. From then on the model has the new tokenizer.
     check_done(train_gpt(f.from_model(f.other, out) + " --new-tokenizer"));
     CHECK(get_file(out + "/step_00000001/tokenizer.json") == get_file(f.other + "/tokenizer.json"));
     check_done(train_gpt("train --resume --steps 2 --threads 2 --out " + out));
@@ -123,6 +124,6 @@ TEST_CASE("cli: train and eval need no tokenizer.json of the kind that is implem
     CHECK(contains(eval.out, "perplexity"));
     CHECK_FALSE(contains(eval.out, "bits per byte"));
     check_failed(train_gpt("generate --threads 2 --model " + out), 1, {"tokenizer.json", "normalizer"});
-    // It is still compared.
+    // The tokenizers are still compared.
     check_failed(train_gpt("eval --threads 2 --model " + out + " --data " + f.data), 1, {"normalizer"});
 }

@@ -1,4 +1,4 @@
-"""dev/compare.py: agrees where two dumps agree, and says no to every way in which they may not."""
+"""dev/compare.py: accepts two dumps that agree, and rejects them for every way in which they may differ."""
 import contextlib
 import io
 import re
@@ -32,7 +32,7 @@ class CompareTest(unittest.TestCase):
         self.folder = Path(folder.name)
 
     def compare(self, a: dict, b: dict, *flags: str) -> tuple[int, str]:
-        """The exit status and what was printed."""
+        """Returns the exit status and the output."""
         paths = []
         for name, tensors in [("a", a), ("b", b)]:
             paths.append(str(self.folder / f"{name}.safetensors"))
@@ -116,7 +116,7 @@ class CompareTest(unittest.TestCase):
                 other[name].reshape(-1)[-1] = value
                 self.check_differs(other, dump(), name, "--atol=1e30", "--rtol=1e30", "--loss-rtol=1e30",
                                    why="NaN or Inf")
-                # NaN in both files is no agreement either
+                # If both files have NaN they do not agree either.
                 self.check_differs(other, other, name)
 
     def test_not_finite_gradients_hide_no_others(self) -> None:
@@ -137,7 +137,7 @@ class CompareTest(unittest.TestCase):
         other = dump()
         other["logits"] = other["logits"].reshape(6, 9)
         self.check_differs(other, dump(), "logits")
-        # neither may numpy's broadcasting make them agree
+        # Broadcasting in numpy must not make them agree.
         other["logits"], ones = np.ones((1, 9), np.float32), {**dump(), "logits": np.ones((2, 9), np.float32)}
         self.check_differs(other, ones, "logits")
 

@@ -1,5 +1,5 @@
-// The CUDA trainer as a program, on dev/ptxsim: it follows the CPU's, each goes on from the other's
-// checkpoints, and where the device fails it says so and leaves all checkpoints whole.
+// The CUDA trainer as a program, on dev/ptxsim. It has the same losses as the CPU trainer, and each of them
+// continues from checkpoints of the other. If the device fails, it says so, and all checkpoints stay whole.
 #include <algorithm>
 #include <cmath>
 #include <set>
@@ -11,7 +11,7 @@ namespace {
 using namespace cli;
 namespace fs = std::filesystem;
 
-// What the simulator checks is checked by the kernels' own tests, where there is more time.
+// Switches the simulator's checks off, because the kernels' own tests have them on.
 const std::string kQuick = "nobounds,nouninit,norace";
 
 bool has_cuda() {
@@ -26,7 +26,7 @@ Result train_gptcu(const std::string& line, const Strings& more = {}, const std:
                       .program = environment("LLMC_TRAIN_GPTCU", "")});
 }
 
-// Words in an order that can be learnt, and a model for them.
+// Words in an order that a model can learn, and the flags of a model for them.
 struct Words {
     TempFolder folder;
     std::string data = folder / "data";
@@ -44,7 +44,7 @@ const Words& words() {
     return words;
 }
 
-// What all runs have in common.
+// The part of the command line that all runs have in common.
 std::string train(const std::string& out, const std::string& flags) {
     return "train --data " + words().data + " --out " + out + " --lr 3e-3 --val-batches 2 --sample-every 0" +
            (contains(flags, "--dtype") ? " " : " --dtype fp32 ") + flags;
@@ -52,7 +52,7 @@ std::string train(const std::string& out, const std::string& flags) {
 
 const std::string kModel = " --layers 2 --heads 2 --channels 16 --context 16 --batch 2 ";
 
-// The losses by step, the validation's by minus the step.
+// The losses of each step; those of the validation have the key -1 - step.
 std::map<int, double> losses(const std::string& out) {
     std::map<int, double> all;
     for (const Json& entry : read_metrics(out)) {
@@ -74,7 +74,7 @@ void check_follows(const std::string& out, const std::string& other, size_t coun
     CHECK(largest < 1e-4);
 }
 
-// A run that has come as far as step 70 of `out`.
+// Makes `to` a run that has come as far as step 70 of `out`.
 void copy_half(const std::string& out, const std::string& to) {
     fs::create_directory(to);
     fs::copy(out + "/step_00000070", to + "/step_00000070");
@@ -93,7 +93,7 @@ TEST_CASE("cuda cli: 100 steps follow the CPU's, and each goes on from the other
     check_done(train_gpt(train(cpu, flags)));
     check_done(train_gptcu(train(gpu, flags)));
     check_follows(gpu, cpu, 103);
-    CHECK(losses(cpu).at(100) < 0.8 * losses(cpu).at(1));  // there was something to follow
+    CHECK(losses(cpu).at(100) < 0.8 * losses(cpu).at(1));  // the model has learnt something
 
     const std::string from_cpu = folder / "from_cpu", from_gpu = folder / "from_gpu";
     copy_half(cpu, from_cpu), copy_half(gpu, from_gpu);
@@ -102,7 +102,7 @@ TEST_CASE("cuda cli: 100 steps follow the CPU's, and each goes on from the other
     check_done(train_gpt("train --resume --out " + from_gpu));
     check_follows(from_gpu, gpu, 103);
 
-    // From its own it goes on bit for bit, with graphs as without.
+    // From its own checkpoints it continues with the same bits, with CUDA graphs and without.
     const std::string graph = folder / "graph";
     copy_half(gpu, graph);
     check_done(train_gptcu("train --cuda-graph --resume --out " + graph));
@@ -129,7 +129,7 @@ TEST_CASE("cuda cli: softmax and bf16 follow the CPU's float32") {
     check_done(train_gptcu(train(gpu, flags + " --cuda-graph --recompute block")));
     check_follows(gpu, cpu, 22);
     std::string line = train(bf16, flags);
-    line.erase(line.find("--dtype fp32"), 12);  // bf16 is what it takes without
+    line.erase(line.find("--dtype fp32"), 12);  // the default is bf16
     check_done(train_gptcu(line));
     for (const auto& [step, loss] : losses(bf16)) CHECK(std::abs(loss - losses(cpu).at(step)) < 0.05);
     CHECK(losses(bf16) != losses(gpu));
@@ -137,7 +137,7 @@ TEST_CASE("cuda cli: softmax and bf16 follow the CPU's float32") {
 
 namespace {
 
-// A run that is at step 1, and the same at its end, step 2, when nothing fails.
+// A run that is at step 1, and the same run at its end, step 2, if nothing fails.
 struct Runs {
     TempFolder folder;
     const std::string begun = folder / "begun", whole = folder / "whole";
@@ -172,8 +172,8 @@ void check_same_folder(const std::string& found, const std::string& expected) {
     }
 }
 
-// Goes on from step 1 while the simulator fails as `failure` says, and then without. Returns whether it
-// failed: the n-th of too few does not come.
+// Continues from step 1 with a simulator that fails as `failure` says, and then without the failure. Returns
+// whether the run failed: if there are fewer than n calls, the n-th cannot fail.
 bool check_failure(const std::string& failure, const Strings& parts) {
     CAPTURE(failure);
     const TempFolder folder;
@@ -192,7 +192,7 @@ bool check_failure(const std::string& failure, const Strings& parts) {
     return result.status != 0;
 }
 
-// The first failures, about the last, and some between.
+// Checks the first failures, those near the last one, and some in between.
 void check_failures(const std::string& option, const Strings& parts) {
     auto fails = [&](int n) { return check_failure(str(option, "=", n), parts); };
     REQUIRE(fails(1));
@@ -216,7 +216,7 @@ TEST_CASE("cuda cli: a launch that fails") {
     if (!has_cuda()) return;
     const Strings parts = {"cudaErrorLaunchOutOfResources", "too many resources requested for launch", ".h:"};
     check_failures("fail-launch", parts);
-    // While a graph is captured, in the second step.
+    // A failure while a graph is captured, in the second step.
     const TempFolder folder;
     int captured = 0;
     for (int n : {40, 46, 52}) {
@@ -261,7 +261,7 @@ TEST_CASE("cuda cli: a model too large for the device, and the flags with which 
                                      batch + flags),
                            {}, "memory=" + memory);
     };
-    // Too little for 38 MiB, of which cuBLASLt's workspace is 32.
+    // The model needs 38 MiB, of which 32 are cuBLASLt's workspace; the device has less.
     const Strings parts = {"out of GPU memory: ", " MiB asked for, ", " MiB free: "};
     std::set<std::string> advices;
     for (const char* memory : {"37M", "36M", "34M"}) {

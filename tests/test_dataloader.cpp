@@ -30,14 +30,14 @@ std::string shard_text(int32_t magic, int32_t version, int32_t count, const std:
     return text;
 }
 
-// A shard of the tokens first, first+1, ...
+// Writes a shard with the tokens first, first+1, ...
 void write_shard(const std::string& path, int first, int count) {
     std::vector<uint16_t> tokens(count);
     for (int i = 0; i < count; i++) tokens[i] = (uint16_t)(first + i);
     put_file(path, shard_text(kMagic16, 1, count, tokens));
 }
 
-// Samples first .. first+B-1, each as its first token; the rest of each is checked to go on from there.
+// The first token of each of the samples first .. first+B-1. Checks that the other tokens follow it.
 std::vector<int> first_tokens(const DataLoader& loader, int64_t first, int B, int T) {
     std::vector<int> inputs(B * T, -1), targets(B * T, -1), out;
     loader.batch(first, B, inputs.data(), targets.data());
@@ -51,8 +51,8 @@ std::vector<int> first_tokens(const DataLoader& loader, int64_t first, int B, in
     return out;
 }
 
-// Chi-square: about `degrees` where all counts are fair, with a standard deviation of sqrt(2 degrees). The
-// seeds are fixed, so the result is too.
+// A chi-square test. If all counts are fair, the statistic is about `degrees`, with a standard deviation of
+// sqrt(2 degrees). The seeds are fixed, so the result is always the same.
 void check_fair(const std::vector<int>& counts, double expected, double degrees) {
     double chi_square = 0;
     for (int count : counts) chi_square += (count - expected) * (count - expected) / expected;
@@ -64,9 +64,9 @@ void check_fair(const std::vector<int>& counts, double expected, double degrees)
 TEST_CASE("TokenDataset: sequences of a shard, neighbours sharing one token, none across shards") {
     const TempFolder folder;
     write_shard(folder / "train_000001.bin", 500, 9);   // 2 sequences of 4
-    write_shard(folder / "train_000000.bin", 100, 12);  // 2, and 3 tokens over
+    write_shard(folder / "train_000000.bin", 100, 12);  // 2 sequences, and 3 tokens are left
     write_shard(folder / "fineweb_train_000001.bin", 900, 5);
-    write_shard(folder / "val_000000.bin", 700, 13);  // 3
+    write_shard(folder / "val_000000.bin", 700, 13);  // 3 sequences
     write_shard(folder / "retrieval_train_000009.bin", 1000, 5);
     put_file(folder / "train.txt", "no shard");
     put_file(folder / "notes.bin", "no shard");
@@ -131,7 +131,7 @@ TEST_CASE("TokenDataset: a folder with more or less than meta.json counts is ref
     auto say = [&](const std::string& counts) {
         put_file(folder / "meta.json", R"({"vocab_size": 50257)" + counts + "}");
     };
-    write_shard(folder / "val_000000.bin", 0, 9);  // another split
+    write_shard(folder / "val_000000.bin", 0, 9);  // this is another split
     write();
     for (const char* good : {"", R"(, "tokens": {"train": 33}, "shards": {"train": 3, "val": 9})",
                              R"(, "tokens": {"val": 1}, "shards": {"train": null})"}) {
@@ -146,11 +146,11 @@ TEST_CASE("TokenDataset: a folder with more or less than meta.json counts is ref
     }
     say(R"(, "shards": {"train": 2})");
     check_error(load, {folder.path(), "counts 2 train shards", "has 3"});
-    say(R"(, "tokens": {"train": 33})");  // without the number of shards
+    say(R"(, "tokens": {"train": 33})");  // the number of shards is missing
     std::filesystem::remove(folder / "train_000001.bin");
     check_error(load, {folder.path(), "train", "22 tokens", "meta.json counts 33"});
     say(R"(, "tokens": {"train": 33}, "shards": {"train": 3})");
-    write_shard(folder / "train_000001.bin", 0, 12);  // of another dataset
+    write_shard(folder / "train_000001.bin", 0, 12);  // this shard is from another dataset
     check_error(load, {folder.path(), "train", "34 tokens", "meta.json counts 33"});
     for (int i : {0, 1, 2}) std::filesystem::remove(folder / ("train_00000" + std::to_string(i) + ".bin"));
     check_error(load, {folder / "train_000000.bin", "missing", "has 0"});
@@ -282,7 +282,8 @@ TEST_CASE("DataLoader: every epoch has every sequence once, whatever the batch")
     CHECK(first_tokens(other_seed, 0, 13, 3) != first_tokens(loader, 0, 13, 3));
     CHECK(orders.count(in_order) == 0);
 
-    // In batches of any size, from any place, on loaders of their own (as ranks or a resumed run have).
+    // Batches may have any size and begin at any place, and each may come from its own loader, as in a
+    // resumed run.
     for (int B : {1, 2, 3, 5, 8, 13, 20, 78}) {
         for (int first = 0; first + B <= 78; first += B) {
             const std::vector<int> expected(samples.begin() + first, samples.begin() + first + B);

@@ -1,4 +1,4 @@
-"""The documents say what is so: options.md has the program's options, and the files they name are there."""
+"""The documents are right: options.md has the program's options, and the files that they name exist."""
 import os
 import re
 import sys
@@ -11,13 +11,13 @@ import options_doc  # noqa: E402
 
 PROGRAM = ROOT / os.environ.get("LLMC_TRAIN_GPT", "train_gpt")
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("dev/*/*.md")]
-# What a document names in `code` is a file of the project if it begins with one of these, or is in its root.
+# A name in `code` is a file of the project if it begins with one of these folders, or is in the root folder.
 FOLDERS = "llmc/", "data/", "dev/", "docs/", "tests/", "llmc/cpu/", "llmc/cuda/"
-MADE = re.compile(r"data/(shakespeare|plays|mine)|docs/options\.md")  # by a command beside it
+MADE = re.compile(r"data/(shakespeare|plays|mine)|docs/options\.md")  # a command in the document makes these
 
 
 def heading_anchors(path: Path) -> set[str]:
-    """As GitHub makes them."""
+    """The anchors that GitHub makes for the headings of a document."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -54,7 +54,7 @@ class DocumentsTest(unittest.TestCase):
 
     def test_files_that_are_named_exist(self) -> None:
         for document in DOCUMENTS:
-            if document.name == "CHANGELOG.md":  # it also names what is no longer there
+            if document.name == "CHANGELOG.md":  # it also names files that no longer exist
                 continue
             for name in re.findall(r"`([\w./*-]+/[\w./*-]*|[\w-]+\.(?:cpp|cu|h|py|sh))`", document.read_text()):
                 if name.startswith(FOLDERS) and not MADE.match(name) or re.fullmatch(r"train_gpt\.\w+", name):

@@ -82,7 +82,7 @@ TEST_CASE("FileWriter: what was written in pieces of any size is in the file") {
     const TempFolder folder;
     const size_t MiB = 1 << 20;
     for (size_t size : {size_t{0}, size_t{1}, MiB - 1, MiB, MiB + 1, 3 * MiB + 7}) {
-        for (size_t piece : {size_t{1000}, MiB, MiB + 1, 4 * MiB}) {  // and every second one of 10 bytes
+        for (size_t piece : {size_t{1000}, MiB, MiB + 1, 4 * MiB}) {  // every second piece has 10 bytes
             CAPTURE(size);
             CAPTURE(piece);
             const std::string text = random_text(size, (unsigned)size);
@@ -145,7 +145,7 @@ TEST_CASE("FileWriter: interrupted and short writes go on where they stopped") {
     sigemptyset(&alarm);
     sigaddset(&alarm, SIGALRM);
     std::string received;
-    ::pthread_sigmask(SIG_BLOCK, &alarm, nullptr);  // in the reader, which inherits it
+    ::pthread_sigmask(SIG_BLOCK, &alarm, nullptr);  // the reader thread inherits the mask
     std::thread reader([&] {
         const Descriptor in(::open(pipe.c_str(), O_RDONLY));
         std::vector<char> part(50000);

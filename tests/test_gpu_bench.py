@@ -1,5 +1,5 @@
-"""dev/bench/cuda_layers.cu on the simulator, and the scripts that make a report of what it measures. What the
-figures say is not tested: on the simulator they mean nothing."""
+"""dev/bench/cuda_layers.cu on the simulator, and the scripts that make a report of its measurements. The measured
+values are not tested, because on the simulator they mean nothing."""
 import json
 import re
 import subprocess
@@ -30,7 +30,7 @@ class LayersTest(Folder):
     def measure(self, *flags: str) -> dict:
         file = self.folder / "layers.json"
         done = subprocess.run([LAYERS, "--quick", "--json", file, *flags], capture_output=True, text=True)
-        self.assertEqual((done.returncode, done.stderr), (0, ""))  # no report of the simulator either
+        self.assertEqual((done.returncode, done.stderr), (0, ""))  # the simulator has reported nothing
         return json.loads(file.read_text())
 
     def test_layers(self) -> None:
@@ -76,7 +76,7 @@ class LossesTest(unittest.TestCase):
 
 class ReportTest(Folder):
     def test_whatever_there_is(self) -> None:
-        """Stages that failed leave no file, half a file or one with errors, and hide nothing of others."""
+        """A stage that failed leaves no file, half a file or a file with errors. The other stages are still shown."""
         def write(name: str, content: str) -> None:
             (self.folder / name).write_text(content)
 

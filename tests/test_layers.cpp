@@ -1,6 +1,6 @@
-// Every layer of llmc/cpu but attention (test_attention.cpp) against the double precision oracle, in float
-// and in bf16. The oracle gets the inputs as the layer does, rounded, so that only the layer's own rounding
-// shows.
+// Every layer of llmc/cpu except attention (test_attention.cpp), compared with the double-precision oracle,
+// in float and in bf16. The oracle gets the same rounded inputs as the layer, so that the difference is only
+// the layer's own rounding.
 #include "llmc/cpu/adamw.h"
 #include "llmc/cpu/classifier.h"
 #include "llmc/cpu/cross_entropy.h"
@@ -38,7 +38,7 @@ bool none_nan(const Real* x, size_t n) {
     return std::none_of(x, x + n, [](Real value) { return is_nan(value); });
 }
 
-// normal() as Real.
+// normal(), rounded to Real.
 template <class Real>
 std::vector<Real> normal_as(size_t n, uint64_t seed, double scale = 1, double mean = 0) {
     return convert<Real>(normal(n, seed, scale, mean));
@@ -102,7 +102,7 @@ void check_linear(int N, int IC, int OC, bool has_bias, bool wants_dinp) {
             {"dweight", accumulate ? Output::added_to : Output::overwritten, d.dweight}};
         if (wants_dinp) outputs.push_back(output<Real>("dinp", Output::overwritten, d.dinp, stored<Real>()));
         if (has_bias) outputs.push_back({"dbias", Output::added_to, d.dbias});
-        check_layer({dout, inp, weight}, outputs, [&](auto& o) {  // an output that is not listed is null
+        check_layer({dout, inp, weight}, outputs, [&](auto& o) {  // outputs that are not listed are null
             cpu::matmul_backward<Real>(o["dinp"], o["dweight"], o["dbias"], dout.data(), inp.data(),
                                        weight.data(), accumulate, N, IC, OC);
         });
@@ -120,7 +120,7 @@ TEST_CASE("matmul: all transposes, overwriting, accumulating, with bias") {
                 for (auto [accumulate, has_bias] : {std::pair(false, false), {true, false}, {false, true}}) {
                     check_matmul<float, float>(M, N, K, trans_a, trans_b, accumulate, has_bias);
                     check_matmul<float, bf16>(M, N, K, trans_a, trans_b, accumulate, has_bias);
-                    if (accumulate) continue;  // only floats are
+                    if (accumulate) continue;  // only outputs in float can accumulate
                     check_matmul<bf16, bf16>(M, N, K, trans_a, trans_b, accumulate, has_bias);
                     check_matmul<bf16, float>(M, N, K, trans_a, trans_b, accumulate, has_bias);
                 }
@@ -239,8 +239,8 @@ TEST_CASE_TEMPLATE("layernorm", Real, float, bf16) {
 
 TEST_CASE_TEMPLATE("layernorm: rows of mean 1000 and deviation 1 need the variance in two passes", Real,
                    float, bf16) {
-    // 768 such floats summed one by one are off by up to 0.5, their mean by 6e-4. E[x^2] - mean^2 in float is
-    // off by 0.06.
+    // If 768 such floats are summed one by one, the sum is wrong by up to 0.5, and the mean by 6e-4. E[x^2] -
+    // mean^2 in float is wrong by 0.06.
     for (int C : {33, 64, 768}) check_layernorm<Real>(3, C, normal((size_t)3 * C, 1, 1, 1000), 1e-3);
 }
 
@@ -296,9 +296,9 @@ TEST_CASE_TEMPLATE("layernorm: a NaN comes out as NaN", Real, float, bf16) {
 // gelu
 
 TEST_CASE("gelu: every value over [-30, 30]") {
-    // The error is relative to the value itself down to x = -10, where it ends below a float's smallest
-    // normal number; e^(-2u) turns one rounding of u into |2u| of them, hence not 1e-6. The two terms of the
-    // derivative cancel near x = -0.75.
+    // The error is relative to the value down to x = -10, where the value is below a float's smallest normal
+    // number. e^(-2u) multiplies the rounding error of u by |2u|, so the tolerance is more than 1e-6. The two
+    // terms of the derivative cancel near x = -0.75.
     const double kTolerance = 2e-5, kSmallest = 1e-36;
     Floats x;
     for (double value = -30; value <= 30; value += 1.0 / 512) x.push_back((float)value);
@@ -333,7 +333,7 @@ TEST_CASE_TEMPLATE("gelu: sizes, and backward in place", Real, float, bf16) {
         for (size_t i = 0; i < n; i++) {
             y[i] = gelu(x[i]);
             dx[i] = dout[i] * gelu_derivative(x[i]).value();
-            dbias[i % C] += dx[i];  // of the gradients before they are rounded
+            dbias[i % C] += dx[i];  // sums the gradients before they are rounded
         }
         double tolerance = stored<Real>();
         check_layer({x}, {output<Real>("out", Output::overwritten, y, tolerance)},
@@ -452,7 +452,7 @@ void check_qk_norm_rope(int T, int H, int D, bool norm, bool rope) {
     QkNormRope y = qk_norm_rope_forward(to_double(inp), to_double(gain), rope, B, T, H, D);
     const double tolerance = stored<Real>();
     std::vector<Output> outputs = {output<Real>("out", Output::overwritten, y.out, tolerance)};
-    if (norm) outputs.push_back({"rstd", Output::overwritten, y.rstd});  // without norm it may be null
+    if (norm) outputs.push_back({"rstd", Output::overwritten, y.rstd});  // without norm, rstd may be null
     std::vector<Floats> result = check_layer({inp, gain, table}, outputs, [&](auto& o) {
         cpu::qk_norm_rope_forward<Real>(o["out"], o["rstd"], inp.data(), gain_or_null, table_or_null, B, T, H,
                                         D);
@@ -511,7 +511,7 @@ TEST_CASE_TEMPLATE("qk_norm_rope: odd heads without rotation, rows of zeros, NaN
 
 namespace {
 
-// dlogits apart from the logits, of either type, and, as floats, in their place.
+// Checks dlogits apart from the logits, in both types; and in the place of the logits, in float.
 void check_cross_entropy(int N, int V, int Vp, Floats logits /*(N,Vp)*/) {
     CAPTURE(N);
     CAPTURE(V);
@@ -592,7 +592,7 @@ TEST_CASE_TEMPLATE("cross_entropy: a NaN comes out as NaN", Real, float, bf16) {
 
 namespace {
 
-// The loss and its gradients through the output projection, row by row.
+// Computes the loss and its gradients through the output projection, row by row.
 template <class Real>
 void check_classifier(int N, int C, int V, int Vp, float dloss, bool accumulate) {
     CAPTURE(N);
@@ -612,8 +612,8 @@ void check_classifier(int N, int C, int V, int Vp, float dloss, bool accumulate)
         dwte = sum(dwte, matmul(dlogits, row, Vp, C, 1));
     }
     std::vector<Output> outputs = {{"losses", Output::overwritten, losses}};
-    if (dloss != 0) {  // both are products of gradients that bf16 has rounded once already
-        double of_sums = Vp > 1000 ? 1e-4 : 1e-5;  // matmul_loops() adds Vp floats one by one
+    if (dloss != 0) {  // the factors of both products are gradients that were already rounded to bf16
+        double of_sums = Vp > 1000 ? 1e-4 : 1e-5;  // because matmul_loops() adds Vp floats one by one
         outputs.push_back(output<Real>("dinp", Output::overwritten, dinp, 2 * stored<Real>(of_sums)));
         outputs.push_back(
             {"dwte", accumulate ? Output::added_to : Output::overwritten, dwte, stored<Real>()});
@@ -652,8 +652,8 @@ TEST_CASE_TEMPLATE("adamw: several steps", Real, float, bf16) {
         float learning_rate, beta1, beta2, eps, weight_decay, grad_scale;
         int first_step;
     };
-    // The parameters are as small as the updates, and some eps as large as the gradients, so that each term
-    // shows.
+    // The parameters are as small as the updates, and some eps are as large as the gradients, so that every
+    // term matters.
     const Case cases[] = {
         {0.01f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.0f, 1},    {0.01f, 0.9f, 0.999f, 1e-2f, 0.0f, 0.3f, 1},
         {0.003f, 0.5f, 0.9f, 0.5f, 10.0f, 2.0f, 1},    {0.01f, 0.0f, 0.95f, 1e-8f, 1.0f, 1.0f, 1},
@@ -694,7 +694,7 @@ TEST_CASE("adamw: a weight without a gradient only decays, and a NaN stays where
     Floats param = {1.0f, 2.0f, 3.0f}, grad = {0.0f, kNan, 1.0f}, m(3), v(3);
     std::vector<bf16> copy(3);
     for (Floats* x : {&param, &grad, &m, &v})
-        x->reserve(16);  // GCC takes the vectors' untaken path for an overrun
+        x->reserve(16);  // or GCC warns of an overrun in a branch that is never taken
     copy.reserve(16);
     cpu::adamw_update(param.data(), copy.data(), grad.data(), m.data(), v.data(), 3, 0.1f, 0.9f, 0.95f, 1e-8f,
                       0.5f, 1.0f, 1);

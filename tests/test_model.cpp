@@ -1,4 +1,5 @@
-// The whole model against the PyTorch twin's golden files, and against itself: generation and accumulation.
+// The whole model, compared with the golden files of the PyTorch twin and with itself (generation and
+// accumulation).
 #define LLMC_TESTING
 #include "train_gpt.cpp"
 
@@ -23,7 +24,7 @@ double squares(const float* x, size_t n) {
     return sum;
 }
 
-// ||a - b|| / ||b||, NaN where either is.
+// ||a - b|| / ||b||, or NaN if a or b has a NaN.
 double relative_error(const float* a, const float* b, size_t n) {
     double difference = 0;
     for (size_t i = 0; i < n; i++) difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
@@ -44,7 +45,7 @@ std::vector<int> ints(const SafetensorsFile& file, const std::string& name) {
     return values;
 }
 
-// A model with the golden parameters: a tensor is the first elements of the stored one.
+// A model with the golden parameters. A tensor takes the first elements of the stored tensor.
 template <class Real = float>
 std::unique_ptr<cpu::GPT<Real>> golden_model(const GPTConfig& config, const SafetensorsFile& params,
                                              const ModelOptions& options) {
@@ -72,7 +73,7 @@ std::vector<GoldenCase> golden_cases() {
     return cases;
 }
 
-constexpr int kBatch = 2, kSeq = 13;  // of the golden files
+constexpr int kBatch = 2, kSeq = 13;  // the sizes in the golden files
 
 }  // namespace
 
@@ -93,7 +94,7 @@ TEST_CASE("loss, logits and every gradient equal the PyTorch twin's") {
         float loss = (float)model->loss({inputs.data(), targets.data(), kBatch, kSeq}, Pass::training());
         CHECK(relative_error(&loss, floats(*expected.find("loss")).data(), 1) < 1e-5);
         CHECK(expected.tensors().size() == model->table.tensors.size() + 2);
-        double all_gradients = 0;  // their norm
+        double all_gradients = 0;  // the norm of all gradients together
         for (const TensorView& t : expected.tensors())
             if (t.name.starts_with("grad."))
                 all_gradients += squares(floats(t).data(), t.bytes / sizeof(float));
@@ -105,8 +106,8 @@ TEST_CASE("loss, logits and every gradient equal the PyTorch twin's") {
             REQUIRE(stored->shape == t.shape);
             std::vector<float> gradient(t.size), wanted = floats(*stored);
             model->read(Store::gradients, t, gradient.data());
-            // With scale `sum` and qk-norm q_gain cancels but for the 1e-6 in the normaliser: its gradient is
-            // rounding.
+            // With scale `sum` and qk-norm, q_gain cancels, except for the 1e-6 in the normaliser. So its
+            // gradient consists of rounding errors.
             double norm = std::sqrt(squares(wanted.data(), t.size));
             bool rounding = norm < 1e-6 * all_gradients;
             double allowed = rounding ? 1e-7 * all_gradients : 1e-4 * norm;
@@ -124,7 +125,7 @@ TEST_CASE("bf16: loss and gradients are those of float32 but for rounding") {
         auto model = golden_model<cpu::bf16>(golden.config, params, {Purpose::training, kBatch, kSeq});
         float loss = (float)model->loss({inputs.data(), targets.data(), kBatch, kSeq}, Pass::training());
         CHECK(relative_error(&loss, floats(*expected.find("loss")).data(), 1) < 1e-2);
-        double difference = 0, norm = 0;  // of all gradients together
+        double difference = 0, norm = 0;  // the squares of all gradients together
         for (const ParameterTensor& t : model->table.tensors) {
             std::vector<float> gradient(t.size), wanted = floats(*expected.find("grad." + t.name));
             model->read(Store::gradients, t, gradient.data());
@@ -201,7 +202,8 @@ TEST_CASE("generation with the cache gives the logits of the training forward pa
                     CHECK(relative_error(logits, expected.data() + (size_t)(position - 1) * V, V) < 1e-5);
                 }
             }
-            // Nor does generation leave anything behind for the next batch, such as later positions' angles.
+            // Generation also leaves nothing that changes the next batch, such as the angles of later
+            // positions.
             model->clear_cache();
             model->decode(inputs.data(), 2);
             model->decode(inputs.data(), kSeq);
@@ -238,7 +240,7 @@ TEST_CASE("a prompt longer than the buffers goes through the cache in pieces") {
     CHECK(relative_error(small->decode(tokens.data(), 33), expected.data() + 32 * 50, 50) < 1e-5);
 }
 
-// A model with weights as for training, of kinds that have the linear form, on sequences of several chunks.
+// A model with initial weights, a kind of attention that has a linear form, and sequences of several chunks.
 struct LongCase {
     GPTConfig config;
     std::vector<int> tokens;
@@ -287,7 +289,7 @@ TEST_CASE("the linear kernel gives the tiled one's loss and gradients") {
             }
             CHECK(losses[1] == doctest::Approx(losses[0]).epsilon(1e-6));
             CHECK(relative_error(gradients[1].data(), gradients[0].data(), gradients[0].size()) < 1e-5);
-            CHECK(gradients[1] != gradients[0]);  // or it was the same kernel twice
+            CHECK(gradients[1] != gradients[0]);  // different bits show that two different kernels ran
         }
 }
 
@@ -354,7 +356,7 @@ TEST_CASE("micro-batches add up to the gradient of the whole batch") {
     GPTConfig config = golden_cases()[1].config;
     auto whole = golden_model(config, params, {Purpose::training, 2, kSeq}),
          halves = golden_model(config, params, {Purpose::training, 2, kSeq});
-    // Whatever was there before: the first pass of a step does not add to it.
+    // The first pass of a step does not add to what was there before.
     for (const ParameterTensor& t : halves->table.tensors)
         halves->write(Store::gradients, t, std::vector<float>(t.size, 7).data());
     double loss = whole->loss({inputs.data(), targets.data(), 2, kSeq}, Pass::training());
@@ -399,7 +401,7 @@ TEST_CASE("the first tensor with a NaN is found where it arose") {
     model->weights.h[1].fc_bias[3] = INFINITY;
     run();
     CHECK(model->first_nonfinite() == "weight h.1.mlp.c_fc.bias");
-    model->weights.h[1].fc_bias[3] = 3e38f;  // finite itself, but the MLP's output is not
+    model->weights.h[1].fc_bias[3] = 3e38f;  // this is finite, but the output of the MLP is not
     model->weights.h[1].fc_proj_weight[3 * 12] = 3e38f;
     run();
     CHECK(model->first_nonfinite() == "activation h.1.mlp.residual");
@@ -468,7 +470,8 @@ TEST_CASE("buckets are announced in order, complete, in the last pass of a step 
     std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
     auto model = golden_model(golden_cases()[1].config, params, {Purpose::training, kBatch, kSeq});
     const std::vector<Slice> buckets = model->table.buckets();
-    // They cover the array from its end to its start, a block each, the embeddings last.
+    // The buckets cover the array from its end to its start. Each has one block, and the last has the
+    // embeddings.
     REQUIRE((int)buckets.size() == model->L + 1);
     size_t end = model->table.size;
     for (const Slice& bucket : buckets) {
@@ -502,7 +505,7 @@ TEST_CASE("buckets are announced in order, complete, in the last pass of a step 
     REQUIRE(order.size() == buckets.size());
     for (size_t i = 0; i < buckets.size(); i++) {
         CHECK(order[i] == (int)i);
-        CHECK(announced[i] == gradients(buckets[i]));  // nothing came to it after that
+        CHECK(announced[i] == gradients(buckets[i]));  // the bucket has not changed after it was announced
     }
 }
 
@@ -515,7 +518,7 @@ TEST_CASE("an optimizer's step over slices is that over the whole, and not finit
         optimizer->allocate();
         size_t size = model->table.size;
         std::vector<Slice> slices{{0, size}};
-        // Cuts inside of tensors, at multiples of 16 and elsewhere, and an empty slice.
+        // The slices are cut inside of tensors, at multiples of 16 and elsewhere, and one is empty.
         if (in_slices) slices = {{0, 16}, {16, 1000}, {1000, 1000}, {1000, 1007}, {1007, size}};
         for (int step = 1; step <= 2; step++) {
             model->loss({inputs.data(), targets.data(), kBatch, kSeq}, Pass::training());

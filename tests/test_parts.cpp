@@ -28,7 +28,7 @@ TEST_CASE("Philox4x32-10 gives its authors' known answers") {
           PhiloxBlock{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
 }
 
-// Or the weights of a seed would no longer be what they were.
+// If this changed, a seed would no longer give the same weights as before.
 TEST_CASE("normal numbers are Box and Muller's of the blocks of a stream, from block 0 on") {
     float x[3];
     fill_normal(x, 3, 0.5, 0, 0);
@@ -37,7 +37,7 @@ TEST_CASE("normal numbers are Box and Muller's of the blocks of a stream, from b
     CHECK(x[0] == doctest::Approx(radius(0x6627e8d5) * std::cos(turn * 0xe169c58d)).epsilon(1e-6));
     CHECK(x[1] == doctest::Approx(radius(0x6627e8d5) * std::sin(turn * 0xe169c58d)).epsilon(1e-6));
     CHECK(x[2] == doctest::Approx(radius(0xbc57ac4c) * std::cos(turn * 0x9b00dbd8)).epsilon(1e-6));
-    CHECK(random_stream("a") == 0xaf63dc4c8601ec8c);  // FNV-1a's own test vector
+    CHECK(random_stream("a") == 0xaf63dc4c8601ec8c);  // a test vector of FNV-1a
 }
 
 TEST_CASE("normal numbers have the moments of a normal distribution, whatever the number of threads") {
@@ -55,7 +55,8 @@ TEST_CASE("normal numbers have the moments of a normal distribution, whatever th
     CHECK(std::fabs(m4 - 3) < 0.05);
     int threads = omp_get_max_threads();
     omp_set_num_threads(1);
-    fill_normal(y.data(), n + 3, 0.02, 7, random_stream("a"));  // a longer tensor starts the same
+    fill_normal(y.data(), n + 3, 0.02, 7,
+                random_stream("a"));  // a longer tensor begins with the same numbers
     omp_set_num_threads(threads);
     CHECK(std::equal(x.begin(), x.end(), y.begin()));
     fill_normal(y.data(), n, 0.02, 7, random_stream("b"));
@@ -94,7 +95,7 @@ TEST_CASE("the table has GPT-2's tensors and numbers of parameters") {
     for (const ParameterTensor& t : table.tensors) {
         if (t.name == "h.1.attn.q_gain") CHECK(view.h[1].q_gain == array.data() + t.offset);
         if (t.name == "ln_f.bias") CHECK(view.ln_f_bias == array.data() + t.offset);
-        if (t.name == "wpe.weight") CHECK(t.offset >= 32 * 12);  // after the padded vocabulary
+        if (t.name == "wpe.weight") CHECK(t.offset >= 32 * 12);  // it comes after the padded vocabulary
     }
 }
 
@@ -141,7 +142,7 @@ TEST_CASE("learning rates") {
     CHECK(rate("wsd", 80) == doctest::Approx(2.0));
     CHECK(rate("wsd", 90) == doctest::Approx(1.1));
     CHECK(learning_rate_at("cosine", 1, 1, 0, 2.0, 0.1) == doctest::Approx(0.2));   // a run of one step
-    CHECK(learning_rate_at("cosine", 5, 5, 10, 2.0, 0.1) == doctest::Approx(1.0));  // ends within the warm-up
+    CHECK(learning_rate_at("cosine", 5, 5, 10, 2.0, 0.1) == doctest::Approx(1.0));  // it ends in the warm-up
 }
 
 TEST_CASE("the sampler draws from the distribution that its options leave") {
@@ -166,11 +167,11 @@ TEST_CASE("the sampler draws from the distribution that its options leave") {
     check({.top_p = 0.69}, {0.4 / 0.7, 0, 0.3 / 0.7, 0});
     check({.top_p = 0.85}, {0.4 / 0.9, 0, 0.3 / 0.9, 0.2 / 0.9});
     check({.top_p = 0.0}, {1, 0, 0, 0});
-    // In this order: temperature, top-k, top-p.
+    // They apply in this order: temperature, top-k, top-p.
     check({.temperature = 0.5, .top_p = 0.8}, {0.64, 0, 0.36, 0});
     check({.top_k = 3, .top_p = 0.75}, {0.4 / 0.7, 0, 0.3 / 0.7, 0});
     check({.temperature = 0}, {1, 0, 0, 0});
-    // Of equal tokens the first stay; two of four reach a half.
+    // If tokens are equal, the first ones stay. Two of four reach a half.
     const std::vector<float> equal(4);
     for (const SamplerOptions& options : {SamplerOptions{.top_k = 2}, SamplerOptions{.top_p = 0.5}}) {
         std::set<int> drawn;
@@ -254,7 +255,7 @@ TEST_CASE("config.json goes out and comes back; what it may not say is refused")
         check_error([&] { config_from_json(bad, "the/file"); }, parts);
     };
     refused("n_head", 3, {"the/file", "3", "20"});
-    refused("n_head", 20, {"the/file", "even"});  // head size 1 with RoPE
+    refused("n_head", 20, {"the/file", "even"});  // the head size is 1, with RoPE
     refused("n_layer", 0, {"the/file", "n_layer", "0"});
     refused("n_layer", "two", {"the/file", "n_layer", "two"});
     refused("n_embd", 1e10, {"the/file", "n_embd"});
@@ -299,7 +300,7 @@ TEST_CASE("the metrics log drops what lies past the step it goes on from") {
         for (int step = 1; step <= 5; step++) log.write({{"step", step}, {"loss", 1.0 / step}});
     }
     put_file(path, read_text(path) +
-                       std::string("{\"step\":3}\0\0\n", 13) +  // zeros, as a power cut leaves them
+                       std::string("{\"step\":3}\0\0\n", 13) +  // zeros, which a power cut may leave
                        "{\"step\":-1}\n{\"step\":{}}\n[3]\n" + "{\"step\": 6, \"lo");  // killed while writing
     MetricsLog(path, 3).write({{"step", 4}, {"loss", 9.0}});
     CHECK(read_text(path) ==
@@ -325,19 +326,19 @@ TEST_CASE("the line of a head's norms in metrics.jsonl") {
 }
 
 TEST_CASE("a peak that was measured in a bad moment is measured again, and no step is above it") {
-    std::vector<double> rates = {100, 800, 300};  // as they would be measured, one after the other
+    std::vector<double> rates = {100, 800, 300};  // the results of the measurements, one after the other
     size_t measured = 0;
     Peak peak([&] {
         if (measured == rates.size()) fail("out of memory");
         return rates[measured++];
     });
     CHECK(peak.share(50) == 0.5);
-    CHECK(peak.share(400) == 0.5);  // and not 4
+    CHECK(peak.share(400) == 0.5);  // the peak is measured again, so the share is not 4
     CHECK(peak.share(800) == 1);
     CHECK(measured == 2);
-    CHECK(peak.share(1000) == 1);  // the new measurement says less than the step
+    CHECK(peak.share(1000) == 1);  // the step is faster than the new measurement
     CHECK(peak.share(500) == 0.5);
     CHECK(measured == 3);
-    CHECK(peak.share(2000) == 1);  // it cannot be measured any more
+    CHECK(peak.share(2000) == 1);  // the measurement fails
     CHECK(peak.share(500) == 0.25);
 }

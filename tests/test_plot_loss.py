@@ -1,4 +1,4 @@
-"""dev/plot_loss.py: draws runs, also those that are still going on, and refuses what it cannot read."""
+"""dev/plot_loss.py: draws runs, also those that are still running, and refuses files that it cannot read."""
 import contextlib
 import io
 import sys
@@ -28,7 +28,7 @@ class PlotLossTest(unittest.TestCase):
 
     def test_a_half_written_last_line_is_left_out(self) -> None:
         whole = self.metrics.read_bytes()
-        # A line of a run that goes on, and what a power cut may leave.
+        # The last line of a run that is still running, and what a power cut may leave.
         for last in b'{"step":3,"lo', b'{"step":3,"loss":2.', b"\0" * 20:
             self.metrics.write_bytes(whole + last)
             self.assertEqual(plot_loss.read_losses(str(self.run_folder)),

@@ -1,4 +1,4 @@
-"""dev/plot_norms.py: draws runs of every kind, predicts as llmc/norms.h does, refuses what it cannot read."""
+"""dev/plot_norms.py: draws runs of every kind, predicts as llmc/norms.h does, and refuses files that it cannot read."""
 import contextlib
 import io
 import json
@@ -34,7 +34,7 @@ class PlotNormsTest(unittest.TestCase):
         self.folder = Path(folder.name)
 
     def make_run(self, name: str, lines: list, config: dict | str | None = CONFIG, seq: int = 32) -> str:
-        """Lines and a config that are strings are written as they are."""
+        """Makes a run. Lines or a config that are strings are written unchanged."""
         def text(value) -> str:
             return value if isinstance(value, str) else json.dumps(value)
         run = self.folder / name
@@ -78,7 +78,7 @@ class PlotNormsTest(unittest.TestCase):
 
     def test_what_a_run_may_lack(self) -> None:
         self.check_drawn(self.make_run("no checkpoint yet", norm_lines(), None))
-        self.check_drawn(self.make_run("$\\frac$", norm_lines()[:2]))  # one line, a name that is no formula
+        self.check_drawn(self.make_run("$\\frac$", norm_lines()[:2]))  # one line; the name is not a formula
         nulls = [line | {"attention_norm": None, "moment_excess": None} if "head" in line else line
                  for line in norm_lines()]
         self.check_drawn(self.make_run("nulls", nulls))
@@ -107,7 +107,7 @@ class PlotNormsTest(unittest.TestCase):
         D, T = 16, 32
         m = [1, 1, 3 * (1 + 2 / D), 15 * (1 + 2 / D) * (1 + 4 / D)]
         harmonic = sum(1 / i for i in range(1, T + 1)) / T
-        gamma = 1 / (1 + math.exp(-1))  # of the first head
+        gamma = 1 / (1 + math.exp(-1))  # the decay of the first head
         for expected, changes in [
                 ((1, 3 * math.sqrt(m[2] / m[3])), {}),
                 ((1, 2 * math.sqrt(m[1] / m[2])), {"attention": "poly2", "decay": "learned"}),

@@ -83,7 +83,7 @@ class PrepareTest(unittest.TestCase):
         self.out = self.folder / "out"
 
     def corpus(self, documents: list[str] = DOCUMENTS, name: str = "corpus") -> Path:
-        """A folder with a file for each document, which sort in their order."""
+        """Makes a folder with a file for each document. The names of the files sort in the documents' order."""
         folder = self.folder / name
         folder.mkdir()
         for i, document in enumerate(documents):
@@ -109,7 +109,7 @@ class PrepareTest(unittest.TestCase):
 
     @staticmethod
     def output(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str, str]:
-        """Its exit status, what it printed, and its errors without the progress that it shows when slow."""
+        """Returns the exit status, the output, and the errors without the progress that a slow run shows."""
         output, errors = process.communicate(timeout=timeout)
         return process.returncode, output, re.sub(r"(?m)^(encoding|training the BPE) .*\n", "", errors)
 
@@ -135,7 +135,7 @@ class PrepareTest(unittest.TestCase):
         self.assertTrue(errors.startswith("prepare.py: error: "), errors)
 
     def stub_datasets(self, code: str) -> dict[str, str]:
-        """The environment in which `import datasets` finds this, instead of the library or its absence."""
+        """The environment in which `import datasets` finds this module, whether or not the library is installed."""
         (self.folder / "stub").mkdir()
         (self.folder / "stub" / "datasets.py").write_text(f"disable_progress_bars = lambda: None\n{code}\n")
         return {"PYTHONPATH": str(self.folder / "stub")}
@@ -144,7 +144,7 @@ class PrepareTest(unittest.TestCase):
 class Contents(PrepareTest):
     def check_documents(self, documents: list[str]) -> None:
         train, val = read_documents(self.out, "train"), read_documents(self.out, "val")
-        # Of the first 17 the first 5, of the next 17 two come nearest to 6 %.
+        # 5 of the first 17 documents, and 2 of the next 17, are nearest to 6 %.
         self.assertEqual(val, documents[:5] + documents[17:19])
         self.assertEqual(train, documents[5:17] + documents[19:])
         meta = read_meta(self.out)
@@ -277,7 +277,7 @@ class Contents(PrepareTest):
                 time.sleep(0.01)
             process.returncode = os.waitstatus_to_exitcode(finished[1])
             self.assertEqual(process.returncode, 0, process.stderr.read())
-            return [parent / 1024, finished[2].ru_maxrss / 1024]  # the largest of it and its workers
+            return [parent / 1024, finished[2].ru_maxrss / 1024]  # the second is the largest process
 
         small, large = peak_megabytes(self.large_corpus(2)), peak_megabytes(self.large_corpus(9))
         for before, after in zip(small, large):
@@ -435,12 +435,12 @@ class Interruptions(PrepareTest):
             time.sleep(0.01)
 
     def interrupted(self, number: int, *arguments) -> tuple[int, str, str]:
-        """The output of a run that got the signal when it had ended one shard and begun the next."""
+        """The output of a run that got the signal when it had finished one shard and begun the next."""
         process = self.start("text", self.large_corpus(15), "--shard-tokens", "1000000", "--workers", "2",
                              *arguments)
         self.wait_for_shard(1, process)
         if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # as a terminal does: to the workers too
+            os.killpg(process.pid, number)  # the workers get the signal, too, as from a terminal
         else:
             process.send_signal(number)
         return self.output(process, timeout=20)
@@ -452,14 +452,14 @@ class Interruptions(PrepareTest):
     def test_ctrl_c_while_a_worker_trains_the_bpe(self):
         fifo, writer = self.folder / "fifo", None
         os.mkfifo(fifo)
-        # The program itself first looks at one document, then a worker reads all of them.
+        # The program itself first reads one document, then a worker reads all of them.
         stub = self.stub_datasets("def load_dataset(name, config=None, split=None, streaming=False):\n"
                                   "    yield {'text': 'a document'}\n"
                                   f"    open({str(fifo)!r}).read()")
         process = self.start("openwebtext", "--tokenizer", "bpe:260", **stub)
         while writer is None:
             self.assertIsNone(process.poll())
-            with contextlib.suppress(OSError):  # ENXIO: the worker does not read it yet
+            with contextlib.suppress(OSError):  # ENXIO: the worker has not opened the pipe yet
                 writer = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
             time.sleep(0.01)
         self.addCleanup(os.close, writer)

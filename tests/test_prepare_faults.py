@@ -1,4 +1,4 @@
-"""data/prepare.py on odd folders, texts, pipes and tables, and on disks that fail."""
+"""data/prepare.py on unusual folders, texts, pipes and tables, and on disks that fail."""
 import contextlib
 import importlib.util
 import io
@@ -30,7 +30,7 @@ LIBRARY = Path(os.environ.get("LLMC_FAULT_PRELOAD", "build/fault_preload.so")).r
 
 
 class NoWorkers(contextlib.nullcontext):
-    """Instead of prepare.Workers, where their work can as well be done at once."""
+    """Takes the place of prepare.Workers and does their work in this process, if the test needs no processes."""
 
     def __enter__(self):
         return self
@@ -41,7 +41,7 @@ class NoWorkers(contextlib.nullcontext):
 
 
 class InProcess(PrepareTest):
-    """Without a process for each run, which would take most of the time."""
+    """Runs prepare.main() in this process, because starting a process for each run would take most of the time."""
 
     def run_prepare(self, *arguments, out: Path | None = None) -> tuple[int, str, str]:
         prepare.load_tokenizer.cache_clear()
@@ -142,7 +142,7 @@ class Shares(unittest.TestCase):
                     self.check([words[:size] for size in sizes], share)
         parts = self.check([words[:128_858], words[:194]], 0.05, 0.01)
         self.assertEqual([len(parts["train"]), len(parts["val"]), parts["train"][1]], [2, 1, words[:194]])
-        self.assertTrue(words[:128_858].endswith(" " + parts["val"][0]))  # a whole word
+        self.assertTrue(words[:128_858].endswith(" " + parts["val"][0]))  # the text ends with a whole word
 
     def test_shares_are_of_bytes_and_characters_stay_whole(self):
         self.check(["a" * 1000 + "世界" * 500], 0.05, 0.01)
@@ -195,7 +195,7 @@ class SplitRun(PrepareTest):
 
 class Texts(InProcess):
     def one_text(self, content: bytes, *flags, name: str = "input.txt") -> str:
-        """What is read of a file, whose last line is for validation."""
+        """Returns the text that is read from a file, whose last line is for validation."""
         (self.folder / name).write_bytes(content)
         self.prepare("text", name, "--val-fraction", "0.1", "--overwrite", *flags)
         return "".join(read_documents(self.out, "train") + read_documents(self.out, "val"))
@@ -283,7 +283,7 @@ class Pipes(PrepareTest):
                 documents = read_documents(self.out, "train") + read_documents(self.out, "val")
                 self.assertEqual("".join(documents), text)
                 self.assertEqual(len(list(self.out.iterdir())), 4)
-        with open(self.folder / "file") as file:  # that another process cannot open by this name
+        with open(self.folder / "file") as file:  # another process cannot open it by its name
             number = file.fileno()
             done = self.piped("text", f"/dev/fd/{number}", "--tokenizer", "bpe:262", pass_fds=[number])
         self.assertEqual((done.returncode, done.stderr), (0, ""))
@@ -313,7 +313,7 @@ class Batch(list):
 
 
 class JsonTable:
-    """Instead of pyarrow's ParquetFile, which need not be installed: a file of columns, with their values."""
+    """Takes the place of pyarrow's ParquetFile, because pyarrow may be missing: columns with their values."""
 
     def __init__(self, file):
         self.columns = json.load(file)
@@ -466,8 +466,8 @@ class Output(PrepareTest):
         self.assertIn("hidden: 1 (gr\\xfcn/.\\xfc)", output)
 
 
-# Runs prepare.py in processes that this one forks, each with another fault: starting each anew takes long.
-# The work of the workers, who write nothing, is done by the same process.
+# Runs prepare.py with many faults. Each run is forked from this process, because starting Python anew takes long.
+# The forked process does the work of the workers itself, because they write nothing.
 FAULTS = """
 import contextlib, json, os, sys
 import prepare
@@ -489,7 +489,7 @@ for environment, arguments in json.load(sys.stdin):
 @unittest.skipUnless(LIBRARY.exists(), f"{LIBRARY} is not built: make build/fault_preload.so")
 class Writes(PrepareTest):
     def run_all(self, runs: list[tuple[Path, dict[str, str]]]) -> list[tuple[int, str]]:
-        """The exit status and the messages of prepare.py in each folder with each environment."""
+        """Runs prepare.py in each folder with its environment. Returns the exit statuses and the messages."""
         jobs = [({"FAULT_FOLDER": str(out), "FAULT_LOG": "", "ERRORS": f"{out}.errors", **environment},
                  ["text", str(self.folder / "corpus"), "--tokenizer", "byte", "--shard-tokens", "500",
                   "--val-fraction", "0.25", "--overwrite", "--out", str(out)]) for out, environment in runs]
@@ -501,7 +501,7 @@ class Writes(PrepareTest):
                 for status, (out, _) in zip(done.stdout.split(), runs, strict=True)]
 
     def calls(self, out: Path) -> list[tuple[str, str]]:
-        """The calls by which a run changes the folder, and the file in it."""
+        """The calls by which a run changes the folder, each with its file."""
         log = out.with_name(f"{out.name}.log")
         [(status, output)] = self.run_all([(out, {"FAULT_LOG": str(log)})])
         self.assertEqual(status, 0, output)
@@ -509,7 +509,7 @@ class Writes(PrepareTest):
         return [(call, "" if path == str(out) else path.removeprefix(f"{out}/")) for call, path in lines]
 
     def old_dataset(self, out: Path) -> dict[str, bytes]:
-        """What another run has left there, also shards that the next does not have."""
+        """Makes the files that an earlier run has left, among them shards that the next run does not have."""
         out.mkdir()
         for name in "train_000000.bin", "train_000009.bin", "val_000000.bin", "tokenizer.json", "meta.json":
             (out / name).write_text("old")
@@ -528,7 +528,7 @@ class Writes(PrepareTest):
             self.assertEqual(calls[changes[-1]][0], "fsync")
             self.assertLess(changes[-1], min(renames))
         self.assertEqual(meta, max(renames))
-        # The folder is synced after meta.json has gone, before it comes, and after it.
+        # The folder is synced after meta.json has been deleted, before the new one comes, and after it.
         gone = calls.index(("unlink", "meta.json"))
         unlinks = [calls.index(("unlink", name)) for name in old if name != "meta.json"]
         synced = ("fsync", "")
@@ -556,7 +556,7 @@ class Writes(PrepareTest):
                 files = final_files(out) if out.exists() else {}
                 if fault == "half":
                     self.assertEqual((status, output), (-9, ""))
-                elif status == 0:  # where nothing of what follows needs space, or the folder was there
+                elif status == 0:  # no later call needed space, or the folder already existed
                     self.assertTrue(fault == "full" or out.name == "old error 1")
                     self.assertEqual(files, whole)
                 else:
@@ -564,7 +564,7 @@ class Writes(PrepareTest):
                                              r"(Input/output error|No space left on device)\n\Z")
                 if "meta.json" in files or fault != "half":
                     self.assertIn(files, [{}, whole, old])
-        # And the next run is none the worse for what is left.
+        # The next run must not fail because of the files that are left.
         left = [(out, {"FAULT_AT": "0"}) for out, _ in runs if out.name.startswith("old half")]
         for (out, _), (status, output) in zip(left, self.run_all(left)):
             self.assertEqual((status, final_files(out), list(out.glob("*.tmp"))), (0, whole, []), output)

@@ -1,12 +1,12 @@
-// The oracle itself: its backward passes against finite differences of its forward passes (attention's is in
-// test_attention.cpp).
+// The oracle itself: its backward passes are compared with finite differences of its forward passes. That of
+// attention is in test_attention.cpp.
 #include "tests/reference.h"
 
 using namespace reference;
 
 namespace {
 
-// The oracle's gradient of dot(dout, output) in x against central differences.
+// Compares the oracle's gradient of dot(dout, output) in x with central differences.
 template <class Loss>
 void check_gradient(const std::string& name, Vector& x, const Vector& gradient, Loss loss) {
     INFO("gradient of ", name);
@@ -63,7 +63,7 @@ TEST_CASE("oracle: backward passes agree with finite differences") {
             return total;
         };
         check_gradient("x", x, gradient, loss);
-        for (double value : {-2.5, -1.0, -0.3, 0.0, 0.7, 1.9}) {  // the formula as GPT-2 has it
+        for (double value : {-2.5, -1.0, -0.3, 0.0, 0.7, 1.9}) {  // the formula of GPT-2
             double u = std::sqrt(2 / M_PI) * (value + 0.044715 * std::pow(value, 3));
             CHECK(gelu(value) == doctest::Approx(0.5 * value * (1 + std::tanh(u))).epsilon(1e-12));
         }

@@ -1,4 +1,4 @@
-"""Registers and spills of the CUDA trainer's kernels against the table in tests/golden/cuda_resources.txt."""
+"""Compares registers and spills of the CUDA trainer's kernels with the table in tests/golden/cuda_resources.txt."""
 import subprocess
 import sys
 import tempfile
@@ -29,7 +29,7 @@ class Resources(unittest.TestCase):
         registers, rest = lines[at].split(maxsplit=1)
         with tempfile.TemporaryDirectory() as folder:
             table = Path(folder) / "table.txt"
-            # As if the kernel had been another one, of fewer registers.
+            # Changes the table as if the kernel had been different and had taken fewer registers.
             fields = rest.split()
             lines[at] = f"{int(registers) - 1} {fields[0]} {fields[1]} 0 {' '.join(fields[3:])}"
             table.write_text("\n".join(lines) + "\n")

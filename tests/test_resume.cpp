@@ -1,6 +1,6 @@
-// Checkpoints: a run that is killed, stopped or out of disk space at any moment goes on with --resume as if
-// nothing had happened. tests/fault_preload.c counts the program's calls that change the disk and interferes
-// at the n-th; what is on the disk changes at no other moment.
+// Checkpoints: a run that is killed or stopped or has no disk space left, at any moment, continues with
+// --resume as if nothing had happened. tests/fault_preload.c counts the calls by which the program changes
+// the disk, and interferes at the n-th call. The disk changes at no other moment.
 #include <fcntl.h>
 #include <sys/file.h>
 #include <unistd.h>
@@ -23,10 +23,9 @@ const std::string kFlags =
     " --attention poly2 --batch 2 --total-batch 64 --lr 1e-2 --warmup 10 --val-every 25 "
     "--sample-every 25 --sample-tokens 4 --checkpoint-every 10 ";
 
-// 50 steps without a stop: 8 epochs of 23 sequences and a part, 2 micro-batches a step, checkpoints at 10,
-// 20, ...,
-// 50. And the same run in the middle: checkpoints of step 10 and 20, a log that has gone on to a part of
-// a line after step 27, and what a checkpoint that was not finished left.
+// `whole` is a run of 50 steps without a stop: more than 8 epochs of 23 sequences, 2 micro-batches per step,
+// and checkpoints at 10, 20, ..., 50. `begun` is the same run in the middle: it has the checkpoints of steps
+// 10 and 20, a log that ends in a part of a line after step 27, and the rest of an unfinished checkpoint.
 struct Runs {
     TempFolder folder;
     const std::string data = folder / "data", whole = folder / "whole", begun = folder / "begun";
@@ -66,26 +65,26 @@ bool is_unfinished(const std::string& name) {
     return name.rfind("step_", 0) == 0 && contains(name, ".tmp");
 }
 
-// Each step was logged once, with the same numbers.
+// Checks that each step was logged once, with the same numbers.
 void check_same_metrics(const std::vector<Json>& found, const std::vector<Json>& expected) {
     REQUIRE(found.size() == expected.size());
     for (size_t i = 0; i < found.size(); i++) CHECK(found[i] == expected[i]);
 }
 
-// A checkpoint that has its final name has the bytes it ought to have.
+// Checks that every checkpoint with a final name has the right bytes.
 void check_checkpoints(const std::string& out) {
     for (const std::string& name : names_in(out)) {
         if (name.rfind("step_", 0) != 0 || name.size() != step_name(10).size()) continue;
         CAPTURE(name);
         CHECK(names_in(out + "/" + name).size() == kModelFiles.size() + 1);
-        if (!fs::exists(runs().whole + "/" + name)) continue;  // of a step at which a signal came
+        if (!fs::exists(runs().whole + "/" + name)) continue;  // a signal came at this step
         for (const std::string& file : kModelFiles)
             CHECK((get_file(out + "/" + name + "/" + file) ==
                    get_file(runs().whole + "/" + name + "/" + file)));
     }
 }
 
-// The end of the run without a stop: the same log, the same last checkpoint.
+// Checks that the run ends as the one without a stop: with the same log and the same last checkpoint.
 void check_same_end(const std::string& out) {
     check_same_metrics(timeless_metrics(out), runs().metrics);
     CHECK(names_in(out).count("step_00000050") == 1);
@@ -102,13 +101,13 @@ void copy_begun(const std::string& out) {
 }
 
 struct Call {
-    std::string name, path;  // the path below the folder of the run
+    std::string name, path;  // the path is relative to the folder of the run
 
     bool operator==(const Call& other) const { return name == other.name && path == other.path; }
 };
 
-// The calls of a run that goes on from `begun`, up to the first after checkpoint 30 is written and 10
-// deleted.
+// The calls of a run that continues from `begun`, up to the first call after checkpoint 30 has been written
+// and checkpoint 10 deleted.
 const std::vector<Call>& calls() {
     static const std::vector<Call> calls = [] {
         const TempFolder folder;
@@ -132,7 +131,7 @@ const std::vector<Call>& calls() {
     return calls;
 }
 
-// Is call n, counted from 1, one of several equal ones in a row, neither the first nor the last?
+// Whether call n, counted from 1, is in a row of equal calls, and neither the first nor the last of them.
 bool repeated(int n) {
     return n > 1 && n < (int)calls().size() && calls()[n - 2] == calls()[n - 1] &&
            calls()[n] == calls()[n - 1];
@@ -144,8 +143,7 @@ int call_number(const Call& wanted) {
     return (int)(found - calls().begin()) + 1;
 }
 
-// Resumes `out` after an accident, to the end. Folders of checkpoints that were not finished must be
-// reported.
+// Resumes `out` after an accident and runs to the end. Folders of unfinished checkpoints must be reported.
 void check_resumes(const std::string& out) {
     check_checkpoints(out);
     Strings unfinished;
@@ -203,7 +201,8 @@ TEST_CASE("resume: killed at any moment, a run goes on as if it had not been") {
 TEST_CASE("resume: a disk that is full or fails stops the run and leaves what was whole") {
     const TempFolder folder;
     const std::string out = folder / "out";
-    std::set<std::set<std::string>> resumed;  // what was left, by its names: goes on from each once
+    std::set<std::set<std::string>>
+        resumed;  // the files that were left; the test resumes once from each such set
     auto check_fault = [&](int n, const std::string& what) {
         CAPTURE(n);
         CAPTURE(what);
@@ -212,7 +211,7 @@ TEST_CASE("resume: a disk that is full or fails stops the run and leaves what wa
         CAPTURE(call.path);
         copy_begun(out);
         const Result result = train_gpt(resume(out), {}, fault(out, n, what, EIO));
-        // What cannot be deleted stops no run.
+        // A run does not stop if it cannot delete something.
         if (call.name == "unlink" || (call.name == "rename" && is_unfinished(call.path))) {
             CHECK(result.status == 0);
         } else {
@@ -240,7 +239,7 @@ TEST_CASE("resume: a full disk at the start, and under dump") {
     const std::string out = folder / "out";
     check_failed(train_gpt(runs().train(out), {}, fault(out, 1, "full")), 1, {out, "No space left"});
     CHECK_FALSE(fs::exists(out));
-    // A folder that is made is on the disk before there is anything in it.
+    // A new folder is synced to the disk before a file is made in it.
     const TempFolder logs;
     const std::string made = folder / "made";
     check_done(train_gpt(runs().train(made), {}, fault(folder.path(), 0, "", 0, logs / "log")));
@@ -278,7 +277,7 @@ TEST_CASE("resume: killed a dozen times at random, a run still ends as if it had
         const int status = train_gpt(runs().train(out) + " --resume", {}, run).status;
         killed += status == -SIGKILL;
         if (status == -SIGKILL) continue;
-        CHECK(status == 0);  // it was done before
+        CHECK(status == 0);  // the run had ended before the signal
         fs::remove_all(out);
     }
     CHECK(killed > 0);
@@ -289,7 +288,7 @@ TEST_CASE("resume: killed a dozen times at random, a run still ends as if it had
 TEST_CASE("resume: SIGTERM and Ctrl-C finish the step and write a checkpoint") {
     const TempFolder folder;
     for (int signal : {SIGTERM, SIGINT}) {
-        // mkdir, open, the first validation and step 1 are calls 1 to 4; a checkpoint begins with call 14.
+        // Calls 1 to 4 are mkdir, open, the first validation and step 1. A checkpoint begins with call 14.
         for (int n : {4, 10, 16}) {
             CAPTURE(n);
             const std::string out = folder / str("out", signal, "_", n);
@@ -304,8 +303,7 @@ TEST_CASE("resume: SIGTERM and Ctrl-C finish the step and write a checkpoint") {
             check_same_end(out);
         }
     }
-    // In the middle of a validation, after step 3: mkdir, open, a validation and three steps are calls 1
-    // to 6.
+    // A signal in a validation after step 3. Calls 1 to 6 are mkdir, open, a validation and three steps.
     const std::string validating = folder / "validating";
     const Result during =
         train_gpt("train --threads 2 --batch 2 --steps 9 --val-every 3 --checkpoint-every 9 --data " +
@@ -314,7 +312,8 @@ TEST_CASE("resume: SIGTERM and Ctrl-C finish the step and write a checkpoint") {
     CHECK(during.status == 130);
     CHECK(contains(during.out, "stopped after step 3; go on with --resume"));
     CHECK(names_in(validating) == std::set<std::string>{"metrics.jsonl", step_name(3)});
-    // A second Ctrl-C ends the program at once. There is no checkpoint yet, so --resume starts anew.
+    // A second Ctrl-C ends the program at once. There is no checkpoint yet, so --resume starts from the
+    // beginning.
     const std::string out = folder / "twice";
     CHECK(train_gpt(runs().train(out), {}, fault(out, 10, "twice", SIGINT)).status == -SIGINT);
     CHECK(names_in(out) == std::set<std::string>{"metrics.jsonl"});
@@ -324,7 +323,7 @@ TEST_CASE("resume: SIGTERM and Ctrl-C finish the step and write a checkpoint") {
     check_done(again);
     CHECK(contains(again.out, "nothing to resume in " + out));
     check_same_end(out);
-    // Without checkpoints there is nothing to go on with, which must not be promised.
+    // Without a checkpoint the run cannot be resumed, so the program must not say that it can.
     const std::string early = folder / "early";  // call 3 is the first validation
     const Result before = train_gpt(runs().train(early), {}, fault(early, 3, "signal", SIGTERM));
     CHECK(before.status == 130);
@@ -363,7 +362,7 @@ TEST_CASE("resume: with nothing to resume, with a checkpoint's name, and after t
     rest.erase(rest.begin(),
                std::find_if(rest.begin(), rest.end(), [](const Json& e) { return e.at("step") == 31; }));
     check_same_metrics(timeless_metrics(other), rest);
-    // A model is no checkpoint.
+    // A model alone is not a checkpoint.
     copy_model(runs().whole + "/step_00000030", folder / "model");
     check_failed(train_gpt("train --out " + (folder / "new") + " --resume " + (folder / "model")), 1,
                  {folder / "model", "trainer.json"});
@@ -377,7 +376,7 @@ TEST_CASE("resume: from further back, later checkpoints no longer count") {
     const TempFolder folder;
     const std::string out = folder / "out", back = " --resume " + out + "/step_00000020";
     fs::copy(runs().whole, out, fs::copy_options::recursive);
-    // With another learning rate, to step 30, which has a checkpoint from before.
+    // Runs with another learning rate to step 30, of which there is already a checkpoint.
     const Result result =
         train_gpt("train --threads 2 --steps 30 --lr 1e-3 --keep-checkpoints 2 --out " + out + back);
     CHECK(result.status == 0);
@@ -399,7 +398,7 @@ TEST_CASE("resume: from further back, and killed before the first checkpoint fro
     const TempFolder folder;
     const std::string out = folder / "out", back = " --resume " + out + "/step_00000020";
     fs::copy(runs().whole, out, fs::copy_options::recursive);
-    // The 40th call comes after the later checkpoints are set aside, while the next one is written.
+    // The 40th call comes while a checkpoint is written, after the later checkpoints have been set aside.
     CHECK(train_gpt("train --threads 2 --out " + out + back, {}, fault(out, 40, "signal", SIGKILL)).status ==
           -SIGKILL);
     CHECK_FALSE(fs::exists(out + "/step_00000030"));
@@ -447,7 +446,7 @@ TEST_CASE("resume: a checkpoint says which program wrote it, and another program
     const Result other = train_gpt(resume(out, "--steps 20"));
     check_done(other);
     CHECK(contains(other.out, "\nwritten by polygpt 9.9.9, continued by " + version + "\n"));
-    trainer.erase("program");  // as before there was one
+    trainer.erase("program");  // older checkpoints do not have this key
     write();
     check_done(train_gpt(resume(out, "--steps 20")));
 }
@@ -466,7 +465,7 @@ TEST_CASE("resume: a damaged checkpoint is reported and the one before it used")
     };
     struct Damage {
         std::string file;
-        std::function<std::string(const std::string&)> damage;  // none: the file is removed
+        std::function<std::string(const std::string&)> damage;  // if empty, the file is removed
     };
     std::vector<Damage> table = {
         {"trainer.json", cut}, {"trainer.json", nullptr}, {"trainer.json", other_samples}};
@@ -566,7 +565,7 @@ TEST_CASE("resume: an old checkpoint that cannot be deleted is named as it is, e
     CHECK(stuck.status == 0);
     std::multiset<std::string> found, expected;
     for (const std::string& line : lines_of(stuck.err)) found.insert(line);
-    for (int old : {10, 10, 10, 20, 20, 30})  // after the checkpoints of step 30, 40 and 50
+    for (int old : {10, 10, 10, 20, 20, 30})  // left after the checkpoints of steps 30, 40 and 50
         expected.insert("warning: " + out + "/" + step_name(old) + ".tmp: cannot delete: Input/output error");
     CHECK(found == expected);
     check_same_end(out);
@@ -587,7 +586,7 @@ TEST_CASE("resume: a run that goes on can be read, whatever it is writing or del
                       step_20 = generate(runs().begun + "/step_00000020").out;
     CHECK(step_10 != step_20);
     copy_begun(out);
-    // step_00000030.tmp is what a running one writes, and what a stopped one has left.
+    // A running program writes step_00000030.tmp, and a stopped one may have left it.
     const int held = ::open(out.c_str(), O_RDONLY | O_DIRECTORY);
     REQUIRE(::flock(held, LOCK_EX) == 0);
     const Result beside = generate(out);
@@ -598,8 +597,8 @@ TEST_CASE("resume: a run that goes on can be read, whatever it is writing or del
     CHECK(stopped.err ==
           "warning: " + out + "/step_00000030.tmp: incomplete, left by a run that was stopped; ignored\n");
     CHECK(stopped.out == step_20);
-    // The newest goes when this file of it has been opened: all of it is open before any is used, or another
-    // is taken.
+    // The newest checkpoint disappears when this file of it has been opened. The program opens all files of a
+    // checkpoint before it uses one, or it takes another checkpoint.
     fs::remove_all(out + "/step_00000030.tmp");
     for (const char* file :
          {"trainer.json", "config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json"}) {

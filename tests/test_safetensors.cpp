@@ -14,7 +14,7 @@
 
 namespace {
 
-// A file with this header, as it stands, and `bytes` bytes of data: 0, 1, 2, ...
+// The text of a file with exactly this header and with `bytes` bytes of data: 0, 1, 2, ...
 std::string file_text(const std::string& header, size_t bytes) {
     const uint64_t size = header.size();
     std::string text(reinterpret_cast<const char*>(&size), 8);
@@ -65,7 +65,7 @@ TEST_CASE("safetensors: what the writer wrote the reader reads") {
                              {{"format", "pt"}, {"note", "\u00e9\"\n"}});
     append<double>(writer, {1.5, -1e300});
     append<float>(writer, {1, 2});
-    append<float>(writer, {3, 4, 5, 6});  // the second piece of the same tensor
+    append<float>(writer, {3, 4, 5, 6});  // this is the second part of the same tensor
     append<float>(writer, {0.25f});
     append<int32_t>(writer, {-1, 0, 7});
     append<uint16_t>(writer, {0x3c00, 0xc000});
@@ -98,7 +98,7 @@ TEST_CASE("safetensors: what the writer wrote the reader reads") {
     CHECK(SafetensorsFile(folder / "nothing").tensors().empty());
     CHECK(SafetensorsFile(folder / "nothing").metadata().empty());
 
-    // The header is padded with spaces, so that the data begin at a multiple of 8.
+    // The header is padded with spaces, so that the data begins at a multiple of 8.
     const std::string text = read_text(path);
     uint64_t header_size;
     std::memcpy(&header_size, text.data(), 8);
@@ -213,7 +213,7 @@ TEST_CASE("safetensors: each malformed file has its complaint") {
     check_entry("F32", "[]", "[0,8]", 8, {"8 bytes", "expected 4 for F32 ()"});
     check_entry("F32", "[4294967296,4294967296]", "[0,4]", 4, {"(4294967296, 4294967296)", "2^63-1"});
     check_entry("F32", "[2305843009213693952]", "[0,4]", 4, {"2^63-1"});
-    // 2^64 + 1, which wraps around to 1; and 2^64, though a zero follows.
+    // The sizes are 2^64 + 1, which wraps around to 1, and 2^64, although a factor of zero follows.
     check_entry("U8", "[274177,67280421310721]", "[0,1]", 1, {"2^63-1"});
     check_entry("U8", "[4294967296,4294967296,0]", "[0,0]", 0, {"2^63-1"});
     check_entry("F32", "[1]", "[4,8]", 8, {"begin at byte 4, expected 0", "hole"});

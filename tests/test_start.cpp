@@ -1,5 +1,5 @@
-// How a run starts: its folder and who may write there, and what it takes over from a checkpoint's
-// trainer.json.
+// How a run starts: its folder, which only one run may write to, and the options that it takes from a
+// checkpoint's trainer.json.
 #include <fcntl.h>
 #include <sys/file.h>
 #include <unistd.h>
@@ -14,7 +14,7 @@ namespace {
 using namespace cli;
 namespace fs = std::filesystem;
 
-// A run of 6 steps with nothing beside it, and the number of the call by which its last checkpoint gets its
+// A run of 6 steps that nothing disturbs, and the number of the call that gives its last checkpoint its final
 // name.
 struct Fixture {
     TempFolder folder;
@@ -42,7 +42,7 @@ const Fixture& fixture() {
     return fixture;
 }
 
-// The same log, the same last checkpoint, and nothing else.
+// Checks that the folder has the same log and the same last checkpoint, and nothing else.
 void check_same_run(const std::string& out) {
     CHECK(names_in(out) == names_in(fixture().whole));
     CHECK(timeless_metrics(out) == timeless_metrics(fixture().whole));
@@ -54,7 +54,7 @@ void check_locked(const std::string& line) {
     check_failed(train_gpt(line), 1, {"another train_gpt is training in this folder"});
 }
 
-// Changes what a checkpoint remembers of the command line, as a program of another version might.
+// Changes an option in a checkpoint's trainer.json, as if a program of another version had written it.
 void set_option(const std::string& checkpoint, const std::string& flag, const Json& value) {
     Json trainer = Json::parse(get_file(checkpoint + "/trainer.json"));
     trainer["options"][flag] = value;
@@ -89,7 +89,7 @@ TEST_CASE("start: beside a run that trains in the folder, no other starts") {
 TEST_CASE("start: a run that another one overtakes finds what that has done") {
     const TempFolder folder;
     const std::string out = folder / "out";
-    Run run = fault(folder.path(), 1, "signal", SIGSTOP);  // before it makes the folder
+    Run run = fault(folder.path(), 1, "signal", SIGSTOP);  // the program stops before it makes the folder
     run.when_stopped = [&] { check_done(train_gpt(fixture().train(out))); };
     check_failed(train_gpt(fixture().train(out), {}, run), 2, {out, "already holds a run"});
     check_same_run(out);
@@ -97,7 +97,7 @@ TEST_CASE("start: a run that another one overtakes finds what that has done") {
     check_done(train_gpt(fixture().train(out) + " --resume", {}, run));
     check_same_run(out);
 
-    // After it has made the folder: another run has locked that, or has removed it.
+    // The program stops after it has made the folder. Meanwhile another run has locked or removed the folder.
     run = fault(folder.path(), 2, "signal", SIGSTOP);
     fs::remove_all(out);
     int held = -1;
@@ -123,13 +123,13 @@ TEST_CASE("start: one that fails leaves the folders that were there, and no othe
         for (const std::string& flags : {no_data, no_data + " --resume", std::string(" --resume --steps 3")})
             CHECK(train_gpt("train --threads 2 --out " + out + flags).status > 0);
     CHECK(names_in(folder.path()) == std::set<std::string>{"empty"});
-    // The lock is there until the folder is gone.
+    // The lock lasts until the folder has been removed.
     const std::string out = folder / "out";
     Run run = fault(out, 2, "signal", SIGSTOP);
     run.when_stopped = [&] { check_locked(fixture().train(out)); };
     check_failed(train_gpt("train --threads 2 --out " + out + no_data, {}, run), 1, {folder.path()});
     CHECK_FALSE(fs::exists(out));
-    // A log without a line is no run.
+    // A folder whose log has no line is not a run.
     put_file(empty + "/metrics.jsonl", "");
     check_done(train_gpt(fixture().train(empty)));
     check_same_run(empty);
@@ -181,7 +181,7 @@ TEST_CASE("start: what a checkpoint says of an option is checked as what is type
             set_option(last, flag, value);
             const Result saved = train_gpt(resume);
             check_failed(saved, 1, {file + ": " + flag + ": "});
-            // In the same words as for a flag, where it can be typed at all.
+            // The message is the same as for the flag, if the value can be typed on a command line.
             if (good.is_boolean() || value.is_string() != good.is_string()) continue;
             const std::string text = good.is_string() ? value.get<std::string>() : value.dump();
             const Result typed = train_gpt("train --out " + out, {flag, text});
@@ -190,7 +190,7 @@ TEST_CASE("start: what a checkpoint says of an option is checked as what is type
         }
         set_option(last, flag, good);
     }
-    // Each is good by itself, but they do not go together.
+    // Each option is valid alone, but not together with the others.
     set_option(last, "--total-batch", 48);
     check_failed(train_gpt(resume), 2, {"--total-batch 48", "--batch 2 x --seq 16", file});
     CHECK(names_in(out) == std::set<std::string>{"step_00000006"});

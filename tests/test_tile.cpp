@@ -1,4 +1,4 @@
-// The tiles of attention (llmc/cpu/tile.h), of floats and of pairs of bf16, against plain loops.
+// The tiles of attention (llmc/cpu/tile.h), of floats and of pairs of bf16, compared with plain loops.
 #include "llmc/cpu/tile.h"
 
 #include "tests/reference.h"
@@ -13,7 +13,7 @@ namespace {
 
 const float kNan = std::numeric_limits<float>::quiet_NaN();
 
-// Words that hold NaN, between guards.
+// An array of words that hold NaN, between guards.
 template <class Word>
 class Poisoned {
   public:
@@ -31,7 +31,7 @@ class Poisoned {
     size_t bytes() const { return words_.size() * sizeof(Word); }
 };
 
-// The numbers of a word: 1 or 2.
+// Number i of a word, which has 1 or 2 numbers.
 float number(float word, int) {
     return word;
 }
@@ -49,7 +49,8 @@ void set_word(bf16_pair& word, float x, float y) {
     word = pair_of(x, y);
 }
 
-// Word is what a tile of Real is made of. src has rows of D numbers, stride apart, and ends with the last.
+// A tile of Real is an array of Word. The rows of src have D numbers, are `stride` apart, and nothing follows
+// the last row.
 template <class Word, class Real>
 void check_loads(int rows, int D, int stride) {
     CAPTURE(rows);
@@ -59,7 +60,7 @@ void check_loads(int rows, int D, int stride) {
     const int Dp = cpu::padded(D);
     const std::vector<Real> src = convert<Real>(normal((size_t)(rows - 1) * stride + D, 1));
     const Floats factors = normal(rows, 2);
-    auto expected = [&](int r, int d, bool scaled) {  // as the tile holds it
+    auto expected = [&](int r, int d, bool scaled) {  // the number that the tile must have
         if (r >= rows || d >= D) return 0.0f;
         float x = src[(size_t)r * stride + d];
         if (scaled) x *= factors[r];
@@ -86,7 +87,7 @@ void check_loads(int rows, int D, int stride) {
     CHECK(tile.guards_are_whole());
 }
 
-// One product against sums in double, with strides beyond the sizes and a that is stored either way.
+// Compares one product with sums in double. The strides are larger than the sizes, and `a` may be transposed.
 template <bool kTransA, bool kAccumulate, class Word>
 void check_product(int N, int K) {
     CAPTURE(N);
@@ -162,7 +163,7 @@ TEST_CASE("tile: pair_rows pairs each number with the one below it") {
 TEST_CASE("tile: store_pairs rounds as a conversion does") {
     for (int seed = 0; seed < 50; seed++) {
         Floats first = normal(kLanes, seed), second = normal(kLanes, seed + 100);
-        first[3] = std::bit_cast<float>(0x3F808000u);  // halfway: down, and below, up
+        first[3] = std::bit_cast<float>(0x3F808000u);  // halfway: rounds down; the one below rounds up
         second[3] = std::bit_cast<float>(0x3F818000u);
         first[5] = INFINITY, second[5] = -INFINITY, first[6] = 3.4e38f, second[6] = -0.0f;
         first[9] = kNan, second[10] = kNan;

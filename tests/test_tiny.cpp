@@ -1,5 +1,5 @@
-// docs/tiny.cpp, the whole trainer in plain loops, against train_gpt: the same weights and batch must give the
-// same loss and the same gradient of every tensor.
+// docs/tiny.cpp, the whole trainer in plain loops, compared with train_gpt: the same weights and batch must
+// give the same loss and the same gradient of every tensor.
 #define main tiny_main
 #include "docs/tiny.cpp"
 #undef main
@@ -55,7 +55,7 @@ TEST_CASE("tiny.cpp: loss and gradients are those of train_gpt's dump") {
                 difference += std::pow((double)p->gradient[i] - expected[i], 2);
                 norm += (double)expected[i] * expected[i];
             }
-            // Keys' biases have no gradient under softmax: what is left there is rounding of the whole.
+            // Under softmax the biases of the keys have no gradient, so theirs consists of rounding errors.
             CHECK(std::sqrt(difference) < 1e-5 * std::sqrt(norm) + 1e-7 * std::sqrt(all));
         }
     }

@@ -21,8 +21,8 @@ namespace {
 
 using Json = nlohmann::json;
 
-// Texts with their ids in tests/golden/tokenizer.json and in GPT-2's vocabulary, both by Hugging Face
-// tokenizers 0.23.
+// Texts and their ids with tests/golden/tokenizer.json and with GPT-2's vocabulary, both computed by Hugging
+// Face tokenizers 0.23.
 struct Golden {
     std::string text;
     std::vector<int> small, gpt2;
@@ -111,8 +111,8 @@ std::string golden_path() {
     return (std::filesystem::path(__FILE__).parent_path() / "golden" / "tokenizer.json").string();
 }
 
-// A tokenizer.json with a token for every byte (its id is the byte), these merges in order, and what they
-// make.
+// A tokenizer.json with a token for every byte (its id is the byte), these merges in this order, and the
+// tokens that they make.
 Json small_json(const std::vector<std::pair<std::string, std::string>>& merges) {
     Json vocab = Json::object(), merge_list = Json::array();
     int others = 256;
@@ -146,7 +146,7 @@ Tokenizer load(const TempFolder& folder, const Json& json) {
     return Tokenizer(folder / "tokenizer.json");
 }
 
-// Of the processor, so that a busy machine does not count.
+// The processor time of f, which does not depend on how busy the machine is.
 double seconds_of(const std::function<void()>& f) {
     const std::clock_t start = std::clock();
     f();
@@ -191,7 +191,7 @@ TEST_CASE("split_words: GPT-2's words, with Unicode's white space") {
     }
 }
 
-// The checksum is that of dev/unicode_classes.py, which asks the tokenizers library.
+// dev/unicode_classes.py computes the same checksum with the tokenizers library.
 TEST_CASE("split_words: every code point is cut off as by Hugging Face tokenizers") {
     auto utf8 = [](char32_t c) -> std::string {
         if (c < 0x80) return {(char)c};
@@ -240,7 +240,7 @@ TEST_CASE("Tokenizer: GPT-2's vocabulary") {
     Json merges = Json::array();
     const std::string text = read_text(gpt2 + "vocab.bpe");
     for (size_t at = text.find('\n') + 1; at < text.size();
-         at = text.find('\n', at) + 1)  // after the version
+         at = text.find('\n', at) + 1)  // skips the version
         merges.push_back(text.substr(at, text.find('\n', at) - at));
     json["model"]["merges"] = merges;
     const Tokenizer tokenizer = load(folder, json);
@@ -286,7 +286,7 @@ TEST_CASE("Tokenizer: merging as by the definition, over random merges and words
     const TempFolder folder;
     std::mt19937 random(3);
     for (int round = 0; round < 40; round++) {
-        // Random merges of tokens that exist, so that later merges often make pairs of a lower rank.
+        // Random merges of existing tokens, so that a later merge often makes a pair of a lower rank.
         std::vector<std::string> tokens = {"a", "b", "c"};
         std::vector<std::pair<std::string, std::string>> merges;
         std::map<std::pair<std::string, std::string>, int> ranks;
@@ -304,7 +304,7 @@ TEST_CASE("Tokenizer: merging as by the definition, over random merges and words
             std::vector<std::string> parts(1 + random() % 40);
             std::string text;
             for (std::string& part : parts) text += part = std::string(1, (char)('a' + random() % 3));
-            while (true) {  // merge the leftmost pair of the lowest rank until there is none
+            while (true) {  // merges the leftmost pair of the lowest rank, until there is none
                 int best = INT32_MAX;
                 size_t place = 0;
                 for (size_t i = 0; i + 1 < parts.size(); i++) {
@@ -331,7 +331,7 @@ TEST_CASE("Tokenizer: a word of a million letters takes no long time") {
     const std::string word(1'000'003, 'a'), spaces(300'000, ' ');
     std::vector<int> ids;
     CHECK(seconds_of([&] { ids = tokenizer.encode(word); }) < 10);
-    CHECK(ids.size() == 1'000'000 / 64 + 2);  // and aa, a
+    CHECK(ids.size() == 1'000'000 / 64 + 2);  // the last two are "aa" and "a"
     CHECK((tokenizer.decode(ids) == word));
     CHECK(seconds_of([&] { ids = tokenizer.encode(spaces + "x" + word); }) < 10);
     CHECK((tokenizer.decode(ids) == spaces + "x" + word));
@@ -348,14 +348,14 @@ TEST_CASE("Tokenizer: what a file may leave out or say otherwise without other i
     json["pre_tokenizer"].erase("use_regex");
     CHECK(load(folder, json).encode("ab<|endoftext|>c") == ids);
     json["post_processor"] = {{"type", "ByteLevel"}, {"trim_offsets", false}};
-    json["model"]["unk_token"] = "<|endoftext|>";  // every byte has a token, so it never comes to this
+    json["model"]["unk_token"] = "<|endoftext|>";  // it is never used, because every byte has a token
     json["model"]["continuing_subword_prefix"] = "";
     json["model"]["dropout"] = 0;
     json["truncation"] = {
         {"direction", "Right"}, {"max_length", 2}, {"strategy", "LongestFirst"}, {"stride", 0}};
     json["padding"] = {{"strategy", {{"Fixed", 8}}}, {"pad_id", 0}, {"pad_token", "!"}};
     CHECK(load(folder, json).encode("ab<|endoftext|>c") == ids);
-    // These add special tokens or nothing.
+    // These post-processors add special tokens or nothing.
     const Json text = {{"Sequence", {{"id", "A"}, {"type_id", 0}}}},
                end = {{"SpecialToken", {{"id", "<|endoftext|>"}, {"type_id", 0}}}},
                bert = {{"type", "BertProcessing"}, {"sep", {"a", 97}}, {"cls", {"b", 98}}},
@@ -374,7 +374,7 @@ TEST_CASE("Tokenizer: what a file may leave out or say otherwise without other i
     CHECK(plain.eot_token() == -1);
     CHECK(plain.vocab_size() == 257);
     CHECK(plain.encode("<|").size() == 2);
-    json["model"]["vocab"]["<|endoftext|>"] = 257;  // GPT-2 has it in the vocabulary, too
+    json["model"]["vocab"]["<|endoftext|>"] = 257;  // GPT-2 also has it in the vocabulary
     CHECK(load(folder, json).eot_token() == 257);
 }
 
@@ -422,7 +422,7 @@ TEST_CASE("Tokenizer: what it does not implement, or what is malformed, is an er
     check_bad([](Json& j) { j["model"]["vocab"] = Json::array(); }, {"model.vocab is not an object"});
     check_bad([](Json& j) { j["model"]["vocab"] = Json::object(); }, {"model.vocab", "byte 0 is no token"});
     check_bad([](Json& j) { j["model"]["merges"] = 1; }, {"model.merges is not an array"});
-    // The vocabulary: each id once, from 0 without holes, and a token for every byte.
+    // The vocabulary must have each id once, from 0 without holes, and a token for every byte.
     check_bad([](Json& j) { j["model"]["vocab"]["ab"] = 255; },
               {"model.vocab", "is 255", "each of 0 to 257 once"});
     check_bad([](Json& j) { j["model"]["vocab"]["ab"] = 258; }, {"\"ab\" is 258", "0 to 257"});
@@ -435,7 +435,7 @@ TEST_CASE("Tokenizer: what it does not implement, or what is malformed, is an er
             j["model"]["vocab"]["AA"] = 65;
         },
         {"byte 65 is no token", "\"A\""});
-    // The merges: two tokens that make a third, once.
+    // A merge must name two tokens that make a third one, and must come only once.
     check_bad([](Json& j) { j["model"]["merges"][1] = 1; }, {"model.merges[1]: 1"});
     check_bad([](Json& j) { j["model"]["merges"][1] = "abc"; }, {"model.merges[1]: \"abc\""});
     check_bad([](Json& j) { j["model"]["merges"][1] = "a  b"; }, {"model.merges[1]"});
@@ -461,7 +461,7 @@ TEST_CASE("Tokenizer: what it does not implement, or what is malformed, is an er
     for (const char* flag : {"single_word", "lstrip", "rstrip"})
         check_added(flag, true, {std::string(flag) + " is set"});
     check_bad(
-        [](Json& j) {  // "\u00e9" in the vocabulary is the byte 0xe9, not this character
+        [](Json& j) {  // in the vocabulary "\u00e9" means the byte 0xe9, not this character
             j["added_tokens"][0]["content"] = "\u00e9";
             j["added_tokens"][0]["id"] = 0xe9;
         },
@@ -539,7 +539,7 @@ TEST_CASE("require_same_tokenizer: only what decides the ids counts") {
         change(other);
         return other;
     };
-    // What the libraries write otherwise when they save a file that they have loaded, or GPT-2's first files.
+    // Differences that appear when a library loads and saves a file, and those of GPT-2's first files.
     const std::function<void(Json&)> same[] = {
         [](Json&) {},
         [](Json& j) {
@@ -589,7 +589,7 @@ TEST_CASE("require_same_tokenizer: only what decides the ids counts") {
         for (const std::string& word : {model, part, std::string("; advice")})
             CHECK(message.find(word) != std::string::npos);
     }
-    // Where "normalized" decides in which order they are looked for.
+    // With these added tokens, "normalized" decides the order in which they are looked for.
     const Json mixed = changed([](Json& j) {
         j["added_tokens"].push_back(j["added_tokens"][0]);
         j["added_tokens"][1]["content"] = "</s>", j["added_tokens"][1]["normalized"] = true;
@@ -597,7 +597,7 @@ TEST_CASE("require_same_tokenizer: only what decides the ids counts") {
     Json turned = mixed;
     for (Json& token : turned["added_tokens"]) token["normalized"] = token["normalized"] == false;
     CHECK(error(mixed, turned).find("added tokens") != std::string::npos);
-    // Kinds that the tokenizer here does not implement, and files that none does.
+    // Kinds of tokenizers that this program does not implement, and files that no program implements.
     Json unigram = {{"model", {{"type", "Unigram"}, {"vocab", {{"a", -1.5}, {"b", -2}}}}}}, longer = unigram;
     longer["model"]["vocab"].push_back({"c", -3});
     CHECK(error(unigram, unigram) == "");
@@ -609,7 +609,7 @@ TEST_CASE("require_same_tokenizer: only what decides the ids counts") {
     CHECK(error(split, within) == "");
     CHECK(error(json, Json::array()) != "");
     CHECK(error(json, {{"model", {{"vocab", 1}, {"merges", "a b"}}}, {"added_tokens", 7}}) != "");
-    // Where one is missing there is nothing to compare.
+    // If one of the files is missing, there is nothing to compare.
     const MappedFile file(model);
     require_same_tokenizer(nullptr, &file);
     require_same_tokenizer(&file, nullptr);

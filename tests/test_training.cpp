@@ -1,6 +1,6 @@
-// A training run as a user starts it, against the run that the PyTorch twin and torch.optim.AdamW made of the
-// same flags (dev/reference/golden_run.py): what the other tests, which hold the program against itself,
-// would not see.
+// A training run as a user starts it, compared with a run of the PyTorch twin and torch.optim.AdamW with the
+// same flags (dev/reference/golden_run.py). This finds faults that the other tests miss, because they compare
+// the program with itself.
 #include <cmath>
 #include <set>
 
@@ -27,12 +27,13 @@ double relative_error(const std::vector<float>& a, const std::vector<float>& b) 
     return std::sqrt(difference / squares);
 }
 
-// To a relative error; doctest::Approx allows its epsilon of 1 as well.
+// Whether the relative error is small. doctest::Approx would also allow an absolute error of its epsilon.
 bool near(double value, double expected, double error) {
     return std::abs(value - expected) <= error * std::abs(expected);
 }
 
-// The lines of the log without what the clock decides, which is checked: a step's time, and its tokens over it.
+// The lines of the log without the time of a step and the tokens per second, which depend on the clock.
+// Checks these two.
 std::vector<Json> checked_metrics(const std::string& folder) {
     std::vector<Json> lines = read_metrics(folder);
     for (Json& line : lines) {
@@ -88,7 +89,7 @@ TEST_CASE("cli: a run's losses, rates, norms, weights and moments equal those of
     const std::string end = "/step_00000008";
     const Safetensors last(kRun + "/last.safetensors"), weights(out + end + "/model.safetensors"),
         moments(out + end + "/optimizer.safetensors");
-    CHECK(weights.header.at("__metadata__") == Json{{"format", "pt"}});  // transformers asks for it
+    CHECK(weights.header.at("__metadata__") == Json{{"format", "pt"}});  // transformers requires it
     size_t compared = 0;
     for (const Safetensors* file : {&weights, &moments})
         for (const auto& [key, entry] : file->header.items()) {
@@ -101,7 +102,7 @@ TEST_CASE("cli: a run's losses, rates, norms, weights and moments equal those of
         }
     CHECK(compared == last.header.size());
 
-    // From the middle it goes on with the flags that it had: none of them may be forgotten.
+    // From the middle, the run continues with its own flags, so the checkpoint must have all of them.
     const Json remembered = Json::parse(get_file(out + end + "/trainer.json")).at("options");
     std::istringstream flags(
         "--data --batch --seq --total-batch --steps --lr --schedule --warmup --final-lr-fraction "
@@ -155,7 +156,7 @@ TEST_CASE("cli: weights follow the seed, samples the seed and the step") {
     const std::string data = folder / "data", out = folder / "out";
     fs::copy(fixture().data, data);
     put_file(data + "/meta.json", Json{{"vocab_size", kTokenizerVocab}, {"eot_token", 0}}.dump());
-    // At a rate of 0 the weights stay as they start.
+    // With a learning rate of 0 the weights do not change.
     const uint64_t seed = (uint64_t{1} << 32) + 7;
     const Result run =
         train_gpt(str("train --lr 0 --steps 20 --checkpoint-every 10 --sample-every 10 --sample-tokens 20 "
@@ -164,7 +165,7 @@ TEST_CASE("cli: weights follow the seed, samples the seed and the step") {
     check_done(run);
     CHECK(contains(run.out, "poly3, scale row, rope positions, qk-norm\n"));
     CHECK(contains(run.out, "20 steps, cosine schedule to 0 after 2 steps of warm-up, fp32\n"));
-    CHECK(contains(run.out, " over 64 tokens\n"));  // all there are, though a batch is larger
+    CHECK(contains(run.out, " over 64 tokens\n"));  // these are all tokens, although a batch is larger
     const std::string last = out + "/step_00000020";
     CHECK(Json::parse(get_file(last + "/config.json")).value("eos_token_id", -1) == 0);
     const Safetensors weights(last + "/model.safetensors");
@@ -175,7 +176,7 @@ TEST_CASE("cli: weights follow the seed, samples the seed and the step") {
         fill_normal(expected.data(), expected.size(), 0.02, seed, random_stream(name));
         CHECK(values == expected);
     }
-    // A sample is what generate says from the checkpoint.
+    // A sample is the text that generate writes from the checkpoint.
     for (int step : {10, 20}) {
         const Result generated = train_gpt(str("generate --threads 2 --tokens 20 --seed ", seed + step,
                                                " --model ", out, "/step_000000", step));
@@ -189,7 +190,7 @@ TEST_CASE("cli: generate draws token after token by its seed, up to the end of t
     const TempFolder folder;
     const std::string model = folder / "model";
     copy_model(fixture().model, model);
-    Safetensors zeros(model + "/model.safetensors");  // every token is equally likely
+    Safetensors zeros(model + "/model.safetensors");  // with zeros, all tokens have the same probability
     zeros.data.assign(zeros.data.size(), 0);
     put_file(model + "/model.safetensors", zeros.text());
     const Tokenizer tokenizer(kTokenizer);
@@ -221,7 +222,7 @@ TEST_CASE("cli: generate draws token after token by its seed, up to the end of t
 
 TEST_CASE("cli: --threads decides how many threads there are") {
     const TempFolder folder;
-    // OpenMP names each thread that it starts.
+    // OpenMP prints a line for each thread that it starts.
     const Run naming = {{"OMP_DISPLAY_AFFINITY=true", "OMP_AFFINITY_FORMAT=thread %n"}};
     const std::string data = " --threads 3 --data " + fixture().data, model = " --model " + fixture().model;
     for (const std::string& command :

@@ -1,4 +1,4 @@
-"""llmc/unicode.h against the tokenizers library, over all code points."""
+"""Compares llmc/unicode.h with the tokenizers library, for all code points."""
 import importlib.util
 import unittest
 from pathlib import Path

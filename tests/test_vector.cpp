@@ -1,4 +1,4 @@
-// bf16, and the vector functions over the whole range of floats: they stand under softmax, GELU and the loss.
+// bf16, and the vector functions, which softmax, GELU and the loss use, over the whole range of floats.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -15,8 +15,8 @@
 
 namespace {
 
-// Calls f(x, lanes of exp(x), gelu(x), gelu'(x)) for vectors of neighbouring floats: every `stride`-th block
-// of 16 bit patterns, and all of them where `low` <= |x| <= `high`.
+// Calls f(x, lanes of exp(x), gelu(x), gelu'(x)) for vectors of neighbouring floats: for every `stride`-th
+// block of 16 bit patterns, and for all blocks with `low` <= |x| <= `high`.
 template <class F>
 void for_floats(uint32_t stride, float low, float high, F f) {
     for (uint64_t bits = 0; bits < (1ull << 32); bits += 16) {
@@ -43,8 +43,8 @@ float float_of(uint32_t bits) {
     return std::bit_cast<float>(bits);
 }
 
-// The number that the bits of a bf16, not NaN, stand for: by its definition, and with 2^128 for infinity, as
-// rounding takes it.
+// The number that the bits of a bf16, which is not NaN, stand for, by its definition. Infinity is 2^128, as
+// in rounding.
 double bf16_value(uint16_t bits) {
     int exponent = bits >> 7 & 0xFF, mantissa = bits & 0x7F;
     double magnitude =
@@ -52,7 +52,7 @@ double bf16_value(uint16_t bits) {
     return bits & 0x8000 ? -magnitude : magnitude;
 }
 
-// The nearest bf16, by distance; between two, the one whose last bit is 0.
+// The nearest bf16. If two are equally near, the one whose last bit is 0.
 uint16_t nearest_bf16(float x) {
     uint16_t down = (uint16_t)(bits_of(x) >> 16);  // towards zero
     if (std::isinf(x)) return down;
@@ -62,7 +62,7 @@ uint16_t nearest_bf16(float x) {
     return to_down < to_up ? down : up;
 }
 
-// Floats of every kind: each upper half, with lower halves on, around and between what decides the rounding.
+// Floats of every kind: each upper half, with lower halves at, near and between the limits of rounding.
 std::vector<float> floats_of_every_kind() {
     std::vector<float> x;
     for (uint32_t upper = 0; upper < 65536; upper++)
@@ -71,7 +71,7 @@ std::vector<float> floats_of_every_kind() {
     return x;
 }
 
-// A vector store may flush what is too small for a normal float to zero, as AVX512_BF16 does.
+// A vector store may flush denormals to zero, as AVX512_BF16 does.
 bool same_or_flushed(float from, uint16_t stored, uint16_t expected) {
     bool tiny = std::fabs(from) < std::numeric_limits<float>::min();
     return stored == expected || (tiny && stored == (expected & 0x8000));
@@ -90,7 +90,7 @@ TEST_CASE("bf16 rounds to nearest even, and a NaN stays one") {
     }
     CAPTURE(wrong_at);
     CHECK(wrong == 0);
-    // A few by hand: halfway to even, both ways, and past the largest.
+    // A few cases by hand: halfway to even, in both directions, and beyond the largest number.
     CHECK(cpu::bf16(1.0f).bits == 0x3F80);
     CHECK(cpu::bf16(-2.5f).bits == 0xC020);
     CHECK(cpu::bf16(1.00390625f).bits == 0x3F80);
@@ -110,7 +110,7 @@ TEST_CASE("bf16: each of the 65536 comes back from a float, and from a vector") 
         for (int i = 0; i < cpu::kLanes; i++) {
             float value = x[i];
             bool nan = (x[i].bits & 0x7FFF) > 0x7F80;
-            uint16_t expected = nan ? x[i].bits | 0x40 : x[i].bits;  // NaN: a quiet one
+            uint16_t expected = nan ? x[i].bits | 0x40 : x[i].bits;  // a NaN becomes quiet
             wrong +=
                 std::isnan(value) != nan || (!nan && !std::isinf(value) && value != bf16_value(x[i].bits));
             wrong += cpu::bf16(value).bits != expected;
@@ -145,7 +145,7 @@ TEST_CASE_TEMPLATE("load and store of the first lanes: zeros beyond, and nothing
                    cpu::bf16) {
     for (int n = 1; n <= cpu::kLanes; n++) {
         CAPTURE(n);
-        std::vector<Real> x(n);  // ends where the lanes end
+        std::vector<Real> x(n);  // nothing follows the last lane
         for (int i = 0; i < n; i++) x[i] = i + 1.5f;
         cpu::vec v = cpu::load(x.data(), n);
         for (int i = 0; i < cpu::kLanes; i++) CHECK((float)v[i] == (i < n ? i + 1.5f : 0.0f));
@@ -194,12 +194,12 @@ TEST_CASE("exp, GELU and its derivative over all floats, those where exp overflo
 }
 
 TEST_CASE("GELU to the last digits where exp is hardest: every float from -10.2 to -9.9") {
-    // x sigmoid(2u) in double, from its definition.
+    // Computes x sigmoid(2u) in double, by its definition.
     double worst = 0;
     for (float x = -10.2f; x < -9.9f; x = std::nextafter(x, 0.0f)) {
         double u2 = x * 1.5957691216057308 * (1 + 0.044715 * x * x);
         double exact = x / (1 + std::exp(-u2));
-        if (std::fabs(exact) < 1e-36) continue;  // exp has gone past the largest float
+        if (std::fabs(exact) < 1e-36) continue;  // exp is larger than the largest float
         worst = std::max(worst, std::fabs(cpu::gelu(cpu::broadcast(x))[0] - exact) / std::fabs(exact));
     }
     CHECK(worst < 5e-5);  // u2 itself is rounded, and exp multiplies that error by u2
