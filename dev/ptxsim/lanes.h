@@ -21,7 +21,7 @@ inline void put(T* d, const T* values, Mask lanes) {
     }
 }
 
-// Makes a predicate of 32 bytes, one per lane, that are 0 or 1.
+// Makes a predicate from 32 bytes, one per lane, each of which is 0 or 1.
 inline Mask pack(const uint8_t* bytes) {
     return (Mask)_mm256_movemask_epi8(_mm256_slli_epi16(_mm256_loadu_si256((const __m256i*)bytes), 7));
 }

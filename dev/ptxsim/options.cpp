@@ -53,7 +53,8 @@ uint64_t number(const std::string& word, const std::string& value, bool with_uni
         shift = 30;
     else if (!unit.empty())
         digits = 0;
-    if (digits == 0) unknown(word, with_unit ? "needs a number, and may add K, M or G" : "needs a number");
+    if (digits == 0)
+        unknown(word, with_unit ? "needs a number, which may end in K, M or G" : "needs a number");
     if (n > (std::numeric_limits<uint64_t>::max() >> shift)) unknown(word, "is too large a number");
     return n << shift;
 }

@@ -118,7 +118,7 @@ void add(AccessRecord* r, const Access& now, const Events& events) {
 }
 
 // An atomic takes what earlier atomics at this address have handed on, and hands on what its warp knew at its
-// last fence.
+// last fence, or knows now if it `releases`.
 //   address: for shared memory it contains the number of the block, because each block has its own
 void synchronize(Warp& w, uint64_t address, uint64_t event, bool releases) {
     auto& races = w.block->grid->races;

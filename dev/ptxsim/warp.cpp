@@ -168,7 +168,7 @@ void Warp::run_split(size_t k, int* budget) {
                 return;
             case Flow::trap:
                 if (active) {
-                    report_at(Fault::trap, *this, in, __builtin_ctz(active), "trap");
+                    report_at(Fault::trap, *this, in, __builtin_ctz(active), "executes trap");
                     g.result = LaunchResult::trap;
                 }
                 pc++;
