@@ -1,10 +1,10 @@
-// The CPU trainer. This file is the model: a GPT-2 with one of several attentions, its forward pass,
-// its backward pass and its update, in the order of the algorithm. The layers are in llmc/cpu/, a header
-// each; the loop, the command line, files and everything else that the CUDA trainer shares are in llmc/. See
+// The CPU trainer. This file is the model: a GPT-2 with one of several kinds of attention. It has the forward
+// pass and the backward pass, in the order of the algorithm. Each layer has a header in llmc/cpu/. The
+// training loop, the command line, the files and everything else that both trainers share are in llmc/. See
 // README.md.
 //
-// Real, float or bf16, is what the matrix products multiply and most activations are kept in; the residual
-// stream, all statistics, weights, gradients and moments are float.
+// Real is float or bf16: the type of the matrix products and of most activations. The residual stream, all
+// statistics, the weights, the gradients and the optimizer's moments are float.
 //
 //   make && ./train_gpt train --data data/shakespeare --out out/run --attention poly3
 #include <omp.h>
@@ -46,13 +46,13 @@ struct GPT : Model {
     AttentionConfig attention;
     int L, H, D, C, V, Vp;
     Tensors<float> weights, gradients;
-    Tensors<Real> weights_real;  // the weights as matrix products take them
+    Tensors<Real> weights_real;  // the weights in the type of the matrix products
     Activations<Real> acts;
     ActivationGradients<Real> grads;
-    float* logits;  // (classifier_rows,Vp); reused
-    Real* dlogits;  // (classifier_rows,Vp): their gradient; where Real is float in the same place
-    std::vector<float> fixed_decay;  // (H), with decay fixed
-    std::vector<float> rope;         // (T,D), with RoPE: of the positions of the tokens now in the model
+    float* logits;  // (classifier_rows,Vp): reused
+    Real* dlogits;  // (classifier_rows,Vp): gradient of the logits; the same memory if Real is float
+    std::vector<float> fixed_decay;  // (H), with --decay fixed
+    std::vector<float> rope;         // (T,D), with RoPE: angles for the positions of the current tokens
     Cache<Real> cache;
 
     GPT(const GPTConfig& config, const ModelOptions& options)
@@ -96,8 +96,8 @@ struct GPT : Model {
 
     double take_loss() override { return std::exchange(loss_sum, 0.0); }
 
-    // From tokens (B,T) to the output of the last LayerNorm. With a cache (B = 1) the tokens follow those in
-    // it.
+    // Computes the output of the last LayerNorm from the tokens (B,T). With a cache (B = 1), the tokens
+    // follow the ones in the cache.
     void forward_blocks(const int* tokens, int B, int T, Cache<Real>* cache,
                         AttentionNorms* norms = nullptr) {
         int start = cache ? cache->length : 0, N = B * T;
@@ -118,7 +118,7 @@ struct GPT : Model {
             forward_to_gelu(l, residual, B, T, cache);
             if (norms) attention_norms(norms + l * H, a.heads, a.attn_stats, decay(l), attention, B, T, H, D);
             matmul_forward(acts.delta, a.gelu, w_real.fc_proj_weight, w.fc_proj_bias, N, 4 * C, C);
-            // The addition to the residual stream goes together with the LayerNorm that reads it next.
+            // One function adds to the residual stream and applies the LayerNorm that reads the sum next.
             bool last = l + 1 == L;
             residual_layernorm_forward(a.residual_mlp, last ? acts.ln_f : acts.h[l + 1].ln_1,
                                        last ? acts.ln_f_mean : acts.h[l + 1].ln_1_mean,
@@ -130,8 +130,8 @@ struct GPT : Model {
         if (cache) cache->length += T;
     }
 
-    // One block from its first LayerNorm's output to the input of its last matrix product. residual (B,T,C)
-    // is what goes into the block.
+    // Computes one block from the output of its first LayerNorm to the input of its last matrix product.
+    // residual (B,T,C) is the input of the block.
     void forward_to_gelu(int l, const float* residual, int B, int T, Cache<Real>* cache) {
         LayerActivations<Real>& a = acts.h[l];
         const auto& w = weights.h[l];
@@ -159,8 +159,8 @@ struct GPT : Model {
         gelu_forward(a.gelu, a.fc, (size_t)N * 4 * C);
     }
 
-    // Follows the forward pass. The classifier has left the gradient of ln_f's output in grads.norm and the
-    // output projection's part of the gradient of wte.
+    // Runs after the forward pass. The classifier has already put the gradient of ln_f's output into
+    // grads.norm, and the output projection's part of the gradient of wte into gradients.wte.
     void backward(const Batch& batch, const Pass& pass, const ReadyFunction& ready) {
         int B = batch.B, T = batch.T, N = B * T;
         bool accumulate = !pass.first;
@@ -214,7 +214,8 @@ struct GPT : Model {
         is_ready(L);
     }
 
-    // What the forward pass did not keep of block l. residual (B,T,C) is what goes into the block.
+    // Computes again the activations of block l that the forward pass did not keep. residual (B,T,C) is the
+    // input of the block.
     void recompute(int l, const float* residual, int B, int T) {
         LayerActivations<Real>& a = acts.h[l];
         const auto& w = weights.h[l];
@@ -232,7 +233,7 @@ struct GPT : Model {
         }
     }
 
-    // Those that layers add to. The first pass assigns all others.
+    // Zeroes the gradients that layers add to. The first pass of a step assigns all others.
     void zero_added_gradients() {
         for (const ParameterTensor& t : table.tensors)
             if (!gradient_is_assigned(t.kind)) HostMemory::zero(gradient_array + t.offset, t.size);
@@ -244,7 +245,7 @@ struct GPT : Model {
 
     void clip_gradients(double max_norm) override {
         norm = gradient_norm(table.all());
-        factor = clip_factor(norm, max_norm);
+        gradient_factor = clip_factor(norm, max_norm);
     }
 
     double clipped_norm() override { return norm; }
@@ -294,7 +295,7 @@ struct GPT : Model {
         parameter_plan.allocate();
         activation_plan.allocate();
         arrays.gradients = gradient_array;
-        arrays.clip_factor = &factor;
+        arrays.clip_factor = &gradient_factor;
         HostMemory::zero(arrays.weights, table.size);
         weights = table.view(arrays.weights);
         if constexpr (kIsFloat) {
@@ -311,31 +312,31 @@ struct GPT : Model {
   private:
     ModelOptions options;
     bool training;
-    int rope_end = -1;                      // rope is that of positions 0 .. rope_end-1; -1: of others
-    double loss_sum = 0;                    // of the passes since it was asked for
-    double norm = 0;                        // of the gradients, as clip_gradients() found it
-    float factor = 1;                       // what clips them
+    int rope_end = -1;          // rope holds positions 0 .. rope_end-1; -1: it holds other positions
+    double loss_sum = 0;        // mean losses of the passes since the last take_loss()
+    double norm = 0;            // norm of the gradients that clip_gradients() found
+    float gradient_factor = 1;  // the optimizer multiplies the gradients by it
     ParameterArrays<Real, float> arrays{};  // (table.size) each
     float* gradient_array = nullptr;        // (table.size)
     MemoryPlan parameter_plan, activation_plan;
 
     static int padded_vocabulary(const GPTConfig& config) { return (config.vocab_size + 15) / 16 * 16; }
 
-    // Whether attention takes its linear form.
+    // Whether attention is computed in its linear form.
     bool linear(int T) const {
         if (options.kernel == AttentionKernel::automatic) return linear_pays<Real>(attention, T, D);
         return options.kernel == AttentionKernel::linear;
     }
 
-    // delta (H) of layer l, or null without decay.
+    // The decay parameters delta (H) of layer l; null without decay.
     const float* decay(int l) const {
         return config.decay == DecayKind::fixed ? fixed_decay.data() : weights.h[l].decay;
     }
 
-    // RoPE's (T,D), or null without.
+    // The table of RoPE (T,D); null without RoPE.
     const float* angles() const { return config.rope() ? rope.data() : nullptr; }
 
-    // Logits (Vp) of one row (C) of the last LayerNorm's output.
+    // Writes the logits (Vp) that follow from one row (C) of the last LayerNorm's output.
     void last_logits(const Real* row) { matmul(logits, row, weights_real.wte, 1, Vp, C, false, true, false); }
 };
 
@@ -346,7 +347,7 @@ inline double measured_peak(Precision precision) {
         std::vector<Real> a(n * n, Real(1.0f)), b(n * n, Real(1.0f));
         std::vector<float> c(n * n);
         double best = 0;
-        for (int repetition = 0; repetition < 8; repetition++) {  // the first makes the primitive
+        for (int repetition = 0; repetition < 8; repetition++) {  // the first one creates the primitive
             auto start = std::chrono::steady_clock::now();
             matmul(c.data(), a.data(), b.data(), n, n, n, false, false, false);
             std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
@@ -369,7 +370,7 @@ inline std::unique_ptr<Model> make_model(const GPTConfig& config, const ModelOpt
 
 }  // namespace cpu
 
-#ifndef LLMC_TESTING  // tests include this file
+#ifndef LLMC_TESTING  // tests include this file for the model alone
 template <>
 Backend cpu::backend<cpu::Isa::LLMC_ISA>() {
     return {"CPU", Capabilities{.program = "train_gpt"}, make_model, set_threads, measured_peak};

@@ -1,13 +1,13 @@
-// The CUDA trainer. This file is the model, as train_gpt.cpp is for the CPU: the same forward pass, backward
-// pass and update, in the same order. The layers are in llmc/cuda/, a header each, twins of those in
-// llmc/cpu/; the loop, the command line, files and all else are in llmc/ and are those of the CPU trainer.
+// The CUDA trainer. This file is the model, as train_gpt.cpp is for the CPU: it has the same forward pass and
+// backward pass, in the same order. Each layer has a header in llmc/cuda/, the twin of one in llmc/cpu/. The
+// training loop, the command line, the files and everything else are in llmc/, and both trainers share them.
 //
-// Real, float or bf16, is what the matrix products multiply and most activations are kept in; the residual
-// stream, all statistics, weights and moments are float; Gradient, float or bf16, is what the gradients of
-// matrices and embeddings are added up in.
+// Real is float or bf16: the type of the matrix products and of most activations. The residual stream, all
+// statistics, the weights and the optimizer's moments are float. Gradient is float or bf16: the type in which
+// the gradients of matrices and embeddings are added up.
 //
 //   make train_gptcu && ./train_gptcu train --data data/shakespeare --out out/run --attention poly3
-//   make train_gptcu_sim: the same object on dev/ptxsim, for machines without a GPU
+//   make train_gptcu_sim: runs the same object file on dev/ptxsim, on machines without a GPU
 #include <chrono>
 #include <cmath>
 #include <map>
@@ -46,16 +46,16 @@ struct GPT : Model {
     AttentionConfig attention;
     int L, H, D, C, V, Vp;
     Tensors<float> weights;
-    Tensors<Real> weights_real;  // the weights as matrix products take them
+    Tensors<Real> weights_real;  // the weights in the type of the matrix products
     Tensors<Gradient, float> gradients;
     Activations<Real> acts;
     ActivationGradients<Real> grads;
     int* inputs;         // (B,T)
     int* targets;        // (B,T)
-    Real* logits;        // (classifier_rows,Vp), then their gradient; reused
-    float* scratch;      // (scratch_size): partial sums and tables of the layers, one after the other
-    float* fixed_decay;  // (H), with decay fixed
-    float* rope;         // (T,D), with RoPE: of the positions of the tokens now in the model
+    Real* logits;        // (classifier_rows,Vp): the logits, then their gradient; reused
+    float* scratch;      // (scratch_size): partial sums and tables; one layer after another uses it
+    float* fixed_decay;  // (H), with --decay fixed
+    float* rope;         // (T,D), with RoPE: angles for the positions of the current tokens
     Cache<Real> cache;
 
     GPT(const GPTConfig& config, const ModelOptions& options)
@@ -81,7 +81,7 @@ struct GPT : Model {
         activation_plan.add(logits, (size_t)classifier_rows((int)(B * T), Vp) * Vp);
         activation_plan.add(workspace, kMatmulWorkspace);
         activation_plan.add(squares, 1 + kSquaresBlocks);
-        activation_plan.add(factor, 1);
+        activation_plan.add(gradient_factor, 1);
         activation_plan.add(loss_sum, 1);
         activation_plan.add(fixed_decay, H);
         if (config.rope()) activation_plan.add(rope, T * D);
@@ -99,11 +99,12 @@ struct GPT : Model {
         place_tokens(batch.inputs, batch.B, batch.T, nullptr);
         if (!options.cuda_graph || pass.norms) return enqueue(batch.B, batch.T, pass, ready);
         launch_graph(batch.B, batch.T, pass);
-        // The kernels of a graph are in the stream all at once.
+        // The launch of a graph puts all of its kernels into the stream at once, so all buckets are announced
+        // after it.
         for (int bucket = 0; pass.backward && pass.last && ready && bucket <= L; bucket++) ready(bucket);
     }
 
-    // Puts the kernels of a pass into the stream. The tokens are on the device already.
+    // Puts the kernels of a pass into the stream. The tokens must already be on the device.
     void enqueue(int B, int T, const Pass& pass, const ReadyFunction& ready) {
         int N = B * T;
         if (pass.norms && norm_sums.size() == 0) norm_sums = DeviceArray<NormSums>(L * H);
@@ -126,8 +127,8 @@ struct GPT : Model {
         return total;
     }
 
-    // Tokens (B,T) and what depends on their positions, to the device. With a cache (B = 1) the tokens follow
-    // those in it.
+    // Copies the tokens (B,T), and the RoPE table of their positions, to the device. With a cache (B = 1),
+    // the tokens follow the ones in the cache.
     void place_tokens(const int* tokens, int B, int T, const Cache<Real>* cache) {
         int start = cache ? cache->length : 0;
         copy_to_device(inputs, tokens, (size_t)B * T, stream);
@@ -139,7 +140,8 @@ struct GPT : Model {
         }
     }
 
-    // From the tokens to the output of the last LayerNorm. sums (L,H), or null: of the attention's norms.
+    // Computes the output of the last LayerNorm from the tokens on the device. sums (L,H) receives the sums
+    // for the attention's norms; null: they are not wanted.
     void forward_blocks(int B, int T, Cache<Real>* cache, NormSums* sums = nullptr) {
         int start = cache ? cache->length : 0, N = B * T;
         embedding_forward(acts.embedded, inputs, weights.wte,
@@ -158,7 +160,7 @@ struct GPT : Model {
                                 stream);
             matmul_forward(acts.delta, a.gelu, w_real.fc_proj_weight, w_real.fc_proj_bias, N, 4 * C, C,
                            *matmuls, stream);
-            // The addition to the residual stream goes together with the LayerNorm that reads it next.
+            // One kernel adds to the residual stream and applies the LayerNorm that reads the sum next.
             bool last = l + 1 == L;
             residual_layernorm_forward(a.residual_mlp, last ? acts.ln_f : acts.h[l + 1].ln_1,
                                        last ? acts.ln_f_mean : acts.h[l + 1].ln_1_mean,
@@ -170,8 +172,8 @@ struct GPT : Model {
         if (cache) cache->length += T;
     }
 
-    // One block from its first LayerNorm's output to the input of its last matrix product. residual (B,T,C)
-    // is what goes into the block.
+    // Computes one block from the output of its first LayerNorm to the input of its last matrix product.
+    // residual (B,T,C) is the input of the block.
     void forward_to_gelu(int l, const float* residual, int B, int T, Cache<Real>* cache) {
         LayerActivations<Real>& a = acts.h[l];
         const auto& w = weights.h[l];
@@ -207,8 +209,8 @@ struct GPT : Model {
         }
     }
 
-    // Follows the forward pass. The classifier has left the gradient of ln_f's output in grads.norm and the
-    // output projection's part of the gradient of wte.
+    // Runs after the forward pass. The classifier has already put the gradient of ln_f's output into
+    // grads.norm, and the output projection's part of the gradient of wte into gradients.wte.
     void backward(int B, int T, const Pass& pass, const ReadyFunction& ready) {
         int N = B * T;
         bool accumulate = !pass.first;
@@ -268,7 +270,8 @@ struct GPT : Model {
         is_ready(L);
     }
 
-    // What the forward pass did not keep of block l. residual (B,T,C) is what goes into the block.
+    // Computes again the activations of block l that the forward pass did not keep. residual (B,T,C) is the
+    // input of the block.
     void recompute(int l, const float* residual, int B, int T) {
         LayerActivations<Real>& a = acts.h[l];
         const auto& w = weights.h[l];
@@ -289,7 +292,7 @@ struct GPT : Model {
         }
     }
 
-    // Those that layers add to. The first pass assigns all others.
+    // Zeroes the gradients that layers add to. The first pass of a step assigns all others.
     void zero_added_gradients() {
         for (const ParameterTensor& t : table.tensors)
             if (!gradient_is_assigned(t.kind) && (kFloatGradients || !has_small_gradient(t.kind)))
@@ -305,10 +308,10 @@ struct GPT : Model {
         return std::sqrt(total);
     }
 
-    // The norm and the factor stay on the device, so that the optimizer's step need not wait for the host.
+    // The norm and the factor stay on the device, so the optimizer's step does not have to wait for the host.
     void clip_gradients(double max_norm) override {
         sum_of_squares(squares, squares + 1, gradient_array, table.size, stream);
-        clip_factor(factor, squares, max_norm, stream);
+        clip_factor(gradient_factor, squares, max_norm, stream);
     }
 
     double clipped_norm() override {
@@ -381,7 +384,7 @@ struct GPT : Model {
         parameter_plan.allocate();
         activation_plan.allocate();
         arrays.gradients = gradient_array;
-        arrays.clip_factor = factor;
+        arrays.clip_factor = gradient_factor;
         DeviceMemory::zero(arrays.weights, table.size);
         DeviceMemory::zero(loss_sum, 1);
         weights = table.view(arrays.weights);
@@ -401,11 +404,12 @@ struct GPT : Model {
     }
 
   private:
-    // What the launches of a pass depend on.
+    // The launches of a pass depend on this: B, T, backward, loss_scale, first, last.
     using GraphKey = std::tuple<int, int, bool, float, bool, bool>;
 
-    // With --cuda-graph a pass is put into the stream the first time, when algorithms are still looked for,
-    // is captured the second time, and from then on the graph is launched instead.
+    // With --cuda-graph, the first pass of a kind is put into the stream kernel by kernel, because the matrix
+    // products still search for their algorithms. The second one is captured as a graph, and from then on
+    // that graph is launched.
     void launch_graph(int B, int T, const Pass& pass) {
         GraphKey key(B, T, pass.backward, pass.loss_scale, pass.first, pass.last);
         auto [found, is_new] = graphs.try_emplace(key, nullptr);
@@ -416,7 +420,7 @@ struct GPT : Model {
             try {
                 enqueue(B, T, pass, {});
             } catch (...) {
-                // While a stream is captured no memory can be freed, and what throws leads there.
+                // Memory cannot be freed during a capture, and the handling of the exception frees memory.
                 if (cudaStreamEndCapture(stream, &graph) == cudaSuccess) cudaGraphDestroy(graph);
                 throw;
             }
@@ -432,24 +436,24 @@ struct GPT : Model {
     cudaStream_t stream = nullptr;
     std::unique_ptr<MatmulContext> matmuls;
     std::map<GraphKey, cudaGraphExec_t> graphs;
-    DeviceArray<NormSums> norm_sums;  // (L,H), once norms are asked for
-    char* workspace;                  // (kMatmulWorkspace) bytes: cuBLASLt's
-    double* squares;                  // (1 + kSquaresBlocks): of the gradients' norm, and its scratch
-    float* factor;                    // (1): what clips the gradients
-    double* loss_sum;                 // (1): of the passes since it was asked for
-    int rope_end = -1;                // rope is that of positions 0 .. rope_end-1; -1: of others
+    DeviceArray<NormSums> norm_sums;  // (L,H), allocated by the first pass that asks for norms
+    char* workspace;                  // (kMatmulWorkspace) bytes: the workspace of cuBLASLt
+    double* squares;                  // (1 + kSquaresBlocks): sum of the squared gradients, then scratch
+    float* gradient_factor;           // (1): the optimizer multiplies the gradients by it
+    double* loss_sum;                 // (1): mean losses of the passes since the last take_loss()
+    int rope_end = -1;                // rope holds positions 0 .. rope_end-1; -1: it holds other positions
     std::vector<float> host_logits;   // (V): on the host
     ParameterArrays<Real, Gradient> arrays{};  // (table.size) each
     Gradient* gradient_array = nullptr;        // (table.size)
-    float* small_array = nullptr;              // (small_size), where Gradient is bf16
+    float* small_array = nullptr;              // (small_size), if Gradient is bf16
     SmallGradients small_gradients;
     std::vector<Slice> buckets = table.buckets();
     MemoryPlan parameter_plan, activation_plan;
 
     static int padded_vocabulary(const GPTConfig& config) { return (config.vocab_size + 15) / 16 * 16; }
 
-    // What to change on the command line so that the model takes no more than `free` bytes. Tries, in this
-    // order: recomputation (same results), bf16, a smaller batch.
+    // Says which flags make the model fit into `free` bytes. Tries, in this order: recomputation (same
+    // results), bf16, a smaller batch.
     std::string flags_that_fit(size_t free) const {
         for (int batch = options.batch; batch > 0; batch /= 2)
             for (bool to_bf16 : {false, training && kIsFloat})
@@ -482,10 +486,10 @@ struct GPT : Model {
         }
     }
 
-    // Floats: the most that a layer wants.
+    // The number of floats that the layer with the largest need takes.
     size_t scratch_size(int B, int T) const {
         int N = B * T;
-        // At a length where the linear form does not pay yet attention is tiled, whatever it is at T.
+        // A sequence shorter than T may use tiles even if the linear form is used at T.
         size_t forward = attention_forward_scratch(T, H), backward = attention_backward_scratch(B, T, H);
         if (linear(T)) {
             forward = std::max(forward, attention_linear_forward_scratch<Real>(attention, B, T, H, D));
@@ -498,21 +502,21 @@ struct GPT : Model {
                          config.short_conv ? short_conv_scratch(B, T, 3 * C, config.short_conv) : 0});
     }
 
-    // Whether attention takes its linear form.
+    // Whether attention is computed in its linear form.
     bool linear(int T) const {
         if (options.kernel == AttentionKernel::automatic) return linear_pays(attention, T, D);
         return options.kernel == AttentionKernel::linear;
     }
 
-    // delta (H) of layer l, or null without decay.
+    // The decay parameters delta (H) of layer l; null without decay.
     const float* decay(int l) const {
         return config.decay == DecayKind::fixed ? fixed_decay : weights.h[l].decay;
     }
 
-    // RoPE's (T,D), or null without.
+    // The table of RoPE (T,D); null without RoPE.
     const float* angles() const { return config.rope() ? rope : nullptr; }
 
-    // The logits (V) of one row (C) of the last LayerNorm's output, on the host.
+    // Brings the logits (V) that follow from one row (C) of the last LayerNorm's output to the host.
     void last_logits(const Real* row) {
         matmul(logits, row, weights_real.wte, 1, Vp, C, false, true, false, {}, *matmuls, stream);
         std::vector<Real> values(V);
@@ -521,7 +525,7 @@ struct GPT : Model {
     }
 };
 
-// On the simulator, too, within a second: the matrices grow until a product takes a millisecond.
+// The matrices grow until a product takes a millisecond, so the simulator needs less than a second, too.
 inline double measured_peak(Precision precision) {
     auto measure = [=](auto type) {
         using Real = decltype(type);
@@ -532,7 +536,7 @@ inline double measured_peak(Precision precision) {
         for (int n = 512; n <= 8192 && seconds < 1e-3 && fits(n); n *= 2) {
             DeviceArray<Real> a((size_t)n * n), b((size_t)n * n), c((size_t)n * n);
             for (DeviceArray<Real>* x : {&a, &b}) check(cudaMemset(x->get(), 0, x->size() * sizeof(Real)));
-            for (int repetition = 0; repetition < 5; repetition++) {  // the first finds the algorithm
+            for (int repetition = 0; repetition < 5; repetition++) {  // the first one finds the algorithm
                 check(cudaDeviceSynchronize());
                 auto start = std::chrono::steady_clock::now();
                 matmul(c.get(), a.get(), b.get(), n, n, n, false, false, false, {}, context, nullptr);
@@ -546,7 +550,7 @@ inline double measured_peak(Precision precision) {
     return precision == Precision::bf16 ? measure(bf16()) : measure(float());
 }
 
-// The host's threads do nothing but wait.
+// The host's threads only wait for the device, so one is enough.
 inline int set_threads(int) {
     return 1;
 }
@@ -559,7 +563,7 @@ inline std::unique_ptr<Model> make_model(const GPTConfig& config, const ModelOpt
     return std::make_unique<GPT<float>>(config, options);
 }
 
-// For --version.
+// The text of --version about the build.
 std::string describe_build() {
     size_t cublas = cublasLtGetVersion();
     std::string architectures;
@@ -570,7 +574,7 @@ std::string describe_build() {
                cublas / 10000, ".", cublas / 100 % 100, ".", cublas % 100);
 }
 
-// For llmc/cuda/main.cpp.
+// llmc/cuda/main.cpp calls this.
 Backend backend() {
     cudaDeviceProp properties;
     int device;

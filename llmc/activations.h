@@ -1,5 +1,6 @@
-// What a model keeps between its forward and its backward pass, the same for every backend: the buffers by
-// name, which of them share memory, what the backward pass computes again, and where a NaN came from.
+// What a model keeps between its forward and its backward pass. It is the same for every backend: the
+// buffers and their names, which of them share memory, what the backward pass computes again, and where a NaN
+// came from.
 #pragma once
 #include <cstddef>
 #include <string>
@@ -12,19 +13,19 @@
 #include "llmc/model.h"
 #include "llmc/parameters.h"
 
-// What the forward pass of one block leaves for the backward pass. Where an option is off, its output is its
-// input.
+// The results of one block's forward pass that its backward pass reads. If the model lacks an optional layer,
+// that layer's output is the same memory as its input.
 template <class Real>
 struct LayerActivations {
     Real* ln_1;            // (B,T,C)
     float* ln_1_mean;      // (B,T)
     float* ln_1_rstd;      // (B,T)
     Real* qkv;             // (B,T,3C)
-    Real* conv;            // (B,T,3C): after the short convolution
-    Real* heads;           // (B,T,3C): after qk-norm and RoPE
+    Real* conv;            // (B,T,3C): q, k, v after the short convolution
+    Real* heads;           // (B,T,3C): q, k, v after qk-norm and RoPE
     float* qk_rstd;        // (B,T,2H), with qk-norm
     Real* attn;            // (B,T,C)
-    float* attn_stats;     // (stats_size), for the kinds of attention that need them
+    float* attn_stats;     // (stats_size), with the kinds of attention that need them
     float* residual_attn;  // (B,T,C): residual stream after attention
     Real* ln_2;            // (B,T,C)
     float* ln_2_mean;      // (B,T)
@@ -45,26 +46,26 @@ struct Activations {
     float* losses;     // (B,T)
 };
 
-// Gradients of activations, reused from layer to layer.
+// Gradients of activations. All layers use the same buffers, one after another.
 template <class Real>
 struct ActivationGradients {
     float* residual;      // (B,T,C)
-    Real* residual_real;  // (B,T,C): the same for matrix products
-    Real* norm;           // (B,T,C): of a LayerNorm's output, or of attention's
+    Real* residual_real;  // (B,T,C): the same values in the type of the matrix products
+    Real* norm;           // (B,T,C): gradient of the output of a LayerNorm or of attention
     Real* qkv;            // (B,T,3C)
     Real* conv;           // (B,T,3C), with short_conv
     Real* fc;             // (B,T,4C)
 };
 
-// Whether the backward pass must compute these activations of block l again, because later blocks have
-// overwritten them. The last block's are still there.
+// Whether the backward pass must compute these activations of block l again because later blocks have
+// overwritten them. Those of the last block are still there.
 inline bool is_recomputed(const ModelOptions& options, Recompute group, int l, int L) {
     return options.recompute >= group && l + 1 < L;
 }
 
-// Adds all of the above to a plan, for batches of up to options.batch x options.seq. Each block has buffers
-// of its own where a backward pass reads them; otherwise all blocks share the first one's.
-//   attn_stats: floats that attention keeps for its backward pass
+// Adds all of the above to a plan, for batches of up to options.batch x options.seq. A block has its own
+// buffer if the backward pass will read it. Otherwise all blocks share the buffer of the first one.
+//   attn_stats: number of floats that attention keeps for its backward pass
 template <class Real, class Memory>
 void plan_activations(MemoryPlan<Memory>& plan, Activations<Real>& acts, ActivationGradients<Real>& grads,
                       const GPTConfig& config, const ModelOptions& options, size_t attn_stats) {
@@ -133,9 +134,9 @@ void plan_activations(MemoryPlan<Memory>& plan, Activations<Real>& acts, Activat
     plan.add(grads.fc, N * 4 * C);
 }
 
-// Where a NaN or Inf came from: the weights, then the activations in the order of the forward pass, then the
-// gradients in the order of the backward pass. "" where all is finite.
-//   gradients: null without training
+// Says where a NaN or Inf came from. Searches the weights, then the activations in the order of the forward
+// pass, then the gradients in the order of the backward pass. Returns "" if all are finite.
+//   gradients: null if the model does not train
 template <class Memory, class Gradient>
 std::string first_nonfinite_of(const ParameterTable& table, const float* weights,
                                const MemoryPlan<Memory>& activations, const Gradient* gradients) {

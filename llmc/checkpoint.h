@@ -1,16 +1,17 @@
-// Checkpoint folders: OUT/step_00001000/ with config.json, model.safetensors, tokenizer.json,
-// optimizer.safetensors and trainer.json, which holds the sizes and CRC-32s of the others and its own.
+// A checkpoint is a folder OUT/step_00001000/ with config.json, model.safetensors, tokenizer.json,
+// optimizer.safetensors and trainer.json, which has the sizes and CRC-32s of the others and its own CRC-32.
 //
-// A checkpoint is whole or absent: it is written into OUT/step_00001000.tmp, synced, and then given its name.
-// What a crash leaves is a folder with the .tmp name, which is reported and never used. A folder with its
-// final name that does not match its trainer.json (a bad disk, a stray edit) is reported too, and the one
-// before it used.
+// A checkpoint is whole or absent: it is written into OUT/step_00001000.tmp, synced, and then renamed. A
+// crash leaves a folder with the .tmp name, which is reported and never used. A folder with a final name that
+// does not match its trainer.json (because of a bad disk, or because somebody edited a file) is reported,
+// too, and the checkpoint before it is used.
 //
-// A folder without trainer.json, with config.json and model.safetensors or its shards and their index, is a
-// model: Hugging Face's GPT-2, for one.
+// A folder without trainer.json is a model, such as Hugging Face's GPT-2. It has config.json, and either
+// model.safetensors or its shards and their index.
 //
-// A run that goes on deletes its old checkpoints, while others read them. So all files of one are opened
-// before any is used: what is open can be read to its end, whatever becomes of its name.
+// A running training deletes its old checkpoints while other programs may read them. So all files of a
+// checkpoint are opened before any is used, because an open file can be read to its end even if it is
+// deleted.
 #pragma once
 #include <fcntl.h>
 #include <sys/file.h>
@@ -50,13 +51,13 @@ inline std::string checkpoint_name(int step) {
     return name;
 }
 
-// The step of a checkpoint of this name; -1 where it is no checkpoint's.
+// The step of the checkpoint with this name; -1 if it is not the name of a checkpoint.
 inline int step_of_name(const std::string& name) {
     int step = -1;
     return sscanf(name.c_str(), "step_%d", &step) == 1 && name == checkpoint_name(step) ? step : -1;
 }
 
-// The steps of the folders of `out` with a checkpoint's final name, newest first.
+// The steps of the folders in `out` that have the final name of a checkpoint, newest first.
 inline std::vector<int> checkpoint_steps(const std::string& out) {
     std::vector<int> steps;
     if (!path_exists(out)) return steps;
@@ -66,12 +67,12 @@ inline std::vector<int> checkpoint_steps(const std::string& out) {
     return steps;
 }
 
-// What a run needs besides tensors to go on as if it had not stopped.
+// What a run needs besides its tensors so that it continues as if it had not stopped.
 struct TrainerState {
-    int step = 0;         // steps done
-    int64_t samples = 0;  // sequences consumed: the data loader's state
+    int step = 0;         // number of steps done
+    int64_t samples = 0;  // number of sequences consumed, which is the whole state of the data loader
     nlohmann::json options;
-    std::string program;  // that wrote it: program_version(); empty where it does not say
+    std::string program;  // program_version() of the program that wrote it; empty if the file has none
 };
 
 namespace checkpoint_detail {
@@ -82,8 +83,8 @@ struct Written {
     uint32_t crc;
 };
 
-// The tensors of the table once for each prefix, which stands before their names. read(i, tensor, out) gives
-// the values for the i-th prefix.
+// Writes the tensors of the table once for each prefix, which is put before their names. read(i, tensor, out)
+// gives the values for the i-th prefix.
 template <class Read>
 Written write_tensors(const std::string& folder, const std::string& name, const ParameterTable& table,
                       const std::vector<std::string>& prefixes, Read read) {
@@ -104,7 +105,7 @@ Written write_tensors(const std::string& folder, const std::string& name, const 
     return {name, file.size(), file.crc32()};
 }
 
-// trainer.json's checksum of itself: of the object without that key, keys sorted.
+// The checksum of trainer.json that is in it. It covers the object without that key, with sorted keys.
 inline uint32_t json_crc32(nlohmann::json json) {
     json.erase("crc32");
     std::string text = json.dump();
@@ -120,8 +121,8 @@ inline Written write_file(const std::string& folder, const std::string& name, co
 
 }  // namespace checkpoint_detail
 
-// Writes OUT/step_<step>. `tokenizer` is the text of tokenizer.json, empty where there is none. After a
-// failure the folder is as before.
+// Writes OUT/step_<step>. `tokenizer` is the text of tokenizer.json, empty if there is none. A failure leaves
+// the folder OUT as it was before.
 inline std::string write_checkpoint(const std::string& out, const Model& model, const Optimizer& optimizer,
                                     const TrainerState& state, const std::string& tokenizer) {
     namespace fs = std::filesystem;
@@ -161,8 +162,8 @@ inline std::string write_checkpoint(const std::string& out, const Model& model, 
     return folder;
 }
 
-// The paths of the folders of `out` that have a temporary name: checkpoints that are being written or
-// deleted, or whose writing or deletion was stopped.
+// The paths of the folders in `out` that have the temporary name of a checkpoint. They are being written or
+// deleted, or a program was stopped while it did that.
 inline std::vector<std::string> unfinished_checkpoints(const std::string& out) {
     std::vector<std::string> paths;
     if (!path_exists(out)) return paths;
@@ -173,7 +174,7 @@ inline std::vector<std::string> unfinished_checkpoints(const std::string& out) {
     return paths;
 }
 
-// Of the run that this process has locked: what cannot be deleted is said, and tried again the next time.
+// This process must have locked the run. What cannot be deleted gives a warning and is tried again next time.
 inline void delete_unfinished_checkpoints(const std::string& out) {
     for (const std::string& path : unfinished_checkpoints(out)) {
         std::error_code error;
@@ -186,7 +187,7 @@ inline void delete_unfinished_checkpoints(const std::string& out) {
 inline void delete_old_checkpoints(const std::string& out, int keep) {
     std::vector<int> steps = checkpoint_steps(out);
     for (size_t i = keep; keep > 0 && i < steps.size(); i++) {
-        // Renamed first: a folder half deleted must not bear a checkpoint's name.
+        // It is renamed first, because a half deleted folder must not have the name of a checkpoint.
         std::string folder = join_path(out, checkpoint_name(steps[i]));
         std::error_code error;
         std::filesystem::rename(folder, folder + ".tmp", error);
@@ -195,8 +196,9 @@ inline void delete_old_checkpoints(const std::string& out, int keep) {
     delete_unfinished_checkpoints(out);
 }
 
-// Before a run goes on from `step`: checkpoints of later steps, which are damaged or of a run that is given
-// up by going further back, become step_<step>.old and count no more.
+// Renames the checkpoints of steps after `step` to step_<step>.old, so that nothing uses them. A run that
+// resumes from `step` calls this. The later checkpoints are damaged, or the user has abandoned them by
+// resuming from an earlier one.
 inline void set_aside_later_checkpoints(const std::string& out, int step) {
     for (int later : checkpoint_steps(out)) {
         if (later <= step) continue;
@@ -208,14 +210,14 @@ inline void set_aside_later_checkpoints(const std::string& out, int step) {
     }
 }
 
-// A folder with a model in it, checked whole when it is opened, before any memory is taken for it:
-// config.json against the names and shapes in the weights' files, and all against trainer.json where there is
-// one.
+// A folder with a model in it. The constructor checks all of it before any memory is taken for the model: it
+// compares config.json with the names and shapes in the files of weights, and, if there is a trainer.json,
+// all files with that.
 class Checkpoint {
   public:
     std::string folder;
     GPTConfig config;
-    std::optional<TrainerState> trainer;  // absent in a folder that holds only a model
+    std::optional<TrainerState> trainer;  // none if the folder has only a model
 
     explicit Checkpoint(const std::string& folder) : folder(folder), files_(std::make_shared<Files>()) {
         if (has("trainer.json")) read_trainer(open("trainer.json"));
@@ -234,13 +236,13 @@ class Checkpoint {
         check_tensors();
     }
 
-    // tokenizer.json; null where there is none.
+    // tokenizer.json; null if there is none.
     const MappedFile* tokenizer() const {
         const auto found = files_->opened.find("tokenizer.json");
         return found == files_->opened.end() ? nullptr : &found->second;
     }
 
-    // Weights into `model`, whose config is this one's.
+    // Loads the weights into `model`, which must have been made from this config.
     void load_weights(Model& model) const {
         load(model.table, *files_->weights, files_->prefix,
              [&](const ParameterTensor& t, const float* in) { model.write(Store::weights, t, in); });
@@ -252,17 +254,18 @@ class Checkpoint {
                  [&](const ParameterTensor& t, const float* in) { optimizer.write(array, t, in); });
     }
 
-    // Nothing can be loaded any more. An open file takes its space on the disk after it is deleted.
+    // Closes the files, after which nothing can be loaded. A deleted file takes space on the disk as long as
+    // it is open.
     void close() const { *files_ = {}; }
 
   private:
     struct Files {
         std::map<std::string, MappedFile> opened;  // by name
         std::optional<SafetensorsSet> weights;
-        std::optional<SafetensorsFile> optimizer;  // with trainer
-        std::string prefix;                        // of the weights' names
+        std::optional<SafetensorsFile> optimizer;  // present if `trainer` is
+        std::string prefix;                        // stands before the names of the weights
     };
-    std::shared_ptr<Files> files_;  // of all copies of this object
+    std::shared_ptr<Files> files_;  // all copies of this object share it
 
     MappedFile& open(const std::string& name) const {
         const auto found = files_->opened.find(name);
@@ -299,7 +302,7 @@ class Checkpoint {
             weights.expect(prefix + t.name, t.shape);
             known.insert(prefix + t.name);
         }
-        // What Hugging Face's files may hold besides: the causal mask, and the embedding's second name.
+        // Files of Hugging Face may also have the causal mask, and the embedding under a second name.
         for (int l = 0; l < config.layers; l++)
             for (const char* mask : {".attn.bias", ".attn.masked_bias"})
                 known.insert(str(prefix, "h.", l, mask));
@@ -309,7 +312,7 @@ class Checkpoint {
         if (head && (head->shape != wte->shape || head->dtype != wte->dtype ||
                      std::memcmp(head->data, wte->data, wte->bytes) != 0))
             fail(weights.path(), ": lm_head.weight is not the same as ", prefix,
-                 "wte.weight, this trainer has only tied embeddings");
+                 "wte.weight; this trainer needs them to be the same");
         if (!trainer) return;
         known.clear();
         for (const std::string array : kAdamWArrays)
@@ -335,7 +338,7 @@ class Checkpoint {
         if (version != kCheckpointVersion)
             fail(path, ": version ", version, ", expected ", kCheckpointVersion);
         if (json_integer(json, "crc32", 0, UINT32_MAX, path) != checkpoint_detail::json_crc32(json))
-            fail(path, ": its checksum is not the one it names: the file is damaged");
+            fail(path, ": its checksum is not the one in the file: the file is damaged");
         const nlohmann::json files = json.value("files", nlohmann::json());
         if (!files.is_object()) fail(path, ": \"files\" is ", brief(files), ", expected an object");
         for (const auto& [name, expected] : files.items()) {
@@ -361,15 +364,15 @@ class Checkpoint {
     }
 };
 
-// Before a run goes on, which this process has locked: what interrupted ones left.
+// Deletes what stopped runs have left in `out`, which this process must have locked.
 inline void delete_leftovers(const std::string& out) {
     for (const std::string& path : unfinished_checkpoints(out))
         warn(path, ": incomplete, left by a run that was stopped; deleted");
     delete_unfinished_checkpoints(out);
 }
 
-// The newest whole checkpoint of a run; none where it has written none. What is broken is reported on stderr,
-// and an error only where nothing else is left.
+// The newest whole checkpoint of a run; none if the run has written none. A broken checkpoint gives a warning
+// on stderr. It is an error if all of them are broken.
 inline std::optional<Checkpoint> newest_checkpoint(const std::string& out) {
     const std::vector<int> steps = checkpoint_steps(out);
     for (int step : steps) {
@@ -379,23 +382,24 @@ inline std::optional<Checkpoint> newest_checkpoint(const std::string& out) {
             if (!checkpoint.trainer) fail(folder, ": trainer.json is missing");
             return checkpoint;
         } catch (const Error& e) {
-            // A run that goes on may have deleted it, having written a newer one.
+            // A running training may have written a newer checkpoint and then deleted this one.
             const std::vector<int> now = checkpoint_steps(out);
             if (std::find(now.begin(), now.end(), step) == now.end()) return newest_checkpoint(out);
-            warn("broken checkpoint ignored: ", e.what());
+            warn("ignored a broken checkpoint: ", e.what());
         }
     }
-    if (!steps.empty()) fail(out, ": none of its ", steps.size(), " checkpoints is whole");
+    if (!steps.empty()) fail(out, ": all of its ", steps.size(), " checkpoints are broken");
     return std::nullopt;
 }
 
-// Is a process training in this folder? It holds a lock on it as long as it does (llmc/run_folder.h).
+// Whether a process is training in this folder. It has a lock on the folder for all that time
+// (llmc/run_folder.h).
 inline bool is_training_in(const std::string& out) {
     const Descriptor folder(::open(out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     return folder.fd >= 0 && ::flock(folder.fd, LOCK_SH | LOCK_NB) != 0 && errno == EWOULDBLOCK;
 }
 
-// A model to generate with or to evaluate: the folder itself, or the newest checkpoint of a run.
+// Opens a model for generation or evaluation: the folder itself, or the newest checkpoint of a run.
 inline Checkpoint open_model(const std::string& folder) {
     std::error_code error;
     if (!path_exists(folder) || !std::filesystem::is_directory(folder, error))

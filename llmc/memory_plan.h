@@ -1,16 +1,17 @@
-// Many named buffers in one piece of memory, whose size is known and printed before anything is allocated.
+// Puts many named buffers into one piece of memory. Its size is known, and printed, before it is allocated.
 //
-// Memory is where it lies: a class with kAlignment (bytes), char* allocate(bytes) and, static, finite(x, n),
-// zero(x, n), read(out, x, n) to the host and write(x, in, n) from there.
+// The class Memory says which memory that is. It has kAlignment (bytes), char* allocate(bytes), and the
+// static functions finite(x, n), zero(x, n), read(out, x, n), which copies to the host, and write(x, in, n),
+// which copies from the host.
 #pragma once
 #include <cstddef>
 #include <functional>
 #include <string>
 #include <vector>
 
-// Buffers are added with the pointer that will hold them; allocate() then sets the pointers, which must not
-// move in between. A buffer with a name holds its value until the step ends; one without is used again
-// before.
+// A buffer is added together with the pointer that will point to it. allocate() sets all these pointers, so
+// they must not move before it. A buffer with a name keeps its values until the step ends, so it can be
+// searched for NaN; one without a name is overwritten earlier.
 template <class Memory>
 class MemoryPlan {
   public:
@@ -23,7 +24,7 @@ class MemoryPlan {
         if (!name.empty())
             kept_.push_back({name, [&slot, size] { return Memory::finite(slot, size); }});
     }
-    // `slot` will be where `other` is, which was added before.
+    // `slot` will point to the same memory as `other`, which must have been added before.
     template <class Real>
     void alias(Real*& slot, Real*& other) {
         settings_.push_back([&slot, &other](char*) { slot = other; });
@@ -33,7 +34,7 @@ class MemoryPlan {
         for (const auto& set : settings_) set(memory);
     }
     size_t bytes() const { return bytes_; }
-    // The name of the first buffer that holds a NaN or Inf; "" where none does.
+    // The name of the first buffer with a NaN or Inf in it; "" if there is none.
     std::string first_nonfinite() const {
         for (const Kept& buffer : kept_)
             if (!buffer.finite()) return buffer.name;

@@ -1,6 +1,6 @@
-// What the training loop and the commands ask of a model. Each backend has a `GPT` that is one
-// (train_gpt.cpp, train_gpt.cu), and says through a Backend how to make it. Pointers are to host memory;
-// sizes and layouts of tensors are those of llmc/parameters.h.
+// The interface through which the training loop and the commands use a model. Each backend implements it in
+// its class `GPT` (train_gpt.cpp, train_gpt.cu), and a Backend says how to make one. All pointers here point
+// to host memory. llmc/parameters.h defines the sizes and layouts of the tensors.
 #pragma once
 #include <cstddef>
 #include <functional>
@@ -18,20 +18,21 @@ enum class Store { weights, gradients };
 
 enum class Purpose { training, inference };
 
-// Of the matrix products and of most activations. Weights and moments are float32 with all of them, and so
-// are gradients but for --gradients bf16.
+// The type of the matrix products and of most activations. Weights and moments are always float32, and so are
+// gradients except with --gradients bf16.
 enum class Precision { fp32, bf16, tf32 };
 
-// What is not kept for the backward pass but computed again there: nothing; the GELU's output; that and the
-// LayerNorms' outputs; all of a block but what goes into it. Results are the same bits.
+// What the backward pass computes again because the forward pass did not keep it: nothing; the GELU's output;
+// that and the LayerNorms' outputs; everything in a block except its input. The results are the same bits.
 enum class Recompute { none, gelu, layernorm, block };
 
-// How attention is computed: in tiles of all pairs, or as a recurrence over chunks, which only poly1, poly2
-// and small heads of poly3 can be. The same numbers but for rounding; automatic takes the fewer operations.
+// How attention is computed: in tiles of all pairs, or as a recurrence over chunks, which exists only for
+// poly1, for poly2 and for poly3 with small heads. Both give the same numbers except for rounding. automatic
+// takes the one that needs fewer operations.
 enum class AttentionKernel { automatic, tiled, linear };
 
-// What generation keeps of the tokens so far: keys and values, or the state of fixed size of the same
-// recurrence. automatic begins with the first and goes over to the second where that is smaller.
+// What generation keeps about the tokens so far: their keys and values, or the state of the same recurrence,
+// whose size is fixed. automatic begins with keys and values, and changes to the state when it is smaller.
 enum class CacheKind { automatic, kv, state };
 
 inline constexpr const char* kPrecisionNames[] = {"fp32", "bf16", "tf32"};
@@ -42,18 +43,18 @@ inline constexpr const char* kCacheNames[] = {"auto", "kv", "state"};
 
 struct ModelOptions {
     Purpose purpose;
-    int batch, seq;  // the largest batch: (B,T)
+    int batch, seq;  // (B,T) of the largest batch
     Precision precision = Precision::fp32;
     Recompute recompute = Recompute::none;
     AttentionKernel kernel = AttentionKernel::automatic;
     CacheKind cache = CacheKind::automatic;
     Precision gradients = Precision::fp32;  // of matrices and embeddings: fp32 or bf16
     bool cuda_graph = false;                // launch forward and backward passes as graphs
-    bool stochastic_rounding = false;       // of the weights' copy in bf16; with seed
-    uint64_t seed = 1;
+    bool stochastic_rounding = false;       // round the bf16 copy of the weights at random
+    uint64_t seed = 1;                      // for stochastic_rounding
 };
 
-// Tokens of a prompt that go through decode() at a time.
+// decode() takes a prompt in pieces of at most this many tokens.
 constexpr int kPromptRows = 256;
 
 struct MemoryGroup {
@@ -61,20 +62,20 @@ struct MemoryGroup {
     size_t bytes;
 };
 
-// Sequences of tokens and the tokens that follow each.
+// Sequences of tokens; targets[i] is the token that follows inputs[i].
 struct Batch {
     const int* inputs;   // (B,T)
     const int* targets;  // (B,T)
     int B, T;
 };
 
-// What one pass over a batch is for. A step is a sequence of passes: the first assigns the gradients, the
-// others add to them, and after the last they are complete.
+// What one pass over a batch has to do. A step is a sequence of passes: the first one assigns the gradients,
+// the others add to them, and after the last one they are complete.
 struct Pass {
     bool backward = false;
-    float loss_scale = 1;             // the gradients are those of loss_scale * the mean loss
-    bool first = true, last = true;   // of the step
-    AttentionNorms* norms = nullptr;  // (L,H): measures of the attention on the way; null: not wanted
+    float loss_scale = 1;             // gradients are of loss_scale times the mean loss
+    bool first = true, last = true;   // whether it is the first, or the last, pass of the step
+    AttentionNorms* norms = nullptr;  // (L,H): receives measures of the attention; null: not wanted
     static Pass forward_only() { return {}; }
     static Pass training(float loss_scale = 1, bool first = true, bool last = true,
                          AttentionNorms* norms = nullptr) {
@@ -82,8 +83,8 @@ struct Pass {
     }
 };
 
-// Told of each bucket of ParameterTable::buckets(), by its index and in that order, when its gradients are
-// complete.
+// The model calls this once for each bucket of ParameterTable::buckets(), in that order and with its index,
+// when the gradients of the bucket are complete.
 using ReadyFunction = std::function<void(int bucket)>;
 
 class Model {
@@ -95,15 +96,16 @@ class Model {
     Model(const Model&) = delete;
     Model& operator=(const Model&) = delete;
 
-    // The constructor plans all memory and allocates nothing. memory() is what allocate() will take at once;
-    // `more`: bytes that others will take after it. Weights and gradients are zero after it.
+    // The constructor plans all memory and allocates nothing. memory() says what allocate() will take at
+    // once. allocate() fails if `more` bytes, which others will take later, would not fit as well. Weights
+    // and gradients are zero after it.
     virtual std::vector<MemoryGroup> memory() const = 0;
     virtual void allocate(size_t more = 0) = 0;
 
-    // A forward pass, and a backward pass where it is asked for. May return before the work is done. In the
-    // last pass of a step it calls ready.
+    // Runs a forward pass, and a backward pass if pass.backward is set. It may return before the work is
+    // done. In the last pass of a step, the backward pass calls `ready`.
     virtual void run(const Batch& batch, const Pass& pass, const ReadyFunction& ready = {}) = 0;
-    // The sum of the mean losses of all passes since it was last asked for. Waits for them.
+    // Waits for all passes and returns the sum of their mean losses since the last call.
     virtual double take_loss() = 0;
     double loss(const Batch& batch, const Pass& pass = {}) {
         run(batch, pass);
@@ -112,32 +114,33 @@ class Model {
 
     // The norm of the gradients of a slice.
     virtual double gradient_norm(Slice slice) const = 0;
-    // Sets the factor that the optimizer multiplies gradients by, so that their norm is at most max_norm (0:
-    // no limit). It is NaN where the norm is not finite.
+    // Sets the factor by which the optimizer multiplies the gradients, so that their norm is at most max_norm
+    // (0: no limit). The factor is NaN if the norm is not finite.
     virtual void clip_gradients(double max_norm) = 0;
     // The norm that clip_gradients() found. Waits for it, and for an optimizer's step after it.
     virtual double clipped_norm() = 0;
-    // For these weights and gradients. The model must outlive it.
+    // Makes an optimizer for this model's weights and gradients. The model must outlive it.
     virtual std::unique_ptr<Optimizer> make_optimizer(const AdamW& adamw) = 0;
 
-    // Copies a tensor of the table out, and in.
+    // read() copies a tensor of the table to the host, write() copies one from there.
     virtual void read(Store store, const ParameterTensor& tensor, float* out) const = 0;
     virtual void write(Store store, const ParameterTensor& tensor, const float* in) = 0;
 
-    // Logits (V) of the token after `tokens` (n), which follow those given since clear_cache().
+    // Returns the logits (V) of the token after `tokens` (n). `tokens` continue what earlier calls since
+    // clear_cache() were given.
     virtual const float* decode(const int* tokens, int n) = 0;
     virtual void clear_cache() = 0;
-    // Logits (B,T,V) of every position.
+    // Writes the logits (B,T,V) of every position.
     virtual void all_logits(float* out, const int* inputs, int B, int T) = 0;
 
-    // Where a NaN or Inf came from: the first tensor with one in it; "" where all is finite.
+    // Says where a NaN or Inf came from: the name of the first tensor that has one; "" if all are finite.
     virtual std::string first_nonfinite() const = 0;
 
   protected:
     Model(const GPTConfig& config, int Vp) : config(config), table(config, Vp) {}
 };
 
-// What a backend offers beyond what all have. options.h refuses the rest.
+// What a backend has beyond what all backends have. options.h refuses flags that ask for anything else.
 struct Capabilities {
     const char* program;  // for messages
     bool tf32 = false, bf16_gradients = false, stochastic_rounding = false, cuda_graph = false;
@@ -148,7 +151,7 @@ struct Backend {
     std::string name;  // "CPU"
     Capabilities can;
     std::unique_ptr<Model> (*make_model)(const GPTConfig& config, const ModelOptions& options);
-    // 0: as many as there are cores. Returns how many there will be.
+    // Sets the number of threads (0: as many as there are cores) and returns it.
     int (*set_threads)(int threads);
     // FLOP/s of a large matrix product on this machine, measured now. The log's "% of peak" refers to it.
     double (*measured_peak)(Precision precision);

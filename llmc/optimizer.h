@@ -1,8 +1,8 @@
-// What turns gradients into new weights. Each backend has the algorithm (llmc/cpu/adamw.h,
-// llmc/cuda/adamw.h); here is what the training loop and checkpoints ask of it.
+// An optimizer turns gradients into new weights. Each backend has the algorithm (llmc/cpu/adamw.h,
+// llmc/cuda/adamw.h). This file has the interface through which the training loop and checkpoints use it.
 //
-// An optimizer keeps arrays of float32, each laid out as the parameters are (llmc/parameters.h). Their names
-// make the names in a checkpoint: the array "m" has "m.wte.weight" and so on.
+// An optimizer keeps arrays of float32. Each one has the layout of the parameters (llmc/parameters.h). The
+// name of an array is the prefix of its tensors in a checkpoint: the array "m" has "m.wte.weight" and so on.
 #pragma once
 #include <cstddef>
 #include <iterator>
@@ -18,7 +18,7 @@ struct AdamW {
     double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
 };
 
-// Its arrays: the moving averages of the gradient and of its square.
+// The arrays of AdamW: the moving averages of the gradient and of its square.
 inline constexpr const char* kAdamWArrays[] = {"m", "v"};
 
 class Optimizer {
@@ -28,34 +28,34 @@ class Optimizer {
     Optimizer(const Optimizer&) = delete;
     Optimizer& operator=(const Optimizer&) = delete;
 
-    virtual const std::vector<std::string>& arrays() const = 0;  // their names
-    virtual size_t bytes() const = 0;                            // what allocate() takes
-    virtual void allocate() = 0;                                 // the arrays are zero after it
+    virtual const std::vector<std::string>& arrays() const = 0;  // names of the arrays
+    virtual size_t bytes() const = 0;                            // size of what allocate() takes
+    virtual void allocate() = 0;                                 // sets the arrays to zero
 
-    // One step for the elements of a slice, whose gradients are complete and are multiplied by the model's
-    // clip factor; `step` counts from 1. Where the factor is NaN nothing changes. May return before it is
-    // done.
+    // Does one step for the elements of a slice, whose gradients must be complete. It multiplies them by the
+    // model's clip factor and changes nothing if that is NaN. `step` counts from 1. It may return before the
+    // work is done.
     virtual void step(Slice slice, double learning_rate, int step) = 0;
 
-    // Copies a tensor of the table out of one of the arrays, and in.
+    // read() copies a tensor of one of the arrays to the host, write() copies one from there.
     virtual void read(size_t array, const ParameterTensor& tensor, float* out) const = 0;
     virtual void write(size_t array, const ParameterTensor& tensor, const float* in) = 0;
 
-    // The first tensor that has a NaN or Inf in one of the arrays, as "m of wte.weight"; "" where all is
+    // The first tensor that has a NaN or Inf in one of the arrays, as "m of wte.weight"; "" if all are
     // finite.
     virtual std::string first_nonfinite() const = 0;
 };
 
-// Where the parameters and their gradients are: what a model gives its optimizer.
+// The arrays that a model gives to its optimizer.
 template <class Real, class Gradient>
 struct ParameterArrays {
     float* weights;  // (table.size)
-    Real* copy;      // (table.size): the weights as matrix products take them; null where Real is float
+    Real* copy;      // (table.size): the weights in the type of the matrix products; null if that is float
     const Gradient* gradients;  // (table.size)
     const float* clip_factor;   // (1)
 };
 
-// The arrays of an optimizer in the memory of a backend.
+// Keeps the arrays of an optimizer in the memory of a backend.
 template <class Memory>
 class OptimizerState : public Optimizer {
   public:

@@ -1,5 +1,5 @@
-// The command line, the same for every backend: one struct a command, parsed by CLI11 and checked. Every
-// complaint is a usage Error that names the flag, the value and what is allowed.
+// The command line, which is the same for every backend. CLI11 parses and checks it into one struct for each
+// command. Every mistake is a usage Error that names the flag, the value and what is allowed.
 #pragma once
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -23,13 +23,14 @@
 #include "llmc/sampler.h"
 #include "llmc/schedule.h"
 
-// Model flags that were given; the others follow from the preset, the attention or a checkpoint.
+// The model flags that were given. The values of the others follow from the preset, the kind of attention or
+// a checkpoint.
 struct ModelFlags {
     std::optional<std::string> preset, attention, attention_scale, positions, decay;
     std::optional<int> layers, heads, channels, context, short_conv;
     std::optional<bool> qk_norm;
 
-    // The given flags put over `config`.
+    // Returns `config` with the given flags applied to it.
     GPTConfig over(GPTConfig config) const {
         if (preset) config = with_preset(config, *preset);
         if (layers) config.layers = *layers;
@@ -47,9 +48,9 @@ struct ModelFlags {
         return config;
     }
 
-    // A new model: GPT-2 where the attention is softmax. Every other kind has RoPE and qk-norm unless flags
-    // say otherwise, because the size of its scores is that of its weights: it has no normaliser that makes
-    // up for it.
+    // The configuration of a new model. With softmax the defaults are those of GPT-2. Every other attention
+    // has RoPE and qk-norm, because it has no normaliser, so the size of its weights follows from the size of
+    // its scores.
     GPTConfig fresh(int vocab_size, int eot_token) const {
         GPTConfig config = with_preset(GPTConfig(), "nano");
         config.vocab_size = vocab_size;
@@ -61,7 +62,7 @@ struct ModelFlags {
         return over(config);
     }
 
-    // A model that exists, from `file`: flags that say something else are refused.
+    // A usage error if the flags ask for another model than the existing one, which comes from `file`.
     void require_same(const GPTConfig& existing, const std::string& file) const {
         nlohmann::ordered_json wanted = config_to_json(over(existing)), found = config_to_json(existing);
         for (const auto& [key, value] : wanted.items())
@@ -71,11 +72,11 @@ struct ModelFlags {
     }
 };
 
-// How a model is computed, whatever it is.
+// Flags that say how any model is computed.
 struct ComputeFlags {
     std::string dtype = "fp32", kernel = "auto";
 
-    // For batches of up to B x T tokens.
+    // Options for batches of up to B x T tokens.
     ModelOptions model_options(Purpose purpose, int B, int T) const {
         ModelOptions options{purpose, B, T};
         options.precision = (Precision)index_of_name(dtype, kPrecisionNames, "--dtype");
@@ -87,10 +88,10 @@ struct ComputeFlags {
 struct TrainOptions {
     ModelFlags model;
     std::string data, out, init_from;
-    bool new_tokenizer = false;  // the data's may be another than that of init_from
+    bool new_tokenizer = false;  // the tokenizer of the data may differ from that of init_from
     int batch = 8;
     int seq = 0;              // 0: the context
-    int64_t total_batch = 0;  // tokens a step; 0: one micro-batch
+    int64_t total_batch = 0;  // tokens in a step; 0: one micro-batch
     int steps = 1000;
     double learning_rate = 6e-4, final_lr_fraction = 0.1, grad_clip = 1.0;
     std::string schedule = "cosine";
@@ -105,8 +106,8 @@ struct TrainOptions {
     int norms_every = 0;
     int keep_checkpoints = 3;
     bool resume = false;
-    std::string resume_from;  // empty: the newest of `out`
-    std::string program;      // program_version(), for checkpoints
+    std::string resume_from;  // empty: the newest checkpoint of `out`
+    std::string program;      // program_version(), which checkpoints record
 
     ModelOptions model_options() const {
         ModelOptions options = compute.model_options(Purpose::training, batch, seq);
@@ -118,17 +119,17 @@ struct TrainOptions {
         return options;
     }
 
-    // The settings that a checkpoint remembers, so that --resume needs no flags but --out.
+    // A setting that a checkpoint remembers, so that --resume needs no other flag than --out.
     struct Setting {
         std::string flag;
-        bool fixed;          // changing it would make another run
-        bool given = false;  // on the command line
+        bool fixed;          // a resumed run cannot change it
+        bool given = false;  // it is on the command line
         CLI::Validator allowed;
         std::function<nlohmann::json()> get;
         std::function<void(const nlohmann::json&)> set;
 
-        // What is wrong with a value of trainer.json, by the check of what is typed after the flag; "" where
-        // nothing is.
+        // Checks a value of trainer.json as if it were typed after the flag. Returns "", or what is wrong
+        // with it.
         std::string complaint(const nlohmann::json& value) const {
             const bool is_text = get().is_string() || get().is_array();  // see json_of_path
             if (is_text)
@@ -140,7 +141,7 @@ struct TrainOptions {
     std::vector<Setting> settings;
 
     TrainOptions() = default;
-    TrainOptions(const TrainOptions&) = delete;  // settings point into it
+    TrainOptions(const TrainOptions&) = delete;  // because settings point into this object
     TrainOptions& operator=(const TrainOptions&) = delete;
 
     bool given(const std::string& flag) const {
@@ -155,8 +156,9 @@ struct TrainOptions {
         return json;
     }
 
-    // Takes what `saved` (from `file`) remembers for every flag that was not given. A given flag that would
-    // make another run of it is refused; other changes are returned, to be told to the user.
+    // For every flag that was not given, takes the value in `saved`, which comes from `file`. A given flag
+    // that differs is an error if its setting is fixed. The other differences are returned as a text for the
+    // user.
     std::string recall(const nlohmann::json& saved, const std::string& file) {
         std::string changes;
         for (const Setting& s : settings) {
@@ -213,7 +215,7 @@ struct Options {
     DumpOptions dump;
 };
 
-// A usage error where a backend, or a kind of attention, does not have what the options ask for.
+// A usage error if the options ask for something that the backend, or the kind of attention, does not have.
 inline void require_supported(const Backend& backend, const GPTConfig& config, const ModelOptions& options) {
     const Capabilities& can = backend.can;
     auto require = [&](bool has, const char* flag) {
@@ -224,9 +226,9 @@ inline void require_supported(const Backend& backend, const GPTConfig& config, c
     require(can.stochastic_rounding || !options.stochastic_rounding, "--stochastic-rounding");
     require(can.bf16_gradients || options.gradients != Precision::bf16, "--gradients bf16");
     if (options.stochastic_rounding && options.precision != Precision::bf16)
-        usage_error("--stochastic-rounding: expected --dtype bf16 with it");
+        usage_error("--stochastic-rounding: it works only with --dtype bf16");
     if (options.gradients == Precision::bf16 && options.precision != Precision::bf16)
-        usage_error("--gradients bf16: expected --dtype bf16 with it");
+        usage_error("--gradients bf16: it works only with --dtype bf16");
     if (config.head_size() > can.largest_head)
         usage_error("heads of ", config.head_size(), " channels: ", can.program, " has kernels for at most ",
                     can.largest_head);
@@ -234,14 +236,14 @@ inline void require_supported(const Backend& backend, const GPTConfig& config, c
         if (wanted && !has_linear_form(config.attention(), config.head_size()))
             usage_error(flag, ": ", kAttentionNames[(int)config.attention_kind], ", scale ",
                         config.attention_scale, ", heads of ", config.head_size(),
-                        ": expected poly1, poly2, or poly3 with heads of at most 32, and no scale sum with "
-                        "odd powers");
+                        ": expected poly1, poly2, or poly3 with heads of at most 32, and with odd powers a "
+                        "scale other than sum");
     };
     require_linear_form(options.kernel == AttentionKernel::linear, "--attention-kernel linear");
     require_linear_form(options.cache == CacheKind::state, "--cache state");
 }
 
-// CLI11's own checks let NaN through, and integers that overflow.
+// CLI11 has checks of its own, but they accept NaN and integers that overflow.
 template <class Number>
 inline CLI::Validator in_range(Number low, Number high) {
     auto check = [=](std::string& text) -> std::string {
@@ -281,8 +283,8 @@ CLI::Validator one_of(const char* const (&names)[N]) {
     return one_of(std::vector<std::string>(names, names + N));
 }
 
-// A path. An empty one, which --model=$FOLDER is without that variable, would stand for the working
-// directory.
+// Checks a path. It must not be empty: --model=$FOLDER is empty if that variable is not set, and an empty
+// path would mean the working directory.
 inline CLI::Validator path_value() {
     auto check = [](std::string& text) -> std::string {
         return text.empty() ? "\"\" is not the name of a file or folder" : "";
@@ -290,7 +292,7 @@ inline CLI::Validator path_value() {
     return CLI::Validator(check, "");
 }
 
-// row, context, mean, sum or a number.
+// Checks a value of --attention-scale: row, context, mean, sum or a number.
 inline CLI::Validator attention_scale_value() {
     auto check = [](std::string& text) -> std::string {
         try {
@@ -310,12 +312,14 @@ namespace options_detail {
 constexpr int kMostInt = std::numeric_limits<int>::max();
 
 inline void add_compute(CLI::App& app, ComputeFlags& o, const std::string& group) {
-    app.add_option("--dtype", o.dtype, "of the matrix products and most activations (tf32: train_gptcu)")
+    app.add_option("--dtype", o.dtype,
+                   "type of the matrix products and most activations (tf32 only in train_gptcu)")
         ->group(group)
         ->capture_default_str()
         ->check(one_of(kPrecisionNames));
     app.add_option("--attention-kernel", o.kernel,
-                   "tiles of all pairs, or chunks at linear cost (poly1, poly2, poly3 with small heads)")
+                   "method for attention: tiles of all pairs, or chunks at linear cost (poly1, poly2, poly3 "
+                   "with small heads)")
         ->group(group)
         ->capture_default_str()
         ->check(one_of(kKernelNames));
@@ -323,7 +327,7 @@ inline void add_compute(CLI::App& app, ComputeFlags& o, const std::string& group
 
 inline void add_train(CLI::App& app, TrainOptions& o) {
     auto remember = [&](CLI::Option* option, auto& value, bool fixed) {
-        constexpr bool is_text = std::is_same_v<decltype(value), std::string&>;  // which may be a path
+        constexpr bool is_text = std::is_same_v<decltype(value), std::string&>;  // it may be a path
         auto get = [&value] {
             if constexpr (is_text) return json_of_path(value);
             return nlohmann::json(value);
@@ -344,27 +348,30 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     for (const Preset& p : kPresets) presets.push_back(p.name);
     model("--preset", o.model.preset, "sizes of the model (default nano)")->check(one_of(presets));
     model("--layers", o.model.layers, "number of blocks")->check(integer_in(1, 1000));
-    model("--heads", o.model.heads, "attention heads a block")->check(integer_in(1, 1024));
+    model("--heads", o.model.heads, "number of attention heads in a block")->check(integer_in(1, 1024));
     model("--channels", o.model.channels, "width of the residual stream")->check(integer_in(1, 65536));
-    model("--context", o.model.context, "longest sequence")->check(integer_in(1, 1 << 24));
-    model("--attention", o.model.attention, "activation of the scores (default softmax)")
+    model("--context", o.model.context, "length of the longest sequence")->check(integer_in(1, 1 << 24));
+    model("--attention", o.model.attention, "function that turns scores into weights (default softmax)")
         ->check(one_of(kAttentionNames));
     model("--attention-scale", o.model.attention_scale, "scale of polynomial attention (default row)")
         ->check(attention_scale_value());
-    model("--positions", o.model.positions, "(default: learned for softmax, else rope)")
+    model("--positions", o.model.positions,
+          "kind of positions (default: learned with softmax, otherwise rope)")
         ->check(one_of(kPositionNames));
     model("--qk-norm", o.model.qk_norm,
-          "true or false: RMS-normalise q and k (default: false for softmax, else true)")
+          "RMS-normalise q and k: true or false (default: false with softmax, otherwise true)")
         ->check(one_of({"true", "false"}));
-    model("--decay", o.model.decay, "fade attention with distance (default none)")
+    model("--decay", o.model.decay, "how attention fades with distance (default none)")
         ->check(one_of(kDecayNames));
-    model("--short-conv", o.model.short_conv, "width of a causal convolution on q, k, v (default 0: none)")
+    model("--short-conv", o.model.short_conv,
+          "width of a causal convolution on q, k and v; 0: no convolution (default 0)")
         ->check(integer_in(0, 64));
     CLI::Option* init_from =
-        model("--init-from", o.init_from, "start from a checkpoint or a GPT-2 folder of Hugging Face")
+        model("--init-from", o.init_from,
+              "start from the weights of a checkpoint or of a GPT-2 folder of Hugging Face")
             ->check(path_value());
     app.add_flag("--new-tokenizer", o.new_tokenizer,
-                 "train it although the data has another tokenizer, in which tokens have other numbers")
+                 "allow data with another tokenizer than the model's; its token numbers mean other texts")
         ->group("Model")
         ->needs(init_from);
 
@@ -372,12 +379,12 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
         return remember(app.add_option(flag, value, help)->group("Batch")->capture_default_str(), value,
                         fixed);
     };
-    remember(app.add_option("--data", o.data, "folder with train*.bin and val*.bin")
+    remember(app.add_option("--data", o.data, "dataset folder, with train*.bin and val*.bin")
                  ->group("Run")
                  ->check(path_value()),
              o.data, false);
-    // From any working directory the same folder is meant: by a name that is relative to another one, a run
-    // could go on with other data without a word.
+    // Checkpoints remember the absolute path. With a relative one, a run that is resumed from another working
+    // directory could silently continue with other data.
     o.settings.back().get = [&o]() -> nlohmann::json {
         std::error_code error;
         std::string path = std::filesystem::absolute(o.data, error).string();
@@ -387,57 +394,63 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
         ->group("Run")
         ->required()
         ->check(path_value());
-    batch("--batch", o.batch, false, "sequences a micro-batch")->check(integer_in(1, 1 << 20));
-    batch("--seq", o.seq, true, "tokens a sequence; 0: the context")->check(integer_in(0, 1 << 24));
+    batch("--batch", o.batch, false, "sequences in a micro-batch")->check(integer_in(1, 1 << 20));
+    batch("--seq", o.seq, true, "tokens in a sequence; 0: the context")->check(integer_in(0, 1 << 24));
     batch("--total-batch", o.total_batch, true,
-          "tokens a step, a multiple of batch x seq; 0: one micro-batch")
+          "tokens in a step, a multiple of batch x seq; 0: one micro-batch")
         ->check(integer_in(0, int64_t{1} << 50));
 
     auto optimise = [&](const char* flag, auto& value, bool fixed, const char* help) {
         return remember(app.add_option(flag, value, help)->group("Optimise")->capture_default_str(), value,
                         fixed);
     };
-    optimise("--steps", o.steps, false, "optimizer steps in all")->check(integer_in(1, kMostInt));
+    optimise("--steps", o.steps, false, "number of optimizer steps in all")->check(integer_in(1, kMostInt));
     optimise("--lr", o.learning_rate, false, "peak learning rate")->check(number_in(0, 1e30));
-    optimise("--schedule", o.schedule, false, "of the learning rate")->check(one_of(kScheduleNames));
-    optimise("--warmup", o.warmup, false, "steps; -1: a tenth of --steps, at most 700")
+    optimise("--schedule", o.schedule, false, "schedule of the learning rate")->check(one_of(kScheduleNames));
+    optimise("--warmup", o.warmup, false, "steps of warm-up; -1: a tenth of --steps, at most 700")
         ->check(integer_in(-1, kMostInt));
-    optimise("--final-lr-fraction", o.final_lr_fraction, false, "of --lr, at the last step")
+    optimise("--final-lr-fraction", o.final_lr_fraction, false,
+             "learning rate at the last step, as a fraction of --lr")
         ->check(number_in(0, 1));
-    optimise("--weight-decay", o.adamw.weight_decay, false, "on matrices and embeddings")
+    optimise("--weight-decay", o.adamw.weight_decay, false,
+             "weight decay of matrices, embeddings and positions")
         ->check(number_in(0, 1e6));
-    optimise("--beta1", o.adamw.beta1, false, "AdamW's")->check(number_in(0, 0.999999));
-    optimise("--beta2", o.adamw.beta2, false, "AdamW's")->check(number_in(0, 0.999999));
-    optimise("--eps", o.adamw.eps, false, "AdamW's")->check(number_in(1e-30, 1));
+    optimise("--beta1", o.adamw.beta1, false, "AdamW's decay rate of the mean gradient")
+        ->check(number_in(0, 0.999999));
+    optimise("--beta2", o.adamw.beta2, false, "AdamW's decay rate of the mean squared gradient")
+        ->check(number_in(0, 0.999999));
+    optimise("--eps", o.adamw.eps, false, "number that AdamW adds to the denominator")
+        ->check(number_in(1e-30, 1));
     optimise("--grad-clip", o.grad_clip, false, "largest norm of the gradient; 0: no limit")
         ->check(number_in(0, 1e30));
-    optimise("--seed", o.seed, true, "of the weights, the order of the data and the samples")
+    optimise("--seed", o.seed, true, "seed of the weights, of the order of the data and of the samples")
         ->check(in_range<uint64_t>(0, UINT64_MAX));
     add_compute(app, o.compute, "Compute");
     remember(app.get_option("--dtype"), o.compute.dtype, true);
     remember(app.get_option("--attention-kernel"), o.compute.kernel, false);
     remember(app.add_option("--recompute", o.recompute,
-                            "what the backward pass computes again rather than reads, for less memory")
+                            "activations that the backward pass computes again, to save memory")
                  ->group("Compute")
                  ->capture_default_str()
                  ->check(one_of(kRecomputeNames)),
              o.recompute, false);
     remember(
         app.add_option("--gradients", o.gradients,
-                       "what those of matrices and embeddings are added up in; bf16 takes half the memory "
-                       "(train_gptcu, with --dtype bf16)")
+                       "type in which the gradients of matrices and embeddings are added up; bf16 takes half "
+                       "the memory (train_gptcu, with --dtype bf16)")
             ->group("Compute")
             ->capture_default_str()
             ->check(one_of(kGradientNames)),
         o.gradients, false);
     remember(app.add_flag("--stochastic-rounding", o.stochastic_rounding,
-                          "of the weights to bf16, rather than to the nearest (train_gptcu)")
+                          "round weights to bf16 at random instead of to the nearest (train_gptcu)")
                  ->group("Compute")
                  ->check(one_of({"true", "false"}).description("")),
              o.stochastic_rounding, false);
-    app.add_flag("--cuda-graph", o.cuda_graph, "launch forward and backward passes as graphs (train_gptcu)")
+    app.add_flag("--cuda-graph", o.cuda_graph,
+                 "launch forward and backward passes as CUDA graphs (train_gptcu)")
         ->group("Compute");
-    app.add_option("--threads", o.threads, "0: all")
+    app.add_option("--threads", o.threads, "number of threads; 0: one for each core")
         ->group("Run")
         ->capture_default_str()
         ->check(integer_in(0, 4096));
@@ -447,68 +460,75 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
             ->check(integer_in(0, kMostInt));
     };
     loop("--val-every", o.val_every, "steps between validations; 0: never");
-    loop("--val-batches", o.val_batches, "micro-batches a validation, the same every time");
+    loop("--val-batches", o.val_batches, "micro-batches in a validation, the same ones every time");
     loop("--sample-every", o.sample_every, "steps between samples of text; 0: never");
-    loop("--sample-tokens", o.sample_tokens, "tokens a sample");
-    loop("--norms-every", o.norms_every, "steps between measures of the attention matrices; 0: never");
+    loop("--sample-tokens", o.sample_tokens, "tokens in a sample");
+    loop("--norms-every", o.norms_every, "steps between measurements of the attention matrices; 0: never");
     loop("--checkpoint-every", o.checkpoint_every, "steps between checkpoints; 0: never");
-    loop("--keep-checkpoints", o.keep_checkpoints, "the newest to keep; 0: all");
-    app.add_option("--resume", o.resume_from, "go on from the newest checkpoint of --out, or from this one")
+    loop("--keep-checkpoints", o.keep_checkpoints, "number of newest checkpoints to keep; 0: all");
+    app.add_option("--resume", o.resume_from,
+                   "continue from the newest checkpoint of --out, or from the checkpoint DIR")
         ->group("Run")
         ->expected(0, 1)
         ->type_name("[DIR]");
 }
 
 inline void add_threads(CLI::App& app, int& threads) {
-    app.add_option("--threads", threads, "0: all")->capture_default_str()->check(integer_in(0, 4096));
+    app.add_option("--threads", threads, "number of threads; 0: one for each core")
+        ->capture_default_str()
+        ->check(integer_in(0, 4096));
 }
 
 inline void add_generate(CLI::App& app, GenerateOptions& o) {
-    app.add_option("--model", o.model, "a checkpoint, or the --out of a run")
+    app.add_option("--model", o.model, "a checkpoint, or the --out folder of a run")
         ->required()
         ->check(path_value());
     CLI::Option* prompt =
-        app.add_option("--prompt", o.prompt, "text to go on from (default: the start of a document)");
-    app.add_option("--prompt-file", o.prompt_file, "a file with this text; -: stdin")
+        app.add_option("--prompt", o.prompt, "text to continue (default: the start of a document)");
+    app.add_option("--prompt-file", o.prompt_file, "file with the text to continue; -: stdin")
         ->check(path_value())
         ->excludes(prompt);
-    app.add_option("--tokens", o.tokens, "tokens to generate")
+    app.add_option("--tokens", o.tokens, "number of tokens to generate")
         ->capture_default_str()
         ->check(integer_in(0, 1000000000));
-    app.add_option("--temperature", o.sampler.temperature, "0: always the likeliest token")
+    app.add_option("--temperature", o.sampler.temperature,
+                   "randomness of the choice; 0: always the most likely token")
         ->capture_default_str()
         ->check(number_in(0, 1e6));
-    app.add_option("--top-k", o.sampler.top_k, "choose among the k likeliest; 0: all")
+    app.add_option("--top-k", o.sampler.top_k, "choose among the k most likely tokens; 0: among all")
         ->capture_default_str()
         ->check(integer_in(0, 1000000000));
     app.add_option("--top-p", o.sampler.top_p,
-                   "choose among the likeliest that together reach this probability")
+                   "choose among the most likely tokens that together reach this probability")
         ->capture_default_str()
         ->check(number_in(0, 1));
-    app.add_option("--seed", o.sampler.seed, "of the choices")
+    app.add_option("--seed", o.sampler.seed, "seed of the choices")
         ->capture_default_str()
         ->check(in_range<uint64_t>(0, UINT64_MAX));
     app.add_option(
            "--cache", o.cache,
-           "of the tokens so far: keys and values, or a state of fixed size (as --attention-kernel linear)")
+           "what is kept about earlier tokens: keys and values, or a state of fixed size (for the same "
+           "attention as --attention-kernel linear)")
         ->capture_default_str()
         ->check(one_of(kCacheNames));
     add_threads(app, o.threads);
 }
 
 inline void add_eval(CLI::App& app, EvalOptions& o) {
-    app.add_option("--model", o.model, "a checkpoint, or the --out of a run")
+    app.add_option("--model", o.model, "a checkpoint, or the --out folder of a run")
         ->required()
         ->check(path_value());
     app.add_option("--data", o.data, "dataset folder")->required()->check(path_value());
-    app.add_option("--split", o.split, "")->capture_default_str()->check(one_of({"train", "val"}));
-    app.add_option("--batches", o.batches, "0: the whole split")
+    app.add_option("--split", o.split, "part of the dataset")
+        ->capture_default_str()
+        ->check(one_of({"train", "val"}));
+    app.add_option("--batches", o.batches, "number of batches; 0: the whole split")
         ->capture_default_str()
         ->check(integer_in(0, 1000000000));
-    app.add_option("--batch", o.batch, "sequences a batch")
+    app.add_option("--batch", o.batch, "sequences in a batch")
         ->capture_default_str()
         ->check(integer_in(1, 1 << 20));
-    app.add_option("--seq", o.seq, "tokens a sequence; 0: the context")
+    app.add_option("--seq", o.seq, "tokens in a sequence; 0: the context")
         ->capture_default_str()
         ->check(integer_in(0, 1 << 24));
     add_compute(app, o.compute, app.option_defaults()->get_group());
@@ -516,23 +536,27 @@ inline void add_eval(CLI::App& app, EvalOptions& o) {
 }
 
 inline void add_dump(CLI::App& app, DumpOptions& o) {
-    app.add_option("--model", o.model, "a checkpoint, or the --out of a run")
+    app.add_option("--model", o.model, "a checkpoint, or the --out folder of a run")
         ->required()
         ->check(path_value());
     app.add_option("--data", o.data, "dataset folder")->required()->check(path_value());
-    app.add_option("--file", o.file, "where to write (.safetensors)")->required()->check(path_value());
-    app.add_option("--batch", o.batch, "sequences")->capture_default_str()->check(integer_in(1, 1 << 20));
-    app.add_option("--seq", o.seq, "tokens a sequence")->capture_default_str()->check(integer_in(1, 1 << 24));
+    app.add_option("--file", o.file, "file to write (.safetensors)")->required()->check(path_value());
+    app.add_option("--batch", o.batch, "sequences in the batch")
+        ->capture_default_str()
+        ->check(integer_in(1, 1 << 20));
+    app.add_option("--seq", o.seq, "tokens in a sequence")
+        ->capture_default_str()
+        ->check(integer_in(1, 1 << 24));
     add_compute(app, o.compute, app.option_defaults()->get_group());
     add_threads(app, o.threads);
 }
 
-// The arguments with each "--flag=" of the command as two, "--flag" and an empty value: CLI11 would take the
-// next argument for its value.
+// Replaces each argument "--flag=" of the command by two, "--flag" and an empty one, because CLI11 would take
+// the next argument as the value.
 inline std::vector<std::string> separate_empty_values(const CLI::App& command,
                                                       const std::vector<std::string>& arguments) {
     std::vector<std::string> separated;
-    bool is_value = false;  // of the flag before
+    bool is_value = false;  // whether the argument is the value of the flag before it
     for (const std::string& argument : arguments) {
         const bool empty = !is_value && argument.ends_with('=');
         const std::string flag = argument.substr(0, argument.size() - empty);
@@ -554,8 +578,8 @@ inline std::string first_flag(const std::string& message) {
 
 }  // namespace options_detail
 
-// Fills `options`. Returns false where there is nothing to do, because help or the version was asked for and
-// has been printed.
+// Fills `options`. Returns false if help or the version was asked for; that has been printed then, and there
+// is nothing else to do.
 inline bool parse_options(int argc, char** argv, const char* program,
                           const std::function<std::string()>& version, const char* train_dtype,
                           Options& options) {
@@ -565,7 +589,7 @@ inline bool parse_options(int argc, char** argv, const char* program,
     app.set_version_flag("--version", version, "print the version and what it was built with, and exit");
     CLI::App* train = app.add_subcommand("train", "train a model");
     CLI::App* generate = app.add_subcommand("generate", "write text with a trained model");
-    CLI::App* eval = app.add_subcommand("eval", "loss, perplexity and bits per byte of a model on a dataset");
+    CLI::App* eval = app.add_subcommand("eval", "compute loss, perplexity and bits per byte on a dataset");
     CLI::App* dump =
         app.add_subcommand("dump", "write logits, loss and gradients of one batch, to compare backends");
     options_detail::add_train(*train, options.train);
@@ -584,7 +608,7 @@ inline bool parse_options(int argc, char** argv, const char* program,
         usage_error(arguments.empty() ? "no command" : str("unknown command ", shown(arguments[0])),
                     ": expected train, generate, eval or dump (see --help)");
     try {
-        std::reverse(arguments.begin(), arguments.end());  // as parse() takes them
+        std::reverse(arguments.begin(), arguments.end());  // parse() expects the last one first
         app.parse(arguments);
     } catch (const CLI::Success& asked) {
         app.exit(asked);
@@ -593,7 +617,7 @@ inline bool parse_options(int argc, char** argv, const char* program,
         usage_error("unexpected argument ", shown(app.remaining(true).front()), " (see --help)");
     } catch (const CLI::ArgumentMismatch& e) {
         usage_error(options_detail::first_flag(e.what()), ": expected one value, given once");
-    } catch (const CLI::ConversionError& e) {  // numbers have been checked before
+    } catch (const CLI::ConversionError& e) {  // not a bad number, because in_range() checked all of those
         usage_error(options_detail::first_flag(e.what()), ": expected no value");
     } catch (const CLI::ParseError& e) {
         usage_error(e.what());

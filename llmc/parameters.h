@@ -1,10 +1,10 @@
-// The one table of parameter tensors: name, kind, shape, place, and how each starts. Names, shapes and
-// orientation (in, out) are those of Hugging Face's GPT-2.
+// The table of parameter tensors. It has the name, kind, shape and place of each tensor, and how its first
+// values are made. Names, shapes and orientation (in, out) are those of Hugging Face's GPT-2.
 //
-// All parameters lie in one array of table.size elements, and so do their copy in the type of the matrix
-// products, the gradients and each moment of the optimizer. A Tensors object gives the tensors of such an
-// array by name. Tensors start at multiples of 16 elements; the gaps are zero. The vocabulary is padded to Vp
-// rows; the last Vp-V of them are zero and never in a file.
+// All parameters lie in one array of table.size elements. Their copy in the type of the matrix products, the
+// gradients and each moment of the optimizer lie in arrays of the same layout. A Tensors object gives the
+// tensors of such an array by name. Tensors start at multiples of 16 elements, and the gaps are zero. The
+// vocabulary is padded to Vp rows; the last Vp-V of them are zero and are never in a file.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -17,40 +17,40 @@
 #include "llmc/config.h"
 #include "llmc/rng.h"
 
-// What a tensor is. This alone decides how it is treated: whether weight decay applies, what its gradient is
-// stored as, and whether a product assigns that gradient or a layer adds to it.
+// The kind of a tensor. It alone decides how the tensor is treated: whether weight decay applies, in which
+// type its gradient is stored, and whether a matrix product assigns that gradient or a layer adds to it.
 enum class TensorKind {
     matrix,     // the weight of a linear layer
     embedding,  // wte, which is also the output projection
     position,   // wpe
-    vector      // all else: biases, gains, LayerNorms' weights, decays, taps of the short convolution
+    vector      // all others: biases, gains, LayerNorms' weights, decays, weights of the short convolution
 };
 
-// Weight decay applies to what is multiplied with activations, and to positions.
+// Weight decay applies to the tensors that are multiplied with activations, and to the positions.
 constexpr bool has_weight_decay(TensorKind kind) {
     return kind != TensorKind::vector;
 }
-// The first backward pass of a step assigns these gradients, because a matrix product can. Layers add to all
-// others, which must be zero before it.
+// The first backward pass of a step assigns these gradients, because a matrix product writes them. Layers
+// add to all others, so those must be zero before that pass.
 constexpr bool gradient_is_assigned(TensorKind kind) {
     return kind == TensorKind::matrix || kind == TensorKind::embedding;
 }
-// Small gradients are added up in float32 whatever the type of the large ones is (--gradients bf16).
+// With --gradients bf16, only the large gradients are added up in bf16. These ones stay in float32.
 constexpr bool has_small_gradient(TensorKind kind) {
     return kind == TensorKind::vector;
 }
 
-// The tensors of one block, by name; those that the model does not have are null. Vectors have a type of
+// The tensors of one block, by name. A tensor that the model does not have is null. Vectors have a type of
 // their own because --gradients bf16 keeps their gradients in float32.
 template <class Matrix, class Vector = Matrix>
 struct LayerTensors {
     Vector* ln_1_weight;       // (C)
     Vector* ln_1_bias;         // (C)
-    Matrix* attn_weight;       // (C,3C): to q, k, v
+    Matrix* attn_weight;       // (C,3C): makes q, k, v
     Vector* attn_bias;         // (3C)
-    Vector* conv_weight;       // (K,3C), with short_conv K
+    Vector* conv_weight;       // (K,3C), with a short convolution of width K
     Vector* q_gain;            // (H), with qk_norm
-    Vector* decay;             // (H): delta, with decay learned
+    Vector* decay;             // (H): delta, with --decay learned
     Matrix* attn_proj_weight;  // (C,C)
     Vector* attn_proj_bias;    // (C)
     Vector* ln_2_weight;       // (C)
@@ -64,7 +64,7 @@ struct LayerTensors {
 template <class Matrix, class Vector = Matrix>
 struct Tensors {
     Matrix* wte;                                  // (Vp,C), also the output projection
-    Matrix* wpe;                                  // (context,C), where positions are learned
+    Matrix* wpe;                                  // (context,C), with learned positions
     Vector* ln_f_weight;                          // (C)
     Vector* ln_f_bias;                            // (C)
     std::vector<LayerTensors<Matrix, Vector>> h;  // (L)
@@ -77,15 +77,15 @@ using Shape = std::vector<int64_t>;
 struct ParameterTensor {
     std::string name;
     TensorKind kind;
-    int layer;      // -1: of no block
-    Shape shape;    // as in a file
+    int layer;      // -1: belongs to no block
+    Shape shape;    // as in a file, without padding
     size_t offset;  // elements from the start of the array
     size_t size;    // product of shape
     Init init;
-    double std;  // of Init::normal
+    double std;  // standard deviation, for Init::normal
 };
 
-// Elements begin .. end-1 of an array that is laid out by the table.
+// Elements begin .. end-1 of an array that has the layout of the table.
 struct Slice {
     size_t begin, end;
     size_t size() const { return end - begin; }
@@ -115,8 +115,8 @@ struct ParameterTable {
     // The elements of one block's tensors, which lie together.
     Slice range(int layer) const { return layers_[layer]; }
 
-    // The array cut into the pieces that the backward pass finishes one after another: the last block with
-    // what comes after it, the blocks before it down to the first, and the embeddings.
+    // Cuts the array into pieces, in the order in which the backward pass finishes them: first the last block
+    // with everything that follows it, then the other blocks down to block 0, then the embeddings.
     std::vector<Slice> buckets() const {
         std::vector<Slice> slices;
         for (size_t l = layers_.size(), end = size; l-- > 0; end = layers_[l].begin)
@@ -125,7 +125,7 @@ struct ParameterTable {
         return slices;
     }
 
-    // The tensors of an array of `size` elements laid out by this table.
+    // The tensors of an array of `size` elements that has the layout of this table.
     template <class T>
     Tensors<T> view(T* array) const {
         Tensors<T> view = {};
@@ -133,7 +133,7 @@ struct ParameterTable {
         walk(view, [&](T*& slot, auto&&...) { slot = array + next++->offset; });
         return view;
     }
-    // The same where vectors lie elsewhere: at vector_at(ParameterTensor).
+    // The same, but vectors do not lie in `array`: vector_at(ParameterTensor) says where each one is.
     template <class Matrix, class Vector, class VectorAt>
     Tensors<Matrix, Vector> view(Matrix* array, VectorAt vector_at) const {
         static_assert(!std::is_same_v<Matrix, Vector>);
@@ -160,8 +160,8 @@ struct ParameterTable {
         return (elements + 15) / 16 * 16;
     }
 
-    // Calls f(slot in `to`, name, kind, layer, shape, init, std) for every tensor that the model has, in the
-    // order of the array.
+    // Calls f(member of `to`, name, kind, layer, shape, init, std) for every tensor that the model has, in
+    // the order of the array.
     template <class Matrix, class Vector, class F>
     void walk(Tensors<Matrix, Vector>& to, F f) const {
         int64_t C = config_.channels, H = config_.heads, L = config_.layers;
@@ -201,7 +201,8 @@ struct ParameterTable {
     }
 };
 
-// The first values of one tensor: out (tensor.size). The same for a seed on every machine and backend.
+// Writes the first values of one tensor into out (tensor.size). A seed gives the same values on every machine
+// and backend.
 inline void initialize_tensor(float* out, const ParameterTensor& tensor, uint64_t seed) {
     size_t n = tensor.size;
     switch (tensor.init) {

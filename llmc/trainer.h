@@ -1,8 +1,9 @@
 // The training loop, written once for every backend (llmc/model.h).
 //
-// A step consumes total_batch tokens in micro-batches of batch x seq. Everything that decides its result is
-// in the checkpoint or follows from the step's number: the place in the data, the learning rate, the moments,
-// and random numbers, which are functions of seed and counter. So a resumed run goes on bit for bit.
+// A step consumes total_batch tokens in micro-batches of batch x seq. Everything that its result depends on
+// is in the checkpoint or follows from the step's number: the place in the data, the learning rate, the
+// moments, and the random numbers, which are functions of seed and counter. So a resumed run computes the
+// same bits as a run that was never stopped.
 #pragma once
 #include <signal.h>
 #include <unistd.h>
@@ -29,7 +30,7 @@
 #include "llmc/schedule.h"
 #include "llmc/tokenizer.h"
 
-// Set by the first Ctrl-C or SIGTERM; a second one ends the program at once.
+// The first Ctrl-C or SIGTERM sets this. A second one ends the program at once.
 inline volatile sig_atomic_t g_stop_requested = 0;
 
 inline void catch_stop_signals() {
@@ -40,9 +41,9 @@ inline void catch_stop_signals() {
     sigaction(SIGTERM, &action, nullptr);
 }
 
-// Operations of forward and backward for one token: 2 a weight and product in the forward pass, twice that in
-// the backward pass, and the two products of causal attention, of which a token sees half the sequence on
-// average.
+// Operations of the forward and backward pass for one token. In the forward pass each weight of a matrix
+// costs 2, and the two products of causal attention cost 2LCT, because a token sees half of the sequence on
+// average. The backward pass costs twice as much.
 inline double operations_per_token(const GPTConfig& config, int T) {
     double L = config.layers, C = config.channels;
     return 3 * (2 * (12 * L * C * C + config.vocab_size * C) + 2 * L * C * T);
@@ -68,7 +69,7 @@ class Trainer {
         RunFolder folder(o.out);
         std::optional<Checkpoint> resumed = find_start();
         o.threads = backend.set_threads(o.threads);
-        std::optional<Checkpoint> initial;  // where the weights come from: none for a new model
+        std::optional<Checkpoint> initial;  // has the first weights; none for a new model
         if (resumed) {
             initial = resumed;
         } else if (!o.init_from.empty()) {
@@ -82,7 +83,7 @@ class Trainer {
             optimizer = model->make_optimizer(o.adamw);
         } catch (const Error& e) {
             if (!resumed || e.status != kExitUsage) throw;
-            usage_error(e.what(), " (flags that are not given are those of ",
+            usage_error(e.what(), " (flags that are not given have the values in ",
                         join_path(resumed->folder, "trainer.json"), ")");
         }
         TokenDataset train_data(o.data, "train", config.vocab_size, o.seq);
@@ -91,7 +92,7 @@ class Trainer {
         if (o.val_every > 0 && o.val_batches > 0) val_data.emplace(o.data, "val", config.vocab_size, o.seq);
 
         describe(config, train_data);
-        // Before the model takes the memory.
+        // The peak is measured before the model takes the memory.
         peak.emplace([&] { return backend.measured_peak(o.model_options().precision); });
         model->allocate(optimizer->bytes());
         optimizer->allocate();
@@ -112,7 +113,7 @@ class Trainer {
             bool validates = val_data && due(o.val_every);
             bool samples = tokenizer && o.sample_tokens > 0 && due(o.sample_every);
             bool saves = due(o.checkpoint_every);
-            if (validates || samples || saves) check_finite();  // a good loss may have made bad weights
+            if (validates || samples || saves) check_finite();  // a finite loss can still make NaN weights
             if (validates) validate(*val_data, metrics);
             if (samples) sample();
             if (saves) checkpoint(metrics);
@@ -125,8 +126,8 @@ class Trainer {
             }
             printf("stopped after step %d; %s\n", state.step,
                    o.checkpoint_every == 0 ? "no checkpoint was asked for"
-                   : state.step == 0       ? "there is nothing to go on from yet"
-                                           : "go on with --resume");
+                   : state.step == 0       ? "there is nothing to resume yet"
+                                           : "continue with --resume");
             return kExitInterrupted;
         }
         return kExitDone;
@@ -137,8 +138,8 @@ class Trainer {
     TrainOptions& o;
     TrainerState state;
     std::unique_ptr<Model> model;
-    std::unique_ptr<Optimizer> optimizer;  // of the model's parameters
-    std::string tokenizer_text;            // of tokenizer.json, copied into checkpoints
+    std::unique_ptr<Optimizer> optimizer;
+    std::string tokenizer_text;  // text of tokenizer.json, which every checkpoint gets a copy of
     std::optional<Tokenizer> tokenizer;
     std::vector<int> inputs, targets;  // (B,T)
     std::string last_checkpoint;
@@ -146,7 +147,7 @@ class Trainer {
     double seconds_a_step = 0;
     const bool terminal = isatty(STDOUT_FILENO);
 
-    // The checkpoint to go on from, its options taken over; none for a new run.
+    // Finds the checkpoint to resume from and takes over its options; none for a new run.
     std::optional<Checkpoint> find_start() {
         std::optional<Checkpoint> checkpoint;
         bool has_checkpoints = !checkpoint_steps(o.out).empty();
@@ -157,7 +158,8 @@ class Trainer {
             checkpoint = open_model(o.resume_from);
             if ((has_checkpoints || has_metrics) &&
                 !std::filesystem::equivalent(parent_folder(checkpoint->folder), o.out, missing))
-                usage_error("--out ", o.out, " holds another run than --resume ", o.resume_from, " is of");
+                usage_error("--resume ", o.resume_from, " belongs to another run than the one in --out ",
+                            o.out);
             if (!checkpoint->trainer)
                 fail(o.resume_from, ": trainer.json is missing, so it can only be given to --init-from");
         } else if (o.resume) {
@@ -166,11 +168,11 @@ class Trainer {
                 printf("nothing to resume in %s: starting from the beginning\n", printable(o.out).c_str());
         } else if (has_checkpoints) {
             usage_error("--out ", o.out,
-                        " already holds a run: go on with --resume, or choose another folder");
+                        " already holds a run: continue it with --resume, or choose another folder");
         } else if (has_metrics) {
             usage_error("--out ", o.out,
                         " holds the metrics of a run that wrote no checkpoint: add --resume to start from "
-                        "the beginning in their place, or choose another folder");
+                        "the beginning and replace them, or choose another folder");
         }
         if (checkpoint) {
             std::string file = join_path(checkpoint->folder, "trainer.json");
@@ -183,7 +185,8 @@ class Trainer {
                        o.program.c_str());
             if (!changes.empty()) printf("changed by the command line: %s\n", changes.c_str());
             if (state.step > o.steps)
-                usage_error("--steps ", o.steps, ": ", file, " has done ", state.step, " already");
+                usage_error("--steps ", o.steps, ": ", file, " says that ", state.step,
+                            " steps are done already");
         }
         if (o.data.empty() && o.resume)
             usage_error("--data is required: ", o.out,
@@ -194,7 +197,7 @@ class Trainer {
         } catch (const Error& e) {
             if (!checkpoint || o.given("--data")) throw;
             fail(e.what(), " (", join_path(checkpoint->folder, "trainer.json"),
-                 " names it: give --data if it is elsewhere)");
+                 " has this path: add --data if the folder is elsewhere)");
         }
         return checkpoint;
     }
@@ -206,8 +209,8 @@ class Trainer {
             config = initial->config;
             o.model.require_same(config, join_path(initial->folder, "config.json"));
             if (info.vocab_size > config.vocab_size)
-                fail(o.data, ": its vocabulary of ", info.vocab_size, " is larger than the ",
-                     config.vocab_size, " of ", initial->folder);
+                fail(o.data, ": its vocabulary has ", info.vocab_size, " tokens, but that of ",
+                     initial->folder, " has only ", config.vocab_size);
             if (info.described) config.set_separator(info.eot_token);
         } else {
             config = o.model.fresh(info.vocab_size, info.eot_token);
@@ -221,12 +224,13 @@ class Trainer {
         return config;
     }
 
-    // The model's own, where it has one: shards need not have any.
+    // Chooses the tokenizer of the model if it has one, otherwise that of the dataset. A dataset of llm.c's
+    // shards has none.
     void choose_tokenizer(const std::optional<Checkpoint>& initial, bool resumed, const GPTConfig& config) {
         const std::optional<MappedFile> of_data = find_tokenizer(o.data);
         const MappedFile *file = of_data ? &*of_data : nullptr, *own = nullptr;
         if (initial && (resumed || !o.new_tokenizer)) own = initial->tokenizer();
-        require_same_tokenizer(file, own, resumed ? "" : "; --new-tokenizer trains it all the same");
+        require_same_tokenizer(file, own, resumed ? "" : "; --new-tokenizer allows it");
         if (own) file = own;
         if (!file) return;
         tokenizer_text = file->text();
@@ -297,7 +301,7 @@ class Trainer {
     void step(DataLoader& loader, MetricsLog& metrics) {
         auto start = std::chrono::steady_clock::now();
         int micro_batches = (int)(o.total_batch / ((int64_t)o.batch * o.seq));
-        std::vector<AttentionNorms> norms;  // (L,H), on the first micro-batch
+        std::vector<AttentionNorms> norms;  // (L,H), of the first micro-batch; empty if not wanted
         if (o.norms_every > 0 && (state.step == 0 || (state.step + 1) % o.norms_every == 0))
             norms.resize((size_t)model->config.layers * model->config.heads);
         for (int i = 0; i < micro_batches; i++) {
@@ -328,7 +332,7 @@ class Trainer {
                        {"ms", seconds * 1e3},
                        {"tokens_per_second", tokens_per_second}});
         if (!norms.empty()) write_norms(metrics, norms);
-        // A running mean, so that one slow step does not make the time left jump.
+        // A running mean, so that one slow step does not change the remaining time much.
         seconds_a_step = seconds_a_step == 0 ? seconds : 0.9 * seconds_a_step + 0.1 * seconds;
         double share = peak->share(operations_per_token(model->config, o.seq) * tokens_per_second);
         printf(
@@ -340,7 +344,8 @@ class Trainer {
         fflush(stdout);
     }
 
-    // A line a head for the attention, and one a layer for the gradient, of the step that was just done.
+    // Writes the norms of the step that was just done: a line for each head, and one for the gradient of each
+    // layer.
     void write_norms(MetricsLog& metrics, const std::vector<AttentionNorms>& norms) {
         const GPTConfig& config = model->config;
         for (int l = 0; l < config.layers; l++) {

@@ -13,17 +13,18 @@
 
 namespace cpu::inline LLMC_ISA {
 
-// One step in one pass over memory: m and v are the moving averages of the gradient times grad_scale (the
-// clip factor) and of its square, bias-corrected by `step`, which counts from 1; weight decay is decoupled.
-// Called by all threads of a parallel region it shares the work among them and does not wait for them.
+// Does one step in one pass over memory. The gradient is multiplied by clip_factor first. m and v are the
+// moving averages of the gradient and of its square; `step`, which counts from 1, corrects their bias. Weight
+// decay is decoupled. All threads of a parallel region must call this function. It divides the work among
+// them and does not wait for them.
 template <class Real>
 inline void adamw_update(float* param,       // (n)
-                         Real* copy,         // (n): the new param in bf16, or null where Real is float
+                         Real* copy,         // (n): the new param in bf16, or null if Real is float
                          const float* grad,  // (n)
                          float* m,           // (n)
                          float* v,           // (n)
                          size_t n, float learning_rate, float beta1, float beta2, float eps,
-                         float weight_decay, float grad_scale, int step) {
+                         float weight_decay, float clip_factor, int step) {
     float step_size = (float)(learning_rate / (1 - std::pow((double)beta1, step)));
     float v_scale = (float)(1 / std::sqrt(1 - std::pow((double)beta2, step)));
     float keep = 1 - learning_rate * weight_decay;
@@ -33,7 +34,7 @@ inline void adamw_update(float* param,       // (n)
         size_t end = i0 + kBlock < n ? i0 + kBlock : n;
 #pragma omp simd
         for (size_t i = i0; i < end; i++) {
-            float g = grad[i] * grad_scale;
+            float g = grad[i] * clip_factor;
             m[i] = beta1 * m[i] + (1 - beta1) * g;
             v[i] = beta2 * v[i] + (1 - beta2) * g * g;
             param[i] = param[i] * keep - step_size * m[i] / (std::sqrt(v[i]) * v_scale + eps);
@@ -44,7 +45,8 @@ inline void adamw_update(float* param,       // (n)
     }
 }
 
-// In double, over blocks and then over the blocks in order: the same for every number of threads.
+// The sum is in double. Each block is summed on its own and then the blocks in order, so the result does not
+// depend on the number of threads.
 inline double sum_of_squares(const float* x, size_t n) {
     constexpr size_t kBlock = 1 << 16;
     size_t blocks = (n + kBlock - 1) / kBlock;
@@ -62,8 +64,8 @@ inline double sum_of_squares(const float* x, size_t n) {
     return total;
 }
 
-// The factor that gradients of this norm are multiplied by, so that it is at most max_norm; 0: no limit. NaN
-// where the norm is not finite.
+// The factor by which gradients of this norm must be multiplied so that their norm is at most max_norm (0: no
+// limit). It is NaN if the norm is not finite.
 inline float clip_factor(double norm, double max_norm) {
     if (!std::isfinite(norm)) return NAN;
     return max_norm > 0 && norm > max_norm ? (float)(max_norm / norm) : 1.0f;
@@ -84,11 +86,11 @@ class AdamWOptimizer : public OptimizerState<HostMemory> {
         for (const ParameterTensor& t : table_.tensors) {
             size_t begin = std::max(t.offset, slice.begin), end = std::min(t.offset + t.size, slice.end);
             if (begin >= end) continue;
-            double decay = has_weight_decay(t.kind) ? settings_.weight_decay : 0;
+            double weight_decay = has_weight_decay(t.kind) ? settings_.weight_decay : 0;
             adamw_update(model_.weights + begin, model_.copy ? model_.copy + begin : nullptr,
                          model_.gradients + begin, values(0) + begin, values(1) + begin, end - begin,
                          (float)learning_rate, (float)settings_.beta1, (float)settings_.beta2,
-                         (float)settings_.eps, (float)decay, *model_.clip_factor, step);
+                         (float)settings_.eps, (float)weight_decay, *model_.clip_factor, step);
         }
     }
 

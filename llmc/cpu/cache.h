@@ -1,6 +1,6 @@
-// What generation keeps of the tokens so far: of each layer their keys and values or, where attention has the
-// form for it, a state of fixed size (attention_state.h), and the last rows that went into the short
-// convolution.
+// What generation keeps about the tokens so far. For each layer this is their keys and values or, if
+// attention has a linear form, a state of fixed size (attention_state.h). In addition it keeps the last
+// inputs of the short convolution.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -19,7 +19,7 @@ namespace cpu::inline LLMC_ISA {
 template <class Real>
 class Cache {
   public:
-    int length = 0;  // tokens
+    int length = 0;  // number of tokens so far
 
     Cache() = default;
     Cache(const GPTConfig& config, CacheKind kind)
@@ -32,11 +32,11 @@ class Cache {
           kv_(config.layers),
           state_(config.layers) {
         size_t rows = std::max(0, config.short_conv - 1);
-        before_.assign(config.layers, std::vector<float>(rows * 3 * C_, 0.0f));
+        conv_history_.assign(config.layers, std::vector<float>(rows * 3 * C_, 0.0f));
     }
 
-    // Call before more tokens come. Goes over from keys and values to the state where that was asked for, or
-    // is smaller by now.
+    // Must be called before each group of new tokens. Changes from keys and values to the state if the user
+    // asked for it or if it has become smaller.
     //   decay(l): delta (H) of layer l, or null
     template <class Decay>
     void begin(Decay decay) {
@@ -58,7 +58,8 @@ class Cache {
         }
     }
 
-    // Attention of T new tokens to each other and to all before them; their keys and values join these.
+    // Computes attention for T new tokens, which see each other and all earlier tokens, and adds their keys
+    // and values to the cache.
     void attention_forward(Real* out,           // (T,C)
                            const Real* heads,   // (T,3C)
                            const float* decay,  // (H), or null
@@ -73,20 +74,20 @@ class Cache {
         attention_cached_forward(out, heads, kv.data(), decay, attention_, length, T, H_, D_);
     }
 
-    // Short convolution of T new rows; the last ones are kept for those that follow.
+    // Computes the short convolution of T new rows and keeps the last ones for the next call.
     void short_conv_forward(Real* out,            // (T,3C)
                             const Real* inp,      // (T,3C)
                             const float* weight,  // (K,3C)
                             int l, int T) {
         int K = config_.short_conv, W = 3 * C_, n = K - 1 + T;
-        std::vector<float> rows = before_[l], convolved((size_t)n * W);  // (K-1+T,3C)
+        std::vector<float> rows = conv_history_[l], convolved((size_t)n * W);  // (K-1+T,3C)
         rows.insert(rows.end(), inp, inp + (size_t)T * W);
         cpu::short_conv_forward(convolved.data(), rows.data(), weight, 1, n, W, K);
         std::copy(convolved.end() - (size_t)T * W, convolved.end(), out);
-        before_[l].assign(rows.end() - (size_t)(K - 1) * W, rows.end());
+        conv_history_[l].assign(rows.end() - (size_t)(K - 1) * W, rows.end());
     }
 
-    bool has_state() const { return has_state_; }  // rather than keys and values
+    bool has_state() const { return has_state_; }  // false: it has keys and values
 
   private:
     GPTConfig config_;
@@ -94,9 +95,9 @@ class Cache {
     CacheKind kind_ = CacheKind::automatic;
     int H_ = 0, D_ = 0, C_ = 0;
     bool has_state_ = false;
-    std::vector<std::vector<float>> kv_;      // (L): (length,2C)
-    std::vector<std::vector<float>> state_;   // (L): (H,state_size)
-    std::vector<std::vector<float>> before_;  // (L): (K-1,3C)
+    std::vector<std::vector<float>> kv_;            // (L): (length,2C)
+    std::vector<std::vector<float>> state_;         // (L): (H,state_size)
+    std::vector<std::vector<float>> conv_history_;  // (L): (K-1,3C)
 };
 
 }  // namespace cpu

@@ -1,5 +1,5 @@
-// The end of the model: output projection tied to the token embedding, and cross-entropy, in chunks of rows,
-// so that the logits of a whole batch never exist.
+// The end of the model: the output projection, whose weights are the token embedding, and the cross-entropy.
+// Both work on chunks of rows, so the logits of a whole batch never exist at the same time.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -10,17 +10,17 @@
 
 namespace cpu::inline LLMC_ISA {
 
-// Rows of logits at a time: at most 64 MiB of them, but enough for the matrix product to be efficient.
+// Rows of logits in a chunk: at most 64 MiB, but at least 128 rows, so that the matrix product is efficient.
 inline int classifier_rows(int N, int Vp) {
     return std::min(N, std::max(128, (16 << 20) / Vp));
 }
 
-// losses of every row. Where dinp is wanted, also dinp and dwte: the gradient of the sum of the losses times
-// dloss.
+// Computes the loss of every row. If dinp is not null, it also computes dinp and dwte, the gradients of dloss
+// times the sum of the losses.
 template <class Real>
 inline void classifier(float* losses,       // (N)
                        Real* dinp,          // (N,C), or null: no gradient is wanted
-                       float* dwte,         // (Vp,C) += or, where not `accumulate`, =
+                       float* dwte,         // (Vp,C) += if `accumulate`, otherwise =
                        float* logits,       // (classifier_rows(N,Vp),Vp), scratch
                        Real* dlogits,       // (classifier_rows(N,Vp),Vp), scratch; may be logits
                        const Real* inp,     // (N,C)

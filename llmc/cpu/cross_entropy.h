@@ -1,4 +1,4 @@
-// Softmax cross-entropy over the vocabulary, loss and gradient in one pass.
+// Softmax cross-entropy over the vocabulary: the loss and, if wanted, its gradient.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -8,8 +8,8 @@
 
 namespace cpu::inline LLMC_ISA {
 
-// losses = -log softmax(logits[:V])[target]. Where dlogits is wanted, it is the gradient times dloss, zero in
-// the padding V..Vp, and the logits are lost.
+// losses = -log softmax(logits[:V])[target]. If dlogits is not null, it gets the gradient of dloss times the
+// sum of the losses, with zeros in the padding V..Vp, and the logits are overwritten.
 template <class Real>
 inline void cross_entropy(float* losses,       // (N)
                           Real* dlogits,       // (N,Vp), or null: not wanted; may be logits
@@ -22,14 +22,14 @@ inline void cross_entropy(float* losses,       // (N)
         float largest = row[0];
         int v = 0;
         if (V >= kLanes) {
-            vec most = load(row);
-            for (v = kLanes; v + kLanes <= V; v += kLanes) most = max(most, load(row + v));
-            for (int i = 0; i < kLanes; i++) largest = most[i] > largest ? most[i] : largest;
+            vec maxima = load(row);
+            for (v = kLanes; v + kLanes <= V; v += kLanes) maxima = max(maxima, load(row + v));
+            for (int i = 0; i < kLanes; i++) largest = maxima[i] > largest ? maxima[i] : largest;
         }
         for (; v < V; v++) largest = row[v] > largest ? row[v] : largest;
         float target = row[targets[n]];
-        // The sum is in double over partial sums of one vector: V is large, and its rounding would show in
-        // the loss.
+        // Partial sums of one vector are added in double, because V is large and the rounding of a float sum
+        // would be visible in the loss.
         double total = 0;
         for (v = 0; v < V; v += kLanes) {
             int lanes = V - v < kLanes ? V - v : kLanes;

@@ -1,5 +1,5 @@
-// Which of the copies of the CPU model (isa.h) the program runs: the best that this machine can, or the one
-// that the environment variable LLMC_ISA names.
+// Chooses which copy of the CPU model (isa.h) the program runs: the best one that this machine can run, or
+// the one that the environment variable LLMC_ISA names.
 #pragma once
 #include <cstdlib>
 #include <string>
@@ -11,11 +11,11 @@ namespace cpu {
 
 enum class Isa { native, avx2, avx512, avx512_bf16 };
 
-// One specialisation a copy, in train_gpt.cpp.
+// Each copy of train_gpt.cpp defines one specialisation.
 template <Isa>
 Backend backend();
 
-#ifdef LLMC_DISPATCH  // the program has the copies for x86-64: all three, or those that its processor runs
+#ifdef LLMC_DISPATCH  // the program has copies for x86-64: all three, or those that its processor can run
 template <>
 Backend backend<Isa::avx2>();
 template <>
@@ -42,7 +42,7 @@ inline const Copy kCopies[] = {{"avx512_bf16", Isa::avx512_bf16, backend<Isa::av
                                {"avx512", Isa::avx512, backend<Isa::avx512>},
                                {"avx2", Isa::avx2, backend<Isa::avx2>}};
 
-// Those that the program has copies for.
+// The names of the instruction sets for which the program has copies.
 inline std::string instruction_sets() {
     std::string names;
     for (const Copy& copy : kCopies)
@@ -59,7 +59,7 @@ inline Backend choose_backend() {
             backend.name += str(", ", copy.name);
             return backend;
         }
-        if (wanted) usage_error("LLMC_ISA=", wanted, ": this processor does not have it");
+        if (wanted) usage_error("LLMC_ISA=", wanted, ": this processor does not support it");
     }
     if (wanted) usage_error("LLMC_ISA=", wanted, ": expected avx512_bf16, avx512 or avx2");
     fail(

@@ -24,8 +24,8 @@ inline void embedding_forward(float* out,         // (B,T,C)
     }
 }
 
-// Two positions may hold the same token, so the threads share out the channels, not the positions: no two
-// ever write to one place, and the order of the additions does not depend on their number.
+// Two positions may have the same token. So the channels, not the positions, are divided among the threads:
+// no two threads write to the same place, and the order of the additions does not depend on their number.
 inline void embedding_backward(float* dwte,        // (V,C) +=
                                float* dwpe,        // (at least T,C) +=, or null
                                const float* dout,  // (B,T,C)

@@ -1,6 +1,6 @@
 // GELU in its tanh form, "gelu_new" (arXiv 1606.08415): gelu(x) = x/2 (1 + tanh(u)), u = sqrt(2/pi)(x +
-// 0.044715 x^3). Computed as x sigmoid(2u), the same thing, which keeps its digits where 1 + tanh(u) would
-// cancel.
+// 0.044715 x^3). It is computed as x sigmoid(2u), which is equal but keeps its digits where those of
+// 1 + tanh(u) would cancel.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -21,8 +21,8 @@ inline vec gelu(vec x) {
 }
 
 inline vec gelu_derivative(vec x) {
-    const float far = 1e4f;  // it is 0 or 1 long before, while further out x^3 overflows
-    x = x < -far ? broadcast(-far) : x > far ? broadcast(far) : x;
+    const float limit = 1e4f;  // beyond it the slope is exactly 0 or 1, but x^3 could overflow
+    x = x < -limit ? broadcast(-limit) : x > limit ? broadcast(limit) : x;
     vec u2 = x * kGeluScale * (1.0f + kGeluCubic * x * x);
     vec sigmoid = 1.0f / (1.0f + exp(-u2));
     vec du2 = kGeluScale * (1.0f + 3.0f * kGeluCubic * x * x);
@@ -43,8 +43,9 @@ inline void gelu_forward(Real* out,        // (n)
     }
 }
 
-// With the gradient of the bias before it, which is there already: one pass over memory. Sums are over blocks
-// of rows, then over the blocks in order, so that they do not depend on the number of threads.
+// Also adds the sum of the rows of dinp to dbias, the gradient of the bias in front of the GELU, because the
+// values are in registers here. Each block of rows is summed on its own and then the blocks in order, so the
+// sums do not depend on the number of threads.
 template <class Real>
 inline void gelu_backward(Real* dinp,        // (N,C), may be dout
                           float* dbias,      // (C) +=

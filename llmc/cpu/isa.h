@@ -1,8 +1,8 @@
-// What is in llmc/cpu, and the model on top of it, is compiled once for each instruction set (Makefile), and
-// the program chooses among the copies when it starts. Each lies in an inline namespace named after its
-// instruction set, so that the linker never takes a function of one for that of another.
+// The code in llmc/cpu, and the model that uses it, is compiled once for each instruction set (Makefile). The
+// program chooses one of these copies when it starts. Each copy is in an inline namespace that has the name
+// of its instruction set, so the linker cannot confuse functions of different copies.
 #pragma once
 
 #ifndef LLMC_ISA
-#define LLMC_ISA native  // tests and benchmarks: compiled once, for what the compiler was told
+#define LLMC_ISA native  // tests and benchmarks have a single copy, for the compiler's -march
 #endif

@@ -1,4 +1,4 @@
-// LayerNorm over the channels (eps 1e-5), alone and fused with the residual addition before it.
+// LayerNorm over the channels (eps 1e-5), alone or together with the residual addition in front of it.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -25,7 +25,7 @@ inline void normalize_row(Real* out,  // (C)
     });
 }
 
-// The same with the row's own mean and rstd.
+// The same, but computes mean and rstd from the row first.
 template <class Real>
 inline void layernorm_row(Real* out,            // (C)
                           float* mean,          // (1)
@@ -37,7 +37,7 @@ inline void layernorm_row(Real* out,            // (C)
     vec total = {};
     for_vectors(C, [&](int c, int n) { total += load(row + c, n); });
     float m = sum(total) / C;
-    vec squares = {};  // of the deviations: E[x^2] - E[x]^2 would lose all digits where the mean is large
+    vec squares = {};  // of x - mean, because E[x^2] - E[x]^2 loses all digits if the mean is large
     for_vectors(C, [&](int c, int n) {
         vec x = load(row + c, n) - m;
         if (n < kLanes) x = lane_index() < n ? x : vec{};
@@ -62,7 +62,7 @@ inline void layernorm_forward(Real* out,            // (N,C)
         layernorm_row(out + (size_t)n * C, mean + n, rstd + n, inp + (size_t)n * C, weight, bias, C);
 }
 
-// out once more, from the mean and rstd that the forward pass found.
+// Computes out again from the mean and rstd that the forward pass found.
 template <class Real>
 inline void layernorm_recompute(Real* out,            // (N,C)
                                 const float* mean,    // (N)
@@ -97,11 +97,12 @@ inline void residual_layernorm_forward(float* residual,      // (N,C)
     }
 }
 
-// dinp is added to, for it is the gradient of the residual stream. Weight gradients are summed over blocks of
-// rows, then over the blocks in order, so that they do not depend on the number of threads.
+// Adds to dinp, because dinp is the gradient of the residual stream. The gradients of weight and bias are
+// summed in each block of rows and then over the blocks in order, so they do not depend on the number of
+// threads.
 template <class Real>
 inline void layernorm_backward(float* dinp,          // (N,C) +=
-                               Real* dinp_copy,      // (N,C): dinp in bf16, or null where Real is float
+                               Real* dinp_copy,      // (N,C): dinp in bf16, or null if Real is float
                                float* dweight,       // (C) +=
                                float* dbias,         // (C) +=
                                const Real* dout,     // (N,C)
@@ -124,7 +125,7 @@ inline void layernorm_backward(float* dinp,          // (N,C) +=
             float* dx = dinp + (size_t)n * C;
             Real* copy = dinp_copy ? dinp_copy + (size_t)n * C : nullptr;
             float m = mean[n], r = rstd[n];
-            vec total = {}, total_normed = {};  // of dnorm and dnorm * norm, with dnorm = d * weight
+            vec total = {}, total_normed = {};  // sums of dnorm = d * weight, and of dnorm * norm
             for_vectors(C, [&](int c, int n) {
                 vec dnorm = load(d + c, n) * load(weight + c, n);
                 total += dnorm;

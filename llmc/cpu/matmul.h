@@ -1,9 +1,9 @@
-// Matrix products of row-major matrices, and the linear layer on top of them. Factors are float or bf16, sums
-// are in float32, and the product is stored as either.
+// Products of row-major matrices, and the linear layer that uses them. The factors are float or bf16, the
+// sums are in float32, and the product is stored in float or bf16.
 //
-// matmul() goes through oneDNN where it was found at build time (-DLLMC_ONEDNN; versions 2 and 3), and
-// through matmul_loops(), the same in plain OpenMP loops, otherwise. Both are compiled, so that tests compare
-// them. Where the instruction set has no product of bf16, the factors are converted first.
+// matmul() calls oneDNN (version 2 or 3) if that was found at build time (-DLLMC_ONEDNN). Otherwise it calls
+// matmul_loops(), which computes the same in plain OpenMP loops. Both are compiled, so that tests can compare
+// them. If the instruction set cannot multiply bf16, the factors are converted to float first.
 #pragma once
 #include <cstddef>
 #include <cstring>
@@ -24,14 +24,14 @@
 
 namespace cpu::inline LLMC_ISA {
 
-// c (M,N) = a (M,K) b (K,N) + bias (N), or c += a b where `accumulate`. trans_a: `a` is stored as (K,M);
-// trans_b: `b` is stored as (N,K).
+// c (M,N) = a (M,K) b (K,N) + bias (N), or c += a b if `accumulate`. With trans_a, `a` is stored as (K,M).
+// With trans_b, `b` is stored as (N,K).
 inline void matmul_loops(float* c,        // (M,N)
-                         const float* a,  // (M,K), or (K,M) where trans_a
-                         const float* b,  // (K,N), or (N,K) where trans_b
+                         const float* a,  // (M,K), or (K,M) with trans_a
+                         const float* b,  // (K,N), or (N,K) with trans_b
                          int M, int N, int K, bool trans_a, bool trans_b, bool accumulate,
                          const float* bias = nullptr) {  // (N)
-    // Rows of c in blocks, so that a row of b that was fetched serves several rows of c.
+    // The rows of c are computed in blocks, so that a row of b is fetched once for several rows of c.
     constexpr int kRows = 8;
 #pragma omp parallel for schedule(static)
     for (int m0 = 0; m0 < M; m0 += kRows) {
@@ -73,12 +73,12 @@ inline void matmul_loops(float* c,        // (M,N)
 #ifdef LLMC_ONEDNN
 namespace onednn {
 
-// A oneDNN matmul primitive is made for one set of sizes and one number of threads; making one takes longer
-// than running a small one, so they are kept. Called from one thread only: oneDNN spreads the work over
-// OpenMP's threads itself.
-using Key = std::tuple<int, int, int, int, int>;  // M, N, K, threads, and the rest in bits
+// A matmul primitive of oneDNN is made for one set of sizes and one number of threads. To make one takes
+// longer than to run a small one, so they are kept. Only one thread may call this, because oneDNN distributes
+// the work over OpenMP's threads itself.
+using Key = std::tuple<int, int, int, int, int>;  // M, N, K, number of threads, Kind::bits()
 
-// What a product is but for its sizes.
+// The properties of a product except its sizes.
 struct Kind {
     bool trans_a, trans_b, accumulate, bias;
     bool factors_bf16, product_bf16;
@@ -173,7 +173,8 @@ constexpr bool kMultipliesBf16 = true;
 constexpr bool kMultipliesBf16 = false;
 #endif
 
-// n numbers as floats, in memory that is used again by the next call for the same `place`.
+// Returns n numbers as floats. The next call with the same `place` overwrites them. If x is null, it returns
+// the memory without values.
 inline float* converted(const bf16* x, size_t n, int place) {
     static std::vector<float> memory[3];
     std::vector<float>& floats = memory[place];
@@ -185,12 +186,11 @@ inline float* converted(const bf16* x, size_t n, int place) {
     return floats.data();
 }
 
-// c (M,N) = a b + bias, or c += a b where `accumulate` (then without bias, and c is float). See matmul_loops
-// for the shapes.
+// c (M,N) = a b + bias, or c += a b if `accumulate`; then there is no bias and c is float.
 template <class Result, class Factor>
 inline void matmul(Result* c,        // (M,N)
-                   const Factor* a,  // (M,K), or (K,M) where trans_a
-                   const Factor* b,  // (K,N), or (N,K) where trans_b
+                   const Factor* a,  // (M,K), or (K,M) with trans_a
+                   const Factor* b,  // (K,N), or (N,K) with trans_b
                    int M, int N, int K, bool trans_a, bool trans_b, bool accumulate,
                    const float* bias = nullptr) {  // (N)
     if constexpr (std::is_same_v<Factor, bf16> && !kMultipliesBf16) {
@@ -222,7 +222,7 @@ inline void add_column_sums(float* out,       // (C) +=
         float sum[kColumns] = {};
         for (int n = 0; n < N; n++) {
             const Real* row = inp + (size_t)n * C + c0;
-            if (columns == kColumns) {  // a constant trip count keeps the sums in registers
+            if (columns == kColumns) {  // with a constant number of iterations the sums stay in registers
                 for (int c = 0; c < kColumns; c++) sum[c] += row[c];
             } else {
                 for (int c = 0; c < columns; c++) sum[c] += row[c];
@@ -244,7 +244,7 @@ inline void matmul_forward(Real* out,           // (N,OC)
 
 template <class Real>
 inline void matmul_backward(Real* dinp,          // (N,IC), or null: not wanted
-                            float* dweight,      // (IC,OC) += or, where not `accumulate`, =
+                            float* dweight,      // (IC,OC) += if `accumulate`, otherwise =
                             float* dbias,        // (OC) +=, or null
                             const Real* dout,    // (N,OC)
                             const Real* inp,     // (N,IC)

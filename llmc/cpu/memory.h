@@ -1,4 +1,4 @@
-// Aligned memory for floats, and where a MemoryPlan of the CPU lies.
+// Aligned memory for floats, and the memory of a MemoryPlan on the CPU.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -15,14 +15,14 @@ namespace cpu::inline LLMC_ISA {
 
 constexpr size_t kAlignment = 64;  // bytes: a cache line
 
-// Uninitialised floats on a cache line's boundary; freed with the object.
+// Floats without initial values that begin at the boundary of a cache line. The destructor frees them.
 class Floats {
   public:
     Floats() = default;
     explicit Floats(size_t n) {
         size_t bytes = (n * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
         data_.reset(static_cast<float*>(std::aligned_alloc(kAlignment, bytes ? bytes : kAlignment)));
-        if (!data_) fail("out of memory: ", bytes >> 20, " MiB asked for");
+        if (!data_) fail("out of memory: cannot allocate ", bytes >> 20, " MiB");
     }
     float* get() const { return data_.get(); }
 

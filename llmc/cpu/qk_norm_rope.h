@@ -1,6 +1,6 @@
-// What stands between the qkv projection and attention, in one pass: RMS norm of q and k a head, with a
-// learned gain a head on q, then rotary positions (arXiv 2104.09864), pairing channel i with i + D/2. Each is
-// optional. A row of qkv is q (H,D), k (H,D), v (H,D); v passes through.
+// Two optional layers between the qkv projection and attention, in one pass. The first is an RMS norm of each
+// head of q and k, with a learned gain for each head of q. The second is rotary positions (arXiv 2104.09864),
+// which rotate the pairs of channels i and i + D/2. A row of qkv is q (H,D), k (H,D), v (H,D); v is copied.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -17,10 +17,10 @@ constexpr float kQkNormEps = 1e-6f;
 
 using ::rope_table;
 
-// out may not be inp. rstd is left alone where there is no norm.
+// out must not be inp. Without the norm, rstd is not written.
 template <class Real>
 inline void qk_norm_rope_forward(Real* out,            // (B,T,3C)
-                                 float* rstd,          // (B,T,2H): of q, then of k
+                                 float* rstd,          // (B,T,2H): the heads of q, then those of k
                                  const Real* inp,      // (B,T,3C)
                                  const float* q_gain,  // (H), or null: no norm
                                  const float* rope,    // (T,D) from rope_table, or null: no rotation
@@ -60,7 +60,7 @@ inline void qk_norm_rope_forward(Real* out,            // (B,T,3C)
 
 template <class Real>
 inline void qk_norm_rope_backward(Real* dinp,           // (B,T,3C), may be dout
-                                  float* dq_gain,       // (H) +=, or null where q_gain is
+                                  float* dq_gain,       // (H) +=, or null if q_gain is null
                                   const Real* dout,     // (B,T,3C)
                                   const Real* inp,      // (B,T,3C)
                                   const float* rstd,    // (B,T,2H)
@@ -71,7 +71,7 @@ inline void qk_norm_rope_backward(Real* dinp,           // (B,T,3C), may be dout
     std::vector<float> dgain(q_gain ? (size_t)B * T * H : 0);  // (B,T,H), summed in order at the end
 #pragma omp parallel
     {
-        std::vector<float> unrotated(D);  // gradient of the normalised, not yet rotated head
+        std::vector<float> unrotated(D);  // gradient of the head after the norm and before the rotation
 #pragma omp for schedule(static)
         for (int bt = 0; bt < B * T; bt++) {
             for (int h = 0; h < 2 * H; h++) {
@@ -94,7 +94,7 @@ inline void qk_norm_rope_backward(Real* dinp,           // (B,T,3C), may be dout
                 if (q_gain) {
                     r = rstd[(size_t)bt * 2 * H + h];
                     gain = h < H ? q_gain[h] : 1.0f;
-                    vec dots = {};  // of d with the normalised head
+                    vec dots = {};  // products of d and the normalised head
                     for_vectors(D, [&](int i, int n) { dots += load(d + i, n) * (load(x + i, n) * r); });
                     float dot = sum(dots);
                     if (h < H) dgain[(size_t)bt * H + h] = dot;

@@ -24,7 +24,7 @@ inline void short_conv_forward(Real* out,            // (B,T,W)
         }
 }
 
-// The threads share out the channels, as in embedding_backward.
+// The channels are divided among the threads, as in embedding_backward.
 template <class Real>
 inline void short_conv_backward(Real* dinp,           // (B,T,W)
                                 float* dweight,       // (K,W) +=

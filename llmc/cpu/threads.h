@@ -1,8 +1,8 @@
-// How many threads compute. OpenMP may give a parallel region fewer threads than omp_get_max_threads() says:
-// OMP_THREAD_LIMIT and OMP_MAX_ACTIVE_LEVELS in the environment do that, and OMP_DYNAMIC does it anew for
-// each region. The loops here are right with any number, because OpenMP shares out their work inside the
-// region, but oneDNN cuts a product for omp_get_max_threads() before it starts them, and the parts of threads
-// that do not come stay uncomputed.
+// The number of threads. OpenMP may give a parallel region fewer threads than omp_get_max_threads() says. The
+// environment variables OMP_THREAD_LIMIT and OMP_MAX_ACTIVE_LEVELS can cause this, and with OMP_DYNAMIC the
+// number may even differ from region to region. Our loops are correct with any number, because OpenMP divides
+// their work inside the region. But oneDNN divides a product into omp_get_max_threads() parts before it
+// starts the threads, and the parts of missing threads would not be computed.
 #pragma once
 #include <omp.h>
 
@@ -12,13 +12,14 @@
 
 namespace cpu::inline LLMC_ISA {
 
-// Returns how many threads every parallel region has from here on, which omp_get_max_threads() then says too.
-// Called outside of parallel regions, as often as is liked: it starts one only where the number was changed.
+// Returns the number of threads that every parallel region has from now on, and makes omp_get_max_threads()
+// return it, too. Must be called outside of parallel regions. Repeated calls are cheap, because only a
+// changed number starts a region.
 inline int settle_threads() {
     static int settled = 0;
     if (omp_get_max_threads() != settled || omp_get_dynamic()) {
         omp_set_dynamic(0);
-        // LLVM's OpenMP prints a warning where more are asked for than the limit allows.
+        // LLVM's OpenMP prints a warning if a program asks for more threads than the limit allows.
         omp_set_num_threads(std::min(omp_get_max_threads(), omp_get_thread_limit()));
         int given = 1;
 #pragma omp parallel

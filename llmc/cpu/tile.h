@@ -1,9 +1,10 @@
-// Small dense products of tiles that lie in cache, the inner loops of attention.
+// Small products of tiles that are in the cache: the inner loops of attention.
 //
-// Tiles are row-major, their sizes padded with zeros: rows to kTile, channels to a multiple of kLanes, so
-// that the loops have no tails. They lie in aligned memory: a load that straddles two cache lines would cost
-// double. A tile consists of words, a float or a pair of bf16 that are neighbours in the direction that the
-// product sums over: along the channels in load_tile and load_tile_transposed, along the rows in pair_rows.
+// Tiles are row-major. They are padded with zeros to kTile rows and to a multiple of kLanes channels, so the
+// loops need no remainder. They are in aligned memory, because a load that crosses a cache line costs twice
+// as much. A tile consists of words. A word is a float, or a pair of bf16 that are neighbours in the
+// direction of the product's sum: along the channels in load_tile and load_tile_transposed, along the rows in
+// pair_rows.
 #pragma once
 #include <cstddef>
 #include <type_traits>
@@ -16,15 +17,16 @@ namespace cpu::inline LLMC_ISA {
 
 constexpr int kTile = 64;  // rows of a tile: queries or keys
 
-// Rows and vectors of a block of sums held in registers. kTileRows divides kLanes and kTile, and is even.
+// Rows and vectors of a block of sums that stays in registers. kTileRows is even and divides kLanes and
+// kTile.
 #ifdef __AVX512F__
 constexpr int kTileRows = 8, kTileVectors = 2;  // 16 of 32 registers
 #else
-constexpr int kTileRows = 4, kTileVectors = 1;  // 8 of 16 registers, for a vector is two of them
+constexpr int kTileRows = 4, kTileVectors = 1;  // 8 of 16 registers, because a vector takes two
 #endif
 
 struct bf16_pair {
-    uint32_t bits;  // the first in the lower half
+    uint32_t bits;  // the first number is in the lower half
 };
 
 #ifdef __AVX512BF16__
@@ -33,7 +35,7 @@ constexpr bool kMultipliesPairs = true;
 constexpr bool kMultipliesPairs = false;
 #endif
 
-// What a tile of Real is made of: pairs where the instruction set multiplies them, floats otherwise.
+// The word of a tile of Real: a pair if the instruction set can multiply pairs, otherwise a float.
 template <class Real>
 using TileWord = std::conditional_t<kMultipliesPairs && std::is_same_v<Real, bf16>, bf16_pair, float>;
 
@@ -44,10 +46,10 @@ inline int padded(int channels) {
     return (channels + kLanes - 1) / kLanes * kLanes;
 }
 
-// tile (kTile,padded(D)) = row_factors[r] src[r], zero outside of (rows,D).
+// tile (kTile,padded(D)) = row_factors[r] src[r], with zeros outside of (rows,D).
 template <class Real>
 inline void load_tile(float* tile,
-                      const Real* src,  // `rows` rows of D numbers, `stride` apart
+                      const Real* src,  // `rows` rows of D numbers at a distance of `stride`
                       int stride, int rows, int D, const float* row_factors = nullptr) {
     int Dp = padded(D);
     for (int r = 0; r < rows; r++) {
@@ -60,7 +62,7 @@ inline void load_tile(float* tile,
     memset(tile + rows * Dp, 0, sizeof(float) * (kTile - rows) * Dp);
 }
 
-// One of four steps of the transpose of 16 x 16: swaps the blocks of kStep x kStep off the diagonal.
+// One of the four steps that transpose 16 x 16 words: swaps the off-diagonal blocks of kStep x kStep words.
 template <int kStep, int... kLane>
 inline void swap_blocks(vec* rows, std::integer_sequence<int, kLane...>) {
 #pragma GCC unroll 16
@@ -80,8 +82,8 @@ inline void transpose_block(vec* rows) {
     swap_blocks<1>(rows, lanes);
 }
 
-// out (columns,rows) = the transpose of rows x columns words, both multiples of kLanes; row(r, c) are 16
-// words from column c on.
+// out (columns,rows) = the transpose of rows x columns words. Both sizes are multiples of kLanes. row(r, c)
+// returns the 16 words of row r from column c on.
 template <class Row>
 inline void transpose(float* out, int rows, int columns, Row row) {
     for (int r = 0; r < rows; r += kLanes)
@@ -93,7 +95,7 @@ inline void transpose(float* out, int rows, int columns, Row row) {
         }
 }
 
-// The transpose: tile (padded(D),kTile).
+// The transpose of what load_tile() writes: tile (padded(D),kTile).
 template <class Real>
 inline void load_tile_transposed(float* tile, const Real* src, int stride, int rows, int D) {
     transpose(tile, kTile, padded(D), [&](int r, int d) {
@@ -102,7 +104,7 @@ inline void load_tile_transposed(float* tile, const Real* src, int stride, int r
     });
 }
 
-// The same in words: tile (kTile,padded(D)/2), pairs of channels.
+// load_tile() in pairs of channels: tile (kTile,padded(D)/2).
 inline void load_tile(bf16_pair* tile, const bf16* src, int stride, int rows, int D,
                       const float* row_factors = nullptr) {
     int Dp = padded(D);
@@ -120,7 +122,7 @@ inline void load_tile(bf16_pair* tile, const bf16* src, int stride, int rows, in
     memset((void*)(out + rows * Dp), 0, sizeof(bf16) * (kTile - rows) * Dp);
 }
 
-// tile (padded(D)/2,kTile).
+// load_tile_transposed() in pairs of channels: tile (padded(D)/2,kTile).
 inline void load_tile_transposed(bf16_pair* tile, const bf16* src, int stride, int rows, int D) {
     for (int r = 0; r < kTile; r += kLanes)
         for (int d = 0; d < D; d += 2 * kLanes) {
@@ -138,7 +140,7 @@ inline void load_tile_transposed(bf16_pair* tile, const bf16* src, int stride, i
         }
 }
 
-// pairs (kTile/2,padded(D)), of neighbouring rows, from a tile of rows (kTile,padded(D)).
+// Makes pairs of neighbouring rows, (kTile/2,padded(D)), from pairs of channels, (kTile,padded(D)/2).
 inline void pair_rows(bf16_pair* pairs, const bf16_pair* rows, int D) {
     int Dp = padded(D);
     const bf16* from = (const bf16*)rows;
@@ -150,7 +152,7 @@ inline void pair_rows(bf16_pair* pairs, const bf16_pair* rows, int D) {
         }
 }
 
-// Two rows of floats as a row of pairs.
+// Stores two rows of floats as one row of pairs.
 inline void store_pairs(bf16_pair* out, vec first, vec second) {
 #ifdef __AVX512BF16__
     vuint low = __builtin_convertvector((vhalf)_mm512_cvtneps_pbh((__m512)first), vuint);
@@ -166,7 +168,7 @@ inline vec multiply_add(vec sum, float a, vec b) {
     return sum + a * b;
 }
 
-// The same for pairs: both products are added. b holds the words of 16 pairs.
+// The same for pairs: adds both products. b has the words of 16 pairs.
 inline vec multiply_add(vec sum, bf16_pair a, vec b) {
 #ifdef __AVX512BF16__
     return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a.bits), (__m512bh)(__m512)b);
@@ -177,11 +179,11 @@ inline vec multiply_add(vec sum, bf16_pair a, vec b) {
 #endif
 }
 
-// R rows and V vectors of c, their sums in registers all along.
+// Computes R rows and V vectors of c, whose sums stay in registers all the time.
 template <int R, int V, bool kTransA, bool kAccumulate, class Word>
 inline void block_product(float* c,  // (R, V vectors)
                           int c_stride,
-                          const Word* a,  // (R,K), or (K,R) where kTransA
+                          const Word* a,  // (R,K), or (K,R) with kTransA
                           int a_stride,
                           const Word* b,  // (K, V vectors)
                           int b_stride, int K) {
@@ -207,8 +209,8 @@ inline void block_product(float* c,  // (R, V vectors)
         for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sums[r][v]);
 }
 
-// c (kTileRows,N) = or += a (kTileRows,K) b (K,N), a stored as (K,kTileRows) where kTransA; N a multiple of
-// kLanes, K in words.
+// c (kTileRows,N) = or += a (kTileRows,K) b (K,N). With kTransA, a is stored as (K,kTileRows). N is a
+// multiple of kLanes, and K counts words.
 template <bool kTransA, bool kAccumulate, class Word>
 inline void tile_product(float* c, int c_stride, const Word* a, int a_stride, const Word* b, int b_stride,
                          int N, int K) {

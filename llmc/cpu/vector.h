@@ -1,5 +1,5 @@
-// Sixteen floats at a time, by the vector extension that g++ and clang share: it compiles to AVX-512, to
-// pairs of AVX2 instructions, or to whatever the machine has. Memory holds floats or bf16.
+// Vectors of sixteen floats. They use the vector extension of g++ and clang, which compiles to AVX-512, to
+// pairs of AVX2 instructions, or to what else the machine has. In memory the numbers are float or bf16.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -36,7 +36,8 @@ inline vec load(const bf16* p) {
     return (vec)(__builtin_convertvector(h, vuint) << 16);
 }
 
-// The upper halves of the lanes, rounded to nearest even; NaN stays NaN.
+// Rounds each lane to bf16, to nearest even. The result is in the upper half of the lane; the lower half is
+// not cleared. NaN stays NaN.
 inline vuint round_to_bf16(vec v) {
     vuint u = (vuint)v;
     return v != v ? u | 0x400000u : u + 0x7FFFu + (u >> 16 & 1u);
@@ -51,7 +52,7 @@ inline void store(bf16* p, vec v) {
     memcpy((void*)p, &h, sizeof(h));
 }
 
-// The first n lanes, 0 < n <= kLanes; load fills the rest with zeros.
+// load() and store() for the first n lanes, 0 < n <= kLanes. load() fills the rest with zeros.
 template <class Real>
 inline vec load(const Real* p, int n) {
     if (n == kLanes) return load(p);
@@ -68,7 +69,7 @@ inline void store(Real* p, vec v, int n) {
     memcpy((void*)p, lanes, sizeof(Real) * n);
 }
 
-// f(c, lanes) for each vector of C numbers: lanes is kLanes but for the last.
+// Calls f(c, lanes) for each vector of C numbers. `lanes` is kLanes except for the last vector.
 template <class F>
 inline void for_vectors(int C, F f) {
     int c = 0;
@@ -103,12 +104,13 @@ inline vec abs(vec v) {
     return (vec)((vint)v & 0x7FFFFFFF);
 }
 
-// exp(x) to about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, exp(x) = 2^n P(r), P the minimax polynomial of
-// Cephes' expf. Results below 3.7e-38 are 0, those past the largest float Inf; NaN comes out as NaN.
+// exp(x) to about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, so exp(x) = 2^n P(r), where P is the minimax
+// polynomial of Cephes' expf. Results below 3.7e-38 are 0, results beyond the largest float are Inf, and NaN
+// gives NaN.
 inline vec exp(vec x) {
     const vec low = broadcast(-86.2f), high = broadcast(89.0f);
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
-    vec clamped = x < low ? low : x;  // a comparison with NaN is false, which keeps it
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+    vec clamped = x < low ? low : x;  // NaN stays, because a comparison with it is false
     clamped = clamped > high ? high : clamped;
     vec shifted = clamped * 1.44269504088896341f + magic;
     vec n = shifted - magic;
@@ -121,8 +123,8 @@ inline vec exp(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    // 2^(n-1) goes into the exponent's bits, the last factor 2 is a product: it overflows to Inf where it
-    // must.
+    // n-1 is added to the bits of the exponent. The last factor 2 is a multiplication, because that overflows
+    // to Inf correctly.
     vec result = (vec)((vuint)p + (((vuint)shifted - 1) << 23)) * 2.0f;
     result = x < low ? vec{} : result;
     return x != x ? x : result;
