@@ -1,6 +1,6 @@
-// GPTConfig as config.json, whose keys are those of Hugging Face's GPT-2 plus `attention`, `attention_scale`,
-// `positions`, `qk_norm`, `decay` and `short_conv`; a config.json without ours is a plain GPT-2. Apart from
-// config.h, which all layers include, for the JSON library takes long to build.
+// Reads and writes a GPTConfig as config.json. Its keys are those of Hugging Face's GPT-2 plus `attention`,
+// `attention_scale`, `positions`, `qk_norm`, `decay` and `short_conv`; without these the model is a plain
+// GPT-2. This is not in config.h, because all layers include that and the JSON library compiles slowly.
 #pragma once
 #include <climits>
 #include <nlohmann/json.hpp>
@@ -27,7 +27,7 @@ inline nlohmann::ordered_json config_to_json(const GPTConfig& c) {
                                    {"qk_norm", c.qk_norm},
                                    {"decay", kDecayNames[(int)c.decay]},
                                    {"short_conv", c.short_conv}};
-    // What is not said is null, because Hugging Face's GPT-2 takes a key that is missing for 50256.
+    // Unknown ids are written as null, because Hugging Face's GPT-2 reads a missing key as 50256.
     json["bos_token_id"] = json["eos_token_id"] = nullptr;
     if (c.bos_token >= 0) json["bos_token_id"] = c.bos_token;
     if (c.eos_tokens.size() == 1) json["eos_token_id"] = c.eos_tokens[0];
@@ -35,7 +35,7 @@ inline nlohmann::ordered_json config_to_json(const GPTConfig& c) {
     return json;
 }
 
-// Fails, with `where` in front of the message, at a key of the wrong type or value.
+// Fails at a key with a wrong type or value. `where` is put in front of the message.
 inline GPTConfig config_from_json(const nlohmann::json& json, const std::string& where) {
     if (!json.is_object()) fail(where, ": expected a JSON object");
     auto integer = [&](const char* key, int fallback) {
@@ -53,7 +53,7 @@ inline GPTConfig config_from_json(const nlohmann::json& json, const std::string&
     };
     auto fixed = [&](const char* key, const nlohmann::json& expected) {
         if (json.contains(key) && json.at(key) != expected)
-            fail(where, ": \"", key, "\" is ", brief(json.at(key)), ", this trainer has only ",
+            fail(where, ": \"", key, "\" is ", brief(json.at(key)), ", but this trainer supports only ",
                  brief(expected));
     };
     fixed("model_type", "gpt2");
@@ -69,8 +69,9 @@ inline GPTConfig config_from_json(const nlohmann::json& json, const std::string&
     c.channels = integer("n_embd", -1);
     c.context = integer("n_positions", -1);
     c.vocab_size = integer("vocab_size", -1);
-    // One id, or a list, or null. An id that the vocabulary does not have says nothing: the 50256 of Hugging
-    // Face's GPT2Config stays in the config.json of many models with a smaller vocabulary, and -1 in others.
+    // The value is an id, a list of ids, or null. An id outside of the vocabulary is ignored, because many
+    // models with a smaller vocabulary still have the 50256 of Hugging Face's GPT2Config in their
+    // config.json, and others have -1.
     auto token_ids = [&](const char* key) {
         std::vector<int> ids;
         const nlohmann::json value = json.value(key, nlohmann::json());
@@ -78,7 +79,7 @@ inline GPTConfig config_from_json(const nlohmann::json& json, const std::string&
             if (id.is_null() && !value.is_array()) continue;
             if (!id.is_number_integer())
                 fail(where, ": \"", key, "\" is ", value.dump(),
-                     ", expected an integer, a list of them or null");
+                     ", expected an integer, a list of integers or null");
             if (id >= 0 && id < c.vocab_size) ids.push_back(id.get<int>());
         }
         return ids;
@@ -92,7 +93,8 @@ inline GPTConfig config_from_json(const nlohmann::json& json, const std::string&
     c.short_conv = integer("short_conv", 0);
     if (json.contains("n_inner") && !json.at("n_inner").is_null() &&
         json.at("n_inner") != 4 * int64_t{c.channels})
-        fail(where, ": \"n_inner\" is ", brief(json.at("n_inner")), ", this trainer has only 4 n_embd");
+        fail(where, ": \"n_inner\" is ", brief(json.at("n_inner")),
+             ", but this trainer supports only 4 n_embd");
     if (json.contains("qk_norm")) {
         if (!json.at("qk_norm").is_boolean())
             fail(where, ": \"qk_norm\" is ", brief(json.at("qk_norm")), ", expected true or false");

@@ -1,18 +1,20 @@
-// Training data: llm.c's token shards, cut into sequences and handed out in a reproducible order.
+// Training data: reads token shards in the format of llm.c, cuts them into sequences and delivers these in a
+// reproducible order.
 //
-// A shard is 256 int32 (magic, version, number of tokens, rest 0) and then its tokens: magic 20240520,
-// version 1 for uint16, magic 20240801, version 7 for uint32. A dataset is every *.bin file of a folder that
-// has the split's name as a word in its own (train_000000.bin, fineweb_train_000001.bin), sorted by name.
+// A shard is 256 int32 (magic, version, number of tokens, the rest 0), followed by its tokens. These are
+// uint16 with magic 20240520 and version 1, and uint32 with magic 20240801 and version 7. A dataset consists
+// of all *.bin files of a folder whose names have the name of the split as a word (train_000000.bin,
+// fineweb_train_000001.bin), sorted by name.
 //
-// Sequence k of a shard is its tokens kT .. kT+T: the first T are the inputs, the last T the targets. So
-// neighbours share one token, no sequence crosses shards, and a shard of n tokens has floor((n-1)/T); what is
-// left at its end is not used. So a shard may have none, as the last one of a dataset often has; it is an
-// error where no shard has one.
+// Sequence k of a shard is its tokens kT .. kT+T. The first T of them are the inputs, the last T the targets.
+// So neighbouring sequences share one token, no sequence crosses shards, and a shard of n tokens has
+// floor((n-1)/T) sequences. The tokens that are left at its end are not used. A shard may have no sequence at
+// all, which is frequent for the last shard of a dataset. It is an error if no shard has one.
 //
-// Sample n = 0, 1, 2, ... of a loader is place n % N of epoch n / N, N the number of sequences. In every
-// epoch each sequence comes exactly once, in an order that depends on the seed and the epoch alone: not on
-// the batch size, on accumulation or on how many processes share the work. All of a run's position is the one
-// number n, which the caller keeps; going to any n costs the same.
+// If there are N sequences, sample n = 0, 1, 2, ... of a loader is number n % N in epoch n / N. Every epoch
+// has each sequence exactly once. The order depends only on the seed and the epoch, not on the batch size, on
+// accumulation or on the number of processes. So the number n, which the caller keeps, is the whole position
+// of a run in its data, and every n is reached at the same cost.
 #pragma once
 #include <algorithm>
 #include <cctype>
@@ -31,24 +33,24 @@
 #include "llmc/error.h"
 #include "llmc/files.h"
 
-// What a dataset folder's meta.json says:
+// The meta.json of a dataset folder has
 //   {"name": .., "vocab_size": .., "eot_token": .., "tokens": {"train": .., "val": ..}, "bytes": {the same},
 //    "shards": {the same}}
-// Only vocab_size must be there. llm.c's published shards have no meta.json: they are GPT-2 tokens.
+// Only vocab_size must be present. The shards that llm.c publishes have no meta.json; they have GPT-2 tokens.
 struct DatasetInfo {
     struct Split {
-        int64_t tokens = -1;  // -1: not said
-        int64_t bytes = -1;   // of text, for bits per byte
+        int64_t tokens = -1;  // -1: meta.json does not say it
+        int64_t bytes = -1;   // bytes of text, for bits per byte
         int64_t shards = -1;
     };
-    bool described = false;  // by a meta.json
+    bool described = false;  // there is a meta.json
     std::string name;
     int vocab_size = 50257;
     int eot_token = 50256;  // ends a document; -1: there is none
     Split train, val;
 };
 
-// The entries of a dataset folder; an error where they cannot be read.
+// Returns the entries of a dataset folder; an error if they cannot be read.
 inline std::filesystem::directory_iterator open_folder(const std::string& folder) {
     std::error_code error;
     std::filesystem::directory_iterator entries(folder, error);
@@ -87,7 +89,7 @@ inline DatasetInfo read_dataset_info(const std::string& folder) {
     return info;
 }
 
-// One token file, mapped, its header checked against its size.
+// One token file. It is mapped, and its header must match its size.
 class TokenShard {
   public:
     explicit TokenShard(const std::string& path) : file_(path) {
@@ -98,9 +100,9 @@ class TokenShard {
         std::memcpy(header, file_.data(), sizeof(header));
         if (header[0] != 20240520 && header[0] != 20240801)
             fail(path, ": magic number ", header[0],
-                 ", expected 20240520 (uint16 tokens) or 20240801 (uint32). A file of tokens without a "
-                 "header, "
-                 "such as nanoGPT's, is no shard; data/prepare.py makes shards from text");
+                 ", expected 20240520 (uint16 tokens) or 20240801 (uint32 tokens). A file of tokens "
+                 "without a header, such as one of nanoGPT, is not a shard; data/prepare.py makes shards "
+                 "from text");
         width_ = header[0] == 20240520 ? 2 : 4;
         const int version = width_ == 2 ? 1 : 7;
         if (header[1] != version) fail(path, ": version ", header[1], ", expected ", version);
@@ -116,15 +118,15 @@ class TokenShard {
     const std::string& path() const { return file_.path(); }
     int64_t tokens() const { return tokens_; }
 
-    // Tokens begin .. begin+count-1, every one checked to lie in [0, vocab_size).
+    // Reads tokens begin .. begin+count-1. It is an error if one is not in [0, vocab_size).
     void read(int64_t begin, int count, int vocab_size, int* out /*(count)*/) const {
         for (int i = 0; i < count; i++) {
             const std::byte* source = data_ + (begin + i) * width_;
             uint32_t token = 0;
             std::memcpy(&token, source, width_);
             if (token >= (uint32_t)vocab_size)
-                fail(path(), ": token ", token, " at byte ", source - file_.data(), ", the vocabulary has ",
-                     vocab_size);
+                fail(path(), ": token ", token, " at byte ", source - file_.data(),
+                     ", but the vocabulary has ", vocab_size, " tokens");
             out[i] = (int)token;
         }
     }
@@ -133,7 +135,7 @@ class TokenShard {
     MappedFile file_;
     const std::byte* data_ = nullptr;  // (tokens, width)
     int64_t tokens_ = 0;
-    int width_ = 2;  // bytes a token
+    int width_ = 2;  // bytes in a token
 };
 
 class TokenDataset {
@@ -142,28 +144,28 @@ class TokenDataset {
     TokenDataset(const std::string& folder, const std::string& split, int vocab_size, int T)
         : vocab_size_(vocab_size), T_(T) {
         const DatasetInfo info = read_dataset_info(folder);
-        const DatasetInfo::Split& said = split == "train" ? info.train : info.val;
-        for (const std::string& path : find_shards(folder, split, said.shards)) {
+        const DatasetInfo::Split& expected = split == "train" ? info.train : info.val;
+        for (const std::string& path : find_shards(folder, split, expected.shards)) {
             const TokenShard& shard = shards_.emplace_back(path);
             tokens_ += shard.tokens();
             sequences_ += std::max<int64_t>(0, shard.tokens() - 1) / T;
             ends_.push_back(sequences_);
         }
-        if (said.tokens >= 0 && said.tokens != tokens_)
-            fail(folder, ": the ", split, " shards hold ", tokens_, " tokens, but meta.json counts ",
-                 said.tokens);
+        if (expected.tokens >= 0 && expected.tokens != tokens_)
+            fail(folder, ": the ", split, " shards have ", tokens_, " tokens, but meta.json counts ",
+                 expected.tokens);
         if (sequences_ > 0) return;
         const TokenShard& longest = *std::max_element(
             shards_.begin(), shards_.end(), [](auto& a, auto& b) { return a.tokens() < b.tokens(); });
-        fail(longest.path(), ": ", longest.tokens(), " tokens, a sequence of ", T, " takes ", T + int64_t{1},
-             shards_.size() > 1 ? str("; no ", split, " shard is longer") : "");
+        fail(longest.path(), ": ", longest.tokens(), " tokens, but a sequence of ", T, " takes ",
+             T + int64_t{1}, shards_.size() > 1 ? str("; no ", split, " shard is longer") : "");
     }
 
     int64_t sequences() const { return sequences_; }
     int64_t tokens() const { return tokens_; }
     int sequence_length() const { return T_; }
 
-    // Sequence `index` of all shards, in [0, sequences()).
+    // Reads sequence `index`, which counts through all shards and is in [0, sequences()).
     void read(int64_t index, int* inputs /*(T)*/, int* targets /*(T)*/) const {
         if (index < 0 || index >= sequences_) fail("sequence ", index, " of ", sequences_, " does not exist");
         const size_t shard = std::upper_bound(ends_.begin(), ends_.end(), index) - ends_.begin();
@@ -174,7 +176,8 @@ class TokenDataset {
     }
 
   private:
-    // Is `word` in `name`, with no letter beside it? ("retrieval_train.bin" is no validation shard.)
+    // Whether `word` is in `name` with no letter next to it. ("retrieval_train.bin" is not a validation
+    // shard.)
     static bool has_word(const std::string& name, const std::string& word) {
         auto letter_at = [&](size_t i) { return i < name.size() && std::isalpha((unsigned char)name[i]); };
         for (size_t at = name.find(word); at != std::string::npos; at = name.find(word, at + 1)) {
@@ -183,9 +186,9 @@ class TokenDataset {
         return false;
     }
 
-    // `said`: how many there are according to meta.json; -1: it does not say.
+    // expected: how many shards meta.json counts; -1: it does not say.
     static std::vector<std::string> find_shards(const std::string& folder, const std::string& split,
-                                                int64_t said) {
+                                                int64_t expected) {
         std::error_code error;
         std::filesystem::directory_iterator entry = open_folder(folder), end;
         std::vector<std::string> paths;
@@ -197,11 +200,11 @@ class TokenDataset {
             if (error) fail(folder, ": cannot read folder: ", error.message());
         }
         std::sort(paths.begin(), paths.end());
-        if (said >= 0 && said != (int64_t)paths.size()) {
+        if (expected >= 0 && expected != (int64_t)paths.size()) {
             const std::string counts =
-                str("meta.json counts ", said, " ", split, " shards, the folder has ", paths.size());
-            for (int64_t i = 0; i < said; i++) {
-                char name[64];  // as data/prepare.py names them
+                str("meta.json counts ", expected, " ", split, " shards, but the folder has ", paths.size());
+            for (int64_t i = 0; i < expected; i++) {
+                char name[64];  // data/prepare.py uses these names
                 snprintf(name, sizeof(name), "%s_%06lld.bin", split.c_str(), (long long)i);
                 const std::string path = (std::filesystem::path(folder) / name).string();
                 if (!std::filesystem::exists(path, error)) fail(path, ": this shard is missing: ", counts);
@@ -215,14 +218,14 @@ class TokenDataset {
     int vocab_size_;
     int T_;
     std::vector<TokenShard> shards_;
-    std::vector<int64_t> ends_;  // sequences up to and including each shard
+    std::vector<int64_t> ends_;  // number of sequences in this shard and all before it
     int64_t tokens_ = 0;
     int64_t sequences_ = 0;
 };
 
-// A random permutation of [0, N), in constant memory: the swap-or-not shuffle of Hoang, Morris and Rogaway
-// (CRYPTO 2012). Each round pairs x with key - x (mod N) and swaps the two or not, by a coin that depends on
-// the pair alone. It takes any N as it is, and the rounds below are many times what mixing needs.
+// A random permutation of [0, N) that needs no memory: the swap-or-not shuffle of Hoang, Morris and Rogaway
+// (CRYPTO 2012). Each round pairs x with key - x (mod N) and swaps the two if a random bit, which depends
+// only on the pair, is 1. It works for any N, and kRounds is many times what good mixing needs.
 class Permutation {
   public:
     Permutation(int64_t N, uint64_t seed, uint64_t stream) : N_((uint64_t)N), key_(mix(mix(seed) + stream)) {}
@@ -240,7 +243,7 @@ class Permutation {
   private:
     static constexpr uint64_t kRounds = 128;
 
-    // The output function of SplitMix64: a well-mixing bijection.
+    // The output function of SplitMix64, a bijection that mixes well.
     static uint64_t mix(uint64_t x) {
         x += 0x9e3779b97f4a7c15;
         x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
@@ -253,18 +256,18 @@ class Permutation {
 
 class DataLoader {
   public:
-    // The dataset must outlive the loader. shuffle = false: in the dataset's order, every epoch.
+    // The dataset must outlive the loader. With shuffle = false every epoch has the order of the dataset.
     DataLoader(const TokenDataset& dataset, uint64_t seed, bool shuffle = true)
         : dataset_(dataset), seed_(seed), shuffle_(shuffle) {}
 
-    // The sequence that sample number n >= 0 is.
+    // The index of the sequence that is sample number n >= 0.
     int64_t sequence_of(int64_t n) const {
         const int64_t N = dataset_.sequences();
         if (n < 0) fail("sample ", n, " does not exist");
         return shuffle_ ? Permutation(N, seed_, n / N)(n % N) : n % N;
     }
 
-    // Samples first .. first+B-1.
+    // Reads samples first .. first+B-1.
     void batch(int64_t first, int B, int* inputs /*(B,T)*/, int* targets /*(B,T)*/) const {
         const int64_t T = dataset_.sequence_length();
         for (int b = 0; b < B; b++) dataset_.read(sequence_of(first + b), inputs + b * T, targets + b * T);

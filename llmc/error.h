@@ -1,6 +1,6 @@
-// One exception type for everything a user can run into. main() prints its text as one line on stderr and
-// exits with its status, so a message must name the file, flag or value at fault and what was expected.
-// Whatever is in those, the message stays one line, of bounded length, that a terminal only shows.
+// The exception for everything that can go wrong for a user. main() prints its text as one line on stderr and
+// exits with its status. So a message must name the file, flag or value that is wrong, and what was expected.
+// Whatever these contain, the message is one line of limited length without control characters.
 #pragma once
 #include <cstdio>
 #include <cstring>
@@ -19,8 +19,9 @@ enum ExitStatus : int {
     kExitInterrupted = 130  // Ctrl-C or SIGTERM, after a checkpoint
 };
 
-// `text` as a message may show it. Control characters, Unicode's that break or turn a line included, and
-// bytes that are not UTF-8 become \n, \t or \x1b; a text longer than `longest` bytes loses its middle.
+// Makes `text` safe to show in a message. Control characters and bytes that are not UTF-8 become escapes like
+// \n or \x1b. Control characters include those of Unicode that break a line or change its direction. A text
+// longer than `longest` bytes loses its middle.
 inline std::string printable(std::string_view text, size_t longest = 1000) {
     std::string out;
     for (size_t at = 0; at < text.size();) {
@@ -42,16 +43,16 @@ inline std::string printable(std::string_view text, size_t longest = 1000) {
         }
     }
     if (out.size() <= longest) return out;
-    auto inside = [&](size_t at) { return (out[at] & 0xc0) == 0x80; };  // a character
+    auto inside = [&](size_t at) { return (out[at] & 0xc0) == 0x80; };  // not the first byte of a character
     size_t begin = (longest - 3) / 2, end = out.size() - begin;
     while (inside(begin)) begin--;
     while (inside(end)) end++;
     return out.substr(0, begin) + "..." + out.substr(end);
 }
 
-// A value of a flag or a name from a file, as a message may show it.
+// Puts a value of a flag, or a name from a file, into quotes and makes it safe to show in a message.
 inline std::string shown(std::string_view text) {
-    std::string quoted_text = "\"";  // not by +, of which GCC 12 warns (its bug 105651)
+    std::string quoted_text = "\"";  // append() instead of +, because GCC 12 warns about + (its bug 105651)
     return quoted_text.append(printable(text, 60)).append("\"");
 }
 
@@ -68,19 +69,19 @@ std::string str(const Parts&... parts) {
     return out.str();
 }
 
-// fail("file.bin: expected ", a, ", found ", b): a run-time failure, exit status 1.
+// fail("file.bin: expected ", a, ", found ", b) throws a run-time failure with exit status 1.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
     throw Error(kExitFailure, str(parts...));
 }
 
-// The same for a bad command line, exit status 2.
+// The same for a bad command line, with exit status 2.
 template <class... Parts>
 [[noreturn]] void usage_error(const Parts&... parts) {
     throw Error(kExitUsage, str(parts...));
 }
 
-// A line on stderr about what does not stop the program.
+// Prints a line on stderr about something that does not stop the program.
 template <class... Parts>
 void warn(const Parts&... parts) {
     fprintf(stderr, "warning: %s\n", printable(str(parts...)).c_str());

@@ -1,9 +1,9 @@
-// Files: mapped for reading, written so that nothing is lost without a word.
+// Files are mapped for reading, and they are written so that no error is overlooked.
 //
-// Every failure is an Error that begins with the path and ends with the system's reason. What close() has
-// returned from is on the disk (fsync), and a file replaced through write_text_atomically is the old one or
-// the new one after a crash, never half of each. A mapped file must not be shortened while it is in use:
-// that is a SIGBUS, as it is for every program that maps files.
+// Every failure is an Error that begins with the path and ends with the reason that the system gives. After
+// close() the file is on the disk (fsync). A file that write_text_atomically replaces is the old one or the
+// new one after a crash, and never half of each. A mapped file must not be shortened while it is in use,
+// because that ends the program with SIGBUS, as for every program that maps files.
 #pragma once
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -29,7 +29,7 @@
 #include "llmc/error.h"
 #include "llmc/utf8.h"
 
-// "PATH: cannot open: No such file or directory", from errno.
+// Throws an Error with the reason from errno, such as "PATH: cannot open: No such file or directory".
 template <class... Parts>
 [[noreturn]] void fail_errno(const std::string& path, const Parts&... what) {
     const int error = errno;
@@ -47,7 +47,7 @@ struct Descriptor {
     }
 };
 
-// fsync, until no signal interrupts it. What cannot be synced (a pipe: EINVAL) need not be.
+// Calls fsync again if a signal interrupts it. A pipe cannot be synced (EINVAL) and does not need it.
 inline bool sync_descriptor(int fd) {
     while (::fsync(fd) != 0) {
         if (errno != EINTR) return errno == EINVAL;
@@ -59,7 +59,8 @@ inline bool sync_descriptor(int fd) {
 class MappedFile {
   public:
     explicit MappedFile(const std::string& path) : path_(path) {
-        // What follows a NUL would not count, and to open a pipe would wait for a writer.
+        // The system would ignore everything after a NUL. O_NONBLOCK, because open() on a pipe would wait for
+        // a writer.
         if (path.find('\0') != std::string::npos) fail(path, ": cannot open: no file has a NUL in its name");
         const Descriptor file(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC));
         if (file.fd < 0) fail_errno(path, "cannot open");
@@ -99,13 +100,13 @@ class MappedFile {
     size_t size_ = 0;
 };
 
-// zlib's checksum, of any length.
+// The CRC-32 of zlib, for data of any length.
 inline uint32_t crc32_of(const std::byte* data /*(size)*/, size_t size) {
     return (uint32_t)::crc32_z(0, reinterpret_cast<const Bytef*>(data), size);
 }
 
-// Creates or replaces a file. Only close() makes it whole; without it the destructor leaves what there is.
-// After a failure the writer is closed.
+// Creates or replaces a file. The file is whole only after close(); without it, the destructor leaves what
+// was written so far. After a failure the writer is closed.
 class FileWriter {
   public:
     explicit FileWriter(const std::string& path)
@@ -116,7 +117,7 @@ class FileWriter {
 
     void write(const void* data /*(size)*/, size_t size) {
         require_open();
-        if (size == 0) return;  // data may be nullptr, for which zlib starts anew
+        if (size == 0) return;  // data may be nullptr, and for that zlib would start a new checksum
         const char* bytes = static_cast<const char*>(data);
         crc_ = (uint32_t)::crc32_z(crc_, static_cast<const Bytef*>(data), size);
         size_ += size;
@@ -136,8 +137,8 @@ class FileWriter {
 
     bool is_open() const { return file_.fd >= 0; }
     const std::string& path() const { return path_; }
-    uint64_t size() const { return size_; }  // bytes written so far
-    uint32_t crc32() const { return crc_; }  // and their checksum
+    uint64_t size() const { return size_; }  // number of bytes written so far
+    uint32_t crc32() const { return crc_; }  // checksum of these bytes
 
   private:
     static constexpr size_t kBufferSize = 1 << 20;
@@ -170,15 +171,15 @@ class FileWriter {
     uint32_t crc_ = 0;
 };
 
-// Makes the names in a folder durable.
+// Makes sure that the names in a folder are on the disk.
 inline void sync_folder(const std::string& path) {
     const Descriptor folder(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
     if (folder.fd < 0) fail_errno(path, "cannot open folder");
     if (!sync_descriptor(folder.fd)) fail_errno(path, "cannot sync folder");
 }
 
-// The last part of a path, and the folder that holds it ("." for a bare name). Slashes at the end do not
-// count.
+// base_name() is the last part of a path; parent_folder() is the folder that it is in ("." if the path is
+// only a name). Slashes at the end are ignored.
 inline std::filesystem::path without_slash(const std::string& path) {
     const std::filesystem::path normal = std::filesystem::path(path).lexically_normal();
     return normal.has_filename() ? normal : normal.parent_path();
@@ -191,19 +192,20 @@ inline std::string parent_folder(const std::string& path) {
     return parent.empty() ? "." : parent.string();
 }
 
-// Gives a file or folder its final name, durably. Both names lie on one filesystem.
+// Renames a file or folder and makes sure that the new name is on the disk. Both names must be on the same
+// filesystem.
 inline void rename_synced(const std::string& from, const std::string& to) {
     if (::rename(from.c_str(), to.c_str()) != 0) fail_errno(to, "cannot rename ", from, " to this");
     sync_folder(parent_folder(to));
 }
 
-// Is `name`, from a file, one of a file in the same folder?
+// Whether `name`, which was read from a file, can be the name of a file in the same folder.
 inline bool is_file_name(const std::string& name) {
     return !name.empty() && name != "." && name != ".." &&
            name.find_first_of(std::string("/\0", 2)) == name.npos;
 }
 
-// Is there a file or a folder of this name? An error where the system does not say.
+// Whether there is a file or a folder with this name. It is an error if the system cannot say.
 inline bool path_exists(const std::string& path) {
     struct stat info;
     if (::stat(path.c_str(), &info) == 0) return true;
@@ -231,8 +233,8 @@ inline void write_text(const std::string& path, const std::string& text) {
     file.close();
 }
 
-// Writes a file under a temporary name by fill(FileWriter&), then gives it its own, durably. After a failure
-// there is what was there before.
+// Calls fill(FileWriter&) to write a file with a temporary name, then renames it to `path`. After a failure
+// `path` is what it was before.
 template <class Fill>
 void write_file_atomically(const std::string& path, Fill fill) {
     const std::string temporary = path + ".tmp";
@@ -251,23 +253,24 @@ inline void write_text_atomically(const std::string& path, const std::string& te
     write_file_atomically(path, [&](FileWriter& file) { file.write(text.data(), text.size()); });
 }
 
-// A JSON value as a message may show it.
+// A JSON value as a short text that is safe to show in a message.
 inline std::string brief(const nlohmann::json& value) {
     return printable(value.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace), 60);
 }
 
-// JSON from outside. `where` (a path) starts the one-line message. A repeated key is an error, since readers
-// differ on which value counts; so is nesting past 64 levels, since everything that walks a value recurses;
-// so is a NUL, which the library would take for the end.
+// Parses JSON that others have written. `where` (a path) is put in front of the one-line message. Three
+// things are errors: a repeated key, because readers differ about which value counts; more than 64 levels of
+// nesting, because all code that walks through a value is recursive; and a NUL, because the library would
+// read it as the end.
 inline nlohmann::json parse_json(std::string_view text, const std::string& where) {
     using Event = nlohmann::json::parse_event_t;
-    std::vector<std::unordered_set<std::string>> keys;  // of every object that is open
+    std::vector<std::unordered_set<std::string>> keys;  // one set for every object that is open
     auto check = [&](int depth, Event event, nlohmann::json& value) {
         if (depth > 64) fail(where, ": not usable JSON: nested more than 64 levels deep");
         if (event == Event::object_start) keys.emplace_back();
         if (event == Event::object_end) keys.pop_back();
         if (event == Event::key && !keys.back().insert(value.get<std::string>()).second)
-            fail(where, ": not usable JSON: the key ", brief(value), " stands twice in one object");
+            fail(where, ": not usable JSON: the key ", brief(value), " occurs twice in one object");
         return true;
     };
     size_t bad = text.find('\0');
@@ -298,7 +301,8 @@ inline nlohmann::json read_json(const std::string& path) {
     return parse_json(file.text(), path);
 }
 
-// An integer from low to high under `key` of a JSON object, which is from `where`.
+// The value of `key` in a JSON object, which must be an integer from low to high. The object comes from
+// `where`.
 inline int64_t json_integer(const nlohmann::json& object, const std::string& key, int64_t low, int64_t high,
                             const std::string& where) {
     if (!object.contains(key)) fail(where, ": \"", key, "\" is missing");
@@ -310,8 +314,8 @@ inline int64_t json_integer(const nlohmann::json& object, const std::string& key
     return value.get<int64_t>();
 }
 
-// JSON is UTF-8, and a path need not be. As JSON a path is a string; one that is not UTF-8 is an array of its
-// parts that are, as strings, and of the bytes between them, as numbers.
+// JSON is UTF-8, but a path can be any bytes. A path that is UTF-8 becomes a string. Any other path becomes
+// an array: strings for its parts that are UTF-8, and numbers for the bytes between them.
 inline nlohmann::json json_of_path(const std::string& path) {
     if (first_bad_utf8(path) == path.size()) return path;
     nlohmann::json parts = nlohmann::json::array();
@@ -324,7 +328,7 @@ inline nlohmann::json json_of_path(const std::string& path) {
     return parts;
 }
 
-// The same path again; none where `json` is not what json_of_path makes.
+// The inverse of json_of_path; none if json_of_path does not make such JSON.
 inline std::optional<std::string> path_of_json(const nlohmann::json& json) {
     std::string path;
     for (const nlohmann::json& part : json.is_array() ? json : nlohmann::json::array({json})) {

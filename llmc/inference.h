@@ -1,5 +1,5 @@
-// Using a model: writing text, evaluating it on a dataset, and dumping one batch for comparison with other
-// backends.
+// The commands that use a model: generate writes text, eval computes the loss on a dataset, and dump writes
+// the results of one batch, to compare backends.
 #pragma once
 #include <fcntl.h>
 #include <poll.h>
@@ -25,10 +25,10 @@
 #include "llmc/sampler.h"
 #include "llmc/tokenizer.h"
 
-// Where texts start and end. As in transformers' generate(), config.json decides: a text starts with its
-// bos_token_id, any of its eos_token_id ends it, and the tokenizer has no say. Only where config.json says
-// nothing (transformers would refuse to start, and never stop) are they the tokenizer's <|endoftext|>.
-// generation_config.json, which transformers prefers to config.json, is not read: GPT-2's says the same.
+// The tokens at which a text starts and ends. As in generate() of transformers, config.json decides: a text
+// starts with its bos_token_id, and any of its eos_token_id ends it. If config.json has none, transformers
+// would refuse to start and would never stop; we use the tokenizer's <|endoftext|> then. transformers prefers
+// generation_config.json to config.json; we do not read it, because that of GPT-2 has the same tokens.
 inline int start_token(const GPTConfig& config, const Tokenizer& tokenizer) {  // -1: there is none
     if (config.bos_token >= 0) return config.bos_token;
     return config.eos_tokens.empty() ? tokenizer.eot_token() : config.eos_tokens[0];
@@ -38,8 +38,9 @@ inline std::vector<int> end_tokens(const GPTConfig& config, const Tokenizer& tok
     return {tokenizer.eot_token()};
 }
 
-// Draws n tokens after `prompt` (not empty) and calls emit(token) for each; ends early at one of `ends`.
-// Where positions are a table, the text goes on past its end from the last half of the context, encoded anew.
+// Draws n tokens after `prompt` (not empty) and calls emit(token) for each. It ends early at one of `ends`.
+// Learned positions end at the context. When the text gets longer, the second half of the context becomes the
+// new prompt, with positions from 0.
 template <class Emit>
 void generate_tokens(Model& model, std::vector<int> prompt, int n, const SamplerOptions& options,
                      const std::vector<int>& ends, Emit emit) {
@@ -50,7 +51,7 @@ void generate_tokens(Model& model, std::vector<int> prompt, int n, const Sampler
     };
     if (bounded) keep_last(context);
     model.clear_cache();
-    std::vector<int> fresh = prompt;  // not yet in the cache
+    std::vector<int> fresh = prompt;  // tokens that are not yet in the cache
     for (int i = 0; i < n; i++) {
         if (bounded && (int)prompt.size() > context) {
             keep_last(std::max(1, context / 2));
@@ -67,7 +68,7 @@ void generate_tokens(Model& model, std::vector<int> prompt, int n, const Sampler
     model.clear_cache();
 }
 
-// A model with the weights of a checkpoint.
+// Makes a model with the weights of a checkpoint.
 inline std::unique_ptr<Model> load_model(const Backend& backend, const Checkpoint& checkpoint,
                                          const ModelOptions& options) {
     require_supported(backend, checkpoint.config, options);
@@ -79,35 +80,35 @@ inline std::unique_ptr<Model> load_model(const Backend& backend, const Checkpoin
 
 inline Tokenizer open_tokenizer(const Checkpoint& checkpoint) {
     if (const MappedFile* file = checkpoint.tokenizer()) return Tokenizer(*file);
-    return Tokenizer(join_path(checkpoint.folder, "tokenizer.json"));  // an error that names it
+    return Tokenizer(join_path(checkpoint.folder, "tokenizer.json"));  // fails with the name of the file
 }
 
-// An error where a batch does not fit the model's positions, or the integers that count its tokens.
+// An error if a batch has more positions than the model, or too many tokens to count them with an int.
 inline void check_batch(const GPTConfig& config, int B, int T) {
     if ((int64_t)B * T > 1 << 30) usage_error("--batch ", B, " x --seq ", T, ": more than 2^30 tokens");
     if (!config.rope() && T > config.context)
         usage_error("--seq ", T, ": the model's learned positions end at its context, ", config.context);
 }
 
-// An error where the tokenizer, of `path`, has tokens that the model does not.
+// An error if the tokenizer, which comes from `path`, has tokens that the model does not have.
 inline void check_tokenizer(const Tokenizer& tokenizer, const std::string& path, const GPTConfig& config) {
     if (tokenizer.vocab_size() > config.vocab_size)
-        fail(path, ": the tokenizer has ", tokenizer.vocab_size(), " tokens, but the model ",
+        fail(path, ": the tokenizer has ", tokenizer.vocab_size(), " tokens, but the model has ",
              config.vocab_size);
 }
 
-// All of a file, a FIFO or, where path is "-", of stdin. Says so where nothing comes, because a program that
-// waits for its input looks like one that hangs.
+// Reads all of a file, of a FIFO or, if path is "-", of stdin. While nothing comes it says that it waits,
+// because otherwise it would look as if the program hangs.
 inline std::string read_prompt(const std::string& path) {
     const bool standard = path == "-";
     const std::string name = standard ? "stdin" : path;
-    // O_NONBLOCK: else open() would wait for the writer of a FIFO, and nothing would be said.
+    // O_NONBLOCK, because otherwise open() would wait silently for the writer of a FIFO.
     const Descriptor opened(standard ? -1 : ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
     const int fd = standard ? STDIN_FILENO : opened.fd;
     if (fd < 0) fail_errno(name, "cannot open");
     std::string text;
     std::vector<char> buffer(1 << 16);
-    for (int patience = 500;;) {  // milliseconds until it says so
+    for (int patience = 500;;) {  // milliseconds until the message; -1: it has been printed
         pollfd input = {fd, POLLIN, 0};
         if (::poll(&input, 1, patience) == 0) {
             fprintf(stderr, "waiting for the prompt from %s\n", printable(name).c_str());
@@ -123,7 +124,7 @@ inline std::string read_prompt(const std::string& path) {
         }
         if (text.size() > INT32_MAX) fail(name, ": more than ", INT32_MAX, " bytes, too long for a prompt");
     }
-    if (text.starts_with("\xef\xbb\xbf")) text.erase(0, 3);  // a byte order mark, which is no text
+    if (text.starts_with("\xef\xbb\xbf")) text.erase(0, 3);  // a byte order mark is not a part of the text
     return text;
 }
 
@@ -149,8 +150,8 @@ inline void generate(const Backend& backend, const GenerateOptions& options) {
         prompt = {start};
     }
     if (!config.rope() && (int64_t)prompt.size() > config.context)
-        warn("the prompt has ", prompt.size(), " tokens, of which only the last ", config.context,
-             " count: the model's learned positions end at its context");
+        warn("the prompt has ", prompt.size(), " tokens, but only the last ", config.context,
+             " are used: the model's learned positions end at its context");
     ModelOptions model_options{Purpose::inference, 1, std::min(256, (int)prompt.size())};
     model_options.cache = (CacheKind)index_of_name(options.cache, kCacheNames, "--cache");
     auto model = load_model(backend, checkpoint, model_options);
@@ -180,8 +181,8 @@ inline void evaluate(const Backend& backend, const EvalOptions& options) {
     const std::optional<MappedFile> file = find_tokenizer(options.data);
     require_same_tokenizer(file ? &*file : nullptr, checkpoint.tokenizer());
     const DatasetInfo info = read_dataset_info(options.data);
-    const int separator = info.described ? info.eot_token : -1;  // of documents, and no text
-    std::optional<Tokenizer> tokenizer;  // for the bytes of the text that was predicted
+    const int separator = info.described ? info.eot_token : -1;  // it ends a document and is not text
+    std::optional<Tokenizer> tokenizer;  // gives the number of bytes of the predicted text
     if (file) tokenizer = open_if_supported(*file, "bits per byte");
     auto model = load_model(backend, checkpoint, options.compute.model_options(Purpose::inference, B, T));
     std::vector<int> inputs((size_t)B * T), targets((size_t)B * T);

@@ -1,4 +1,4 @@
-// metrics.jsonl: one JSON object a line, each written through to the system at once.
+// metrics.jsonl has one JSON object in each line. Each line is written to the file at once.
 #pragma once
 #include <fcntl.h>
 #include <unistd.h>
@@ -13,9 +13,9 @@
 
 class MetricsLog {
   public:
-    // Appends to `path`. What an interrupted run logged past the step it goes on from, and a half-written
-    // last line, is dropped, so that no step is there twice; all of it (last_step -1) where there was nothing
-    // to go on from.
+    // Appends to `path`. First it removes the lines after last_step, which a stopped run wrote after its last
+    // checkpoint, and an incomplete last line, so that no step is there twice. With last_step -1, which means
+    // that there was no checkpoint, it removes everything.
     MetricsLog(const std::string& path, int last_step) : path_(path) {
         if (path_exists(path)) {
             std::istringstream lines(read_text(path));
@@ -25,7 +25,7 @@ class MetricsLog {
                     json_integer(parse_json(line, path), "step", 0, last_step, path);
                     kept += line + "\n";
                 } catch (const Error&) {
-                    // of a later step, or not whole
+                    // The line belongs to a later step, or it is incomplete.
                 }
             }
             write_text_atomically(path, kept);
@@ -43,7 +43,8 @@ class MetricsLog {
         }
     }
 
-    // On the disk, so that a checkpoint is never there without the lines up to it.
+    // Makes sure that the lines are on the disk. Called before a checkpoint is written, so that no checkpoint
+    // exists without the lines before it.
     void sync() {
         if (::fsync(file_.fd) != 0 && errno != EINVAL) fail_errno(path_, "cannot sync");
     }
@@ -53,7 +54,8 @@ class MetricsLog {
     Descriptor file_{-1};
 };
 
-// Appends what `norms` says of this kind of attention to a line of metrics.jsonl. NaN and Inf become null.
+// Appends the norms that exist for this kind of attention to a line of metrics.jsonl. NaN and Inf become
+// null.
 inline void append_norms(nlohmann::ordered_json& line, const AttentionNorms& norms,
                          const AttentionConfig& config) {
     line["attention_norm"] = norms.norm;

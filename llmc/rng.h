@@ -1,6 +1,6 @@
-// Random numbers without state: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-// SC 2011) maps (seed, stream, index) to bits, so every number is the same on any machine, thread count and
-// backend.
+// Random numbers without state. Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+// SC 2011) maps (seed, stream, index) to bits, so every number is the same on any machine, with any number of
+// threads and on every backend.
 #pragma once
 #include <array>
 #include <cmath>
@@ -33,14 +33,15 @@ inline double random_uniform(uint64_t seed, uint64_t stream, uint64_t index) {
     return ((((uint64_t)bits[1] << 32) | bits[0]) >> 11) * 0x1p-53;
 }
 
-// A stream named by a text, such as a tensor's name (FNV-1a).
+// The number of the stream that has this name, such as the name of a tensor (FNV-1a).
 inline uint64_t random_stream(std::string_view name) {
     uint64_t hash = 0xCBF29CE484222325ull;
     for (unsigned char c : name) hash = (hash ^ c) * 0x100000001B3ull;
     return hash;
 }
 
-// out (n) ~ N(0, std^2), by Box and Muller in double, so that the libraries' last bits round away in float.
+// out (n) ~ N(0, std^2), by Box and Muller's method. It is computed in double, so that the last bits, in
+// which math libraries differ, disappear when the result is rounded to float.
 inline void fill_normal(float* out, size_t n, double std, uint64_t seed, uint64_t stream) {
 #pragma omp parallel for schedule(static)
     for (size_t block = 0; block < (n + 3) / 4; block++) {

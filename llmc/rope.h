@@ -1,11 +1,11 @@
-// The angles of rotary positions, as both trainers' layers read them.
+// The cosines and sines of rotary positions, in the layout that the layers of both trainers read.
 #pragma once
 #include <cmath>
 #include <cstddef>
 #include <vector>
 
-// (T,D), for the positions from `first` on: the row of position t is cos(t w_i) for i < D/2, then sin(t w_i),
-// with w_i = 10000^(-2i/D).
+// Returns (T,D) for the positions from `first` on. The row of position t is cos(t w_i) for i < D/2, then
+// sin(t w_i), with w_i = 10000^(-2i/D).
 inline std::vector<float> rope_table(int T, int D, int first = 0) {
     std::vector<float> table((size_t)T * D);
     for (int t = 0; t < T; t++)

@@ -66,10 +66,10 @@ int run(const char* program, Backend (*choose_backend)(), std::string (*describe
         return e.status;
     } catch (const std::bad_alloc&) {
         fprintf(stderr, "%s: error: out of memory\n", program);
-    } catch (const std::length_error&) {  // more elements than a vector can ever have
+    } catch (const std::length_error&) {  // thrown for more elements than a vector can ever have
         fprintf(stderr, "%s: error: out of memory\n", program);
     } catch (const std::exception& e) {
-        // A mistake of ours: what libraries throw is to be caught where they are called.
+        // This is a mistake of ours, because exceptions of libraries must be caught where they are called.
         fprintf(stderr, "%s: error: internal error, please report it: %s\n", program,
                 printable(e.what()).c_str());
     }

@@ -1,5 +1,5 @@
-// The folder of a run, made where it is missing, and locked before anything in it is looked at: so what was
-// seen there, a run or none, stays true until this run has ended.
+// The folder of a run. It is created if it is missing, and it is locked before anything in it is read. So no
+// other run can change what this one has seen there until it ends.
 #pragma once
 #include <fcntl.h>
 #include <sys/file.h>
@@ -25,20 +25,21 @@ class RunFolder {
             if (lock_.fd < 0 && errno == ENOENT) continue;
             if (lock_.fd < 0) fail_errno(path_, "cannot open folder");
             if (!lock()) {
-                keep();  // it belongs to that run now, whoever made it
+                keep();  // the folder belongs to that run now, even if it was created here
                 fail(path_, ": another train_gpt is training in this folder");
             }
         } while (!is_locked());
     }
 
-    // From now on the folder stays, also after a failure. Until then one that was made here goes.
+    // From now on the folder stays, even after a failure. Without this call, the destructor removes it if it
+    // was created here.
     void keep() { made_.folders.clear(); }
 
   private:
     struct Made {
-        std::vector<std::string> folders;  // the outer before the inner
+        std::vector<std::string> folders;  // outer folders before inner ones
         ~Made() {
-            // Where something lies in one by now, rmdir leaves it as it is.
+            // rmdir does not remove a folder that has something in it.
             for (size_t i = folders.size(); i-- > 0;) ::rmdir(folders[i].c_str());
         }
     };
@@ -54,9 +55,8 @@ class RunFolder {
         if (error) fail(path_, ": cannot create: ", error.message());
     }
 
-    // False where another run has the lock. One who reads the folder holds it for a moment (is_training_in),
-    // so a lock that is taken is tried for again. A file system without locks has none to give: that is no
-    // other run.
+    // False if another run has the lock. A program that only reads the folder has the lock for a moment
+    // (is_training_in), so this tries several times. A filesystem without locks counts as no other run.
     bool lock() const {
         for (int attempt = 0; ::flock(lock_.fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK; attempt++) {
             if (attempt == 20) return false;
@@ -65,7 +65,8 @@ class RunFolder {
         return true;
     }
 
-    // Is what is locked still the folder of this name? A start that failed may have removed it in between.
+    // Whether the locked folder still has this name. A run that failed at its start may have removed it in
+    // the meantime.
     bool is_locked() const {
         struct stat locked, named;
         if (::fstat(lock_.fd, &locked) != 0 || ::stat(path_.c_str(), &named) != 0) return false;
@@ -74,5 +75,5 @@ class RunFolder {
 
     const std::string path_;
     Descriptor lock_{-1};
-    Made made_;  // destroyed first, under the lock
+    Made made_;  // destroyed first, while the folder is still locked
 };

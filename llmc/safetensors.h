@@ -1,14 +1,16 @@
-// The safetensors format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes.
+// The safetensors format: 8 bytes with the length of the header (little-endian), a JSON header, then the
+// bytes of the tensors.
 //
-// Reading: the file is mapped and its header checked whole before anything is used, by the rules of the
-// reference implementation: the tensors' bytes follow one another without holes or overlap and end where the
-// file ends, and each has exactly the bytes of its shape and dtype. A tensor of no elements and one of no
-// dimensions (a scalar) are both allowed. Data need not be aligned: read it with read_floats or memcpy.
+// Reading: the file is mapped, and its whole header is checked before anything is used. The rules are those
+// of the reference implementation: the bytes of the tensors follow one another without holes or overlap and
+// end where the file ends, and each tensor has exactly the bytes of its shape and dtype. A tensor may have no
+// elements, and it may have no dimensions (a scalar). Data may be unaligned, so read them with read_floats or
+// memcpy.
 //
-// A model may lie in several files with an index: SafetensorsSet.
+// A model may be in several files with an index (SafetensorsSet).
 //
-// Writing: the tensors are announced first and then appended in that order, so that nothing is held in
-// memory; a file that is not complete at close() is an error.
+// Writing: the tensors are announced first and then appended in that order, so that none of them must be in
+// memory. It is an error if the file is not complete at close().
 #pragma once
 #include <algorithm>
 #include <bit>
@@ -31,8 +33,8 @@ static_assert(std::endian::native == std::endian::little, "safetensors and token
 enum class DType { F64, F32, F16, BF16, F8_E4M3, F8_E5M2, I64, I32, I16, I8, U64, U32, U16, U8, BOOL };
 
 struct DTypeInfo {
-    const char* name;  // in the header
-    size_t size;       // bytes an element
+    const char* name;  // its name in the header
+    size_t size;       // bytes in an element
 };
 inline const DTypeInfo& dtype_info(DType dtype) {
     static const DTypeInfo infos[] = {{"F64", 8},     {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"F8_E4M3", 1},
@@ -46,7 +48,7 @@ struct TensorView {
     std::string name;
     DType dtype;
     std::vector<int64_t> shape;
-    const std::byte* data;  // (bytes), in the mapped file
+    const std::byte* data;  // (bytes), inside the mapped file
     size_t bytes;
 };
 
@@ -57,7 +59,8 @@ inline std::string shape_text(const std::vector<int64_t>& shape) {
     return text + ")";
 }
 
-// The bytes of a tensor; false where the shape is negative or they pass 2^63 - 1.
+// Computes the number of bytes of a tensor. Returns false if a size is negative or the result is above
+// 2^63 - 1.
 inline bool tensor_bytes(DType dtype, const std::vector<int64_t>& shape, int64_t& bytes) {
     bytes = (int64_t)dtype_info(dtype).size;
     for (int64_t size : shape) {
@@ -66,7 +69,7 @@ inline bool tensor_bytes(DType dtype, const std::vector<int64_t>& shape, int64_t
     return true;
 }
 
-// IEEE half to float, exact: subnormals, infinities and NaNs too.
+// Converts IEEE half to float exactly, including subnormals, infinities and NaNs.
 inline float half_to_float(uint16_t half) {
     const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
     if (rest >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);
@@ -84,7 +87,7 @@ class SafetensorsFile {
         if (size < 8) fail(path, ": not a safetensors file: ", size, " bytes, expected 8 and a header");
         std::memcpy(&header_size, file_.data(), 8);
         if (header_size > kMaxHeader)
-            fail(path, ": not a safetensors file: the header would be ", header_size, " bytes, at most ",
+            fail(path, ": not a safetensors file: the header would be ", header_size, " bytes, but at most ",
                  kMaxHeader, " are allowed");
         if (header_size > size - 8)
             fail(path, ": the header would be ", header_size, " bytes, but only ", size - 8,
@@ -110,7 +113,8 @@ class SafetensorsFile {
         return found == numbers_.end() ? nullptr : &tensors_[found->second];
     }
 
-    // The tensor `name`, which must be there with this shape, of a dtype that read_floats reads.
+    // Returns the tensor `name`. It is an error if it is missing, has another shape, or has a dtype that
+    // read_floats cannot read.
     const TensorView& expect(const std::string& name, const std::vector<int64_t>& shape) const {
         const TensorView* tensor = find(name);
         if (!tensor) fail(path(), ": tensor ", shown(name), " ", shape_text(shape), " is missing");
@@ -122,7 +126,7 @@ class SafetensorsFile {
         return *tensor;
     }
 
-    // The tensor that expect() gives, as floats.
+    // Reads the tensor that expect() returns, as floats.
     void read_floats(const std::string& name, const std::vector<int64_t>& shape,
                      float* out /*(shape)*/) const {
         const TensorView* tensor = &expect(name, shape);
@@ -196,19 +200,20 @@ class SafetensorsFile {
             fail_at(name, "data_offsets are not [begin, end] with begin <= end");
         const uint64_t available = file_.size() - data_start;
         if ((uint64_t)offsets[1] > available)
-            fail_at(name, "its data end at byte ", offsets[1], " of ", available, "; the file is cut short");
+            fail_at(name, "its data end at byte ", offsets[1], " of ", available,
+                    "; the end of the file is missing");
         int64_t expected = 0;
         if (!tensor_bytes(tensor.dtype, tensor.shape, expected))
             fail_at(name, "a shape of ", shape_text(tensor.shape), " is more than 2^63-1 bytes");
         tensor.bytes = offsets[1] - offsets[0];
         if (tensor.bytes != (uint64_t)expected)
-            fail_at(name, tensor.bytes, " bytes of data, expected ", expected, " for ", dtype_name, " ",
-                    shape_text(tensor.shape));
+            fail_at(name, "it has ", tensor.bytes, " bytes of data, expected ", expected, " for ", dtype_name,
+                    " ", shape_text(tensor.shape));
         tensor.data = file_.data() + data_start + offsets[0];
         tensors_.push_back(std::move(tensor));
     }
 
-    // The tensors in the order of their data, each beginning where the one before it ends.
+    // Sorts the tensors by the place of their data, and checks that each begins where the one before it ends.
     void check_layout(uint64_t data_start) {
         std::sort(tensors_.begin(), tensors_.end(), [](const TensorView& a, const TensorView& b) {
             return std::pair(a.data, a.bytes) < std::pair(b.data, b.bytes);
@@ -219,7 +224,7 @@ class SafetensorsFile {
             if (tensor.data != end)
                 fail_at(tensor.name, "its data begin at byte ", tensor.data - begin, ", expected ",
                         end - begin,
-                        tensor.data < end ? " (they overlap another tensor's)"
+                        tensor.data < end ? " (they overlap those of another tensor)"
                                           : " (there is a hole before them)");
             end = tensor.data + tensor.bytes;
         }
@@ -230,27 +235,27 @@ class SafetensorsFile {
 
     MappedFile file_;
     std::vector<TensorView> tensors_;
-    std::unordered_map<std::string, size_t> numbers_;  // in tensors_, by name
+    std::unordered_map<std::string, size_t> numbers_;  // name -> index in tensors_
     std::map<std::string, std::string> metadata_;
 };
 
-// The tensors of one file, or of several with Hugging Face's index: {"weight_map": {tensor: file}}. An index
-// must say of each tensor of its files where it is, and be right.
+// The tensors of one file, or of several files with Hugging Face's index: {"weight_map": {tensor: file}}. The
+// index must name the right file for every tensor of its files.
 class SafetensorsSet {
   public:
     explicit SafetensorsSet(SafetensorsFile file) : path_(file.path()) { files_.push_back(std::move(file)); }
 
-    // open(name) gives the MappedFile of a file beside the index.
+    // open(name) returns the MappedFile of a file in the folder of the index.
     SafetensorsSet(const MappedFile& index, const std::function<MappedFile(const std::string&)>& open)
         : path_(index.path()) {
         const nlohmann::json json = parse_json(index.text(), path_);
         if (!json.is_object() || !json.contains("weight_map") || !json.at("weight_map").is_object())
             fail(path_, ": weight_map is not an object");
         const nlohmann::json& map = json.at("weight_map");
-        std::map<std::string, size_t> numbers;  // in files_, by name
+        std::map<std::string, size_t> numbers;  // name -> index in files_
         for (const auto& [tensor, name] : map.items()) {
             if (!name.is_string() || !is_file_name(name.get<std::string>()))
-                fail(path_, ": tensor ", shown(tensor), " is said to be in ", brief(name),
+                fail(path_, ": the file of tensor ", shown(tensor), " is ", brief(name),
                      ", expected the name of a file in the same folder");
             numbers[name.get<std::string>()] = 0;
         }
@@ -262,18 +267,19 @@ class SafetensorsSet {
                 if (said == map.end())
                     fail(file.path(), ": tensor ", shown(tensor.name), " is not in ", path_);
                 if (*said != name)
-                    fail(file.path(), ": tensor ", shown(tensor.name), " is here, but ", path_, " says in ",
-                         brief(*said));
+                    fail(file.path(), ": tensor ", shown(tensor.name), " is here, but ", path_,
+                         " says that it is in ", brief(*said));
             }
         }
         for (const auto& [tensor, name] : map.items()) {
             const SafetensorsFile& file = files_[numbers.at(name.get<std::string>())];
             if (!file.find(tensor))
-                fail(file.path(), ": tensor ", shown(tensor), " is not here, though ", path_, " says so");
+                fail(file.path(), ": tensor ", shown(tensor), " is not here, but ", path_,
+                     " says that it is");
         }
     }
 
-    const std::string& path() const { return path_; }  // of the file, or of the index
+    const std::string& path() const { return path_; }  // path of the file, or of the index
     const std::vector<SafetensorsFile>& files() const { return files_; }
 
     const TensorView* find(const std::string& name) const {
@@ -283,7 +289,7 @@ class SafetensorsSet {
         return tensor;
     }
 
-    // As those of SafetensorsFile.
+    // The same as in SafetensorsFile.
     const TensorView& expect(const std::string& name, const std::vector<int64_t>& shape) const {
         return file_of(name, shape).expect(name, shape);
     }
@@ -311,7 +317,7 @@ struct TensorSpec {
 
 class SafetensorsWriter {
   public:
-    // Writes the header. Nothing was written to the file before; it must outlive the writer.
+    // Writes the header. The file must be empty, and it must outlive the writer.
     SafetensorsWriter(FileWriter& file, const std::vector<TensorSpec>& tensors,
                       const std::map<std::string, std::string>& metadata = {{"format", "pt"}})
         : file_(file) {
@@ -323,10 +329,10 @@ class SafetensorsWriter {
             int64_t bytes = 0;
             if (!tensor_bytes(tensor.dtype, tensor.shape, bytes) || __builtin_add_overflow(end, bytes, &end))
                 fail_at(tensor.name, "no file can hold a shape of ", shape_text(tensor.shape));
-            // Readers view the data in place, so wide elements must not come after an odd run of narrow ones.
+            // Readers use the data in place, so every tensor must begin at a multiple of its element's size.
             if (begin % dtype_info(tensor.dtype).size != 0)
                 fail_at(tensor.name, "its data would not be aligned");
-            if (header.contains(tensor.name)) fail_at(tensor.name, "the name is taken");
+            if (header.contains(tensor.name)) fail_at(tensor.name, "the name occurs twice");
             header[tensor.name] = {{"dtype", dtype_info(tensor.dtype).name},
                                    {"shape", tensor.shape},
                                    {"data_offsets", {begin, end}}};
@@ -340,13 +346,13 @@ class SafetensorsWriter {
         skip_finished();
     }
 
-    // The next bytes: a tensor at a time or in pieces, but not past a tensor's end.
+    // Appends the next bytes: a whole tensor or a piece of one, but not bytes of two tensors.
     void append(const void* data /*(bytes)*/, size_t bytes) {
         if (bytes == 0) return;
         if (current_ == pending_.size()) fail(file_.path(), ": ", bytes, " bytes after the last tensor");
         Pending& tensor = pending_[current_];
         if (bytes > tensor.bytes)
-            fail_at(tensor.name, bytes, " bytes of data, expected ", tensor.bytes, " more at most");
+            fail_at(tensor.name, bytes, " more bytes of data, expected at most ", tensor.bytes);
         file_.write(data, bytes);
         tensor.bytes -= bytes;
         skip_finished();
@@ -362,7 +368,7 @@ class SafetensorsWriter {
   private:
     struct Pending {
         std::string name;
-        uint64_t bytes;  // still to come
+        uint64_t bytes;  // bytes that are not yet written
     };
 
     template <class... Parts>

@@ -1,4 +1,4 @@
-// Choosing the next token from logits.
+// Chooses the next token from logits.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -20,8 +20,8 @@ struct NonfiniteLogits : Error {
     NonfiniteLogits() : Error(kExitFailure, "the model's logits are not finite: its weights have diverged") {}
 };
 
-// Draws token number `index` of a text from logits (V). The filters apply in the order temperature, top-k,
-// top-p. Ties are broken by the lower token id.
+// Draws token number `index` of a text from logits (V). First the temperature is applied, then top-k, then
+// top-p. If two logits are equal, the lower token id comes first.
 inline int sample_token(const float* logits, int V, const SamplerOptions& options, uint64_t index) {
     for (int v = 0; v < V; v++)
         if (!std::isfinite(logits[v])) throw NonfiniteLogits();

@@ -9,10 +9,10 @@
 
 inline const std::vector<std::string> kScheduleNames = {"cosine", "linear", "wsd", "constant"};
 
-// Steps count from 1 to `steps`. The rate rises linearly over `warmup` steps, reaching `peak` at the last of
-// them, then (but for constant) goes down to final_fraction * peak, which it has at step `steps`: along half
-// a cosine wave, along a line, or (wsd: warm-up, stable, decay) after staying at the peak until the last
-// fifth of the run, along a line.
+// Steps count from 1 to `steps`. The rate rises linearly over `warmup` steps and reaches `peak` at the last
+// of them. `constant` stays there. The other schedules go down to final_fraction * peak, which they reach at
+// step `steps`: `cosine` along half a cosine wave, `linear` along a line, and `wsd` (warm-up, stable, decay)
+// stays at the peak until the last fifth of the run and then goes down along a line.
 inline double learning_rate_at(const std::string& schedule, int64_t step, int64_t steps, int64_t warmup,
                                double peak, double final_fraction) {
     if (step <= warmup) return peak * step / warmup;

@@ -1,10 +1,10 @@
-// Byte-level BPE as in a Hugging Face tokenizer.json: text to token ids and back.
+// Byte-level BPE as in a tokenizer.json of Hugging Face: turns text into token ids and back.
 //
-// encode: added tokens such as <|endoftext|> are cut out first (leftmost, then longest), the rest is split
-// into words by GPT-2's pattern, and the bytes of each word are merged pair by pair, lowest rank first. Every
-// byte is a token of its own, so every text has an encoding, and decode(encode(text)) == text.
-// Anything in the file that would change the ids and is not implemented here is an error at loading. Special
-// tokens that a post-processor would put around a text are no part of an encoding here, nor of the shards.
+// encode() first cuts out added tokens such as <|endoftext|> (the leftmost, and of those the longest). It
+// splits the rest into words by GPT-2's pattern and merges the bytes of each word pair by pair, lowest rank
+// first. Every byte is also a token, so every text has an encoding, and decode(encode(text)) == text.
+// It is an error if the file has anything that would change the ids and is not implemented here. Special
+// tokens that a post-processor would put around a text are not part of an encoding here or in the shards.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -30,8 +30,8 @@
 #include "llmc/unicode.h"
 #include "llmc/utf8.h"
 
-// Makes a stream of bytes printable: a character that is not whole yet is held back, what can never become
-// one is replaced by U+FFFD.
+// Makes a stream of bytes printable. It waits for the rest of an incomplete character, and it replaces bytes
+// that can never be a character by U+FFFD.
 class Utf8Stream {
   public:
     std::string push(const std::string& bytes) {
@@ -47,7 +47,7 @@ class Utf8Stream {
         held_.erase(0, at);
         return out;
     }
-    // What is still held back, at the end of the stream.
+    // Must be called at the end of the stream. Returns U+FFFD if an incomplete character is left.
     std::string finish() { return std::exchange(held_, "").empty() ? "" : kReplacement; }
 
   private:
@@ -57,7 +57,7 @@ class Utf8Stream {
 
 enum class CharClass { letter, number, space, other };
 
-// The class of the first character of a text of well-formed UTF-8 that is not empty.
+// The class of the first character of a text, which must be valid UTF-8 and not empty.
 inline CharClass class_of(std::string_view text) {
     const int bytes = next_utf8(text).bytes;
     char32_t code = (unsigned char)text[0];
@@ -73,21 +73,22 @@ inline CharClass class_of(std::string_view text) {
     return in(kSpaces) ? CharClass::space : CharClass::other;
 }
 
-// The bytes of the first word of a text that is not empty, by GPT-2's pattern:
+// The number of bytes of the first word of a text that is not empty, by GPT-2's pattern:
 //   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 inline size_t first_word(std::string_view text) {
     for (std::string_view ending : {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"})
         if (text.starts_with(ending)) return ending.size();
     size_t begin = text[0] == ' ' && text.size() > 1 && class_of(text.substr(1)) != CharClass::space;
     const CharClass kind = class_of(text.substr(begin));
-    size_t last = begin, end = begin;  // the last character of this class, and what follows it
+    size_t last = begin, end = begin;  // where the last character of this class begins, and where it ends
     for (; end < text.size() && class_of(text.substr(end)) == kind; end += next_utf8(text.substr(end)).bytes)
         last = end;
     const bool leaves_one = kind == CharClass::space && end < text.size() && last > 0;
     return leaves_one ? last : end;
 }
 
-// Calls word(std::string_view) for each word of a text of well-formed UTF-8; together they are the text.
+// Calls word(std::string_view) for each word of a text, which must be valid UTF-8. Together the words are the
+// text.
 template <class Word>
 void split_words(std::string_view text, Word word) {
     while (!text.empty()) {
@@ -97,12 +98,12 @@ void split_words(std::string_view text, Word word) {
     }
 }
 
-// A tokenizer.json that is as it should be, of a kind that this tokenizer does not implement.
+// The error for a tokenizer.json that is correct but of a kind that this tokenizer does not implement.
 struct UnsupportedTokenizer : Error {
     explicit UnsupportedTokenizer(const std::string& what) : Error(kExitFailure, what) {}
 };
 
-// The JSON of a tokenizer.json of any kind.
+// Reads the JSON of a tokenizer.json of any kind.
 inline nlohmann::json read_tokenizer(const MappedFile& file) {
     const std::string& path = file.path();
     nlohmann::json json = parse_json(file.text(), path);
@@ -124,10 +125,10 @@ class Tokenizer {
         if (eot != ids.end()) eot_token_ = eot->second;
     }
 
-    // The ids of a text, which must be well-formed UTF-8.
+    // Returns the ids of a text, which must be valid UTF-8.
     std::vector<int> encode(const std::string& text) const {
         if (text.size() > INT32_MAX)
-            fail("cannot encode a text of ", text.size(), " bytes, at most ", INT32_MAX);
+            fail("cannot encode a text of ", text.size(), " bytes, expected at most ", INT32_MAX);
         const std::string_view all = text;
         if (const size_t bad = first_bad_utf8(all); bad < all.size())
             fail("cannot encode text that is not valid UTF-8 at byte offset ", bad);
@@ -136,7 +137,7 @@ class Tokenizer {
         return ids;
     }
 
-    // The bytes of a token: not always whole characters (see Utf8Stream).
+    // Returns the bytes of a token. They are not always whole characters (see Utf8Stream).
     const std::string& decode(int id) const {
         if (id < 0 || id >= vocab_size())
             fail(path_, ": token id ", id, " is outside the vocabulary of ", vocab_size());
@@ -149,7 +150,7 @@ class Tokenizer {
     }
 
     int vocab_size() const { return (int)bytes_.size(); }
-    int eot_token() const { return eot_token_; }  // <|endoftext|>; -1: there is none
+    int eot_token() const { return eot_token_; }  // the id of <|endoftext|>; -1: there is none
 
   private:
     struct AddedToken {
@@ -157,18 +158,18 @@ class Tokenizer {
         int id;
     };
     struct Merge {
-        int rank;  // lower comes first
-        int id;    // of the two together
+        int rank;  // merges with a lower rank come first
+        int id;    // of the merged token
     };
 
-    using Ids = std::unordered_map<std::string, int>;  // by the name in the file
+    using Ids = std::unordered_map<std::string, int>;  // name in the file -> id
 
     static uint64_t pair_key(int left, int right) { return (uint64_t)(uint32_t)left << 32 | (uint32_t)right; }
 
     void encode_part(std::string_view text, size_t round, std::vector<int>& ids) const {
         if (round == added_.size())
             return split_words(text, [&](std::string_view word) { encode_word(word, ids); });
-        size_t begin = 0;  // of the text since the last added token
+        size_t begin = 0;  // where the last added token ended
         for (size_t at = 0; at < text.size();) {
             const AddedToken* added = added_token_at(text.substr(at), round);
             if (!added) {
@@ -189,15 +190,16 @@ class Tokenizer {
         return nullptr;
     }
 
-    // The word's tokens are a linked list. A queue holds the pairs that can merge, first the lowest rank,
-    // then the leftmost; entries that a later merge made stale stay in it and are skipped. O(n log n).
+    // The tokens of the word are a linked list. A queue has the pairs that can be merged, ordered by rank and
+    // then from left to right. A merge can make entries of the queue invalid; they stay in it and are
+    // skipped. The time is O(n log n).
     void encode_word(std::string_view word, std::vector<int>& ids) const {
         struct Node {
-            int id, previous, next;  // id -1: merged into the node before it
+            int id, previous, next;  // id -1: this node was merged into the one before it
         };
         struct Candidate {
-            int rank, left, right, id;  // left, right: nodes; id: of the two together
-            uint64_t pair;              // the tokens the nodes had
+            int rank, left, right, id;  // left, right: nodes; id: of the merged token
+            uint64_t pair;              // pair_key of the nodes' tokens when this entry was made
             bool operator>(const Candidate& other) const {
                 return std::pair(rank, left) > std::pair(other.rank, other.left);
             }
@@ -235,7 +237,7 @@ class Tokenizer {
         throw UnsupportedTokenizer(str(path_, ": ", what...));
     }
 
-    // Whether it neither adds to a text that is encoded without special tokens nor leaves any of it out.
+    // Whether the post-processor keeps all ids of a text, and adds no ids except special tokens.
     static bool keeps_the_ids(const nlohmann::json& processor) {
         if (processor.is_null()) return true;
         if (!processor.is_object()) return false;
@@ -245,7 +247,7 @@ class Tokenizer {
             const nlohmann::json parts = list("processors");
             return std::all_of(parts.begin(), parts.end(), keeps_the_ids);
         }
-        if (type == "TemplateProcessing") {  // its special tokens are left out, the text is not
+        if (type == "TemplateProcessing") {  // allowed if it has the text exactly once besides special tokens
             const nlohmann::json::json_pointer text("/Sequence/id");
             int texts = 0, others = 0;
             for (const nlohmann::json& piece : list("single")) {
@@ -257,20 +259,21 @@ class Tokenizer {
         return type == "ByteLevel" || type == "BertProcessing" || type == "RobertaProcessing";
     }
 
-    // An error wherever the file asks for something else than what encode does.
+    // An error if the file asks for anything that encode() does not do.
     void check_supported(const nlohmann::json& json) const {
         using Json = nlohmann::json;
         auto expect = [&](const Json& object, const std::string& where, const char* key,
                           std::initializer_list<Json> allowed) {
             const Json value = object.value(key, Json());
             if (std::find(allowed.begin(), allowed.end(), value) == allowed.end())
-                unsupported(where, key, " is ", brief(value), ", this tokenizer has only ",
+                unsupported(where, key, " is ", brief(value), ", but this program supports only ",
                             allowed.begin()->dump());
         };
         auto expect_byte_level = [&](const char* key) {
             const Json value = json.value(key, Json());
             if (!value.is_object() || value.value("type", Json()) != "ByteLevel")
-                unsupported(key, " is ", brief(value), ", this tokenizer has only the type \"ByteLevel\"");
+                unsupported(key, " is ", brief(value),
+                            ", but this program supports only the type \"ByteLevel\"");
         };
         expect(json, "", "normalizer", {nullptr});
         expect_byte_level("pre_tokenizer");
@@ -279,7 +282,7 @@ class Tokenizer {
         if (json.contains("decoder") && !json.at("decoder").is_null()) expect_byte_level("decoder");
         if (const Json processor = json.value("post_processor", Json()); !keeps_the_ids(processor))
             unsupported("post_processor is ", brief(processor),
-                        ", this tokenizer has only those that add or drop no tokens of a text");
+                        ", but this program supports only those that neither add nor drop tokens of a text");
         const Json& model = json.at("model");
         expect(model, "model.", "type", {"BPE", nullptr});
         for (const char* key : {"byte_fallback", "ignore_merges"})
@@ -293,8 +296,8 @@ class Tokenizer {
             fail(path_, ": model.merges is not an array");
     }
 
-    // In the vocabulary a byte is written as a character: what is printable in Latin-1 as itself, the others,
-    // in their order, as U+0100, U+0101, ...
+    // The vocabulary has a character for each byte. A byte that is printable in Latin-1 is that character.
+    // The other bytes, in their order, are U+0100, U+0101, ...
     static std::string byte_character(int byte) {
         auto printable = [](int b) {
             return (b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xff && b != 0xad);
@@ -324,7 +327,7 @@ class Tokenizer {
             ids[name] = id;
             for (std::string_view rest = name; !rest.empty(); rest.remove_prefix(next_utf8(rest).bytes)) {
                 const auto byte = byte_of.find(std::string(rest.substr(0, next_utf8(rest).bytes)));
-                if (byte == byte_of.end()) {  // not made of bytes: stands for itself
+                if (byte == byte_of.end()) {  // the name is not made of bytes, so it is the text itself
                     bytes_[id] = name;
                     break;
                 }
@@ -334,14 +337,14 @@ class Tokenizer {
         for (int byte = 0; byte < 256; byte++) {
             const auto token = ids.find(byte_character(byte));
             if (token == ids.end())
-                unsupported("model.vocab: byte ", byte, " is no token (", brief(byte_character(byte)),
+                unsupported("model.vocab: byte ", byte, " is not a token (", brief(byte_character(byte)),
                             " is missing), so some texts would have no encoding");
             byte_ids_[byte] = token->second;
         }
         return ids;
     }
 
-    // Each "a b" or ["a", "b"], in the order of rank.
+    // Each merge is "a b" or ["a", "b"]. They are in the order of their ranks.
     void read_merges(const nlohmann::json& merges, const Ids& ids) {
         for (const nlohmann::json& merge : merges) {
             std::string left, right;
@@ -358,9 +361,10 @@ class Tokenizer {
             const auto a = ids.find(left), b = ids.find(right), both = ids.find(left + right);
             const int rank = (int)merges_.size();
             if (a == ids.end() || b == ids.end() || both == ids.end())
-                fail(path_, ": model.merges[", rank, "]: ", brief(merge), " does not make one token of two");
+                fail(path_, ": model.merges[", rank, "]: ", brief(merge),
+                     " does not merge two tokens into one");
             if (!merges_.emplace(pair_key(a->second, b->second), Merge{rank, both->second}).second)
-                fail(path_, ": model.merges[", rank, "]: ", brief(merge), " stands twice");
+                fail(path_, ": model.merges[", rank, "]: ", brief(merge), " occurs twice");
         }
     }
 
@@ -371,16 +375,16 @@ class Tokenizer {
                 str("added_tokens[", added_[0].size() + added_[1].size(), "]: ", brief(token), ": ");
             if (!token.is_object() || !token.contains("content") || !token.at("content").is_string() ||
                 token.at("content") == "")
-                fail(path_, ": ", where, "there is no content");
+                fail(path_, ": ", where, "it has no content");
             for (const char* flag : {"single_word", "lstrip", "rstrip"}) {
                 if (token.value(flag, nlohmann::json(false)) != false)
-                    unsupported(where, flag, " is set, this tokenizer has only false");
+                    unsupported(where, flag, " is set, but this program supports only false");
             }
             const std::string content = token.at("content").get<std::string>();
             const int id = ids.emplace(content, vocab_size()).first->second;
             if (token.value("id", nlohmann::json()) != id) unsupported(where, "its id should be ", id);
             if (id == vocab_size()) bytes_.push_back(content);
-            if (bytes_[id] != content) unsupported(where, "in model.vocab this token stands for other bytes");
+            if (bytes_[id] != content) unsupported(where, "this token has other bytes in model.vocab");
             added_[token.value("normalized", nlohmann::json(false)) != false].push_back({content, id});
         }
         for (std::vector<AddedToken>& round : added_)
@@ -391,33 +395,35 @@ class Tokenizer {
 
     std::string path_;
     std::array<int, 256> byte_ids_{};             // the token of each byte
-    std::vector<std::string> bytes_;              // (vocab_size), what each token decodes to
-    std::unordered_map<uint64_t, Merge> merges_;  // by pair_key
-    // Those that are "normalized" are looked for in what the others leave; longest first.
+    std::vector<std::string> bytes_;              // (vocab_size): the bytes of each token
+    std::unordered_map<uint64_t, Merge> merges_;  // pair_key -> merge
+    // First the tokens that are not "normalized". The others are searched in the text between those. The
+    // longest come first in each.
     std::array<std::vector<AddedToken>, 2> added_;
     int eot_token_ = -1;
 };
 
-// FOLDER/tokenizer.json, where there is one.
+// Opens FOLDER/tokenizer.json if there is one.
 inline std::optional<MappedFile> find_tokenizer(const std::string& folder) {
     const std::string path = (std::filesystem::path(folder) / "tokenizer.json").string();
     if (!path_exists(path)) return std::nullopt;
     return MappedFile(path);
 }
 
-// For what can do without: a tokenizer.json of another kind is named on stderr, with what there will not be.
+// Opens a tokenizer that the program can do without. If its kind is not supported, a warning says so, and
+// says that there will be no `without`.
 inline std::optional<Tokenizer> open_if_supported(const MappedFile& file, const char* without) {
     try {
         return Tokenizer(file);
     } catch (const UnsupportedTokenizer& e) {
-        warn("without ", without, ": ", e.what());
+        warn("no ", without, ": ", e.what());
         return std::nullopt;
     }
 }
 
 namespace tokenizer_detail {
 
-// In a pre-tokenizer, and those inside it: what concerns offsets is left out, and a default written out.
+// Removes the setting of offsets from a pre-tokenizer, and from those inside it, and adds a missing default.
 inline void unify_pre_tokenizer(nlohmann::json& json) {
     if (json.is_object()) {
         json.erase("trim_offsets");
@@ -428,8 +434,8 @@ inline void unify_pre_tokenizer(nlohmann::json& json) {
         for (nlohmann::json& part : json) unify_pre_tokenizer(part);
 }
 
-// What decides the ids of a text in a tokenizer.json of any kind: equal for files that a library or a
-// conversion wrote differently.
+// Returns everything in a tokenizer.json, of any kind, that the ids of a text depend on. It is equal for
+// files with the same ids that different libraries or conversions have written.
 inline nlohmann::ordered_json what_decides_ids(const nlohmann::json& file) {
     using Json = nlohmann::json;
     auto member = [](const Json& json, const char* key) {
@@ -445,24 +451,24 @@ inline nlohmann::ordered_json what_decides_ids(const nlohmann::json& file) {
             const size_t space = text.find(' ');
             if (space != std::string::npos) merge = {text.substr(0, space), text.substr(space + 1)};
         }
-    std::set<bool> normalized;  // the values there are
+    std::set<bool> normalized;  // the values that occur
     for (const Json& token : member(file, "added_tokens")) {
         const Json content = member(token, "content");
         if (!content.is_string()) continue;
         const std::string name = content.get<std::string>();
         added[name] = {{"id", member(token, "id")}};
-        if (vocabulary.is_object()) vocabulary[name] = member(token, "id");  // some have them there, too
+        if (vocabulary.is_object()) vocabulary[name] = member(token, "id");  // some files have it there, too
         for (const char* flag : {"single_word", "lstrip", "rstrip", "normalized"})
             added[name][flag] = member(token, flag) == true;
         normalized.insert(member(token, "normalized") == true);
     }
-    if (normalizer.is_null() && normalized.size() == 1)  // they are all looked for in the same text
+    if (normalizer.is_null() && normalized.size() == 1)  // all of them are searched in the same text
         for (Json& token : added) token.erase("normalized");
     for (const char* key : {"vocab", "merges"}) model.erase(key);
-    if (!merges.is_null() && !model.contains("type")) model["type"] = "BPE";  // so does the library
-    if (member(model, "type") == "BPE")  // for unknown bytes, and a byte-level BPE knows all
+    if (!merges.is_null() && !model.contains("type")) model["type"] = "BPE";  // as the library does
+    if (member(model, "type") == "BPE")  // these are for unknown bytes, but a byte-level BPE knows all bytes
         for (const char* key : {"unk_token", "fuse_unk"}) model.erase(key);
-    Json settings = Json::object();  // those that are not the default
+    Json settings = Json::object();  // only those that differ from the default
     for (const auto& [key, value] : model.items())
         if (value != nullptr && value != false && value != "" && value != 0) settings[key] = value;
     return {{"vocabulary", vocabulary},       {"merges", merges},      {"normalizer", normalizer},
@@ -471,8 +477,9 @@ inline nlohmann::ordered_json what_decides_ids(const nlohmann::json& file) {
 
 }  // namespace tokenizer_detail
 
-// An error where two files give a text other ids: `data` is of the tokens that a model is used on, `model`
-// its own; where either is null (there is none) nothing is known. `advice` ends the message.
+// An error if two tokenizers give different ids to a text. `data` belongs to the dataset, `model` to the
+// model. If there is no file for one of them, it is null and nothing is checked. `advice` is put at the end
+// of the message.
 inline void require_same_tokenizer(const MappedFile* data, const MappedFile* model,
                                    const std::string& advice = "") {
     if (!data || !model || data->text() == model->text()) return;
@@ -481,6 +488,6 @@ inline void require_same_tokenizer(const MappedFile* data, const MappedFile* mod
     for (const auto& [part, value] : expected.items())
         if (found.at(part) != value)
             fail(data->path(), ": this is not the model's tokenizer, ", model->path(),
-                 ": they differ in their ", part, ", so the model would take the data's tokens for others",
+                 ": they differ in their ", part, ", so the model would misunderstand the tokens of the data",
                  advice);
 }

@@ -1,14 +1,15 @@
-// UTF-8, character by character.
+// Reads UTF-8 character by character.
 #pragma once
 #include <string_view>
 
-// The character at the start of a text that is not empty.
+// The first character of a text that is not empty.
 struct Utf8Char {
     enum Kind { whole, cut, bad } kind;  // cut: the text ends inside it
-    int bytes;                           // its length; where bad, how many bytes to replace by one U+FFFD
+    int bytes;                           // its length; if bad, the number of bytes that one U+FFFD replaces
 };
 
-// Well-formed as in table 3-7 of the Unicode standard: nothing overlong, no surrogates, none past U+10FFFF.
+// "Whole" means well-formed as in table 3-7 of the Unicode standard: no overlong forms, no surrogates,
+// nothing above U+10FFFF.
 inline Utf8Char next_utf8(std::string_view text) {
     const unsigned char lead = text[0];
     if (lead < 0x80) return {Utf8Char::whole, 1};
@@ -27,7 +28,7 @@ inline Utf8Char next_utf8(std::string_view text) {
     return {Utf8Char::whole, length};
 }
 
-// The first byte of `text` that belongs to no whole character; text.size() where all is well-formed.
+// The place of the first byte of `text` that belongs to no whole character; text.size() if there is none.
 inline size_t first_bad_utf8(std::string_view text) {
     size_t at = 0;
     while (at < text.size()) {

@@ -1,4 +1,5 @@
-// In an object of its own, so that a new commit rebuilds nothing else. The Makefile sets LLMC_COMMIT.
+// This is an object file of its own, so that a new commit rebuilds nothing else. The Makefile sets
+// LLMC_COMMIT.
 #include "llmc/version.h"
 
 std::string program_version() {

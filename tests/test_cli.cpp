@@ -362,7 +362,7 @@ TEST_CASE("cli: a broken model.safetensors is refused, with its tensor") {
         {"", {}},
         {text.substr(0, 7), {}},
         {text.substr(0, 50), {"header"}},
-        {text.substr(0, text.size() - 1), {"cut short"}},
+        {text.substr(0, text.size() - 1), {"the end of the file is missing"}},
         {text + "x", {"1 bytes"}},
         {with_header_size(text.size() - 7), {"header"}},
         {with_header_size(uint64_t{1} << 40), {"header"}},

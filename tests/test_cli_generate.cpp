@@ -276,7 +276,7 @@ TEST_CASE(
     const Result cut = run(learned, 17);
     CHECK(cut.status == 0);
     CHECK(lines_of(cut.err).size() == 1);
-    CHECK(contains(cut.err, "warning: the prompt has 17 tokens, of which only the last 16 count"));
+    CHECK(contains(cut.err, "warning: the prompt has 17 tokens, but only the last 16 are used"));
 
     const std::string command = "generate --threads 2 --tokens 5 --model " + rope;
     const Result empty = train_gpt(command + " --prompt= --temperature=0");

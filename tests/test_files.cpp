@@ -236,8 +236,8 @@ TEST_CASE("read_json: a value, or one line that says where and what") {
     check_bad(std::string("{\"a\": 1}\0rubbish", 16), {"unexpected '\\x00' at line 1, byte 9"});
     check_bad("{\"a\": \"b\nc\"}", {"unexpected '\\n' at line 1, byte 9"});
     check_bad("{\"a\": \u4e2d}", {"unexpected '\u4e2d' at line 1, byte 7"});
-    check_bad(R"({"x": [{"a": 1, "a": 1}]})", {"the key \"a\" stands twice"});
-    check_bad(R"({"a": 1, "x": {"b": 1}, "a": 1})", {"the key \"a\" stands twice"});
+    check_bad(R"({"x": [{"a": 1, "a": 1}]})", {"the key \"a\" occurs twice"});
+    check_bad(R"({"a": 1, "x": {"b": 1}, "a": 1})", {"the key \"a\" occurs twice"});
     check_bad(std::string(1000000, '['), {"64 levels"});
     check_bad(std::string(100, '[') + std::string(100, ']'), {"64 levels"});
     put_file(path, std::string(60, '[') + std::string(60, ']'));

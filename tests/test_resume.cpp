@@ -310,7 +310,7 @@ TEST_CASE("resume: SIGTERM and Ctrl-C finish the step and write a checkpoint") {
                       runs().data + " --out " + validating + kSizes,
                   {}, fault(validating, 7, "signal", SIGTERM));
     CHECK(during.status == 130);
-    CHECK(contains(during.out, "stopped after step 3; go on with --resume"));
+    CHECK(contains(during.out, "stopped after step 3; continue with --resume"));
     CHECK(names_in(validating) == std::set<std::string>{"metrics.jsonl", step_name(3)});
     // A second Ctrl-C ends the program at once. There is no checkpoint yet, so --resume starts from the
     // beginning.

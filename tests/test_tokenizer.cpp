@@ -420,7 +420,8 @@ TEST_CASE("Tokenizer: what it does not implement, or what is malformed, is an er
     check_bad([](Json& j) { j["model"]["continuing_subword_prefix"] = "##"; },
               {"continuing_subword_prefix", "##"});
     check_bad([](Json& j) { j["model"]["vocab"] = Json::array(); }, {"model.vocab is not an object"});
-    check_bad([](Json& j) { j["model"]["vocab"] = Json::object(); }, {"model.vocab", "byte 0 is no token"});
+    check_bad([](Json& j) { j["model"]["vocab"] = Json::object(); },
+              {"model.vocab", "byte 0 is not a token"});
     check_bad([](Json& j) { j["model"]["merges"] = 1; }, {"model.merges is not an array"});
     // The vocabulary must have each id once, from 0 without holes, and a token for every byte.
     check_bad([](Json& j) { j["model"]["vocab"]["ab"] = 255; },
@@ -434,7 +435,7 @@ TEST_CASE("Tokenizer: what it does not implement, or what is malformed, is an er
             j["model"]["vocab"].erase("A");
             j["model"]["vocab"]["AA"] = 65;
         },
-        {"byte 65 is no token", "\"A\""});
+        {"byte 65 is not a token", "\"A\""});
     // A merge must name two tokens that make a third one, and must come only once.
     check_bad([](Json& j) { j["model"]["merges"][1] = 1; }, {"model.merges[1]: 1"});
     check_bad([](Json& j) { j["model"]["merges"][1] = "abc"; }, {"model.merges[1]: \"abc\""});
@@ -445,7 +446,7 @@ TEST_CASE("Tokenizer: what it does not implement, or what is malformed, is an er
               {"model.merges[1]", "does not make one token"});
     check_bad([](Json& j) { j["model"]["merges"][1] = "x bc"; },
               {"model.merges[1]", "does not make one token"});
-    check_bad([](Json& j) { j["model"]["merges"][1] = "a b"; }, {"model.merges[1]", "stands twice"});
+    check_bad([](Json& j) { j["model"]["merges"][1] = "a b"; }, {"model.merges[1]", "occurs twice"});
     // The added tokens.
     auto check_added = [&](const char* key, const Json& value, std::initializer_list<std::string> parts) {
         check_bad([&](Json& j) { j["added_tokens"][0][key] = value; }, {"added_tokens[0]"});
@@ -465,7 +466,7 @@ TEST_CASE("Tokenizer: what it does not implement, or what is malformed, is an er
             j["added_tokens"][0]["content"] = "\u00e9";
             j["added_tokens"][0]["id"] = 0xe9;
         },
-        {"added_tokens[0]", "stands for other bytes"});
+        {"added_tokens[0]", "has other bytes in model.vocab"});
     put_file(path, "{\"model\": ");
     check_error([&] { Tokenizer{path}; }, {path, "not valid JSON"});
     check_error([&] { Tokenizer{folder / "none"}; }, {folder / "none", "No such file"});
