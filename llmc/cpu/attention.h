@@ -72,8 +72,8 @@ class HeadScale {
         if (config.polynomial() && config.scale == ScaleKind::row)
             for (double e : row_scale_log_derivatives(T, log_g)) neutral_distance.push_back((float)e);
         size_ = T + 2 * kTile;
-        rising_ = Floats(size_);
-        falling_ = Floats(size_);
+        rising_ = AlignedArray(size_);
+        falling_ = AlignedArray(size_);
         for (int at = 0; at < size_; at++) {
             int n =
                 std::max(0, at - kTile);  // distances below 0 are masked by causal(), so any value will do
@@ -90,7 +90,7 @@ class HeadScale {
 
   private:
     int size_ = 0;
-    Floats rising_, falling_;
+    AlignedArray rising_, falling_;
 };
 
 // One for all heads where there is no decay, one a head otherwise.
@@ -279,7 +279,7 @@ inline void attention_forward(Real* out,           // (B,T,C)
     with_activation(config.kind, [&]<class A>(A) {
 #pragma omp parallel
         {
-            Floats scratch(forward_scratch(D));
+            AlignedArray scratch(forward_scratch(D));
             // Later tiles see more keys: longest first, so that the threads end together.
 #pragma omp for schedule(dynamic, 1)
             for (int task = 0; task < B * H * tiles; task++) {
@@ -600,7 +600,7 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
         balanced_cuts(tiles, B * H >= omp_get_max_threads() ? 1 : std::min({tiles, wanted, kMaxParts}));
     int parts = (int)cuts.size() - 1;
     size_t share = (size_t)tiles * kTile * Dp;
-    Floats shares(parts > 1 ? B * H * parts * share : 0);  // (B,H,parts,tiles*64,Dp)
+    AlignedArray shares(parts > 1 ? B * H * parts * share : 0);  // (B,H,parts,tiles*64,Dp)
     float final_scale = config.polynomial() ? 1.0f : inverse_sqrt(D);
     auto write_dq = [&](int bh, int t, const float* dq) {  // (Dp)
         Real* row = dqkv + ((size_t)(bh / H) * T + t) * 3 * C + (size_t)(bh % H) * D;
@@ -610,7 +610,7 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
     with_activation(config.kind, [&]<class A>(A) {
 #pragma omp parallel
         {
-            Floats scratch(backward_scratch(tiles, D)), dq_scratch(parts > 1 ? 0 : share);
+            AlignedArray scratch(backward_scratch(tiles, D)), dq_scratch(parts > 1 ? 0 : share);
 #pragma omp for schedule(dynamic, 1)
             for (int task = 0; task < B * H * parts; task++) {
                 int part = task / (B * H), bh = task % (B * H), b = bh / H, h = bh % H;

@@ -138,7 +138,7 @@ inline void feature_gradients(float* dxt,         // (Dp,64 tokens) +=
 // The state of one head between two chunks. That of the backward pass, with q for k and dO for v, is alike.
 struct LinearState {
     size_t features, Dp;
-    Floats memory;
+    AlignedArray memory;
     float* s;   // (features,Dp): sum phi(k_j) gamma^n v_j^T, n the distance of j to the first token after
     float* ds;  // (features,Dp): its derivative by log gamma, sum n phi(k_j) gamma^n v_j^T; null: not wanted
     float* z;   // (features): sum phi(k_j) gamma^n, for `sum`
@@ -523,12 +523,12 @@ inline void attention_linear_forward(Real* out,           // (B,T,C)
         auto rows = [&](int bh) { return qkv + (size_t)(bh / H) * T * 3 * C + bh % H * D; };
         auto states = range_states(B * H, parts, chunks, false, features, D, false, log_gammas,
                                    [&](LinearState& state, int bh, int chunk) {
-                                       Floats scratch(Head::scratch_size(D));
+                                       AlignedArray scratch(Head::scratch_size(D));
                                        head(bh, scratch.get()).add_keys(state, rows(bh), chunk);
                                    });
 #pragma omp parallel
         {
-            Floats scratch(Head::scratch_size(D));
+            AlignedArray scratch(Head::scratch_size(D));
             LinearState own(parts > 1 ? 0 : features, D, false);
 #pragma omp for schedule(dynamic, 1)
             for (int task = 0; task < B * H * parts; task++) {
@@ -576,19 +576,20 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
         auto dot = [&](int bh) { return terms.dot_of(bh); };
         auto states = range_states(B * H, parts, chunks, false, features, D, ddecay, log_gammas,
                                    [&](LinearState& state, int bh, int chunk) {
-                                       Floats scratch(Head::scratch_size(D));
+                                       AlignedArray scratch(Head::scratch_size(D));
                                        head(bh, scratch.get()).add_keys(state, qkv + at(bh, 3 * C), chunk);
                                    });
         auto dstates = range_states(B * H, parts, chunks, true, features, D, false, log_gammas,
                                     [&](LinearState& dstate, int bh, int chunk) {
-                                        Floats scratch(Head::scratch_size(D));
+                                        AlignedArray scratch(Head::scratch_size(D));
                                         head(bh, scratch.get())
                                             .add_queries(dstate, dout + at(bh, C), factor(bh), dot(bh),
                                                          qkv + at(bh, 3 * C), chunk);
                                     });
 #pragma omp parallel
         {
-            Floats scratch(Head::scratch_size(D)), dq((size_t)(chunks + parts - 1) / parts * kTile * Dp);
+            AlignedArray scratch(Head::scratch_size(D)),
+                dq((size_t)(chunks + parts - 1) / parts * kTile * Dp);
             LinearState own(parts > 1 ? 0 : features, D, ddecay), down(parts > 1 ? 0 : features, D, false);
 #pragma omp for schedule(dynamic, 1)
             for (int task = 0; task < B * H * parts; task++) {

@@ -230,7 +230,7 @@ inline void attention_norms(
     auto measure = [&]<class A>(A, auto row_sum) {
 #pragma omp parallel
         {
-            Floats scratch((size_t)kTile * (2 * padded(D) + kTile + 1));
+            AlignedArray scratch((size_t)kTile * (2 * padded(D) + kTile + 1));
             // Later tiles see more keys: longest first, so that the threads end together.
 #pragma omp for schedule(dynamic, 1)
             for (int task = 0; task < B * H * tiles; task++) {

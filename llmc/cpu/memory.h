@@ -15,11 +15,11 @@ namespace cpu::inline LLMC_ISA {
 
 constexpr size_t kAlignment = 64;  // bytes: a cache line
 
-// Floats without initial values that begin at the boundary of a cache line. The destructor frees them.
-class Floats {
+// AlignedArray without initial values that begin at the boundary of a cache line. The destructor frees them.
+class AlignedArray {
   public:
-    Floats() = default;
-    explicit Floats(size_t n) {
+    AlignedArray() = default;
+    explicit AlignedArray(size_t n) {
         size_t bytes = (n * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
         data_.reset(static_cast<float*>(std::aligned_alloc(kAlignment, bytes ? bytes : kAlignment)));
         if (!data_) fail("out of memory: cannot allocate ", bytes >> 20, " MiB");
@@ -42,9 +42,9 @@ inline bool all_finite(const Real* x, size_t n) {
 
 struct HostMemory {
     static constexpr size_t kAlignment = cpu::kAlignment;
-    Floats floats;
+    AlignedArray floats;
     char* allocate(size_t bytes) {
-        floats = Floats(bytes / sizeof(float));
+        floats = AlignedArray(bytes / sizeof(float));
         return (char*)floats.get();
     }
     static bool finite(const auto* x, size_t n) { return all_finite(x, n); }
