@@ -1,14 +1,15 @@
-"""What prepare.py and the dataset modules share: errors, what is left out, text as it is read and shown.
+"""The parts that prepare.py and the dataset modules share: errors, the list of what is left out, and
+functions that read and show text.
 
 A dataset module has
     DESCRIPTION   one line for --help
     SOURCE        where the text comes from, for meta.json
     VAL_FRACTION  the default of --val-fraction
-    LOCAL         what --from reads instead of downloading; absent where there is nothing to download
+    LOCAL         what --from reads instead of downloading; absent if there is nothing to download
     size(args)    about how many bytes of text there are, for the progress bar
     documents(args)   an iterator of str: the documents, always in the same order
-    validation(args)  the same for the validation split, where the dataset has its own; else absent or None
-where args is prepare.py's command line, with `skipped`, which counts what documents(args) leaves out.
+    validation(args)  the same for the validation split; absent or None if the dataset has no such split
+Here args is the command line of prepare.py, with `skipped`, which counts what documents(args) leaves out.
 """
 import codecs
 import io
@@ -39,12 +40,12 @@ def one_line(error: Exception) -> str:
 
 
 def shown(path) -> str:
-    """A path for meta.json: a file's name need not be UTF-8."""
+    """A path as a text for meta.json. Bytes in it that are not UTF-8 become U+FFFD."""
     return os.fsencode(str(path)).decode(errors="replace")
 
 
 class Skipped:
-    """What is left out, by kind: how many, and the names of the first where they have names."""
+    """Counts what is left out, by kind, and remembers the first names of each kind."""
     NAMES = 10
 
     def __init__(self):
@@ -80,16 +81,16 @@ FORMATS = [(re.compile(pattern, re.DOTALL), what) for pattern, what in [
 
 
 def regular(path) -> None:
-    """A Failure where it is a pipe or a device, on which reading could wait for ever."""
+    """Fails if it is a pipe or a device, because reading from these could wait for ever."""
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder says what is wrong
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a folder fails later with a good message
         raise Failure(f"{path}: not a regular file")
 
 
 @contextmanager
 def open_text(path, errors: str = "strict") -> Iterator[TextIO]:
-    """The file as UTF-8, without a byte order mark at its start, line ends as they are; `errors` is --errors.
-    Whatever goes wrong becomes a Failure that names the file."""
+    """Opens a file as UTF-8, without a byte order mark at its start and with its own line ends. `errors` is
+    --errors. Every error becomes a Failure that names the file."""
     try:
         regular(path)
         with open(path, "rb") as file:
@@ -107,7 +108,7 @@ def open_text(path, errors: str = "strict") -> Iterator[TextIO]:
 
 
 def decode(content: bytes, name: str, errors: str) -> str:
-    """The same for what is not a file."""
+    """The same for text that is not in a file."""
     try:
         return content.decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
@@ -115,24 +116,24 @@ def decode(content: bytes, name: str, errors: str) -> str:
 
 
 def not_utf8(path, file: BinaryIO) -> Failure:
-    """Says where: a decoder knows only the place in the block that it was given."""
+    """Finds the place in the file, because a decoder knows only the place in its own block."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     before, block = 0, b"-"
     while block:
-        kept = len(decoder.getstate()[0])  # of the block before, the first bytes of a character
+        kept = len(decoder.getstate()[0])  # bytes of an incomplete character at the end of the block before
         block = file.read(1 << 18)
         try:
             decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             return Failure(f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
                            f"{before - kept + error.start}, {error.reason}; "
-                           "--errors replace reads U+FFFD in its place")
+                           "--errors replace reads it as U+FFFD")
         before += len(block)
-    return Failure(f"{path}: changed while it was read")
+    return Failure(f"{path}: the file changed while it was read")
 
 
 def row_text(row, column: str, where: str, errors: str) -> str:
-    """The text in a row of a table; "" where it is null."""
+    """The text in a row of a table; "" if it is null."""
     if not isinstance(row, dict) or column not in row:
         keys = ", ".join(map(repr, row)) if isinstance(row, dict) else f"a value of type {type(row).__name__}"
         raise Failure(f"{where}: expected {column!r}, found {keys or 'nothing'}")
@@ -143,14 +144,14 @@ def row_text(row, column: str, where: str, errors: str) -> str:
         raise Failure(f"{where}: {column!r} holds a value of type {type(text).__name__}, expected text")
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
         if errors == "strict":
-            raise Failure(f"{where}: {column!r} has half of a surrogate pair, which is no character; "
+            raise Failure(f"{where}: {column!r} has half of a surrogate pair, which is not a character; "
                           "--errors replace reads it as U+FFFD")
         text = re.sub("[\ud800-\udfff]", "\ufffd", text)
     return text
 
 
 def download(url: str, instead: str) -> bytes:
-    """The bytes behind a URL; `instead` says in the error what to do without a network."""
+    """Downloads the bytes of a URL. `instead` tells the user, in the error, what to do without a network."""
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             return response.read()

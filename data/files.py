@@ -1,4 +1,4 @@
-"""The documents of local text files: which files are read, and what a document is in them."""
+"""Finds local text files and reads the documents in them."""
 import json
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common import END_OF_TEXT, Failure, open_text, row_text
 
-# What prepare.py writes into --out.
+# The files that prepare.py writes into --out.
 OUR_FILES = re.compile(r"((?:train|val)_\d{6}\.bin|tokenizer\.json|meta\.json|input_\d{6})(\.tmp)?")
 
 
@@ -26,7 +26,8 @@ class Spooled(os.PathLike):
 
 
 def text_files(paths: Iterable, args) -> list:
-    """The files, and in the place of each folder the files in and below it by name."""
+    """Returns the given files. Each folder is replaced by the files in it and below it, in the order of their
+    names."""
     files = []
     for given in paths:
         path = Path(given)
@@ -43,7 +44,7 @@ def text_files(paths: Iterable, args) -> list:
 
 
 def files_below(folder: Path, args) -> Iterator[Path]:
-    """Follows links. A folder to which several lead is read once, so a link to one above leads nowhere."""
+    """Follows links. A folder is read once even if several links lead to it, so no loop is endless."""
     out = identity(os.stat(args.out))
     seen = set()
     left = [folder]
@@ -76,21 +77,21 @@ def identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def read_documents(path, errors: str) -> Iterator[str]:
-    """The documents of a text file, which <|endoftext|> separates. Memory holds one of them, not the file."""
+    """Yields the documents of a text file, which <|endoftext|> separates. Only one is in memory at a time."""
     with open_text(path, errors) as file:
         rest, separated = "", False
-        while block := file.read(max(1 << 18, len(rest))):  # doubling: linear also where a document is long
+        while block := file.read(max(1 << 18, len(rest))):  # grows, so that a long document takes linear time
             *whole, rest = (rest + block).split(END_OF_TEXT)
             for document in whole:
-                if separated or document.strip():  # before the first separator there need not be anything
+                if separated or document.strip():  # the part before the first separator may be empty
                     yield document
                 separated = True
-        if not separated or rest.strip():  # nor after the last
+        if not separated or rest.strip():  # and so may the part after the last one
             yield rest
 
 
 def read_jsonl(path, field: str, errors: str) -> Iterator[str]:
-    """The documents of a file with a JSON object in each line, of which a field is the text."""
+    """Yields the documents of a file that has a JSON object in each line. One field of it is the text."""
     with open_text(path, errors) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():

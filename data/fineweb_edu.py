@@ -1,4 +1,4 @@
-"""FineWeb-Edu's sample of 10 billion tokens: web pages that teach something; one document a page."""
+"""FineWeb-Edu's sample of 10 billion tokens: educational web pages. Each page is a document."""
 from collections.abc import Iterator
 
 from rows import parquet_rows, stream_rows

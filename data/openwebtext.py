@@ -1,4 +1,4 @@
-"""OpenWebText, the open copy of GPT-2's training set; one document a web page."""
+"""OpenWebText, the open copy of GPT-2's training set. Each web page is a document."""
 from collections.abc import Iterator
 
 from rows import parquet_rows, stream_rows

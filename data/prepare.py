@@ -1,15 +1,16 @@
 """Makes the token shards that train_gpt reads: python data/prepare.py shakespeare --tokenizer byte --out DIR
 
 Writes train_000000.bin, ..., val_000000.bin, tokenizer.json and meta.json. The documents are read one after
-another, encoded by worker processes and written in their order, each after an end-of-text token, so that the
-shards are the same for any number of workers. Memory holds some documents and batches, never the corpus.
-Every file is written under a temporary name and gets its own when all are complete, meta.json last.
+another, encoded by worker processes and written in their order, each after an end-of-text token. So the
+shards are the same for any number of workers, and only a few documents and batches are in memory at a time.
+Every file is written under a temporary name. When all are complete, they get their final names, meta.json
+last.
 """
 import os
 import signal
 import sys
 
-if __name__ == "__main__":  # Ctrl-C ends the program quietly also during the slow imports; then see stop
+if __name__ == "__main__":  # Ctrl-C ends the program quietly even during the slow imports; later see stop()
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
@@ -85,7 +86,7 @@ def tokenizer_name(value: str) -> str:
     if value not in ("byte", "gpt2"):
         kind, _, size = value.partition(":")
         if kind != "bpe":
-            raise argparse.ArgumentTypeError(f"{value!r} is none of byte, bpe:N and gpt2")
+            raise argparse.ArgumentTypeError(f"{value!r} is not byte, bpe:N or gpt2")
         try:
             integer(257, 1 << 24)(size)
         except argparse.ArgumentTypeError as error:
@@ -95,41 +96,42 @@ def tokenizer_name(value: str) -> str:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     listed = ["datasets:", *(f"  {name:16} {dataset.DESCRIPTION}" for name, dataset in DATASETS.items()),
-              "\nwhat --from reads:", *(f"  {name:16} {dataset.LOCAL}" for name, dataset in DATASETS.items()
-                                        if hasattr(dataset, "LOCAL"))]
+              "\nlocal copies for --from:", *(f"  {name:16} {dataset.LOCAL}"
+                                              for name, dataset in DATASETS.items()
+                                              if hasattr(dataset, "LOCAL"))]
     parser = Parser(prog="prepare.py", description="Tokenizes a dataset into shards of tokens for train_gpt.",
                     epilog="\n".join(listed), formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
     add = parser.add_argument
     add("name", nargs="?", default="shakespeare", metavar="NAME",
-        help="the dataset, one of those below (default: shakespeare)")
+        help="the dataset, one of the list below (default: shakespeare)")
     add("paths", nargs="*", metavar="PATH",
-        help="files and folders, or - for standard input, for the dataset `text`")
-    add("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
+        help="files and folders of the dataset `text`, or - for standard input")
+    add("--out", required=True, type=Path, metavar="DIR", help="the folder to write to")
     add("--overwrite", action="store_true", help="replace the dataset that is in --out")
     add("--tokenizer", type=tokenizer_name, default="byte", metavar="byte|bpe:N|gpt2",
-        help="bytes; a byte-level BPE with a vocabulary of N, trained on the train split; or GPT-2's "
-             "(default: byte)")
+        help="the tokenizer: each byte is a token; or a byte-level BPE with a vocabulary of N, trained on "
+             "the train split; or GPT-2's tokenizer (default: byte)")
     add("--gpt2-files", type=Path, metavar="DIR",
-        help="read GPT-2's encoder.json and vocab.bpe here instead of downloading them")
+        help="read GPT-2's encoder.json and vocab.bpe from this folder instead of downloading them")
     add("--bpe-bytes", type=integer(1, 1 << 50), default=1 << 30, metavar="N",
         help="train the BPE on about the first N bytes of the train split (default: 1 GiB)")
-    add("--from", dest="local", metavar="PATH", help="read a local copy, see below, instead of downloading")
+    add("--from", dest="local", metavar="PATH", help="read a local copy (see below) instead of downloading")
     add("--errors", choices=["strict", "replace"], default="strict",
-        help="what is done about bytes that are not UTF-8: strict refuses them, replace reads U+FFFD "
-             "in their place (default: strict)")
+        help="what to do with bytes that are not UTF-8: strict refuses them, replace reads them as U+FFFD "
+             "(default: strict)")
     add("--jsonl-field", metavar="NAME",
-        help="the field of a line of .jsonl files that is the text (default: text); where this is given, "
-             "what comes from standard input or a pipe is JSON lines too")
-    add("--max-documents", type=integer(2, 1 << 50), metavar="N", help="only the first N documents")
+        help="the field of each line of .jsonl files that has the text (default: text); with this option, "
+             "standard input and pipes are read as JSON lines, too")
+    add("--max-documents", type=integer(2, 1 << 50), metavar="N", help="use only the first N documents")
     add("--val-fraction", type=fraction, metavar="F",
-        help="share of the text that is for validation: evenly spread whole documents, and ends of documents "
-             "where there are few or very unequal ones; meta.json has the exact rule (default: the dataset's "
-             "own validation split, or a share that suits its size)")
+        help="share of the text that is used for validation: evenly spread whole documents, and also ends "
+             "of documents if there are few documents or their sizes differ much; meta.json has the exact "
+             "rule (default: the dataset's own validation split, or a share that fits its size)")
     add("--shard-tokens", type=integer(1, 2**31 - 1), default=100_000_000, metavar="N",
         help="tokens in a shard (default: 100000000)")
     add("--workers", type=integer(1, 1024), default=min(32, os.cpu_count() or 1), metavar="N",
-        help="processes that encode (default: one for each CPU, at most 32)")
+        help="number of processes that encode (default: one for each CPU, at most 32)")
     args = parser.parse_intermixed_args(argv)
     if args.name not in DATASETS:
         raise UsageError(f"unknown dataset {args.name!r}, expected one of {', '.join(DATASETS)}")
@@ -138,11 +140,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if not args.paths and args.name == "text":
         raise UsageError("text: expected at least one PATH after it")
     if args.jsonl_field is not None and args.name != "text":
-        raise UsageError(f"--jsonl-field: only with the dataset text, not {args.name}")
+        raise UsageError(f"--jsonl-field: allowed only with the dataset text, not {args.name}")
     if args.local and not hasattr(DATASETS[args.name], "LOCAL"):
-        raise UsageError(f"--from: not for the dataset {args.name}, which downloads nothing")
+        raise UsageError(f"--from: not allowed with the dataset {args.name}, because it downloads nothing")
     if args.gpt2_files and args.tokenizer != "gpt2":
-        raise UsageError(f"--gpt2-files: only with --tokenizer gpt2, not {args.tokenizer}")
+        raise UsageError(f"--gpt2-files: allowed only with --tokenizer gpt2, not {args.tokenizer}")
     args.skipped = Skipped()
     return args
 
@@ -150,7 +152,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 # --- Documents, their splits, and the pieces in which they are encoded --------------------------------------
 
 def split_documents(args) -> tuple[str, Iterator[tuple[str, str]]]:
-    """How the dataset is split, in words, and (split, document) pairs, always in the same order."""
+    """A text that says how the dataset is split, and (split, document) pairs, always in the same order."""
     dataset = DATASETS[args.name]
     documents = itertools.islice(not_blank(dataset.documents(args), args), args.max_documents)
     if args.val_fraction is None and hasattr(dataset, "validation"):
@@ -181,17 +183,17 @@ def source(args) -> str:
 
 class Piece(NamedTuple):
     split: str
-    starts: bool  # a document
+    starts: bool  # whether a document starts here
     text: str
 
 
-# No word of GPT-2's pattern has white space after something else: encoding the two sides of such a place one
-# after the other gives what encoding the whole gives.
+# In a word of GPT-2's pattern, white space never follows another character. So the two sides of such a place
+# can be encoded one after the other, and the tokens are those of the whole text.
 SAFE_CUT = re.compile(r"(?<=\S)(?=[ \t\r\n])")
 
 
 def pieces(documents: Iterable[tuple[str, str]]) -> Iterator[Piece]:
-    """The documents in pieces of little more than a batch: a long one takes no more memory to encode."""
+    """Cuts the documents into pieces of little more than a batch, so that a long one needs no more memory."""
     for split, document in documents:
         start = 0
         while len(document) - start > BATCH and (place := SAFE_CUT.search(document, start + BATCH)):
@@ -224,9 +226,9 @@ def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Toke
 
 
 def from_merges(merges: list[tuple[str, str]]) -> Tokenizer:
-    """The tokens are the bytes, in their order, then what the merges make, then end of text."""
-    printable = {*range(33, 127), *range(161, 256)} - {173}  # these stand for themselves,
-    others = itertools.count(256)  # the other bytes are written U+0100, U+0101, ...
+    """The tokens are the bytes in their order, then the results of the merges, then end of text."""
+    printable = {*range(33, 127), *range(161, 256)} - {173}  # these are written as themselves
+    others = itertools.count(256)  # the other bytes are written as U+0100, U+0101, ...
     vocab = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
     for left, right in merges:
         vocab.setdefault(left + right, len(vocab))
@@ -234,14 +236,14 @@ def from_merges(merges: list[tuple[str, str]]) -> Tokenizer:
     return byte_level_bpe(vocab, merges)
 
 
-# The time that training takes grows with the square of a word's length. Few words are longer than this. What
-# is cut for training is encoded whole.
+# The training time grows with the square of a word's length, so longer words are cut. There are few of them,
+# and they are cut only for the training, not when they are encoded.
 LONGEST_WORD = 256
 LONG_WORD = re.compile(rf"(?<!\S)\S{{{LONGEST_WORD}}}\S+|(?<!\s)\s{{{LONGEST_WORD}}}\s+")
 
 
 def without_long_words(text: str) -> Iterator[str]:
-    """The text in parts, such that the long words are cut."""
+    """Yields the text in parts, so that long words are cut."""
     start = 0
     for word in LONG_WORD.finditer(text):
         for end in range(word.start(), word.end(), LONGEST_WORD):
@@ -274,8 +276,8 @@ def train_bpe(args) -> Tokenizer:
     progress.close()
     tokenizer = from_merges([tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]])
     if tokenizer.get_vocab_size() != wanted:
-        raise Failure(f"--tokenizer {args.tokenizer}: the train split of {source(args)} has too little text, "
-                      f"enough for bpe:{tokenizer.get_vocab_size()}")
+        raise Failure(f"--tokenizer {args.tokenizer}: the train split of {source(args)} has too little text; "
+                      f"it is enough for bpe:{tokenizer.get_vocab_size()}")
     return tokenizer
 
 
@@ -294,7 +296,7 @@ def gpt2_tokenizer(folder: Path | None) -> Tokenizer:
         if hashlib.sha256(data).hexdigest() != expected:
             raise Failure(f"{where}: not GPT-2's {name}: its SHA-256 is not {expected}")
         contents[name] = data.decode()
-    merges = [tuple(line.split()) for line in contents["vocab.bpe"].splitlines()[1:]]  # after its version
+    merges = [tuple(line.split()) for line in contents["vocab.bpe"].splitlines()[1:]]  # first its version
     return byte_level_bpe(json.loads(contents["encoder.json"]), merges)
 
 
@@ -311,8 +313,8 @@ def make_tokenizer(args) -> str:
 
 @functools.cache
 def load_tokenizer(path: Path) -> Tokenizer:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    # from_file takes no name that is not UTF-8.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # because the workers run in parallel
+    # from_file does not accept a name that is not UTF-8.
     tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     tokenizer.encode_special_tokens = True  # an <|endoftext|> inside a document is text
     return tokenizer
@@ -320,12 +322,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 class Encoded(NamedTuple):
     tokens: np.ndarray
-    bytes: int  # of text
+    bytes: int  # number of bytes of text
     documents: int
 
 
 def encode(path: Path, batch: list[Piece]) -> dict[str, Encoded]:
-    """The tokens of a batch, for each split those of its pieces in their order."""
+    """Encodes a batch. For each split, the tokens are in the order of its pieces."""
     tokenizer = load_tokenizer(path)
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
@@ -343,10 +345,10 @@ def encode(path: Path, batch: list[Piece]) -> dict[str, Encoded]:
 
 
 class Workers:
-    """Processes that share the calls of a function: this program again, as `prepare.py --worker`.
+    """Processes that share the calls of a function. Each one is this program, as `prepare.py --worker`.
 
-    They are in sessions of their own, so that Ctrl-C only reaches this process, and end when it has ended. If
-    one is killed, map fails (where multiprocessing.Pool would hang).
+    Each has a session of its own, so that Ctrl-C reaches only this process, and ends when this process has
+    ended. If one is killed, map fails (multiprocessing.Pool would hang).
     """
 
     def __init__(self, count: int):
@@ -360,11 +362,11 @@ class Workers:
     def __exit__(self, *exception):
         for worker in self.workers:
             worker.kill()
-            with contextlib.suppress(BrokenPipeError):  # half a call that it will not read
+            with contextlib.suppress(BrokenPipeError):  # it does not read the rest of its call
                 worker.communicate()
 
     def map(self, function, items: Iterable) -> Iterator:
-        """function(item) for each item, in their order. Takes no item before a worker is free for it."""
+        """Yields function(item) for each item, in order. Takes an item only when a worker is free for it."""
         idle, busy = deque(self.workers), deque()
         try:
             for item in items:
@@ -392,9 +394,9 @@ def send(pipe, value) -> None:
 
 
 def work() -> None:
-    """A worker: calls what it reads and writes the result, or the error, until the parent has ended."""
+    """The work of a worker: reads calls and writes their results, or errors, until the parent has ended."""
     calls, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get among the results
+    os.dup2(2, 1)  # so that output of a library does not get into the results
     with contextlib.suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):
         while True:
             function, item = pickle.load(calls)
@@ -418,13 +420,13 @@ CLEAR_LINE = "\r\033[K"
 
 
 class Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere; on stderr."""
+    """Shows progress on stderr: as a bar on a terminal, otherwise as a line every ten seconds."""
     SECONDS = 10, 0.1
 
     def __init__(self, what: str, total: int | None):
         self.what, self.total, self.done, self.tokens = what, total, 0, 0
         self.terminal = sys.stderr.isatty()
-        self.seconds = self.SECONDS[self.terminal]  # from one line to the next
+        self.seconds = self.SECONDS[self.terminal]  # between two lines
         self.start = self.shown = time.monotonic()
 
     def add(self, done: int, tokens: int = 0) -> None:
@@ -435,7 +437,7 @@ class Progress:
 
     @contextlib.contextmanager
     def ticking(self):
-        """Shows the time that passes while nothing is added."""
+        """Updates the time while nothing is added."""
         ended = threading.Event()
 
         def tick() -> None:
@@ -472,7 +474,7 @@ class Progress:
 
     @staticmethod
     def write(text: str) -> None:
-        with contextlib.suppress(OSError):  # the work goes on when nobody looks at its progress any more
+        with contextlib.suppress(OSError):  # the work continues even if nobody can see its progress
             sys.stderr.write(text)
             sys.stderr.flush()
 
@@ -483,7 +485,8 @@ DESCRIPTOR = re.compile(r"/dev/(stdin|fd/\d+)|/proc/self/fd/\d+")
 
 
 def spool(given, folder: Path):
-    """What to read for a path of the command line: a copy if only this process can read it, or only once."""
+    """Returns what to read for a path of the command line. A pipe is copied first, because it can be read
+    only once, and so is a descriptor, because only this process can read it."""
     name = os.fspath(given)
     if name != "-" and not DESCRIPTOR.fullmatch(name):
         if not os.path.exists(name) or os.path.isdir(name) or os.path.isfile(name):
@@ -504,7 +507,7 @@ def spool(given, folder: Path):
 def read(pipe: FileIO, name: str) -> bytes:
     try:
         return pipe.read(1 << 20)
-    except OSError as error:  # which has no name in it
+    except OSError as error:  # it has no file name
         raise Failure(f"{name}: {one_line(error)}") from error
 
 
@@ -522,29 +525,29 @@ def prepare(args) -> None:
         paths, report = write_files(args)
         put_in_place(folder, paths)
     finally:
-        for leftover in our_files(folder, temporary=True):  # of this run or of an earlier one that was killed
+        for leftover in our_files(folder, temporary=True):  # from this run or an earlier one that was killed
             leftover.unlink()
     say([*report, f"done in {time.monotonic() - start:.1f} s"], folder)
 
 
 def say(lines: list[str], folder: Path) -> None:
-    """Only now that the dataset is complete: nobody needs to listen."""
+    """Prints the lines. The dataset is complete by then, so it does not matter if nobody reads them."""
     try:
         print(*map(printable, lines), sep="\n", flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter tries once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # because the interpreter writes again when it ends
         raise Failure(f"standard output: {one_line(error)}; the dataset in {folder} is complete") from error
 
 
 def printable(line: str) -> str:
-    """On one line and not too long, whatever is in the names and values that it quotes."""
+    """Makes one line of limited length, whatever names and values are quoted in it."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     return line if len(line) <= 2000 else f"{line[:1000]} ... {line[-900:]}"
 
 
 def write_files(args) -> tuple[list[Path], list[str]]:
-    """Writes everything under temporary names. Gives these in the order in which they become final, and the
-    lines to print about them."""
+    """Writes all files under temporary names. Returns these names in the order in which they are to become
+    final, and the lines to print about them."""
     tokenizer_path, meta_path = args.out / "tokenizer.json.tmp", args.out / "meta.json.tmp"
     how_split, documents = split_documents(args)
     with Workers(args.workers) as workers:
@@ -565,7 +568,7 @@ def write_files(args) -> tuple[list[Path], list[str]]:
     for split in SPLITS:
         writers[split].close()
         if not counts[split]:
-            raise Failure(f"{source(args)}: too little text to split, none of it is for {split}")
+            raise Failure(f"{source(args)}: there is too little text to split: nothing is for {split}")
     meta = {"name": args.name, "source": source(args), "tokenizer": args.tokenizer,
             "vocab_size": tokenizer.get_vocab_size(), "eot_token": tokenizer.token_to_id(END_OF_TEXT),
             "split": how_split, "documents": counts, "bytes": text_bytes,
@@ -581,16 +584,16 @@ def write_files(args) -> tuple[list[Path], list[str]]:
 
 
 def stop(number: int, frame) -> None:
-    signal.signal(number, signal.SIG_DFL)  # a second one does not wait for anything
-    os.write(2, b"\n" * os.isatty(2))  # below a progress bar
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends the program at once
+    os.write(2, b"\n" * os.isatty(2))  # to begin below the progress bar
     sys.exit(128 + number)
 
 
 def open_standard_streams() -> None:
-    """Where one is closed, a file that is opened later would be in its place. What is printed may have any
-    character."""
+    """Opens standard streams that are closed, because otherwise a file that is opened later would take their
+    place. Makes it possible to print any character."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)  # the workers have the same need
+        os.set_inheritable(descriptor, True)  # the workers need it, too
     os.close(descriptor)
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="backslashreplace")

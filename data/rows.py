@@ -1,4 +1,4 @@
-"""The documents of tables: a dataset of the Hugging Face hub, or parquet files. The column is `text`."""
+"""Reads documents from tables: a dataset of the Hugging Face hub, or parquet files. The column is `text`."""
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,25 +10,25 @@ COLUMN = "text"
 
 
 def stream_rows(name: str, config: str | None, split: str, args) -> Iterator[str]:
-    """The texts of a dataset of the hub; streamed. A null is an empty text."""
+    """Streams the texts of a dataset of the hub. A null becomes an empty text."""
     try:
         import datasets
     except ImportError as error:
         raise Failure(f"the dataset {name} needs the package datasets: pip install datasets") from error
     datasets.disable_progress_bars()
     for library in "datasets", "huggingface_hub":
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # the error says what they would log
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # the error has the same text
     try:
         for number, row in enumerate(datasets.load_dataset(name, config, split=split, streaming=True), 1):
             yield row_text(row, COLUMN, f"{name}, row {number}", args.errors)
     except Failure:
         raise
-    except Exception as error:  # the library raises dozens of types, its own and those of five others
+    except Exception as error:  # the library raises many types, some of them from five other libraries
         raise cannot_read(name, error) from error
 
 
 def parquet_rows(args) -> Iterator[str]:
-    """The texts of a parquet file, or of those in a folder. A null is an empty text."""
+    """Reads the texts of a parquet file, or of all those in a folder. A null becomes an empty text."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
@@ -44,7 +44,7 @@ def parquet_rows(args) -> Iterator[str]:
     for path in files:
         number = 0
         try:
-            with open(path, "rb") as file:  # the library does not open names that are not UTF-8
+            with open(path, "rb") as file:  # because the library cannot open names that are not UTF-8
                 table = ParquetFile(file)
                 if COLUMN not in table.schema_arrow.names:
                     raise Failure(f"{path}: expected a column {COLUMN!r}, "

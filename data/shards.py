@@ -1,4 +1,4 @@
-"""The files of a dataset: written under temporary names, they get their own when all are on the disk."""
+"""Writes the files of a dataset under temporary names. They get their final names when all are complete."""
 import os
 from io import FileIO
 from pathlib import Path
@@ -12,7 +12,7 @@ def token_type(vocab_size: int) -> str:
 
 
 class ShardWriter:
-    """Writes a stream of tokens as one split's shards, each `NAME.bin.tmp`, complete once it is closed."""
+    """Writes a stream of tokens as the shards of one split, `NAME.bin.tmp`. Call close() at the end."""
 
     def __init__(self, folder: Path, split: str, shard_tokens: int, dtype: str):
         self.folder, self.split, self.shard_tokens, self.dtype = folder, split, shard_tokens, dtype
@@ -34,7 +34,7 @@ class ShardWriter:
                 self.close()
 
     def close(self) -> None:
-        """Ends the shard that is being written, if one is."""
+        """Ends the current shard, if there is one."""
         if self.file is None:
             return
         header = np.zeros(256, dtype="<i4")
@@ -48,7 +48,8 @@ class ShardWriter:
 
 
 def write_all(file: FileIO, content: bytes) -> None:
-    """Without a buffer, which would try to write again, and complain, after a failure such as a full disk."""
+    """Writes to a file without a buffer. A buffer would try again after a failure, such as a full disk, and
+    print a second error."""
     while content:
         content = content[file.write(content):]
 
@@ -71,7 +72,8 @@ def our_files(folder: Path, temporary: bool) -> list[Path]:
 
 
 def put_in_place(folder: Path, paths: list[Path]) -> None:
-    """Gives the files their final names, the last of them last: never is meta.json there and a shard not."""
+    """Gives the files their final names. The last one, meta.json, gets its name last, so that it never exists
+    without the shards."""
     *others, meta = paths
     (folder / "meta.json").unlink(missing_ok=True)
     try:
@@ -83,7 +85,7 @@ def put_in_place(folder: Path, paths: list[Path]) -> None:
         sync_folder(folder)
         meta.rename(meta.with_suffix(""))
     except OSError:
-        for part in our_files(folder, temporary=False):  # of a dataset that is no longer or not yet whole
+        for part in our_files(folder, temporary=False):  # the old or the new dataset is not whole
             part.unlink()
         raise
     sync_folder(folder)

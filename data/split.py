@@ -1,37 +1,39 @@
-"""Which text is for validation: a share of the bytes, taken in whole documents where these are small enough.
+"""Chooses the text for validation: a share of the bytes, in whole documents if these are small enough.
 
-The stream is read in groups of consecutive documents, as many as hold one for validation on average. The
-first documents of a group are for validation, as many as bring the share so far nearest to what was asked.
-Where the share would still be off, because there are few documents or very unequal ones, it is made exact by
-the end of a document. So the share is right after each group, whatever the sizes, and memory holds one group.
+The stream is read in groups of consecutive documents, of such a size that on average one document of a group
+is for validation. The first documents of a group are for validation: as many as bring the share so far
+nearest to the wanted one. If the share is still wrong, because there are few documents or their sizes differ
+much, the end of a document makes it exact. So the share is right after each group, whatever the sizes are,
+and only one group is in memory.
 """
 import itertools
 import math
 from collections.abc import Iterable, Iterator
 
-GROUP_CHARACTERS = 1 << 22  # A group ends here also where it has fewer documents.
-# By how much of it the share may be off after a group, and after the last.
+GROUP_CHARACTERS = 1 << 22  # A group of this size ends even if it has fewer documents.
+# How much the share may be wrong, as a part of it, after a group and after the last group.
 TOLERANCE, LAST_TOLERANCE = 1 / 3, 1 / 8
 
 
-# A share that suits a whole dataset leaves nearly nothing of a small part of it. Where nobody has asked for
-# the share, validation gets at least LEAST_SHARE of the first bytes, up to LEAST_BYTES.
+# A share that fits a whole dataset leaves almost nothing if only a small part of it is used. So if the user
+# has not set the share, validation gets at least LEAST_SHARE of the first bytes, up to LEAST_BYTES.
 LEAST_SHARE, LEAST_BYTES = 0.05, 50_000
 
 
 def rule(share: float, asked: bool) -> str:
-    """The rule for meta.json; --help has it in fewer words."""
+    """The text of the rule for meta.json. --help has it in fewer words."""
     wanted = f"{share:g}"
     if not asked and share < LEAST_SHARE:
         wanted += f" (at first {LEAST_SHARE:g}, until val has {LEAST_BYTES} bytes)"
-    return (f"by bytes: of each {documents_of_group(share)} documents (or {GROUP_CHARACTERS} characters) the "
-            f"first, as many as come nearest to {wanted} of the text so far, are val; where that is more "
-            "than a third off, at the end of the text an eighth, the end of the longest document after them "
-            "makes up for it")
+    return (f"by bytes: in each group of {documents_of_group(share)} documents (or {GROUP_CHARACTERS} "
+            f"characters) the first ones are val, as many as come nearest to {wanted} of the text so far; if "
+            "that is wrong by more than a third, or by more than an eighth at the end of the text, the end "
+            "of the longest document after them corrects it")
 
 
 def split(documents: Iterable[str], share: float, asked: bool = True) -> Iterator[tuple[str, str]]:
-    """(split, document) pairs in the order of the documents. One that is cut becomes two, train and val."""
+    """Yields (split, document) pairs in the order of the documents. A document that is cut becomes two, first
+    train and then val."""
     total = val = 0  # bytes so far
     for group, last in groups(documents, documents_of_group(share)):
         sizes = [len(document.encode()) for document in group]
@@ -56,7 +58,7 @@ def documents_of_group(share: float) -> int:
 
 
 def groups(documents: Iterable[str], size: int) -> Iterator[tuple[list[str], bool]]:
-    """The groups, and of each whether it is the last."""
+    """Yields the groups, each with whether it is the last one."""
     group: list[str] = []
     characters = 0
     for document in documents:
@@ -70,7 +72,7 @@ def groups(documents: Iterable[str], size: int) -> Iterator[tuple[list[str], boo
 
 
 def choose(sizes: list[int], wanted: int, tolerance: float) -> tuple[int, int]:
-    """How many documents are val, from the first on, and how many bytes of another."""
+    """Returns how many documents are val, counted from the first, and how many bytes of another one."""
     sums = list(itertools.accumulate(sizes, initial=0))
     nearest = min(range(len(sums)), key=lambda count: abs(sums[count] - wanted))
     if abs(sums[nearest] - wanted) <= tolerance or wanted <= 0:
@@ -80,7 +82,7 @@ def choose(sizes: list[int], wanted: int, tolerance: float) -> tuple[int, int]:
 
 
 def place_of_cut(document: str, end: int) -> int:
-    """About `end` bytes before its end: at the start of a line or of a word where one is near."""
+    """The place to cut, about `end` bytes before the end: the start of a line or a word if one is near."""
     content = document.encode()
     at = len(content[:-end].decode(errors="ignore"))
     near = at + (len(document) - at) // 10

@@ -1,9 +1,9 @@
-"""Andrej Karpathy's tiny Shakespeare: parts of the plays in one file of 1 MB, so one document."""
+"""Andrej Karpathy's tiny Shakespeare: parts of the plays in one file of 1 MB, which is one document."""
 from collections.abc import Iterator
 
 from common import decode, download, open_text
 
-DESCRIPTION = "40,000 lines of Shakespeare, 1 MB, in one document"
+DESCRIPTION = "tiny Shakespeare: 40,000 lines of the plays, 1 MB, in one document"
 SOURCE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 VAL_FRACTION = 0.1
 LOCAL = "the text file"

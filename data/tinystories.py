@@ -1,4 +1,4 @@
-"""TinyStories (arXiv 2305.07759): stories in the words of a small child, written by GPT-3.5 and GPT-4."""
+"""TinyStories (arXiv 2305.07759): stories in words that small children know, written by GPT-3.5 and GPT-4."""
 from collections.abc import Iterator
 
 from files import read_documents, text_files

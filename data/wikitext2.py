@@ -1,4 +1,4 @@
-"""WikiText-2: 720 good and featured articles of Wikipedia, one document an article."""
+"""WikiText-2: 720 good and featured articles of Wikipedia. Each article is a document."""
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,7 +40,7 @@ def has_train(args) -> bool:
 
 
 def hub_lines(args, split: str) -> Iterator[str]:
-    # An empty line of the files is an empty row there.
+    # The hub has an empty row for each empty line of the files.
     return (row or " \n" for row in stream_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split, args))
 
 

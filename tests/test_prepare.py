@@ -353,7 +353,7 @@ class Refusals(PrepareTest):
     def test_bad_usage(self):
         for message, *arguments in [
                 ("unknown dataset 'shakespear', expected one of shakespeare, ", "shakespear"),
-                ("--tokenizer: 'word' is none of byte, bpe:N and gpt2", "--tokenizer", "word"),
+                ("--tokenizer: 'word' is not byte, bpe:N or gpt2", "--tokenizer", "word"),
                 ("--tokenizer: 'bpe:256': N = '256' is not an integer from 257", "--tokenizer", "bpe:256"),
                 ("--tokenizer: 'bpe:many': N = 'many' is not an integer", "--tokenizer", "bpe:many"),
                 ("--shard-tokens: '0' is not an integer from 1 to 2147483647", "--shard-tokens", "0"),
@@ -364,8 +364,8 @@ class Refusals(PrepareTest):
                 ("--max-documents: '1' is not", "--max-documents", "1"),
                 ("unrecognized arguments: --colour", "--colour"),
                 ("unexpected 'b.txt': only the dataset text takes paths", "shakespeare", "b.txt"),
-                ("--from: not for the dataset shakespeare", "--from", "a.txt"),
-                ("--gpt2-files: only with --tokenizer gpt2, not byte", "--gpt2-files", "."),
+                ("--from: not allowed with the dataset shakespeare", "--from", "a.txt"),
+                ("--gpt2-files: allowed only with --tokenizer gpt2, not byte", "--gpt2-files", "."),
                 ("text: expected at least one PATH", "text")]:
             with self.subTest(arguments=arguments):
                 self.refused(2, message, *arguments)
@@ -396,8 +396,8 @@ class Refusals(PrepareTest):
                 ("folder: no files in this folder", "text", "folder"),
                 ("empty.txt: no text in it", "text", "empty.txt"),
                 ("blank.txt: no text in it", "text", "blank.txt"),
-                ("tiny.txt: too little text to split, none of it is for train", "text", "tiny.txt"),
-                ("bpe:1000: the train split of short.txt has too little text, enough for bpe:27",
+                ("tiny.txt: there is too little text to split: nothing is for train", "text", "tiny.txt"),
+                ("bpe:1000: the train split of short.txt has too little text; it is enough for bpe:27",
                  "text", "short.txt", "--tokenizer", "bpe:1000"),
                 ("encoder.json: not GPT-2's encoder.json", *gpt2, "gpt2"),
                 ("nowhere/encoder.json: No such file", *gpt2, "nowhere"),

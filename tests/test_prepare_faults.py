@@ -254,7 +254,7 @@ class Texts(InProcess):
             self.refused(1, f"c.jsonl:2: {message}", "text", "c.jsonl", "--overwrite")
         self.prepare("text", "c.jsonl", "--errors", "replace", "--val-fraction", "0.5", "--overwrite")
         self.assertEqual(read_documents(self.out, "train"), ["\ufffd"])
-        self.refused(2, "--jsonl-field: only with the dataset text", "--jsonl-field", "a")
+        self.refused(2, "--jsonl-field: allowed only with the dataset text", "--jsonl-field", "a")
 
     def test_messages_are_one_short_line(self):
         self.refused(1, "a\\n\\x1b[31mb: no such file", "text", "a\n\x1b[31mb")
