@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Holds the CUDA trainer and, where .venv has torch, the PyTorch twin against the CPU trainer: each runs one forward and
-# backward pass in float32 on the same checkpoint and batch (`dump`), and dev/compare.py prints the differences, tensor
-# by tensor. Called by `make compare`, which builds the programs.
+# Compares the CUDA trainer and, if .venv has torch, the PyTorch twin with the CPU trainer. Each of them runs one forward
+# and backward pass in float32 on the same checkpoint and batch (`dump`), and dev/compare.py prints the differences of
+# every tensor. `make compare` builds the programs and calls this.
 #
 #   dev/compare.sh CUDA_PROGRAM
 #
-# MODEL, DATA: a checkpoint (or run) and a dataset; where not given, small models trained for a few steps on words made
-# here, one with softmax and one with polynomial attention and all options. BATCH, SEQ: of the dump, default 2 x 48.
-# Exit status: 0 all agree (loss to 1e-6, every gradient to 1e-4, relatively), 1 something differs, 2 bad usage.
+# MODEL and DATA are a checkpoint (or a run) and a dataset. Without them, two small models are trained for a few steps on
+# random words: one with softmax, and one with polynomial attention and all options. BATCH and SEQ are the sizes of the
+# batch, default 2 x 48.
+# Exit status: 0 all agree (relative difference of the loss up to 1e-6, of every gradient up to 1e-4), 1 something
+# differs, 2 bad usage.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -eq 1 ] || { echo "usage: dev/compare.sh CUDA_PROGRAM (see make compare)" >&2; exit 2; }
-[ -n "${MODEL:-}" ] && [ -z "${DATA:-}" ] && { echo "compare: MODEL=$MODEL needs DATA=, a dataset for it" >&2; exit 2; }
+[ -n "${MODEL:-}" ] && [ -z "${DATA:-}" ] && { echo "compare: MODEL=$MODEL needs a dataset: add DATA=DIR" >&2; exit 2; }
 cuda=$1 out=out/compare batch=${BATCH:-2} seq=${SEQ:-48}
 mkdir -p $out
 
@@ -31,7 +33,7 @@ fi
 status=0
 compare() { # name, checkpoint
     local name=$1 model=$2 programs=(./train_gpt "$cuda") files=() program file
-    [ -f "$model/config.json" ] || model=$(ls -d "$model"/step_* | tail -n 1) # the newest of a run
+    [ -f "$model/config.json" ] || model=$(ls -d "$model"/step_* | tail -n 1) # the newest checkpoint of a run
     for program in "${programs[@]}"; do
         file=$out/$name.$(basename "$program").safetensors
         "$program" dump --model "$model" --data "$data" --batch "$batch" --seq "$seq" --dtype fp32 --file "$file"
@@ -43,10 +45,10 @@ compare() { # name, checkpoint
             --file "$file"
         files+=("$file")
     else
-        echo "skipped: the PyTorch twin, for .venv has no torch (dev/setup.sh torch)"
+        echo "skipped: the PyTorch twin, because .venv has no torch (dev/setup.sh torch)"
     fi
     for file in "${files[@]:1}"; do
-        echo "== $name: $file against ${files[0]}"
+        echo "== $name: $file compared with ${files[0]}"
         .venv/bin/python dev/compare.py "$file" "${files[0]}" --loss-rtol 1e-6 --rtol 1e-4 || status=1
     done
 }

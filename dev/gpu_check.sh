@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# All that there is to know of a machine with one NVIDIA GPU, in one command and under nine minutes: builds for its card
-# alone, runs the CUDA tests on it, times every layer, trains GPT-2 124M beside PyTorch, times attention from T=1k to
-# 32k beside PyTorch's, follows the CPU trainer's losses, and runs the tests under compute-sanitizer. Downloads nothing.
+# Checks a machine with one NVIDIA GPU, in one command and in less than nine minutes: builds for this GPU only, runs the
+# CUDA tests on it, times every layer, trains GPT-2 124M and compares the speed with PyTorch, times attention from T=1k to
+# 32k and compares it with PyTorch's, compares the losses with those of the CPU trainer, and runs the tests under
+# compute-sanitizer. Downloads nothing.
 #
 #   dev/gpu_check.sh         results: gpu_check.md, gpu_check.json and gpu_check.log in $OUT, or out/gpu_check
-#   dev/gpu_check.sh --pack  for a machine without the headers and libraries that building needs: copies this one's into
-#                            .deps (45 MB), with a small dataset; the Makefile takes them instead of the system's. Bring
-#                            that folder along with the tree
-#   dev/gpu_check.sh --sim   the same stages in small on the simulator, to test this script
+#   dev/gpu_check.sh --pack  copies the headers and libraries for building from this machine into .deps (45 MB), with a
+#                            small dataset. Copy that folder, with the repository, to a machine that lacks them. The
+#                            Makefile uses it instead of the system's files
+#   dev/gpu_check.sh --sim   the same stages with small sizes on the simulator, to test this script
 #
-# Needs g++, make, python3 with numpy (and tokenizers, where --pack has made no dataset), nvcc, cudart and cuBLASLt (the
-# toolkit's, or those that come with PyTorch); what is compared with PyTorch also torch and safetensors. Exit status 0:
-# no stage failed.
+# Needs g++, make, python3 with numpy (and tokenizers, if --pack has made no dataset), nvcc, cudart and cuBLASLt (from the
+# toolkit or from PyTorch). The comparisons with PyTorch need torch and safetensors, too. Exit status 0: no stage failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 fail() { echo "gpu_check: $*" >&2; exit 1; }
@@ -22,7 +22,7 @@ headers="doctest/doctest.h CLI/CLI.hpp nlohmann/json.hpp zlib.h"
 pack() {
     local new=.deps-new file name needs
     rm -rf $new && mkdir -p $new/include $new/lib
-    # Of what these headers include, that which is of their packages.
+    # Copies the files that these headers include, but only those of their packages.
     includes $headers oneapi/dnnl/dnnl.hpp | g++ -std=c++20 -x c++ -M - | tr -s ' \\' '\n' |
         grep -E '/(doctest|CLI|nlohmann|oneapi)/|/(zlib|zconf)\.h$' | while read -r file; do
             name=$new/include/$(sed 's|.*/include/\([a-z0-9_]*-linux-gnu/\)\?||' <<<"$file")
@@ -32,7 +32,7 @@ pack() {
         file=$(g++ -print-file-name=lib$name.so)
         [ -e "$file" ] || fail "--pack: lib$name.so not found (dev/setup.sh installs it)"
         ln -s "$(soname "$file")" $new/lib/lib$name.so
-        # And what it needs that does not come with every compiler.
+        # Copies the library and the libraries that it needs, except those that come with every compiler.
         needs='$3 ~ "/" && $1 !~ /^lib(c|m|stdc[+][+]|gcc_s|gomp)[.]so/ { print $3 }'
         for file in "$file" $(ldd "$file" | awk "$needs"); do
             strip --strip-unneeded "$file" -o "$new/lib/$(soname "$file")"
@@ -51,7 +51,7 @@ case "${1:-}" in
 esac
 [ -n "$sim" ] || nvidia-smi -L >/dev/null 2>&1 || fail "needs an NVIDIA GPU, and nvidia-smi finds none"
 
-# What is here, and what is missing.
+# Finds what is here and what is missing.
 work=$PWD/build/gpu_check out=${OUT:-out/gpu_check} missing=()
 rm -rf "$work" "$out"/gpu_check.* && mkdir -p "$work/lib" "$work/include" "$work/tmp" "$out"
 has() { "$python" -c "import sys, importlib.util; sys.exit(importlib.util.find_spec('$1') is None)" 2>/dev/null; }
@@ -81,7 +81,8 @@ if [ -z "$sim" ] && [ -n "$nvcc" ]; then
 fi
 [ ${#missing[@]} -eq 0 ] || fail "missing here: ${missing[*]} (dev/setup.sh installs it; without a network see --pack)"
 
-# A stage, for so many seconds at most, the shell commands in its third argument. What happens in it stops no other.
+# Runs the shell commands in the third argument as a stage, for a limited number of seconds. A stage that fails does not
+# stop the others.
 deadline=520 slower=1
 [ -z "$sim" ] || slower=10
 stage() { # name, seconds, commands
@@ -120,17 +121,17 @@ else
     export cpu=build/hardware/train_gpt trainer=build/hardware/train_gptcu layers=build/hardware/cuda_layers quick=
     export tests=build/hardware/gpu-tests lengths=1024,2048,4096,8192,16384,32768 heads=12 device=cuda
     export model="--steps 200 --layers 4 --heads 4 --channels 128 --context 128 --batch 8"
-    # Machine code for this card alone, also of the tests, so that the driver has no PTX to compile.
+    # Everything, including the tests, has machine code for this GPU only, so that the driver does not compile PTX.
     arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
     code="-gencode=arch=compute_$arch,code=sm_$arch"
     export DISPATCH=0 CUDA_LIB=$work/lib NVCCFLAGS="--threads=0 --split-compile=0"
     export make="make -j$(nproc) BUILD=build/hardware to_gpu=$code to_ptx=$code"
 fi
 
-# The most important first. Of make, -k: what fails to build costs only its own stages.
+# The most important stages come first. make -k, so that a program that does not build costs only its own stages.
 stage build 200 '
 $make -k $(basename $trainer) ${tests%% *} $layers train_gpt || status=$?
-[ -n "$sim" ] || mv -f train_gptcu train_gpt build/hardware/  # others than `make` alone would build
+[ -n "$sim" ] || mv -f train_gptcu train_gpt build/hardware/  # `make` would build other ones
 exit ${status:-0}'
 stage tests 60 'eval $tests'
 stage layers 40 '$layers $quick --json $work/layers.json'

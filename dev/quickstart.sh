@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a trained GPT with polynomial attention: a few minutes on two cores. Run it again to go on with a run
-# that was stopped.
+# Sets everything up and trains a GPT with polynomial attention. This takes a few minutes on two cores. Run it again to
+# continue a run that was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dev/setup.sh
@@ -12,11 +12,11 @@ run=out/quickstart
     --batch 8 --context 128 --steps 2000 --lr 3e-3 --val-every 250 --sample-every 1000 --checkpoint-every 500
 .venv/bin/python dev/plot_loss.py $run --out $run/loss.png
 echo
-echo "A sample of what it has learned:"
+echo "A text that the model writes:"
 ./train_gpt generate --model $run --prompt "ROMEO" --tokens 200 --temperature 0.8 --seed 1
 cat <<TEXT
 
-The dataset is in data/shakespeare, the run in $run: checkpoints step_*, metrics.jsonl, and its curve, loss.png.
+The dataset is in data/shakespeare. The run is in $run: checkpoints step_*, metrics.jsonl, and its loss curve, loss.png.
 Try next:
   ./train_gpt generate --model $run --prompt "To be, or" --tokens 300
   ./train_gpt eval --model $run --data data/shakespeare

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what building, testing and data preparation need and this machine lacks: system packages by apt (with sudo
-# where not root), Python packages into .venv. `dev/setup.sh torch` adds PyTorch, for benchmarks and golden files,
-# `dev/setup.sh cuda` nvcc, for the tests of CUDA code. Does nothing, quickly, where everything is there.
+# Installs what this machine lacks for building, testing and preparing data: system packages with apt (with sudo if the
+# user is not root), and Python packages into .venv. `dev/setup.sh torch` adds PyTorch, for benchmarks and golden files.
+# `dev/setup.sh cuda` adds nvcc, for the tests of CUDA code. If everything is there, it ends quickly and does nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -44,7 +44,7 @@ stamp=.venv/installed-requirements.txt
 if ! cmp -s requirements.txt "$stamp"; then
     echo "installing Python packages into .venv"
     [ -x .venv/bin/python ] || python3 -m venv .venv
-    # Not compiled: Python does that to the few modules that are imported.
+    # --no-compile, because Python compiles the few modules that are imported anyway.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
     cp requirements.txt "$stamp"
 fi
@@ -53,8 +53,8 @@ if [ "${1:-}" = torch ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; the
     .venv/bin/python -m pip install --quiet --disable-pip-version-check torch
 fi
 
-# Into .venv/cuda, laid out as any toolkit. pip itself would mix these packages with those that PyTorch brings. Without
-# nvcc the tests of CUDA code are skipped, so not to get it is no failure.
+# Puts nvcc into .venv/cuda, in the layout of a CUDA toolkit. pip itself would mix these packages with those of PyTorch. A
+# failure here is not an error, because without nvcc the tests of CUDA code are skipped.
 get_nvcc() {
     mkdir -p .venv/cuda-new/wheels &&
         TMPDIR=$PWD/.venv/cuda-new/wheels .venv/bin/python -m pip download --quiet --disable-pip-version-check \
@@ -77,8 +77,8 @@ EOF
         cp requirements-cuda.txt .venv/cuda-new/installed-requirements.txt &&
         mv .venv/cuda-new .venv/cuda
 }
-# One before CUDA 12 knows no C++20.
-has_nvcc() { # as the Makefile looks for it
+# An nvcc older than CUDA 12 does not support C++20. This searches in the same places as the Makefile.
+has_nvcc() {
     local nvcc
     for nvcc in nvcc /usr/local/cuda/bin/nvcc; do
         "$nvcc" -std=c++20 -x cu -E /dev/null >/dev/null 2>&1 && return

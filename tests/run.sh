@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Runs the C++ tests, the programs given as arguments, and the Python tests, and ends with one line: N passed, N failed.
-# `make test` calls it, after building what it needs. LLMC_TEST_DATA names a folder with tinyshakespeare.txt, wikitext2/
+# Runs the C++ tests, which are the programs given as arguments, and the Python tests. The last line is: N passed, N failed.
+# `make test` builds the programs first and then calls this. LLMC_TEST_DATA is a folder with tinyshakespeare.txt, wikitext2/
 # and gpt2/ for tests on real text. If it is not set, these tests are skipped with a notice.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-# If threads waited in a loop, the tests would take minutes longer while other programs run beside them.
+# Without this, waiting threads would use the processor, and the tests would take minutes longer beside other programs.
 export OMP_WAIT_POLICY=passive
 export LLMC_TRAIN_GPT=build/train_gpt LLMC_FAULT_PRELOAD=build/fault_preload.so
 [ ! -e train_gptcu_sim ] || export LLMC_TRAIN_GPTCU=./train_gptcu_sim
 log=$(mktemp -d)
 trap 'rm -rf "$log"' EXIT
 
-# The first program starts others and waits for them. All other tests run beside it, each with its output in a file.
+# The first program starts other programs and waits for them. So everything else runs at the same time as the first one,
+# and each writes to a file of its own.
 passed=0 failed=0
 declare -A beside
 run_beside() { # name, command
@@ -21,7 +22,7 @@ run_beside() { # name, command
 for tests in "${@:2}"; do run_beside "$tests" "$tests"; done
 run_beside python .venv/bin/python -m unittest discover -s tests
 trap 'kill "${beside[@]}" 2>/dev/null; rm -rf "$log"' EXIT
-finish() { # name: its output into $log/output, its exit status into $status
+finish() { # name: waits for it, puts its output into $log/output and its exit status into $status
     echo "== $1"
     wait "${beside[$1]}"
     status=$?
@@ -35,10 +36,10 @@ for tests in "$@"; do
         "$tests" 2>&1 | tee "$log/output"
         status=${PIPESTATUS[0]}
     fi
-    # "[doctest] test cases: 50 | 49 passed | 1 failed | 0 skipped"; a crash prints no such line, and is one failure.
+    # "[doctest] test cases: 50 | 49 passed | 1 failed | 0 skipped". A crash prints no such line and counts as one failure.
     counts=$(sed -n 's/^\[doctest\] test cases: *[0-9]* *| *\([0-9]*\) passed *| *\([0-9]*\) failed.*/\1 \2/p' "$log/output")
     read -r good bad <<<"${counts:-0 1}"
-    [ "$status" -eq 0 ] || [ "$bad" -gt 0 ] || bad=1  # a sanitizer's report after the summary
+    [ "$status" -eq 0 ] || [ "$bad" -gt 0 ] || bad=1  # a sanitizer has reported an error after the summary
     passed=$((passed + good)) failed=$((failed + bad))
 done
 
