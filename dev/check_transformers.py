@@ -1,14 +1,14 @@
-"""Checks that checkpoints go from the trainer to Hugging Face's transformers and back.
+"""Checks that transformers of Hugging Face and the trainer can read each other's checkpoints.
 
     python dev/check_transformers.py --train-gpt ./train_gpt --data DIR
 
-1. transformers loads a softmax checkpoint of the trainer, every tensor by its name, and computes the logits
-   and the loss of `train_gpt dump`.
-2. The trainer loads a checkpoint of transformers, computes the same logits and loss, and with --init-from it
-   starts to train from that loss.
+1. transformers loads a softmax checkpoint of the trainer, with every tensor by its name. It computes the same
+   logits and the same loss as `train_gpt dump`.
+2. The trainer loads a checkpoint of transformers and computes the same logits and loss. With --init-from it
+   starts its training from that loss.
 
-DIR is a dataset folder. All that is written goes to a temporary folder. Exit status: 0 all agree, 1 something
-differs or fails, 2 bad usage.
+DIR is a dataset folder. All output goes to a temporary folder. Exit status: 0 all agree, 1 something differs
+or fails, 2 bad usage.
 """
 import argparse
 import importlib.util
@@ -39,7 +39,7 @@ class Check:
             raise Failure(f"{' '.join(command)}: exit status {result.returncode}: {result.stderr.strip()}")
 
     def same(self, what: str, found, expected) -> None:
-        """Numbers, arrays or tensors, in the Euclidean norm."""
+        """Compares numbers, arrays or tensors by the Euclidean norm of their difference."""
         import numpy as np
         found, expected = np.asarray(found, dtype=np.float64), np.asarray(expected, dtype=np.float64)
         if found.shape != expected.shape:
@@ -50,7 +50,7 @@ class Check:
         print(f"{what}: the same to {difference:.1e}")
 
     def same_pass(self, what: str, model, folder: Path) -> float:
-        """Holds `train_gpt dump` of a checkpoint against the model of transformers; returns the loss."""
+        """Compares `train_gpt dump` of a checkpoint with the model of transformers. Returns the loss."""
         import torch
         from safetensors.torch import load_file
         file = self.folder / "dump.safetensors"
@@ -83,7 +83,7 @@ class Check:
         torch.manual_seed(1)
         model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=CONTEXT, n_embd=48, n_layer=3,
                                            n_head=3, bos_token_id=0, eos_token_id=0))
-        for parameter in model.parameters():  # biases, too, which are 0 at first
+        for parameter in model.parameters():  # also changes the biases, which are 0 at first
             parameter.data += 0.1 * torch.randn_like(parameter)
         folder = self.folder / "huggingface"
         model.save_pretrained(folder)
@@ -95,20 +95,21 @@ class Check:
         self.same("the trainer with transformers' checkpoint, loss of the first step", first["loss"], loss)
 
     def one_batch(self) -> Path:
-        """A dataset of nothing but the batch that dump takes, so that shuffling it makes no other batch."""
+        """Makes a dataset that has only the batch of dump, so that shuffling changes nothing."""
         sys.path.insert(0, str(Path(__file__).parent / "reference"))
         from shards import windows, write_shard
         folder = self.folder / "one_batch"
         folder.mkdir()
         write_shard(folder / "train_000000.bin", next(windows(self.data, BATCH * SEQ)))
-        if (self.data / "meta.json").exists():  # whose counts of tokens and shards are not this folder's
+        if (self.data / "meta.json").exists():  # its numbers of tokens and shards would be wrong
             meta = json.loads((self.data / "meta.json").read_text())
             (folder / "meta.json").write_text(json.dumps({"vocab_size": meta["vocab_size"]}))
         return folder
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Checks that checkpoints go to transformers and back.")
+    parser = argparse.ArgumentParser(description="Checks that transformers and the trainer read each other's "
+                                                 "checkpoints.")
     parser.add_argument("--train-gpt", required=True, metavar="FILE", help="the trainer")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="a dataset folder")
     args = parser.parse_args()

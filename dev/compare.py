@@ -1,12 +1,12 @@
-"""Holds two dumps of a forward and backward pass against each other, tensor by tensor.
+"""Compares two dumps of a forward and backward pass, tensor by tensor.
 
     python dev/compare.py A.safetensors B.safetensors [--rtol X] [--loss-rtol X] [--atol X] [--floor X]
 
-B is the reference. The relative difference is |A - B| / |B| in the Euclidean norm. A tensor agrees where this
-is within --rtol (--loss-rtol for `loss`), or where no element differs by more than --atol. A gradient agrees,
-too, where |A - B| is within --floor times the norm of all of B's gradients together: one that is zero in real
-arithmetic is rounding noise in both files. Integers must be equal. A tensor that only one file has, another
-shape, and NaN or Inf in either file are differences.
+B is the reference. The relative difference is |A - B| / |B| in the Euclidean norm. A tensor agrees if this is
+at most --rtol (--loss-rtol for `loss`), or if no element differs by more than --atol. A gradient also agrees
+if |A - B| is at most --floor times the norm of all gradients of B together, because a gradient that is zero
+in exact arithmetic is only rounding noise in both files. Integers must be equal. It is a difference if only
+one file has a tensor, if the shapes differ, or if there is NaN or Inf in either file.
 
 Exit status: 0 they agree, 1 they differ, 2 bad usage or a file that cannot be read.
 """
@@ -47,7 +47,7 @@ def norm(x: np.ndarray) -> float:
 
 
 def compare(a: np.ndarray, b: np.ndarray, rtol: float, atol: float, noise: float) -> tuple[float, float, str]:
-    """The largest absolute difference, the relative one, and what is wrong: "" where a agrees with b."""
+    """Returns the largest absolute difference, the relative one, and what is wrong ("" if a and b agree)."""
     if a.shape != b.shape:
         return math.nan, math.nan, f"shapes {list(a.shape)} and {list(b.shape)}"
     if a.dtype.kind != b.dtype.kind:
@@ -69,7 +69,7 @@ def run(path_a: str, path_b: str, rtol: float, loss_rtol: float, atol: float, fl
     names = set(a.keys()) | set(b.keys())
     total = math.hypot(*(norm(b.get_tensor(name)) for name in b.keys() if name.startswith("grad.")))
     noise = floor * total if math.isfinite(total) else 0.0
-    # What tells most comes first: loss, logits, gradients, then what went in.
+    # The most important tensors come first: loss, logits, gradients, and then the inputs.
     order = {"loss": 0, "logits": 1, "grad": 2, "param": 3}
     width = max(map(len, names))
     wrong = []
@@ -94,12 +94,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="compare.py", description="Compares two dumps, tensor by tensor.")
     parser.add_argument("a", metavar="A.safetensors")
     parser.add_argument("b", metavar="B.safetensors", help="the reference")
-    parser.add_argument("--rtol", type=tolerance, default=1e-4, help="relative, of a tensor (default: 1e-4)")
+    parser.add_argument("--rtol", type=tolerance, default=1e-4,
+                        help="largest relative difference of a tensor (default: 1e-4)")
     parser.add_argument("--loss-rtol", type=tolerance, default=1e-5,
-                        help="relative, of the loss (default: 1e-5)")
-    parser.add_argument("--atol", type=tolerance, default=0.0, help="of each element (default: 0)")
+                        help="largest relative difference of the loss (default: 1e-5)")
+    parser.add_argument("--atol", type=tolerance, default=0.0,
+                        help="an absolute difference of each element that is always allowed (default: 0)")
     parser.add_argument("--floor", type=tolerance, default=1e-7,
-                        help="of a gradient, relative to all gradients together (default: 1e-7)")
+                        help="a difference of a gradient that is always allowed, relative to the norm of all "
+                             "gradients together (default: 1e-7)")
     args = parser.parse_args(argv)
     try:
         wrong = run(args.a, args.b, args.rtol, args.loss_rtol, args.atol, args.floor)

@@ -1,12 +1,12 @@
-"""Reads metrics.jsonl, for the programs that draw it."""
+"""Reads metrics.jsonl for the programs that draw pictures of it."""
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 
 def read_metrics(path: Path) -> Iterator[tuple[int, dict]]:
-    """Line numbers and lines. A half-written last line, of a run that goes on or was killed, is left out, as
-    `train --resume` does. Raises ValueError, which names the file, for what is no metrics.jsonl."""
+    """Yields line numbers and lines. Leaves out an incomplete last line of a program that runs or was killed,
+    as `train --resume` does. Raises a ValueError with the file's name if it is not a metrics.jsonl."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -18,5 +18,5 @@ def read_metrics(path: Path) -> Iterator[tuple[int, dict]]:
             entry = None
         if isinstance(entry, dict):
             yield number, entry
-        elif number < len(lines):  # the last one is what comes after the last line end, so most often empty
+        elif number < len(lines):  # the last one is the text after the last line end, which is usually empty
             raise ValueError(f"{path}:{number}: expected a JSON object")

@@ -11,11 +11,11 @@ from typing import NamedTuple
 INTRODUCTION = """\
 # Options
 
-Made from `train_gpt COMMAND --help` by `make docs`; please do not edit it. `train_gptcu` has the same options. Only
-the default of `train --dtype` is another there: `bf16`.
+`make docs` writes this file from `train_gpt COMMAND --help`; please do not edit it. `train_gptcu` has the same options,
+but its default of `train --dtype` is `bf16`.
 
-A checkpoint holds the options of its run, so `train --out DIR --resume` needs no others. `train_gpt --version` prints
-the version of the program and what it was built with.
+A checkpoint has the options of its run, so `train --out DIR --resume` needs no others. `train_gpt --version` prints the
+version of the program and how it was built.
 """
 COMMANDS = "train", "generate", "eval", "dump"
 
@@ -32,10 +32,10 @@ def help_of(program: str, command: str) -> str:
 
 
 def parse(help_text: str) -> tuple[str, dict[str, list[Option]]]:
-    """The first line, and the options by group. CLI11's layout differs from version to version: the description
-    is behind the option, below it, or both."""
+    """Returns the first line, and the options by group. The layout depends on the version of CLI11: the
+    description follows the option on the same line, on the next lines, or both."""
     lines = help_text.splitlines()
-    entries: list[tuple[str, str]] = []  # group, all that stands there of an option
+    entries: list[tuple[str, str]] = []  # group, the whole text of an option
     group = ""
     for line in lines[1:]:
         if header := re.fullmatch(r"(\w[\w ]*):", line.rstrip()):

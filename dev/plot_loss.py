@@ -12,7 +12,7 @@ from metrics import read_metrics
 
 
 def read_losses(run: str) -> dict[str, list[tuple[int, float]]]:
-    """For "loss" and "val_loss" each step that has one, and its value."""
+    """For "loss" and for "val_loss", the steps that have one and the values."""
     path = Path(run) / "metrics.jsonl"
     losses = {"loss": [], "val_loss": []}
     try:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if val:
             axes.plot(*zip(*val), "o--", color=f"C{i}", markersize=4, label=f"{name}: validation")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     try:

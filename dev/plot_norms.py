@@ -1,9 +1,9 @@
-"""Draws what attention did while it trained: its norms and what explains them, one column a run.
+"""Draws the norms of attention during training, and numbers that explain them. Each run has a column.
 
     python dev/plot_norms.py out/softmax out/poly3 --out norms.png
 
-Reads RUN/metrics.jsonl of runs with --norms-every, and config.json of the newest checkpoint for the run's
-label and the prediction. llmc/norms.h says what each number is. Exit status: 0 drawn, 2 bad usage or a bad
+Reads RUN/metrics.jsonl of runs with --norms-every. The config.json of the newest checkpoint gives the label
+of the run and the prediction. llmc/norms.h explains the numbers. Exit status: 0 drawn, 2 bad usage or a bad
 file.
 """
 import argparse
@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from metrics import read_metrics
 
-Series = dict[tuple[int, ...], list[tuple[int, dict]]]  # by (layer, head) or (layer,): steps and their lines
+Series = dict[tuple[int, ...], list[tuple[int, dict]]]  # (layer, head) or (layer,) -> steps and their lines
 DRAWN = {"attention_norm", "jacobian_norm", "effective_keys", "entropy", "moment_excess", "score_std",
          "gradient_norm"}
 
@@ -30,9 +30,9 @@ class Parser(argparse.ArgumentParser):
 @dataclass
 class Run:
     label: str
-    scores: str  # the key that says how the scores are: entropy, moment_excess or score_std
-    power: int  # p of poly<p>; 0: none, or not known
-    predicted: list[tuple[float, float]]  # norm and jacobian_norm, one or one a head; empty: no prediction
+    scores: str  # the key that describes the scores: entropy, moment_excess or score_std
+    power: int  # p of poly<p>; 0: no polynomial, or not known
+    predicted: list[tuple[float, float]]  # norm and jacobian_norm, for each head or one for all; empty: none
     heads: Series = field(default_factory=dict)
     layers: Series = field(default_factory=dict)
 
@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_norms(path: Path) -> tuple[Series, Series]:
-    """The lines with norms by (layer, head), those with gradients by (layer,)."""
+    """Returns the lines with norms by (layer, head), and those with gradients by (layer,)."""
     heads, layers = {}, {}
     for number, entry in read_metrics(path):
         for series, keys, mark in [(heads, ("layer", "head"), "attention_norm"),
@@ -70,14 +70,14 @@ def read_norms(path: Path) -> tuple[Series, Series]:
 
 
 def gaussian_moment(p: int, D: int) -> float:
-    """E[x^(2p)] of x = q.k / sqrt(D) for q, k ~ N(0, I_D)."""
+    """E[x^(2p)] for x = q.k / sqrt(D) with q, k ~ N(0, I_D)."""
     return math.prod((2 * s + 1) * (1 + 2 * s / D) for s in range(p))
 
 
 def gaussian_norms(p: int, scale: str, context: int, D: int, T: int, gamma: float) -> tuple[float, float]:
-    """norm and jacobian_norm of poly<p> for q, k ~ N(0, I_D), as gaussian_norms of llmc/norms.h."""
+    """norm and jacobian_norm of poly<p> for q, k ~ N(0, I_D), as in gaussian_norms of llmc/norms.h."""
     m = gaussian_moment(p, D)
-    mean = n = 0.0  # of c_i^2 n_i; n_i = sum over j <= i of gamma^(2(i-j))
+    mean = n = 0.0  # mean of c_i^2 n_i, where n_i = sum over j <= i of gamma^(2(i-j))
     for i in range(T):
         n = 1 + gamma * gamma * n
         c2 = {"row": 1 / (m * n), "context": 1 / context, "mean": 1 / (m * (i + 1) ** 2)}.get(scale)
@@ -86,19 +86,20 @@ def gaussian_norms(p: int, scale: str, context: int, D: int, T: int, gamma: floa
 
 
 def power_of(attention: str) -> int:
-    """p of poly<p>, 0 for the kinds that are no polynomial."""
+    """p of poly<p>; 0 for the kinds that are not polynomials."""
     return 0 if attention in ("softmax", "sigmoid") else int(attention.removeprefix("poly"))
 
 
 def predictions(config: dict, T: int) -> list[tuple[float, float]]:
-    """For each head, or one for all that are alike; none for what has no prediction."""
+    """Returns a prediction for each head, one for all heads if they are alike, or none."""
     attention, scale = config["attention"], str(config["attention_scale"])
     power = power_of(attention)
     if power == 0 or scale == "sum":
         return []
     H = config["n_head"]
     gammas = [1.0]
-    # A learned decay moves away from its start, so only `row`, which does not depend on it, is predicted.
+    # A learned decay changes during training, so there is a prediction only for `row`, which does not depend
+    # on it.
     if config["decay"] == "learned" and scale != "row":
         return []
     if config["decay"] != "none":
@@ -113,7 +114,7 @@ def read_run(folder: str) -> Run:
     checkpoints = sorted(Path(folder).glob("step_*/config.json"))
     first = next(iter(heads.values()))[0][1]
     scores = next((key for key in ("entropy", "moment_excess") if key in first), "score_std")
-    if not checkpoints:  # none written yet: what the lines say is all there is
+    if not checkpoints:  # none is written yet, so the lines are all there is
         return Run(name, scores, 0, [], heads, layers)
     config = {"attention": "softmax", "attention_scale": "row", "decay": "none"} | read_json(checkpoints[-1])
     trainer = checkpoints[-1].with_name("trainer.json")
@@ -133,20 +134,20 @@ def read_run(folder: str) -> Run:
 
 
 def panel(run: Run, row: str) -> tuple[str, str, float]:
-    """The key that a row of the picture shows of a run, its label, and what is added to the key's values."""
+    """Returns the key that a row of the picture shows, its label, and what is added to the key's values."""
     if row == "scores" and run.scores != "moment_excess":
         return run.scores, {"entropy": "entropy (nats)", "score_std": "spread of the scores"}[run.scores], 0
-    if row == "scores":  # excess + 1, which a logarithmic axis can show
+    if row == "scores":  # excess + 1, because a logarithmic axis can show it
         power = 2 * run.power if run.power else "2p"
         return "moment_excess", f"$E[x^{{{power}}}]$ over the Gaussian's", 1
     return row, {"attention_norm": r"$\|A\|_F\,/\sqrt{N}$",
                  "jacobian_norm": r"$\|\partial A/\partial x\|_F\,/\sqrt{N}$",
                  "effective_keys": "effective number of keys",
-                 "gradient_norm": "gradient's norm, a layer"}[row], 0
+                 "gradient_norm": "norm of a layer's gradient"}[row], 0
 
 
 def levels(run: Run, row: str, key: str) -> tuple[list[float], list[float]]:
-    """Where softmax's bound is drawn, and where the prediction: one line, or the range over the heads."""
+    """The heights of softmax's bound and of the prediction, which is a line or the range over the heads."""
     bounds = {"attention_norm": [1.0], "jacobian_norm": [2.0]}.get(row, [])
     if key == "moment_excess":
         return bounds, [1.0]
@@ -157,14 +158,14 @@ def levels(run: Run, row: str, key: str) -> tuple[list[float], list[float]]:
 
 
 def scale_together(panels: list, values: list[float]) -> None:
-    """One y axis for these panels: from 0, or logarithmic where the values range far."""
+    """Gives these panels the same y axis, which begins at 0 or, if the values differ much, is logarithmic."""
     for axes in panels[1:]:
         axes.sharey(panels[0])
     if min(values, default=0) > 0 and max(values) > 20 * min(values):
         panels[0].set_yscale("log")
         for axis in [axes.yaxis for axes in panels]:
             axis.set_major_formatter("{x:g}")
-            if max(values) < 100 * min(values):  # few powers of ten in sight: label some between
+            if max(values) < 100 * min(values):  # few powers of ten are visible, so label more values
                 axis.get_minor_locator().set_params(subs=[2, 5])
                 axis.set_minor_formatter("{x:g}")
     else:
@@ -179,7 +180,7 @@ def draw(runs: list[Run], out: str) -> None:
     from matplotlib.lines import Line2D
 
     layers = sorted({key[0] for run in runs for key in [*run.heads, *run.layers]})
-    # Not to the colour map's end, a yellow too pale for thin lines.
+    # The end of the colour map is left out, because its yellow is too pale for thin lines.
     colours = {layer: plt.get_cmap("viridis")(0.92 * i / max(len(layers) - 1, 1))
                for i, layer in enumerate(layers)}
     bound, prediction = {"color": "crimson", "linestyle": "--"}, {"color": "black", "linestyle": ":"}
@@ -189,7 +190,7 @@ def draw(runs: list[Run], out: str) -> None:
     figure, grid = plt.subplots(len(rows), len(runs), squeeze=False, sharex="col", layout="constrained",
                                 figsize=(max(7.0, 1 + 4.6 * len(runs)), 0.9 + 2.3 * len(rows)))
     for r, row in enumerate(rows):
-        shared = {}  # by label: the panels that show the same, and their values
+        shared = {}  # label -> the panels with this label, and their values
         for run, axes in zip(runs, grid[r]):
             key, label, add = panel(run, row)
             panels, values = shared.setdefault(label, ([], []))
@@ -198,7 +199,7 @@ def draw(runs: list[Run], out: str) -> None:
             panels.append(axes)
             for ids, lines in sorted((run.layers if row == "gradient_norm" else run.heads).items()):
                 steps = [step for step, _ in lines]
-                # NaN, a gap, where a line has null or nothing.
+                # NaN makes a gap if a line has null or nothing.
                 y = [math.nan if line.get(key) is None else line[key] + add for _, line in lines]
                 axes.plot(steps, y, color=colours[ids[0]], linewidth=0.8, alpha=0.85,
                           marker="." if len(steps) == 1 else None)
@@ -221,7 +222,7 @@ def draw(runs: list[Run], out: str) -> None:
     if any(run.scores == "moment_excess" for run in runs):
         handles.append(Line2D([], [], label="polynomials, for Gaussian q and k", **prediction))
     figure.legend(handles=handles, loc="outside lower center", ncols=4 if len(runs) < 3 else 8)
-    figure.suptitle("Attention while training: a line a head, coloured by layer", fontsize=13)
+    figure.suptitle("Attention during training: one line per head, coloured by layer", fontsize=13)
     figure.savefig(out, dpi=130)
     plt.close(figure)
 

@@ -12,7 +12,7 @@ run=out/quickstart
     --batch 8 --context 128 --steps 2000 --lr 3e-3 --val-every 250 --sample-every 1000 --checkpoint-every 500
 .venv/bin/python dev/plot_loss.py $run --out $run/loss.png
 echo
-echo "A text that the model writes:"
+echo "A sample of what it has learned:"
 ./train_gpt generate --model $run --prompt "ROMEO" --tokens 200 --temperature 0.8 --seed 1
 cat <<TEXT
 

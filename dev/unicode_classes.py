@@ -1,10 +1,10 @@
-"""Writes llmc/unicode.h: which characters are letters, numbers and white space to the tokenizers library.
+"""Writes llmc/unicode.h: which characters the tokenizers library treats as letters, numbers and white space.
 
     python dev/unicode_classes.py
 
-GPT-2's pattern speaks of these classes, and each Unicode version adds to them. The C++ tokenizer must cut words where the
-library does, which has encoded the shards, so the library itself is asked about every code point. Run this when
-tests/test_unicode_classes.py says that a new version of the library says something else, raise the library's version in
+GPT-2's pattern uses these classes, and each Unicode version adds characters to them. The C++ tokenizer must cut words in
+the same places as the library, because that has encoded the shards. So this asks the library about every code point. If
+tests/test_unicode_classes.py says that a new version of the library differs, run this, raise the library's version in
 requirements.txt, and put the checksum that this prints into tests/test_tokenizer.cpp.
 """
 import zlib
@@ -15,14 +15,14 @@ import tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 HEADER = Path(__file__).resolve().parents[1] / "llmc/unicode.h"
-CODES = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]  # all but surrogates, which are no text
-words = ByteLevel(add_prefix_space=False).pre_tokenize_str  # [(word with a character a byte, (begin, end)), ...]
+CODES = [code for code in range(0x110000) if not 0xD800 <= code < 0xE000]  # all except surrogates
+words = ByteLevel(add_prefix_space=False).pre_tokenize_str  # [(word, one character for each byte, (begin, end)), ...]
 # One character newer than each version of Unicode, with the first version that has it.
 NEWEST = {0x323B0: "17.0", 0x105C0: "16.0", 0x2EBF0: "15.1", 0x31350: "15.0", 0x10570: "14.0"}
 
 
 def class_of(character: str) -> str:
-    """It joins a word of its own class, and white space joins nothing."""
+    """A character joins a word of its own class. White space joins no word."""
     for name, neighbour in ("letter", "a"), ("number", "1"), ("other", "!"):
         if len(words(neighbour + character + neighbour)) == 1:
             return name
@@ -30,11 +30,11 @@ def class_of(character: str) -> str:
 
 
 def class_ranges() -> dict[str, list[list[int]]]:
-    """First and last code point of each range of a class."""
+    """The first and the last code point of each range of a class."""
     ranges: dict[str, list[list[int]]] = {"letter": [], "number": [], "space": [], "other": []}
     for start in range(0, len(CODES), 4096):
         codes = CODES[start:start + 4096]
-        # All characters of a word are of one class, except that a space may come first: here a tab stands for it.
+        # All characters of a word have one class, but a space may come first. So spaces are replaced by tabs.
         for _, (begin, end) in words("".join(map(chr, codes)).replace(" ", "\t")):
             mine = ranges[class_of(chr(codes[begin]))]
             if mine and mine[-1][1] == codes[begin] - 1:
@@ -83,8 +83,8 @@ def header() -> str:
 
 
 def checksum() -> int:
-    """CRC-32 of the lengths in bytes of all words of a text that has each code point beside a letter, a number and a
-    sign: `a?1?!` for each of them."""
+    """CRC-32 of the lengths in bytes of all words of a text. For each code point the text has `a?1?!`, which puts it
+    next to a letter, a number and a punctuation mark."""
     crc = 0
     for start in range(0, len(CODES), 4096):
         text = "".join(f"a{chr(code)}1{chr(code)}!" for code in CODES[start:start + 4096])

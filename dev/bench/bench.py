@@ -1,11 +1,11 @@
-"""Measures the trainer against its PyTorch twin, on this machine.
+"""Compares the speed of the trainer and its PyTorch twin on this machine.
 
     python dev/bench/bench.py --train-gpt ./train_gpt --attention build/attention [--quick] [--only TEXT]
 
-Every row of the table is a model (cases.py). All programs start from the same weights, train on the same
-batch with the same settings, and take turns, a process each time (programs.py); that they did the same work
-shows in their losses, which must agree. Then attention alone against the sequence length (curve.py). Writes
-bench.md, bench.json with every number, and attention.png.
+Every row of the table is a model (cases.py). All programs start from the same weights and train on the same
+batch with the same settings. They take turns, each time in a new process (programs.py). Their losses must
+agree, which shows that they did the same work. After that, attention alone is measured at several sequence
+lengths (curve.py). Writes bench.md, bench.json with every number, and attention.png.
 """
 import argparse
 import importlib.util
@@ -39,7 +39,7 @@ def describe_machine(train_gpt: Path, threads: int) -> dict[str, str | int | flo
     linked = subprocess.run(["ldd", train_gpt], capture_output=True, text=True).stdout
     libraries = [Path(path).resolve().name
                  for path in re.findall(r"=> (\S*lib(?:dnnl|gomp|omp|iomp5)\.so\S*)", linked)]
-    flags = train_gpt.parent / "build" / "flags"  # the Makefile's
+    flags = train_gpt.parent / "build" / "flags"  # the Makefile writes it
     return {"processor": cpu[1] if cpu else platform.machine(), "cores": len(os.sched_getaffinity(0)),
             "threads": threads, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
             "load before": round(os.getloadavg()[0], 2), "system": platform.platform(),
@@ -64,18 +64,20 @@ def positive(text: str) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measures the trainer against its PyTorch twin.")
+    parser = argparse.ArgumentParser(description="Compares the speed of the trainer and its PyTorch twin.")
     parser.add_argument("--train-gpt", type=program, required=True, metavar="FILE", help="the trainer")
     parser.add_argument("--attention", type=program, required=True, metavar="FILE",
-                        help="dev/bench/attention.cpp, built")
-    parser.add_argument("--llmc", metavar="DIR", help="also llm.c, whose CPU trainer is DIR/train_gpt2")
-    parser.add_argument("--quick", action="store_true", help="a small model, T to 2048: under 2 minutes")
-    parser.add_argument("--only", metavar="TEXT", help="rows whose name has TEXT in it")
-    parser.add_argument("--rounds", type=positive, help="runs of each program, instead of a row's own number")
+                        help="the program built from dev/bench/attention.cpp")
+    parser.add_argument("--llmc", metavar="DIR", help="measure llm.c, too; its CPU trainer is DIR/train_gpt2")
+    parser.add_argument("--quick", action="store_true",
+                        help="a small model and T up to 2048: less than 2 minutes")
+    parser.add_argument("--only", metavar="TEXT", help="measure only rows with TEXT in their name")
+    parser.add_argument("--rounds", type=positive,
+                        help="number of runs of each program (default: set for each row)")
     parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)),
-                        help="of every program (default: all cores)")
+                        help="number of threads of every program (default: all cores)")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), metavar="DIR",
-                        help="for bench.md, bench.json and attention.png (default: out/bench)")
+                        help="folder for bench.md, bench.json and attention.png (default: out/bench)")
     args = parser.parse_args()
     try:
         args.llmc = program(str(Path(args.llmc) / "train_gpt2")) if args.llmc else None
@@ -89,19 +91,19 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Results:
-    """Written after every row, so that a run that is stopped leaves what it has."""
+    """The results are written after every row, so that a run that is stopped keeps what it has measured."""
 
     def __init__(self, args: argparse.Namespace):
         self.folder, self.kernels = args.out, args.attention
         self.threads = args.threads
         self.machine = describe_machine(args.train_gpt, args.threads)
-        self.gflops: dict[str, float] = {}  # of a large matrix product, by dtype
+        self.gflops: dict[str, float] = {}  # dtype -> the rate of a large matrix product
         self.rows: list[dict] = []
         self.attention: dict[str, dict[int, float]] = {}
         self.failures: list[str] = []
 
     def measure_rate(self, dtype: str) -> None:
-        """Before every row; the best counts, as other programs on the machine only lower it."""
+        """Called before every row. The best rate counts, because other programs can only make it lower."""
         command = [str(self.kernels), "--matmul", "2048", "--dtype", dtype, "--repeat", "20", "--threads",
                    str(self.threads)]
         line = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -131,13 +133,14 @@ def main() -> int:
     with_curve = only in CURVE.lower()
     if not chosen and not with_curve:
         names = ", ".join([*(case.name for case in cases), CURVE])
-        print(f"bench.py: --only {args.only}: in none of: {names}", file=sys.stderr)
+        print(f"bench.py: --only {args.only}: no row has it in its name; expected a part of: {names}",
+              file=sys.stderr)
         return 2
 
     results = Results(args)
     if (load := results.machine["load before"]) > 0.5:
-        print(f"bench.py: other programs run here (load {load}): threads that wait for each other make every "
-              "time several times longer, and the ratios mean little", file=sys.stderr)
+        print(f"bench.py: other programs are running (load {load}), so threads wait for each other: times "
+              "may be several times longer, and the ratios mean little", file=sys.stderr)
     for case in chosen:
         try:
             results.measure_rate(case.dtype)

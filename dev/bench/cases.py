@@ -1,7 +1,7 @@
 """The rows of the benchmark's table: a model, its batch, its dtype and its attention."""
 from dataclasses import dataclass
 
-GPT2_VOCABULARY = 50257  # the trainer's, where a dataset has no meta.json
+GPT2_VOCABULARY = 50257  # the trainer assumes it if a dataset has no meta.json
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Model:
     context: int
 
     def flags(self) -> list[str]:
-        """Of `train_gpt train`."""
+        """Flags for `train_gpt train`."""
         return ["--layers", str(self.layers), "--heads", str(self.heads), "--channels", str(self.channels),
                 "--context", str(self.context)]
 
@@ -27,9 +27,9 @@ class Case:
     dtype: str
     attention: str
     rounds: int
-    steps: int  # measured, in each run
+    steps: int  # measured steps in each run
     warmup: int  # steps before these
-    compiled: bool = True  # PyTorch, too; each model takes it half a minute
+    compiled: bool = True  # also measure PyTorch compiled, which takes half a minute for each model
 
     @property
     def name(self) -> str:
@@ -43,15 +43,15 @@ class Case:
 
     @property
     def loss_rtol(self) -> float:
-        """Rounding differs, and the differences grow from step to step."""
+        """Rounding differs between the programs, and the differences grow with each step."""
         return {"fp32": 1e-3, "bf16": 2e-2}[self.dtype]
 
     def flags(self) -> list[str]:
         return [*self.model.flags(), "--attention", self.attention]
 
     def operations(self) -> float:
-        """Of a step's matrix products, forward and backward, in the form of attention that needs fewest: a
-        triangle of T by T scores or, for poly1 and poly2, a state of (features, D) that is carried along."""
+        """The operations of a step's matrix products, forward and backward. Attention counts in the form that
+        needs fewest: a triangle of T by T scores or, for poly1 and poly2, a state of (features, D)."""
         m, tokens = self.model, self.batch * self.seq
         D = m.channels // m.heads
         features = {"poly1": D, "poly2": D * (D + 1) // 2}.get(self.attention, self.seq)

@@ -3,9 +3,10 @@
 //   build/cuda_layers [--batch 16] [--seq 1024] [--dtype bf16|fp32] [--json FILE]
 //   build/cuda_layers --attention-only [--lengths 1024,2048,...]
 //
-// Two ceilings are measured on the card first, a copy in its memory and a large product by cuBLASLt; then,
-// layer by layer, the time, what that makes of the least bytes and the operations, and the shares of both
-// ceilings. build/cuda_layers_sim --quick runs the same code on dev/ptxsim, where no figure means anything.
+// First it measures two ceilings of the GPU: a copy in its memory, and a large product by cuBLASLt. Then it
+// measures each layer, and prints its time, its rates of bytes and of operations, and the shares of both
+// ceilings that it reaches. build/cuda_layers_sim --quick runs the same code on dev/ptxsim, where the numbers
+// mean nothing.
 #include "dev/bench/cuda_layers.h"
 
 #include <CLI/CLI.hpp>
@@ -20,7 +21,7 @@ namespace {
 using namespace layers_bench;
 using Json = nlohmann::ordered_json;
 
-// Bytes and operations a second, 0 where there is none.
+// Bytes and operations per second; 0 if there is no time.
 double bytes_rate(const Layer& layer) {
     return layer.ms > 0 ? layer.bytes / layer.ms * 1e3 : 0;
 }
@@ -76,8 +77,8 @@ void print(const Layer& layer, const Results& results) {
            100 * bytes_rate(layer) / results.copy_rate, 100 * operations_rate(layer) / results.product_rate);
 }
 
-// Prints what is new in the results, and writes all of them to the file: a run that is stopped leaves what it
-// has.
+// Prints the new results and writes all of them to the file, so that a run that is stopped keeps what it has
+// measured.
 class Report {
   public:
     Report(const Settings& settings, const Results& results, const std::string& file)
@@ -124,13 +125,14 @@ int run(int argc, char** argv) {
     app.add_option("--batch", settings.batch)->check(CLI::Range(1, 1024));
     app.add_option("--seq", settings.seq)->check(CLI::Range(1, 1 << 16));
     app.add_option("--dtype", dtype)->check(CLI::IsMember(std::vector<std::string>{"bf16", "fp32"}));
-    app.add_option("--repeat", settings.repeat, "calls, of which the median counts")
+    app.add_option("--repeat", settings.repeat, "number of calls; the median counts")
         ->check(CLI::Range(1, 10000));
-    app.add_option("--lengths", settings.lengths, "T[,T...] of --attention-only")
+    app.add_option("--lengths", settings.lengths, "sequence lengths T[,T...] for --attention-only")
         ->delimiter(',')
         ->check(CLI::Range(1, 1 << 20));
-    app.add_flag("--attention-only", settings.attention_only, "attention against the sequence length");
-    app.add_flag("--quick", quick, "tiny sizes, for the simulator");
+    app.add_flag("--attention-only", settings.attention_only,
+                 "measure only attention, at several sequence lengths");
+    app.add_flag("--quick", quick, "use tiny sizes, for the simulator");
     app.add_option("--json", json, "file for the results");
     try {
         app.parse(argc, argv);

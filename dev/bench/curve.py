@@ -1,5 +1,5 @@
-"""Time of attention alone, forward and backward, against the sequence length: our kernels, by the program
-that dev/bench/attention.cpp is, and PyTorch's scaled_dot_product_attention."""
+"""Measures attention alone, forward and backward, at several sequence lengths. Compares our kernels (the
+program built from dev/bench/attention.cpp) with PyTorch's scaled_dot_product_attention."""
 import json
 import math
 import subprocess
@@ -44,7 +44,7 @@ CROSSINGS = [("poly1", 64, "poly1 tiled", "poly1 linear"), ("poly2", 64, "poly2 
 
 
 def time_of(series: Series, T: int, repeat: int, program: str, threads: int) -> float:
-    """Milliseconds of a call, forward and backward: the median of `repeat`, after one that does not count."""
+    """Milliseconds of a call, forward and backward: the median of `repeat` calls after one for warm-up."""
     common = ["--dtype", DTYPE, *series.shape, "--seq", str(T), "--repeat", str(repeat),
               "--threads", str(threads)]
     if series is SDPA:
@@ -57,7 +57,7 @@ def time_of(series: Series, T: int, repeat: int, program: str, threads: int) -> 
 
 
 def measure(program: str, lengths: list[int], rounds: int, threads: int) -> dict[str, dict[int, float]]:
-    """Milliseconds by series and T. Every series has its turn in every round; the longest T has one round."""
+    """Milliseconds by series and T. In every round each series runs once. The longest T has one round."""
     times = {series.name: {} for series in SERIES}
     for T in lengths:
         print(f"attention against T: {T}", file=sys.stderr)
@@ -70,7 +70,7 @@ def measure(program: str, lengths: list[int], rounds: int, threads: int) -> dict
 
 
 def crossing(tiled: dict[int, float], linear: dict[int, float]) -> str:
-    """The T from which on linear takes less time, between the measured ones on straight lines in log-log."""
+    """The T from which on linear takes less time, interpolated on straight lines in log-log scale."""
     lengths = sorted(tiled)
     gain = [math.log(tiled[T] / linear[T]) for T in lengths]
     if gain[-1] <= 0:
@@ -106,7 +106,7 @@ def plot(times: dict[str, dict[int, float]], file: Path) -> None:
     axes.set_xticks(lengths, [f"{T:,}" for T in lengths])
     axes.set_xlabel("T, tokens in the sequence")
     axes.set_ylabel("ms, forward and backward")
-    axes.set_title(f"Causal attention, {DTYPE}, 1 sequence, 6 heads of 64 (where not said otherwise)")
+    axes.set_title(f"Causal attention, {DTYPE}, 1 sequence, 6 heads of 64 (if not named otherwise)")
     axes.grid(True, which="major", alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=150)

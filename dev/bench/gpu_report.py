@@ -1,8 +1,8 @@
-"""Puts what dev/gpu_check.sh has measured so far into one JSON file and one Markdown file.
+"""Collects the measurements of dev/gpu_check.sh so far in one JSON file and one Markdown file.
 
     python dev/bench/gpu_report.py WORK OUT
 
-WORK has stages.tsv (name, outcome, seconds, reason), a log a stage, and the JSON files that stages wrote.
+WORK has stages.tsv (name, outcome, seconds, reason), a log of each stage, and the JSON files of the stages.
 """
 import json
 import platform
@@ -21,7 +21,7 @@ def table(header: list[str], rows: list[list[object]]) -> list[str]:
 
 
 def number(value: float | None, digits: int = 3) -> str | None:
-    """Three digits that mean something, without an exponent."""
+    """Three significant digits, without an exponent."""
     if value is None:
         return None
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
@@ -88,7 +88,7 @@ def attention_lines(attention: dict | None, sdpa: dict | None) -> list[str]:
 def curve_lines(curves: dict[str, dict]) -> list[str]:
     rows = [[name.removeprefix("curve_"), x["steps"], f"{x['largest_difference']:.1e}", f"{x['rtol']:g}",
              *(f"{loss:.4f}" for loss in x["last_losses"])] for name, x in curves.items()]
-    return ["## Losses against the CPU trainer's in fp32", "",
+    return ["## Losses compared with the CPU trainer's in fp32", "",
             *table(["", "steps", "largest difference", "allowed", "CPU's last", "GPU's last"], rows)]
 
 
@@ -116,7 +116,7 @@ def output(*command: str) -> str:
 
 
 def describe_machine() -> dict[str, str]:
-    """Of what is not known, nothing."""
+    """Leaves out what is not known."""
     names = {"name": "card", "driver_version": "driver", "memory.total": "memory",
              "power.limit": "power limit", "clocks.max.sm": "highest clock",
              "compute_cap": "compute capability"}
@@ -137,15 +137,16 @@ def describe_machine() -> dict[str, str]:
 
 
 def last_words(log: Path) -> str:
-    """Why a stage failed: the tests that did, or the last line that speaks of an error, or the last one."""
+    """Why a stage failed: the tests that failed, or the last line about an error, or the last line."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     lines = [line.strip() for line in lines if line.strip()] or ["no output"]
     if tests := dict.fromkeys(line for line in lines if line.startswith("TEST CASE:")):
-        said = f"{len(tests)} tests: " + ", ".join(test.removeprefix("TEST CASE:").strip() for test in tests)
+        names = ", ".join(test.removeprefix("TEST CASE:").strip() for test in tests)
+        reason = f"{len(tests)} tests: {names}"
     else:
         errors = [line for line in lines if re.search("error|failed", line, re.IGNORECASE)]
-        said = (errors or lines)[-1]
-    return said[:300].replace("|", "/")
+        reason = (errors or lines)[-1]
+    return reason[:300].replace("|", "/")
 
 
 def collect(work: Path) -> dict:
@@ -159,7 +160,7 @@ def collect(work: Path) -> dict:
     for path in sorted(work.glob("*.json")):
         try:
             results[path.stem] = json.loads(path.read_text())
-        except json.JSONDecodeError:  # its stage was stopped while it wrote
+        except json.JSONDecodeError:  # its stage was stopped while it wrote the file
             results[path.stem] = None
     return results
 

@@ -1,11 +1,11 @@
-"""Trains GPT-2 124M in bf16 on one GPU for a few steps, by the CUDA trainer and by PyTorch compiled.
+"""Trains GPT-2 124M in bf16 on one GPU for a few steps, with the CUDA trainer and with PyTorch compiled.
 
     python dev/bench/gpu_training.py --trainer ./train_gptcu --json FILE [--batch B]
 
-Both start from the same weights and train on the same batch of random tokens, softmax and poly3
-(programs.py); that they did the same work shows in their losses. PyTorch is the twin in dev/reference/ as one
-writes it for speed: autocast, scaled_dot_product_attention, fused AdamW. The vocabulary is padded to 50,304,
-as one does for PyTorch's sake.
+Both start from the same weights and train on the same batch of random tokens, with softmax and with poly3
+(programs.py). Their losses show that they did the same work. The PyTorch program is the twin in
+dev/reference/, written for speed: autocast, scaled_dot_product_attention, fused AdamW. The vocabulary is
+padded to 50,304, because PyTorch is faster with that.
 """
 import argparse
 import json
@@ -22,19 +22,19 @@ from programs import COMPARED_STEPS, COMPILED, TRAINER, Bench, Failure, Run, jso
 
 GPT2 = Model("GPT-2 124M", 12, 12, 768, 50304, 1024)
 TINY = Model("tiny", 1, 2, 64, 304, 64)
-# In order of importance.
+# The most important runs come first.
 RUNS = [(TRAINER, "softmax"), (TRAINER, "poly3"), (COMPILED, "softmax"), (COMPILED, "poly3")]
 
 
 def largest_batch() -> int:
-    """Sequences of 1024 tokens that both programs find room for."""
+    """The number of sequences of 1024 tokens for which both programs have enough memory."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     mib = int(subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0])
     return next(batch for batch, needed in ((32, 70_000), (16, 36_000), (8, 18_000), (4, 0)) if mib >= needed)
 
 
 def gpu_mib(program: str, bench: Bench) -> float | None:
-    """What the program says it takes of the GPU's memory."""
+    """The GPU memory that the program reports."""
     folder = bench.folder / f"{program.replace(' ', '_')}_1"
     if program == COMPILED:
         return json_lines(folder / "metrics.jsonl")[-1].get("peak_mib")
@@ -49,7 +49,7 @@ def row(run: Run, bench: Bench) -> dict:
 
 
 def compare(rows: list[dict], rtol: float) -> None:
-    """Puts into the rows of PyTorch how the trainer's losses and speed compare."""
+    """Adds the comparison with the trainer's losses and speed to the rows of PyTorch."""
     trainer = {row["attention"]: row for row in rows if row["program"] != COMPILED and "ms" in row}
     for theirs in (row for row in rows if row["program"] == COMPILED and "ms" in row):
         if ours := trainer.get(theirs["attention"]):
@@ -60,14 +60,16 @@ def compare(rows: list[dict], rtol: float) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="The CUDA trainer against PyTorch compiled on one GPU.")
+    parser = argparse.ArgumentParser(description="Compares the CUDA trainer and compiled PyTorch on one GPU.")
     parser.add_argument("--trainer", type=Path, required=True, metavar="FILE", help="train_gptcu")
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="for the results")
-    parser.add_argument("--batch", type=int, help="sequences (default: by the card's memory, at most 32)")
-    parser.add_argument("--steps", type=int, default=20, help="measured, after 5 others")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="file for the results")
+    parser.add_argument("--batch", type=int,
+                        help="number of sequences (default: depends on the GPU's memory, at most 32)")
+    parser.add_argument("--steps", type=int, default=20,
+                        help="number of measured steps, after 5 for warm-up")
     parser.add_argument("--quick", action="store_true", help="a tiny model, for the simulator")
-    parser.add_argument("--device", default="cuda", help="PyTorch's")
-    parser.add_argument("--no-pytorch", action="store_true", help="the trainer alone")
+    parser.add_argument("--device", default="cuda", help="device of PyTorch")
+    parser.add_argument("--no-pytorch", action="store_true", help="measure only the trainer")
     args = parser.parse_args()
     model, batch = (TINY, 2) if args.quick else (GPT2, args.batch or largest_batch())
     results = {"model": model.name, "batch": batch, "seq": model.context, "dtype": "bf16", "rows": []}

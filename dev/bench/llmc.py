@@ -1,8 +1,9 @@
-"""llm.c's CPU trainer, where a person has it: `DIR/train_gpt2`, built by its own Makefile.
+"""Runs the CPU trainer of llm.c, if the user has it: `DIR/train_gpt2`, built by its own Makefile.
 
-It takes no arguments: 4 x 64 tokens a step, and files under fixed names in the working directory. So it is
-given a folder with the benchmark's weights and batch under these names, and is killed after enough steps. Its
-learning rate is another one and it does not clip: only the loss before the first update can be compared.
+It takes no arguments: a step has 4 x 64 tokens, and its files have fixed names in the working directory. So
+it gets a folder with the benchmark's weights and batch under these names, and it is killed after enough
+steps. Its learning rate differs and it does not clip, so only the loss before the first update can be
+compared.
 """
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 BATCH, SEQ = 4, 64
 STEPS, WARMUP = 5, 1  # it validates before steps 0 and 10, outside of the time it prints
 STEP_LINE = re.compile(r"step (\d+): train loss (\S+) \(took (\S+) ms\)")
-# Their layers' tensors one after the other, and which of them are transposed from Hugging Face's (in, out).
+# The tensors of a layer in llm.c's order, and whether they are transposed from Hugging Face's (in, out).
 LAYER_TENSORS = [("ln_1.weight", False), ("ln_1.bias", False), ("attn.c_attn.weight", True),
                  ("attn.c_attn.bias", False), ("attn.c_proj.weight", True), ("attn.c_proj.bias", False),
                  ("ln_2.weight", False), ("ln_2.bias", False), ("mlp.c_fc.weight", True),
@@ -23,7 +24,7 @@ LAYER_TENSORS = [("ln_1.weight", False), ("ln_1.bias", False), ("attn.c_attn.wei
 
 
 def write_checkpoint(path: Path, checkpoint: Path) -> None:
-    """llm.c's float32 checkpoint (magic 20240326, version 3) from one of ours."""
+    """Turns one of our checkpoints into a float32 checkpoint of llm.c (magic 20240326, version 3)."""
     import numpy as np
     from safetensors.numpy import load_file
     config = json.loads((checkpoint / "config.json").read_text())
@@ -50,7 +51,7 @@ def write_checkpoint(path: Path, checkpoint: Path) -> None:
 
 
 def prepare(folder: Path, checkpoint: Path, shard: Path) -> None:
-    """The working directory it wants; our shards are in its format."""
+    """Makes the working directory that it needs. Our shards have its format."""
     data = folder / "dev" / "data" / "tinyshakespeare"
     data.mkdir(parents=True)
     for split in ("train", "val"):
@@ -59,8 +60,8 @@ def prepare(folder: Path, checkpoint: Path, shard: Path) -> None:
 
 
 def run(program: Path, folder: Path, log: Path, threads: int) -> tuple[list[float], list[float], float]:
-    """Milliseconds and losses of its first steps, and its peak memory in MiB."""
-    # Its output goes to a terminal: it would keep lines to a pipe in a buffer, and lose them when killed.
+    """Returns milliseconds and losses of its first steps, and its peak memory in MiB."""
+    # Its output goes to a terminal, because with a pipe it would lose lines in its buffer when it is killed.
     master, slave = pty.openpty()
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen([str(program)], cwd=folder, stdin=subprocess.DEVNULL, stdout=slave,
@@ -75,7 +76,7 @@ def run(program: Path, folder: Path, log: Path, threads: int) -> tuple[list[floa
                     steps.append((float(match[3]), float(match[2])))
                 if len(steps) == STEPS:
                     break
-    except OSError:  # how a terminal says that the program has ended
+    except OSError:  # this happens when the program ends
         pass
     finally:
         process.kill()

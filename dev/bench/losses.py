@@ -1,8 +1,8 @@
-"""Holds the losses of one run against those of another, step by step.
+"""Compares the losses of two runs, step by step.
 
     python dev/bench/losses.py A/metrics.jsonl B/metrics.jsonl [--rtol 1e-3] [--json FILE]
 
-Exit status 1 where they are further apart than --rtol, relatively, at any step.
+The exit status is 1 if the relative difference at any step is more than --rtol.
 """
 import argparse
 import json
@@ -17,7 +17,7 @@ def losses(path: Path) -> dict[int, float]:
 
 
 def difference(a: dict[int, float], b: dict[int, float]) -> float:
-    """Infinite where the steps are not the same or a loss is NaN."""
+    """The largest relative difference. It is infinite if the steps are not the same or a loss is NaN."""
     if a.keys() != b.keys() or not a:
         return math.inf
     differences = [abs(b[step] - a[step]) / abs(a[step]) for step in a]
@@ -25,7 +25,7 @@ def difference(a: dict[int, float], b: dict[int, float]) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Holds the losses of one run against those of another.")
+    parser = argparse.ArgumentParser(description="Compares the losses of two runs, step by step.")
     parser.add_argument("files", nargs=2, type=Path, metavar="metrics.jsonl")
     parser.add_argument("--rtol", type=float, default=1e-3)
     parser.add_argument("--json", type=Path, metavar="FILE")

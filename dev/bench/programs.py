@@ -1,5 +1,5 @@
-"""Runs the trainer and its PyTorch twin, each run in a process of its own, from the same weights on the same
-batch with the same settings and number of threads. A step's milliseconds are what the program logs."""
+"""Runs the trainer and its PyTorch twin from the same weights on the same batch, with the same settings and
+number of threads. Each run is a process of its own. The programs log the milliseconds of their steps."""
 import json
 import math
 import os
@@ -15,7 +15,7 @@ REFERENCE = Path(__file__).parents[1] / "reference"
 sys.path.insert(0, str(REFERENCE))
 TRAINER, EAGER, COMPILED, LLMC = "train_gpt", "PyTorch", "PyTorch compiled", "llm.c"
 LEARNING_RATE = "3e-4"
-COMPARED_STEPS = 20  # of the losses; later, rounding has become differences that mean nothing
+COMPARED_STEPS = 20  # losses of later steps are not compared, because rounding errors have grown too much
 SETTINGS = ["--weight-decay", "0.1", "--grad-clip", "1.0"]
 
 
@@ -23,8 +23,8 @@ SETTINGS = ["--weight-decay", "0.1", "--grad-clip", "1.0"]
 class Run:
     program: str
     round: int
-    ms: list[float]  # of each step after the warm-up
-    loss: list[float]  # of each step
+    ms: list[float]  # milliseconds of each step after the warm-up
+    loss: list[float]  # loss of each step
     peak_mib: float
 
 
@@ -35,13 +35,13 @@ class Failure(Exception):
 
 
 def execute(command: list[str], log: Path, threads: int) -> float:
-    """Runs a program to its end; returns its peak memory in MiB. What it prints goes to `log`."""
+    """Runs a program to its end and returns its peak memory in MiB. Its output goes to `log`."""
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(log.parent / "inductor")}
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | caches
     with open(log, "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
-            _, status, usage = os.wait4(process.pid, 0)  # and not wait(): for this child's own memory
+            _, status, usage = os.wait4(process.pid, 0)  # wait() does not return the child's memory
         except BaseException:  # Ctrl-C
             process.kill()
             raise
@@ -58,12 +58,12 @@ def json_lines(path: Path) -> list[dict]:
 
 
 class Bench:
-    """One case, in a folder of its own."""
+    """One case, which has a folder of its own."""
 
     def __init__(self, case: Case, folder: Path, trainer: str, threads: int, llmc_program: Path | None = None,
                  device: str = "cpu"):
         self.case, self.folder, self.train_gpt, self.threads = case, folder, trainer, threads
-        self.device = device  # PyTorch's
+        self.device = device  # device of PyTorch
         it_can = (case.model, case.dtype, case.batch, case.seq) == (GPT2, "fp32", llmc.BATCH, llmc.SEQ)
         self.llmc_program = llmc_program if it_can else None
         self.data, self.start = folder / "data", folder / "start" / "step_00000001"
@@ -71,8 +71,8 @@ class Bench:
         self.prepare()
 
     def prepare(self) -> None:
-        """Writes one batch of random tokens, so that a shuffled loader and an unshuffled one hand out the
-        same, and the weights that the trainer starts from, by a step of learning rate 0."""
+        """Writes one batch of random tokens; with only one, shuffling makes no difference. Writes also the
+        weights from which the trainer starts, by a step with learning rate 0."""
         import numpy as np
         from shards import write_shard
         vocab_size = self.case.model.vocab_size
@@ -117,12 +117,12 @@ class Bench:
         peak = execute(command, self.folder / f"{folder.name}.log", self.threads)
         lines = json_lines(metrics)
         if [line["step"] for line in lines] != list(range(1, self.steps + 1)):
-            raise Failure(command, f"{metrics} has not a line for each of {self.steps} steps")
+            raise Failure(command, f"{metrics} does not have a line for each of {self.steps} steps")
         return Run(program, round, [line["ms"] for line in lines][self.case.warmup:],
                    [line["loss"] for line in lines], peak)
 
     def measure(self, rounds: int) -> tuple[list[Run], str]:
-        """All runs, in another order in each round; and why PyTorch compiled is not among them."""
+        """Does all runs, in a new order in each round. Returns them, and why PyTorch compiled is absent."""
         programs = [TRAINER, EAGER] + [COMPILED] * self.case.compiled + [LLMC] * bool(self.llmc_program)
         runs, absent = [], ""
         for round in range(1, rounds + 1):
@@ -142,8 +142,8 @@ class Bench:
 
 
 def largest_loss_difference(runs: list[Run]) -> float:
-    """Relative to the first run of eager PyTorch; infinite where a loss is NaN. llm.c has settings of its
-    own: only its first loss, before any update, is compared."""
+    """The difference is relative to the first run of eager PyTorch, and infinite if a loss is NaN. llm.c has
+    settings of its own, so only its first loss, before any update, is compared."""
     reference = next(run.loss for run in runs if run.program == EAGER)
     differences = []
     for run in runs:

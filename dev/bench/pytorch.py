@@ -1,10 +1,10 @@
-"""What the benchmark measures of PyTorch alone, a JSON line each.
+"""Does the benchmark's measurements of PyTorch alone, and prints each as a JSON line.
 
     python dev/bench/pytorch.py versions
     python dev/bench/pytorch.py attention --dtype fp32|bf16 --heads H --head-size D --seq T[,T...] --repeat N
 
-`attention` is scaled_dot_product_attention, causal, forward and backward, from and to the layout of a
-transformer's qkv projection, (B,T,3C). Times are of a call, the median.
+`attention` is causal scaled_dot_product_attention, forward and backward, from and to the layout of a
+transformer's qkv projection, (B,T,3C). The time is the median of a call.
 """
 import argparse
 import json
@@ -20,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def times_ms(call: Callable[[], None], repeat: int) -> list[float]:
-    """After one call that does not count."""
+    """Times of calls after one call for warm-up."""
     times = []
     for _ in range(repeat + 1):
         start = time.perf_counter()
@@ -51,7 +51,7 @@ def versions() -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What the benchmark measures of PyTorch alone.")
+    parser = argparse.ArgumentParser(description="Does the benchmark's measurements of PyTorch alone.")
     parser.add_argument("what", choices=["versions", "attention"])
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--batch", type=int, default=1)

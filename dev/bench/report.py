@@ -1,4 +1,4 @@
-"""What the benchmark writes: rows of the table, and Markdown."""
+"""Makes what the benchmark writes: the rows of the table, and the Markdown."""
 from statistics import geometric_mean, median
 
 import curve
@@ -9,7 +9,7 @@ SHORT = {TRAINER: "train_gpt ms", EAGER: "PyTorch ms", COMPILED: "compiled ms", 
 
 
 def summarise(case: Case, runs: list[Run]) -> dict:
-    """The numbers of a row, but for its floor."""
+    """The numbers of a row, except its floor."""
     ms, mib = {}, {}
     for program in dict.fromkeys(run.program for run in runs):
         mine = [run for run in runs if run.program == program]
@@ -73,10 +73,11 @@ def markdown(machine: dict, gflops: dict[str, float], rows: list[dict],
             "## A training step", "", *step_table(rows, gflops), "",
             f"Geometric mean of the ratios: **{f'{mean:.2f}' if mean else 'none'}**.", "",
             "Times are medians over all steps of all rounds, after the warm-up; the programs took turns. The "
-            "ratio is that of the faster of PyTorch eager and compiled to train_gpt, with the same weights, "
-            "batch and dtype (bf16: autocast). Memory is the peak of the whole process, libraries included, "
-            "against that of the faster PyTorch. The floor is the step's matrix products at the rate above. "
-            f"Losses of all programs agree, in each of the first {COMPARED_STEPS} steps, to {agree}.", ""]
+            "ratio is the time of the faster of PyTorch eager and compiled, divided by that of train_gpt, "
+            "with the same weights, batch and dtype (bf16: autocast). Memory is the peak of the whole "
+            "process with its libraries, for train_gpt and for the faster PyTorch. The floor is the time of "
+            f"the step's matrix products at the rate above. The losses of all programs agree, in each of the first "
+            f"{COMPARED_STEPS} steps, to {agree}.", ""]
         lines += [f"{row['name']}: PyTorch compiled does not work here: {row['absent']}\n"
                   for row in rows if row["absent"]]
     if attention:
@@ -84,6 +85,6 @@ def markdown(machine: dict, gflops: dict[str, float], rows: list[dict],
                               for c in curve.crossings(attention))
         lines += [f"## Attention alone, {curve.DTYPE}, forward and backward", "", "![](attention.png)", "",
                   *attention_table(attention), "",
-                  f"Linear takes less time than tiled from T = ... on: {crossings}.", ""]
+                  f"T from which linear takes less time than tiled: {crossings}.", ""]
     lines += [f"FAILED: {failure}\n" for failure in failures]
     return "\n".join(lines)

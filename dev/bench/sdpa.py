@@ -1,10 +1,10 @@
-"""PyTorch's scaled_dot_product_attention, causal, at the lengths of build/cuda_layers --attention-only.
+"""Times PyTorch's causal scaled_dot_product_attention at the lengths of build/cuda_layers --attention-only.
 
     python dev/bench/sdpa.py [--lengths T,...] [--tokens N] [--json FILE]
 
-Times are medians of a call between two CUDA events, with other data in the L2 cache. q, k, v and their
-gradients are (B,H,T,D) views of (B,T,H,D), so that nothing but attention is timed. Every backend that
-PyTorch has here is measured: `flash` is its FlashAttention.
+A time is the median of a call between two CUDA events, with other data in the L2 cache. q, k, v and their
+gradients are (B,H,T,D) views of (B,T,H,D), so that only attention is timed. Every backend that PyTorch has
+on this machine is measured; `flash` is its FlashAttention.
 """
 import argparse
 import json
@@ -27,7 +27,7 @@ def call_ms(call: Callable[[], object], other: torch.Tensor) -> float:
         call()
         return 1e3 * (time.perf_counter() - start)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    other.sum()  # long enough that the call is in the stream before it ends
+    other.sum()  # takes so long that the call is in the stream before the sum ends
     begin.record()
     call()
     end.record()
@@ -57,7 +57,7 @@ def measure(backend: str, dtype: torch.dtype, B: int, H: int, D: int, T: int, re
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times PyTorch's attention against the sequence length.")
+    parser = argparse.ArgumentParser(description="Times PyTorch's attention at several sequence lengths.")
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384,32768", metavar="T[,T...]")
     parser.add_argument("--tokens", type=int, help="B times T (default: the longest T)")
     parser.add_argument("--heads", type=int, default=12)
@@ -77,7 +77,7 @@ def main() -> None:
             try:
                 row = measure(backend, DTYPES[args.dtype], B, args.heads, args.head_size, T, args.repeat,
                               other)
-            except RuntimeError as error:  # a backend that is not for this card
+            except RuntimeError as error:  # the backend does not support this GPU
                 row = {"backend": backend, "B": B, "T": T, "error": " ".join(str(error).split())[:200]}
             results["rows"].append(row)
             print(json.dumps(row), flush=True)

@@ -1,15 +1,15 @@
-"""Writes tests/golden/run: a short training run of the PyTorch twin, for the trainer's to be held against.
+"""Writes tests/golden/run: a short training run of the PyTorch twin, to compare the trainer with.
 
     python dev/reference/golden_run.py
 
-- initial/: the model that the run starts from, its names as GPT2LMHeadModel writes them; data/: token shards.
-- flags.txt: what `train_gpt train` is given besides --init-from, --data and --out.
-- metrics.jsonl: the lines that it must log, without what the clock decides; of the attention's norms, some.
+- initial/: the first model of the run, with names as GPT2LMHeadModel writes them; data/: token shards.
+- flags.txt: the flags of `train_gpt train` besides --init-from, --data and --out.
+- metrics.jsonl: the lines that it must log, without times and with only some of the attention's norms.
 - last.safetensors: the weights after the last step and, as m.<name> and v.<name>, AdamW's moments.
 
-No flag has its default, and each decides the result: the clip binds in some steps and not in others, eps is
-large, the steps end in the second epoch. What the twin takes from the trainer is only the order of the data,
-which is written here once more. All is computed in float64 from the float32 weights.
+No flag has its default, and each one changes the result: some gradients are clipped and others are not, eps
+is large, and the steps end in the second epoch. The twin uses nothing from the trainer except the order of
+the data, which is implemented here again. Everything is computed in float64 from the float32 weights.
 """
 import json
 import math
@@ -29,7 +29,7 @@ from shards import windows, write_shard
 from training import adamw
 
 RUN = GOLDEN / "run"
-# Every kind of parameter: those that decay, and those that do not for each of the reasons there are.
+# It has every kind of parameter: those with weight decay, and each kind without it.
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=8, n_positions=12, vocab_size=29, qk_norm=True,
                    decay="learned", short_conv=2)
 FLAGS = {"seed": 12345678901234567890, "batch": 2, "seq": 9, "total-batch": 36, "steps": 8, "warmup": 3,
@@ -39,7 +39,7 @@ U64 = 2**64 - 1
 
 
 def mix(x: int) -> int:
-    """SplitMix64's output function."""
+    """The output function of SplitMix64."""
     x = (x + 0x9e3779b97f4a7c15) & U64
     x = ((x ^ (x >> 30)) * 0xbf58476d1ce4e5b9) & U64
     x = ((x ^ (x >> 27)) * 0x94d049bb133111eb) & U64
@@ -47,9 +47,9 @@ def mix(x: int) -> int:
 
 
 def shuffled(index: int, count: int, seed: int, epoch: int) -> int:
-    """Which of `count` sequences is at place `index` of an epoch: the swap-or-not shuffle (Hoang, Morris and
-    Rogaway 2012) in 128 rounds. Each pairs x with key - x, and swaps the two or not by a bit of the larger
-    one's hash."""
+    """Returns which of `count` sequences is at place `index` of an epoch, by the swap-or-not shuffle (Hoang,
+    Morris and Rogaway 2012) in 128 rounds. Each round pairs x with key - x and swaps the two if a bit of the
+    larger one's hash is 1."""
     key = mix((mix(seed) + epoch) & U64)
     x = index
     for round_ in range(128):
@@ -68,7 +68,7 @@ def learning_rate(step: int) -> float:
 
 
 def write_inputs() -> None:
-    """The model that the run starts from, with gradients of every size, and the shards."""
+    """Writes the model from which the run starts, with gradients of every size, and the shards."""
     rng = np.random.default_rng(5)
     model = GPT(CONFIG)
     for name, parameter in model.named_parameters():
@@ -84,7 +84,7 @@ def write_inputs() -> None:
 
 
 def micro_batches(split: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets (B,T): epochs, each in its own order, or once the validation split as it is."""
+    """Yields inputs and targets (B,T): shuffled epochs of train, or the split val once, in its order."""
     B, sequences = FLAGS["batch"], list(windows(RUN / "data", FLAGS["seq"], split))
     N = len(sequences)
     places = range(0, FLAGS["val-batches"] * B if split == "val" else 10**6, B)
@@ -97,7 +97,7 @@ def micro_batches(split: str) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def recording(matrices: list[Tensor]) -> Callable[..., Tensor]:
-    """attention_matrix, which leaves what it returns in `matrices` too."""
+    """Returns a version of attention_matrix that also appends its result to `matrices`."""
     def recorded(*args) -> Tensor:
         matrices.append(attention_matrix(*args))
         return matrices[-1]
@@ -106,7 +106,7 @@ def recording(matrices: list[Tensor]) -> Callable[..., Tensor]:
 
 
 def attention_norms(A: Tensor) -> Iterator[dict]:
-    """Of a layer's A (B,H,T,T), softmax: a line a head."""
+    """Yields one line per head from a layer's A (B,H,T,T) of softmax."""
     for head in range(A.shape[1]):
         rows = A[:, head].flatten(0, 1)  # (B T,T)
         yield {"head": head, "attention_norm": rows.square().sum(-1).mean().sqrt().item(),
@@ -119,7 +119,7 @@ def norm(tensors: list[Tensor]) -> float:
 
 
 def train(model: GPT, optimizer: torch.optim.Optimizer) -> Iterator[dict]:
-    """The lines of metrics.jsonl."""
+    """Yields the lines of metrics.jsonl."""
     def validation() -> dict:
         with torch.no_grad():
             losses = [model(*batch)[1].item() for batch in micro_batches("val")]
@@ -130,7 +130,7 @@ def train(model: GPT, optimizer: torch.optim.Optimizer) -> Iterator[dict]:
     yield {"step": 0, **validation()}
     for step in range(1, FLAGS["steps"] + 1):
         optimizer.zero_grad()
-        losses, matrices = [], []  # A of every layer, one micro-batch after the other
+        losses, matrices = [], []  # matrices: A of every layer of the first micro-batch, then of the next one
         for _ in range(count):
             with mock.patch("gpt.attention_matrix", recording(matrices)):
                 _, loss = model(*next(batches))
@@ -145,7 +145,7 @@ def train(model: GPT, optimizer: torch.optim.Optimizer) -> Iterator[dict]:
                "tokens": step * FLAGS["total-batch"]}
         if step == 1 or step % FLAGS["norms-every"] == 0:
             for layer in range(CONFIG.n_layer):
-                for line in attention_norms(matrices[layer].detach()):  # of the first micro-batch
+                for line in attention_norms(matrices[layer].detach()):  # A of the first micro-batch
                     yield {"step": step, "layer": layer, **line}
                 yield {"step": step, "layer": layer, "gradient_norm": layer_norms[layer]}
         if step % FLAGS["val-every"] == 0 or step == FLAGS["steps"]:

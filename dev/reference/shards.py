@@ -1,4 +1,4 @@
-"""Token shards in llm.c's format: 256 int32 (magic, version, number of tokens, zeros), then the tokens."""
+"""Reads and writes shards of llm.c: 256 int32 (magic, version, number of tokens, zeros), then tokens."""
 import re
 from collections.abc import Iterator
 from itertools import chain, islice, repeat
@@ -16,7 +16,7 @@ def read_shard(path: Path) -> np.ndarray:
         raise ValueError(f"{path}: not a token shard")
     tokens = np.fromfile(path, dtype=dtype, offset=1024)
     if len(tokens) != header[2]:
-        raise ValueError(f"{path}: holds {len(tokens)} tokens, its header says {header[2]}")
+        raise ValueError(f"{path}: has {len(tokens)} tokens, but its header says {header[2]}")
     return tokens
 
 
@@ -28,8 +28,9 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 
 
 def windows(data: Path, T: int, split: str = "train") -> Iterator[np.ndarray]:
-    """The sequences of one epoch, unshuffled: T + 1 tokens, stride T, of the split's shards in the order of
-    their names. A shard of n tokens has (n-1)/T, for each takes the token after it as its last target."""
+    """Yields the sequences of one epoch, unshuffled, from the shards in the order of their names. A sequence
+    has T + 1 tokens, because the token after the inputs is the last target, and the next one begins T tokens
+    later. So a shard of n tokens has (n-1)/T sequences."""
     found = False
     for path in sorted(data.glob("*.bin")):
         if re.search(f"(?<![A-Za-z]){split}(?![A-Za-z])", path.stem):
@@ -42,7 +43,7 @@ def windows(data: Path, T: int, split: str = "train") -> Iterator[np.ndarray]:
 
 
 def batches(data: Path, B: int, T: int, split: str = "train") -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs and targets (B,T), epoch after epoch without end."""
+    """Yields inputs and targets (B,T), epoch after epoch, without end."""
     sequences = chain.from_iterable(windows(data, T, split) for _ in repeat(None))
     while True:
         batch = np.stack(list(islice(sequences, B))).astype(np.int64)

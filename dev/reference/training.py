@@ -1,9 +1,9 @@
-"""Trains the PyTorch twin for a few steps, as the trainer does: clipped gradients, then AdamW.
+"""Trains the PyTorch twin for a few steps as the trainer does: with clipped gradients and AdamW.
 
     python dev/reference/training.py --model DIR --data DIR --batch B --seq T --steps N --out metrics.jsonl
 
-Each step's loss, gradient norm and milliseconds go to a file like the trainer's metrics.jsonl. It is what the
-benchmark measures; the twin takes the sequences in the order of the shards, unshuffled.
+The loss, the gradient norm and the milliseconds of each step go to a file like the trainer's metrics.jsonl.
+The benchmark measures this program. It reads the sequences in the order of the shards, unshuffled.
 """
 import argparse
 import json
@@ -29,7 +29,7 @@ def adamw(model: GPT, lr: float, weight_decay: float, betas: tuple[float, float]
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, input_ids: Tensor, targets: Tensor,
                grad_clip: float, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
-    """The loss and the gradient's norm before the step. `dtype` is what the matrices are multiplied in."""
+    """Returns the loss and the gradient's norm before the step. `dtype` is the type of matrix products."""
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(input_ids.device.type, dtype=dtype, enabled=dtype != torch.float32):
         _, loss = model(input_ids, targets)
@@ -58,7 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the PyTorch twin for a few steps.")
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint to start from")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="dataset folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="metrics, a line a step")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE",
+                        help="file for the metrics, one line per step")
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--seq", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
