@@ -153,8 +153,8 @@ def levels(run: Run, row: str, key: str) -> tuple[list[float], list[float]]:
         return bounds, [1.0]
     if not bounds or not run.predicted:
         return bounds, []
-    of_heads = [norm if row == "attention_norm" else jacobian for norm, jacobian in run.predicted]
-    return bounds, sorted({min(of_heads), max(of_heads)})
+    per_head = [norm if row == "attention_norm" else jacobian for norm, jacobian in run.predicted]
+    return bounds, sorted({min(per_head), max(per_head)})
 
 
 def scale_together(panels: list, values: list[float]) -> None:

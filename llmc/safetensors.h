@@ -263,12 +263,12 @@ class SafetensorsSet {
             number = files_.size();
             const SafetensorsFile& file = files_.emplace_back(open(name));
             for (const TensorView& tensor : file.tensors()) {
-                const auto said = map.find(tensor.name);
-                if (said == map.end())
+                const auto named = map.find(tensor.name);
+                if (named == map.end())
                     fail(file.path(), ": tensor ", shown(tensor.name), " is not in ", path_);
-                if (*said != name)
+                if (*named != name)
                     fail(file.path(), ": tensor ", shown(tensor.name), " is here, but ", path_,
-                         " says that it is in ", brief(*said));
+                         " says that it is in ", brief(*named));
             }
         }
         for (const auto& [tensor, name] : map.items()) {

@@ -227,11 +227,12 @@ class Trainer {
     // Chooses the tokenizer of the model if it has one, otherwise that of the dataset. A dataset of llm.c's
     // shards has none.
     void choose_tokenizer(const std::optional<Checkpoint>& initial, bool resumed, const GPTConfig& config) {
-        const std::optional<MappedFile> of_data = find_tokenizer(o.data);
-        const MappedFile *file = of_data ? &*of_data : nullptr, *own = nullptr;
-        if (initial && (resumed || !o.new_tokenizer)) own = initial->tokenizer();
-        require_same_tokenizer(file, own, resumed ? "" : "; --new-tokenizer allows it");
-        if (own) file = own;
+        const std::optional<MappedFile> dataset_file = find_tokenizer(o.data);
+        const MappedFile* file = dataset_file ? &*dataset_file : nullptr;
+        const MappedFile* model_file = nullptr;
+        if (initial && (resumed || !o.new_tokenizer)) model_file = initial->tokenizer();
+        require_same_tokenizer(file, model_file, resumed ? "" : "; --new-tokenizer allows it");
+        if (model_file) file = model_file;
         if (!file) return;
         tokenizer_text = file->text();
         tokenizer = open_if_supported(*file, "samples");
