@@ -234,7 +234,7 @@ TEST_CASE("SafetensorsWriter refuses what would be no good file") {
     FileWriter file(path);
     SafetensorsWriter writer(file, {{"a", DType::F32, {2}}, {"b", DType::F32, {2}}});
     writer.append(values, 4);
-    check_error([&] { writer.append(values, 8); }, {path, "\"a\"", "8 bytes", "expected 4"});
+    check_error([&] { writer.append(values, 8); }, {path, "\"a\"", "8 more bytes", "expected at most 4"});
     check_error([&] { writer.close(); }, {path, "\"a\"", "4 bytes", "not written"});
     writer.append(values, 4);
     check_error([&] { writer.close(); }, {path, "\"b\"", "8 bytes", "not written"});
@@ -248,7 +248,7 @@ TEST_CASE("SafetensorsWriter refuses what would be no good file") {
         check_error([&] { SafetensorsWriter(other, tensors); }, parts);
     };
     refused({{"a", DType::U8, {1}}, {"b", DType::F32, {1}}}, {"\"b\"", "aligned"});
-    refused({{"a", DType::U8, {1}}, {"a", DType::U8, {1}}}, {"\"a\"", "taken"});
+    refused({{"a", DType::U8, {1}}, {"a", DType::U8, {1}}}, {"\"a\"", "the name occurs twice"});
     refused({{"a", DType::F32, {-1}}}, {"\"a\"", "(-1)"});
     refused({{"a", DType::F32, {1LL << 40, 1LL << 40}}}, {"\"a\"", "no file can hold"});
     refused({{"a", DType::U8, {INT64_MAX}}, {"b", DType::U8, {1}}}, {"\"b\"", "no file can hold"});

@@ -443,9 +443,9 @@ TEST_CASE("Tokenizer: what it does not implement, or what is malformed, is an er
     check_bad([](Json& j) { j["model"]["merges"][1] = {"a", "b", "c"}; }, {"model.merges[1]"});
     check_bad([](Json& j) { j["model"]["merges"][1] = {"a", 1}; }, {"model.merges[1]"});
     check_bad([](Json& j) { j["model"]["merges"][1] = "a c"; },
-              {"model.merges[1]", "does not make one token"});
+              {"model.merges[1]", "does not merge two tokens into one"});
     check_bad([](Json& j) { j["model"]["merges"][1] = "x bc"; },
-              {"model.merges[1]", "does not make one token"});
+              {"model.merges[1]", "does not merge two tokens into one"});
     check_bad([](Json& j) { j["model"]["merges"][1] = "a b"; }, {"model.merges[1]", "occurs twice"});
     // The added tokens.
     auto check_added = [&](const char* key, const Json& value, std::initializer_list<std::string> parts) {
