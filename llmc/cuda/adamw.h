@@ -7,6 +7,7 @@
 
 #include "llmc/cuda/columns.h"
 #include "llmc/cuda/memory.h"
+#include "llmc/cuda/reduce.h"
 #include "llmc/cuda/rng.h"
 #include "llmc/optimizer.h"
 #include "llmc/parameters.h"
@@ -71,8 +72,8 @@ __global__ void __launch_bounds__(kAdamwThreads)
             next = range + 1 < range_count ? ranges[range + 1].begin : n;
         }
         size_t count = n - i;
-        Floats<4> p = load_floats<4>(param + i, count), g = load_floats<4>(grad + i, count);
-        Floats<4> mi = load_floats<4>(m + i, count), vi = load_floats<4>(v + i, count);
+        Vec<4> p = load_vec<4>(param + i, count), g = load_vec<4>(grad + i, count);
+        Vec<4> mi = load_vec<4>(m + i, count), vi = load_vec<4>(v + i, count);
         float keep = 1.0f - o.learning_rate * decay;
 #pragma unroll
         for (int k = 0; k < 4; k++) {
@@ -81,9 +82,9 @@ __global__ void __launch_bounds__(kAdamwThreads)
             vi[k] = o.beta2 * vi[k] + (1.0f - o.beta2) * gk * gk;
             p[k] = p[k] * keep - o.step_size * mi[k] / (sqrtf(vi[k]) * o.v_scale + o.eps);
         }
-        store_floats<4>(param + i, p, count);
-        store_floats<4>(m + i, mi, count);
-        store_floats<4>(v + i, vi, count);
+        store_vec(param + i, p, count);
+        store_vec(m + i, mi, count);
+        store_vec(v + i, vi, count);
         if constexpr (!std::is_same_v<Real, float>) {
             if (o.stochastic) {
                 uint4 bits = random_block(o.seed, o.step, i / 4);
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kAdamwThreads)
 #pragma unroll
                 for (int k = 0; k < 4; k++) p[k] = to_float(round_stochastically(p[k], random[k] >> 16));
             }
-            store_floats<4>(copy + i, p, count);
+            store_vec(copy + i, p, count);
         }
     }
 }
@@ -129,16 +130,6 @@ constexpr int kSquaresAddThreads = 1024;
 static_assert(kSquaresBlocks <= kSquaresAddThreads);
 constexpr int kSquaresTile = kSquaresThreads * 4 * kSquaresTurns;
 
-template <int kThreads>
-__device__ double block_sum_of_doubles(double x, double* shared /*(warps)*/) {
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
-    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
-    __syncthreads();
-    double total = 0;
-    for (int w = 0; w < kThreads / kWarp; w++) total += shared[w];
-    return total;
-}
-
 template <class T>
 __global__ void __launch_bounds__(kSquaresThreads)
     sum_of_squares_kernel(double* partial, const T* __restrict__ x, size_t n) {
@@ -146,18 +137,18 @@ __global__ void __launch_bounds__(kSquaresThreads)
     double total = 0;
     for (size_t tile = blockIdx.x * (size_t)kSquaresTile; tile < n;
          tile += gridDim.x * (size_t)kSquaresTile) {
-        Floats<4> values[kSquaresTurns];
+        Vec<4> values[kSquaresTurns] = {};
 #pragma unroll
         for (int turn = 0; turn < kSquaresTurns; turn++) {
             size_t i = tile + (turn * kSquaresThreads + threadIdx.x) * 4;
-            if (i < n) values[turn] = load_floats<4>(x + i, n - i);
+            if (i < n) values[turn] = load_vec<4>(x + i, n - i);
         }
 #pragma unroll
         for (int turn = 0; turn < kSquaresTurns; turn++)
 #pragma unroll
             for (int k = 0; k < 4; k++) total += (double)values[turn][k] * values[turn][k];
     }
-    total = block_sum_of_doubles<kSquaresThreads>(total, shared);
+    total = block_sum_in_order<kSquaresThreads>(total, shared);
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
@@ -165,7 +156,7 @@ static __global__ void __launch_bounds__(kSquaresAddThreads)
     add_squares_kernel(double* sum, const double* __restrict__ partial, int parts) {
     __shared__ double shared[kSquaresAddThreads / kWarp];
     double total = (int)threadIdx.x < parts ? partial[threadIdx.x] : 0.0;
-    total = block_sum_of_doubles<kSquaresAddThreads>(total, shared);
+    total = block_sum_in_order<kSquaresAddThreads>(total, shared);
     if (threadIdx.x == 0) *sum = total;
 }
 

@@ -3,7 +3,7 @@
 #pragma once
 #include "llmc/attention_scale.h"
 #include "llmc/config.h"
-#include "llmc/cuda/common.h"
+#include "llmc/cuda/reduce.h"
 
 namespace gpu {
 

@@ -3,7 +3,7 @@
 // p = 1, of 8 for p = 2 and of 4 for p = 3; a tile has all products of one channel each of its p blocks,
 // which come in order (a <= b <= c) and count as often as they could be arranged.
 #pragma once
-#include "llmc/cuda/common.h"
+#include "llmc/cuda/vector.h"
 
 namespace gpu {
 

@@ -267,7 +267,7 @@ __global__ void attention_dots(float* dot,        // (B,H,T)
     float sum = 0;
     for (int c = threadIdx.x % 8 * kWidth; index < rows && c < D; c += 8 * kWidth) {
         if (packs) {
-            Floats<kWidth> x = load_floats<kWidth>(dout + row + c), y = load_floats<kWidth>(out + row + c);
+            Vec<kWidth> x = load_vec<kWidth>(dout + row + c), y = load_vec<kWidth>(out + row + c);
 #pragma unroll
             for (int e = 0; e < kWidth; e++) sum += x[e] * y[e];
         } else {

@@ -9,6 +9,7 @@
 #include "llmc/attention_scale.h"
 #include "llmc/config.h"
 #include "llmc/cuda/attention_features.h"
+#include "llmc/cuda/reduce.h"
 
 namespace gpu {
 

@@ -11,6 +11,8 @@
 #include "llmc/attention_scale.h"
 #include "llmc/config.h"
 #include "llmc/cuda/common.h"
+#include "llmc/cuda/reduce.h"
+#include "llmc/cuda/vector.h"
 
 namespace gpu {
 

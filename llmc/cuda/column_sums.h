@@ -3,8 +3,8 @@
 #pragma once
 #include <algorithm>
 
-#include "llmc/cuda/common.h"
-#include "llmc/cuda/vector.h"
+#include "llmc/cuda/columns.h"
+#include "llmc/cuda/reduce.h"
 
 namespace gpu {
 
@@ -24,20 +24,18 @@ __global__ void __launch_bounds__(kColumnLanes* kColumnRows) column_sums_kernel(
     __shared__ float shared[kWarps][kWidth * kStride];
     int lane = threadIdx.x % kColumnLanes, c = blockIdx.x * kColumns + lane * kWidth;
     int begin = blockIdx.y * rows, end = min(N, begin + rows);
-    float sum[kWidth] = {};
+    Vec<kWidth> sum{};
     if (c < C) {
 #pragma unroll 4
         for (int n = begin + threadIdx.x / kColumnLanes; n < end; n += kColumnRows) {
-            float x[kWidth];
-            load_floats(x, inp + (size_t)n * C + c);
+            Vec<kWidth> x = load_vec<kWidth>(inp + (size_t)n * C + c);
 #pragma unroll
             for (int i = 0; i < kWidth; i++) sum[i] += x[i];
         }
     }
 #pragma unroll
     for (int i = 0; i < kWidth; i++) {
-        for (int offset = kColumnLanes; offset < kWarp; offset *= 2)
-            sum[i] += __shfl_xor_sync(0xFFFFFFFFu, sum[i], offset);
+        sum[i] = reduce_lanes<Sum, kColumnLanes, 2 * kColumnLanes>(sum[i]);
         if (threadIdx.x % kWarp < kColumnLanes) shared[threadIdx.x / kWarp][i * kStride + lane] = sum[i];
     }
     __syncthreads();
@@ -78,6 +76,46 @@ void add_column_sums(float* out,       // (C) +=
     } else {
         run(std::integral_constant<int, 1>());
     }
+}
+
+// outs[blockIdx.y] (C) += the sum of partial (parts, gridDim.y, padded C) over the parts. A block takes 32
+// columns; 32 slots sum every 32nd part, then the slots are summed in order.
+struct ColumnSums {
+    float* outs[2];
+};
+constexpr int kSumColumns = 32, kSumSlots = 32, kSumThreads = kSumColumns / 4 * kSumSlots;
+
+static __global__ void __launch_bounds__(kSumThreads)
+    add_partial_sums_kernel(ColumnSums to, const float* __restrict__ partial, int parts, int C) {
+    __shared__ alignas(16) float slots[kSumSlots][kSumColumns];
+    int padded = padded_columns(C), slot = threadIdx.x / (kSumColumns / 4);
+    int c = threadIdx.x % (kSumColumns / 4) * 4, begin = blockIdx.x * kSumColumns;
+    Vec<4> sum{};
+    if (begin + c < padded) {
+        const float* from = partial + (size_t)blockIdx.y * padded + begin + c;
+#pragma unroll 4
+        for (int part = slot; part < parts; part += kSumSlots) {
+            Vec<4> x = load_vec<4>(from + (size_t)part * gridDim.y * padded);
+#pragma unroll
+            for (int k = 0; k < 4; k++) sum[k] += x[k];
+        }
+    }
+    store_vec(&slots[slot][c], sum);
+    __syncthreads();
+    if (threadIdx.x >= kSumColumns || begin + (int)threadIdx.x >= C) return;
+    float total = 0;
+#pragma unroll
+    for (int s = 0; s < kSumSlots; s++) total += slots[s][threadIdx.x];
+    to.outs[blockIdx.y][begin + threadIdx.x] += total;
+}
+
+// first (C), and second (C) unless it is null, += the sum of partial (parts, one or two, padded C) over the
+// parts.
+inline void add_partial_sums(float* first, float* second, const float* partial, int parts, int C,
+                             cudaStream_t stream) {
+    dim3 grid(ceil_div(C, kSumColumns), second ? 2 : 1);
+    add_partial_sums_kernel<<<grid, kSumThreads, 0, stream>>>({{first, second}}, partial, parts, C);
+    check_launch();
 }
 
 }  // namespace gpu

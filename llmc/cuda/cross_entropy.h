@@ -3,7 +3,7 @@
 #pragma once
 #include <algorithm>
 
-#include "llmc/cuda/common.h"
+#include "llmc/cuda/reduce.h"
 #include "llmc/cuda/vector.h"
 
 namespace gpu {
@@ -26,9 +26,8 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
     // This thread's largest logit so far, and the sum of exponentials relative to it.
     float most = -INFINITY, total = 0;
     for (int v = begin; v < V; v += step) {
-        float x[kWidth];
-        load_floats(x, row + v);
-        if constexpr (kKeeps) store_floats(kept + v, x);
+        Vec<kWidth> x = load_vec<kWidth>(row + v);
+        if constexpr (kKeeps) store_vec(kept + v, x);
         float pack_most = x[0];
 #pragma unroll
         for (int i = 1; i < kWidth; i++)
@@ -49,14 +48,14 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
     float factor = dloss / total;
     Real* drow = dlogits + (size_t)blockIdx.x * Vp;
     for (int v = begin; v < Vp; v += step) {
-        float x[kWidth] = {};
-        if (v < V) load_floats(x, (kKeeps ? kept : row) + v);
+        Vec<kWidth> x{};
+        if (v < V) x = load_vec<kWidth>((kKeeps ? kept : row) + v);
 #pragma unroll
         for (int i = 0; i < kWidth; i++) {
             x[i] = v + i < V ? expf(x[i] - largest) * factor : 0.0f;
             if (v + i == target) x[i] -= dloss;
         }
-        store_floats(drow + v, x);
+        store_vec(drow + v, x);
     }
 }
 
@@ -98,15 +97,11 @@ constexpr int kMeanLossThreads = 1024;
 
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) mean_loss_kernel(double* sum, const float* losses, int N) {
-    __shared__ double shared[kThreads];
+    __shared__ double shared[kThreads / kWarp];
     double total = 0;
     for (int n = threadIdx.x; n < N; n += kThreads) total += losses[n];
-    shared[threadIdx.x] = total;
-    for (int half = kThreads / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
-    }
-    if (threadIdx.x == 0) *sum += shared[0] / N;
+    total = block_sum(total, shared);
+    if (threadIdx.x == 0) *sum += total / N;
 }
 
 // Adds the mean loss to *sum, which stays on the device.

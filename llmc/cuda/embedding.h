@@ -18,13 +18,13 @@ __global__ void __launch_bounds__(kWarp)
                              int C) {
     Columns<4, kPacked> columns{(int)threadIdx.x, kWarp, C};
     int t = blockIdx.x, tile = blockIdx.y, b0 = blockIdx.z * kEmbeddingBatch;
-    Floats<4> position;
+    Vec<4> position{};
     if (wpe) position = columns.load(wpe + (size_t)t * C, tile);
 #pragma unroll
     for (int i = 0; i < kEmbeddingBatch; i++) {
         if (b0 + i >= B) break;
         size_t bt = (size_t)(b0 + i) * T + t;
-        Floats<4> x = columns.load(wte + (size_t)tokens[bt] * C, tile);
+        Vec<4> x = columns.load(wte + (size_t)tokens[bt] * C, tile);
 #pragma unroll
         for (int k = 0; k < 4; k++) x[k] += position[k];
         columns.store(out + bt * C, tile, x);
@@ -141,9 +141,9 @@ __global__ void __launch_bounds__(kWarp)
     float* partial_head = partial + (size_t)chunk * 2 * padded;
 
     constexpr int kBatch = 8;  // loads in flight
-    Floats<4> sum;
+    Vec<4> sum{};
     for (int e0 = 0; e0 < n; e0 += kBatch) {
-        Floats<4> d[kBatch], old[kBatch];
+        Vec<4> d[kBatch] = {}, old[kBatch] = {};
         Gradient* rows[kBatch];
 #pragma unroll
         for (int u = 0; u < kBatch; u++) {
@@ -194,15 +194,15 @@ __global__ void __launch_bounds__(kWarp)
         inside = __popc(__ballot_sync(0xFFFFFFFFu, has));
     }
     Columns<4, kPacked> columns{(int)threadIdx.x, kWarp, C};
-    Floats<4> sum = columns.load(partial + ((size_t)chunk * 2 + 1) * padded, tile);
+    Vec<4> sum = columns.load(partial + ((size_t)chunk * 2 + 1) * padded, tile);
 #pragma unroll 8
     for (int i = chunk + 1; i <= last; i++) {
-        Floats<4> x = columns.load(partial + (size_t)i * 2 * padded, tile);
+        Vec<4> x = columns.load(partial + (size_t)i * 2 * padded, tile);
 #pragma unroll
         for (int k = 0; k < 4; k++) sum[k] += x[k];
     }
     Gradient* row = dwte + (size_t)token * C;
-    Floats<4> x = columns.load(row, tile);
+    Vec<4> x = columns.load(row, tile);
 #pragma unroll
     for (int k = 0; k < 4; k++) x[k] += sum[k];
     columns.store(row, tile, x);
@@ -214,10 +214,10 @@ __global__ void __launch_bounds__(kWarp)
     Columns<4, kPacked> columns{(int)threadIdx.x, kWarp, C};
     int t = blockIdx.x, tile = blockIdx.y;
     Gradient* row = dwpe + (size_t)t * C;
-    Floats<4> old = columns.load(row, tile), sum;
+    Vec<4> old = columns.load(row, tile), sum{};
 #pragma unroll 8
     for (int b = 0; b < B; b++) {
-        Floats<4> d = columns.load(dout + ((size_t)b * T + t) * C, tile);
+        Vec<4> d = columns.load(dout + ((size_t)b * T + t) * C, tile);
 #pragma unroll
         for (int k = 0; k < 4; k++) sum[k] += d[k];
     }

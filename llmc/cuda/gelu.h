@@ -3,7 +3,7 @@
 #pragma once
 #include <algorithm>
 
-#include "llmc/cuda/columns.h"
+#include "llmc/cuda/column_sums.h"
 
 namespace gpu {
 
@@ -31,10 +31,10 @@ __global__ void __launch_bounds__(kGeluThreads) gelu_forward_kernel(Real* out, c
     constexpr int kPack = Pack<Real>::size;
     size_t i = ((size_t)blockIdx.x * kGeluThreads + threadIdx.x) * kPack;
     if (i >= n) return;
-    Floats<kPack> x = load_floats<kPack>(inp + i, n - i);
+    Vec<kPack> x = load_vec<kPack>(inp + i, n - i);
 #pragma unroll
     for (int k = 0; k < kPack; k++) x[k] = gelu(x[k]);
-    store_floats<kPack>(out + i, x, n - i);
+    store_vec(out + i, x, n - i);
 }
 
 template <class Real>
@@ -57,11 +57,11 @@ __global__ void __launch_bounds__(kGeluThreads)
     int warp = threadIdx.x / kWarp, tile = blockIdx.x;
     Columns<kPack, kPacked> columns{(int)threadIdx.x % kWarp, kWarp, C};
     int end = min(N, (int)(blockIdx.y + 1) * kGeluRows);
-    Floats<kPack> sum;
+    Vec<kPack> sum{};
 #pragma unroll 2
     for (int row = blockIdx.y * kGeluRows + warp; row < end; row += kWarps) {
         size_t at = (size_t)row * C;
-        Floats<kPack> d = columns.load(dout + at, tile), x = columns.load(inp + at, tile);
+        Vec<kPack> d = columns.load(dout + at, tile), x = columns.load(inp + at, tile);
 #pragma unroll
         for (int k = 0; k < kPack; k++) {
             d[k] *= gelu_derivative(x[k]);
@@ -74,12 +74,12 @@ __global__ void __launch_bounds__(kGeluThreads)
     __syncthreads();
     int c = threadIdx.x * 4, padded = padded_columns(C);
     if (c >= kTile || tile * kTile + c >= padded) return;
-    Floats<4> total;
+    Vec<4> total{};
 #pragma unroll
     for (int w = 0; w < kWarps; w++)
 #pragma unroll
         for (int k = 0; k < 4; k++) total[k] += sums[w][c + k];
-    store_floats<4>(partial + (size_t)blockIdx.y * padded + tile * kTile + c, total);
+    store_vec(partial + (size_t)blockIdx.y * padded + tile * kTile + c, total);
 }
 
 // Floats of scratch that gelu_backward() wants.

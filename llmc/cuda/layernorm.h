@@ -3,7 +3,7 @@
 #pragma once
 #include <algorithm>
 
-#include "llmc/cuda/columns.h"
+#include "llmc/cuda/column_sums.h"
 
 namespace gpu {
 
@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kNormThreads)
 #pragma unroll
         for (int c = threadIdx.x * 4; c < kHeld * kGroup; c += kNormThreads * 4)
             if (c < C) {
-                store_floats<4>(&shared[0][c], load_floats<4>(weight + c));
-                store_floats<4>(&shared[1][c], load_floats<4>(bias + c));
+                store_vec(&shared[0][c], load_vec<4>(weight + c));
+                store_vec(&shared[1][c], load_vec<4>(bias + c));
             }
         weight = shared[0], bias = shared[1];
         __syncthreads();
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kNormThreads)
     };
     for (int row = blockIdx.x * kNormWarps + threadIdx.x / kWarp; row < N; row += gridDim.x * kNormWarps) {
         size_t begin = (size_t)row * C;
-        Floats<4> held[kHeld ? kHeld : 1];
+        Vec<4> held[kHeld ? kHeld : 1] = {};
         if constexpr (kHeld > 0) for_groups([&](int i) { held[i] = columns.load(inp + begin, i); });
         // The row itself. Where it is not held a lane reads again what it wrote.
         auto row_at = [&](int i) {
@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(kNormThreads)
         } else {
             if constexpr (kPass == LayerNormPass::residual) {
                 for_groups([&](int i) {
-                    Floats<4> x = kHeld > 0 ? held[kHeld ? i : 0] : columns.load(inp + begin, i);
-                    Floats<4> d = columns.load(delta + begin, i);
+                    Vec<4> x = kHeld > 0 ? held[kHeld ? i : 0] : columns.load(inp + begin, i);
+                    Vec<4> d = columns.load(delta + begin, i);
 #pragma unroll
                     for (int k = 0; k < 4; k++) x[k] += d[k];
                     columns.store(residual + begin, i, x);
@@ -73,14 +73,14 @@ __global__ void __launch_bounds__(kNormThreads)
             }
             float total = 0, squares = 0;
             for_groups([&](int i) {
-                Floats<4> x = row_at(i);
+                Vec<4> x = row_at(i);
 #pragma unroll
                 for (int k = 0; k < 4; k++) total += x[k];
             });
             m = warp_sum(total) / C;
             for_groups(
                 [&](int i) {  // of the deviations: E[x^2] - E[x]^2 loses all digits where the mean is large
-                    Floats<4> x = row_at(i);
+                    Vec<4> x = row_at(i);
 #pragma unroll
                     for (int k = 0; k < 4; k++)
                         if (columns.has(i, k)) squares += (x[k] - m) * (x[k] - m);
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kNormThreads)
             if (columns.lane == 0) mean[row] = m, rstd[row] = r;
         }
         for_groups([&](int i) {
-            Floats<4> x = row_at(i), w = columns.load(weight, i), b = columns.load(bias, i);
+            Vec<4> x = row_at(i), w = columns.load(weight, i), b = columns.load(bias, i);
 #pragma unroll
             for (int k = 0; k < 4; k++) x[k] = (x[k] - m) * r * w[k] + b[k];
             columns.store(out + begin, i, x);
@@ -156,16 +156,6 @@ void residual_layernorm_forward(float* residual,      // (N,C), may be inp
 
 constexpr int kNormBackwardThreads = 512;  // at most
 
-// Of a and b over the block, in all threads. `shared` may be used again after the next barrier but one.
-__device__ inline float2 block_sum_of_two(float a, float b, float2* shared /*(warps)*/) {
-    int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-    a = warp_sum(a), b = warp_sum(b);
-    if (lane == 0) shared[warp] = make_float2(a, b);
-    __syncthreads();
-    float2 sums = lane < warps ? shared[lane] : make_float2(0, 0);
-    return make_float2(warp_sum(sums.x), warp_sum(sums.y));
-}
-
 // A block takes a row, and goes on to the row gridDim.x further: so few columns are a thread's own that the
 // sums of its weight gradients over all rows of the block stay in registers beside the row. kGroups: the most
 // groups of 4 blockDim.x columns. kHeld: the row stays in registers too, otherwise it is read twice.
@@ -175,10 +165,10 @@ __global__ void __launch_bounds__(kNormBackwardThreads)
                               const float* __restrict__ inp, const float* __restrict__ mean,
                               const float* __restrict__ rstd, const float* __restrict__ weight, int N,
                               int C) {
-    __shared__ float2 shared[2][kNormBackwardThreads / kWarp];
+    __shared__ float2 shared[2][kNormBackwardThreads / kWarp];  // rows take turns
     Columns<4, kPacked> columns{(int)threadIdx.x, (int)blockDim.x, C};
     int groups = columns.groups(), turn = 0;
-    Floats<4> dw[kGroups], db[kGroups], w[kHeld ? kGroups : 1];
+    Vec<4> dw[kGroups] = {}, db[kGroups] = {}, w[kHeld ? kGroups : 1];
     if constexpr (kHeld) {
 #pragma unroll
         for (int i = 0; i < kGroups; i++) w[i] = columns.load(weight, i);
@@ -188,7 +178,7 @@ __global__ void __launch_bounds__(kNormBackwardThreads)
         // Offsets of columns that are computed before the loop and kept would take more registers than there
         // are.
         if constexpr (!kHeld) asm volatile("" : "+r"(columns.lane));
-        Floats<4> d[kHeld ? kGroups : 1], x[kHeld ? kGroups : 1], dx[kHeld ? kGroups : 1];
+        Vec<4> d[kHeld ? kGroups : 1], x[kHeld ? kGroups : 1], dx[kHeld ? kGroups : 1];
         if constexpr (kHeld) {
 #pragma unroll
             for (int i = 0; i < kGroups; i++) {
@@ -201,7 +191,7 @@ __global__ void __launch_bounds__(kNormBackwardThreads)
 #pragma unroll
         for (int i = 0; i < kGroups; i++) {
             if (!kHeld && i >= groups) break;
-            Floats<4> di, xi, wi;
+            Vec<4> di, xi, wi;
             if constexpr (kHeld) {
                 di = d[i], xi = x[i], wi = w[i];
             } else {
@@ -215,12 +205,12 @@ __global__ void __launch_bounds__(kNormBackwardThreads)
                 total_normed += dnorm * ((xi[k] - m) * r);
             }
         }
-        float2 sums = block_sum_of_two(total, total_normed, shared[turn]);
+        float2 sums = block_sum(float2{total, total_normed}, shared[turn]);
         float mean_dnorm = sums.x / C, mean_normed = sums.y / C;
 #pragma unroll
         for (int i = 0; i < kGroups; i++) {
             if (!kHeld && i >= groups) break;
-            Floats<4> di, xi, wi, sum;
+            Vec<4> di, xi, wi, sum;
             if constexpr (kHeld) {
                 di = d[i], xi = x[i], wi = w[i], sum = dx[i];
             } else {

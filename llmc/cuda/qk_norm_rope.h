@@ -9,7 +9,7 @@
 #include <cstddef>
 
 #include "llmc/cuda/column_sums.h"
-#include "llmc/cuda/common.h"
+#include "llmc/cuda/reduce.h"
 #include "llmc/cuda/vector.h"
 #include "llmc/rope.h"
 
@@ -22,7 +22,7 @@ constexpr int kHeadThreads = 128;
 // channels, so that an odd head without rotation ends one short.
 template <int kWidth, int kChunks>
 struct HeadShare {
-    float low[kChunks][kWidth], high[kChunks][kWidth];
+    Vec<kWidth> low[kChunks], high[kChunks];
 
     template <class F>  // f(chunk, channel in the half, whether the upper half has it)
     static __device__ void for_chunks(int lane, int lanes, int D, F f) {
@@ -36,15 +36,15 @@ struct HeadShare {
     template <class Real>
     __device__ void load(const Real* at, int lane, int lanes, int D) {
         for_chunks(lane, lanes, D, [&](int chunk, int i, bool has_high) {
-            load_floats(low[chunk], at + i);
-            if (has_high) load_floats(high[chunk], at + (D + 1) / 2 + i);
+            low[chunk] = load_vec<kWidth>(at + i);
+            if (has_high) high[chunk] = load_vec<kWidth>(at + (D + 1) / 2 + i);
         });
     }
     template <class Real>
     __device__ void store(Real* at, int lane, int lanes, int D) const {
         for_chunks(lane, lanes, D, [&](int chunk, int i, bool has_high) {
-            store_floats(at + i, low[chunk]);
-            if (has_high) store_floats(at + (D + 1) / 2 + i, high[chunk]);
+            store_vec(at + i, low[chunk]);
+            if (has_high) store_vec(at + (D + 1) / 2 + i, high[chunk]);
         });
     }
     __device__ float dot(const HeadShare& other) const {
@@ -88,12 +88,6 @@ struct HeadShare {
             }
     }
 };
-
-// Over groups of `lanes` lanes, a power of two.
-__device__ inline float group_sum(float x, int lanes) {
-    for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
-    return x;
-}
 
 template <class Real, int kWidth, int kChunks>
 __global__ void __launch_bounds__(kHeadThreads)

@@ -7,7 +7,6 @@
 #include <cstddef>
 
 #include "llmc/cuda/column_sums.h"
-#include "llmc/cuda/common.h"
 #include "llmc/cuda/vector.h"
 
 namespace gpu {
@@ -30,29 +29,30 @@ struct ConvRow {
     static constexpr int kStride = kConvLanes + kConvLanes / kWidth;
     float values[kWidth * kStride];
     __device__ float& at(int i, int lane) { return values[i * kStride + lane]; }
-    __device__ void put(const float (&x)[kWidth]) {
+    __device__ void put(const Vec<kWidth>& x) {
 #pragma unroll
         for (int i = 0; i < kWidth; i++) at(i, threadIdx.x) = x[i];
     }
-    __device__ void take(float (&x)[kWidth]) {
+    __device__ Vec<kWidth> take() {
+        Vec<kWidth> x;
 #pragma unroll
         for (int i = 0; i < kWidth; i++) x[i] = at(i, threadIdx.x);
+        return x;
     }
 };
 
 // The taps of a block's channels, read once for all its rows.
 template <int kWidth, int K>
-__device__ void load_taps(float (&taps)[K][kWidth], ConvRow<kWidth>* shared, const float* weight, int w,
+__device__ void load_taps(Vec<kWidth> (&taps)[K], ConvRow<kWidth>* shared, const float* weight, int w,
                           int W) {
     static_assert(K <= kConvRuns);
     if (w < W && threadIdx.y < K) {
-        load_floats(taps[0], weight + (size_t)threadIdx.y * W + w);
-        shared[threadIdx.y].put(taps[0]);
+        shared[threadIdx.y].put(load_vec<kWidth>(weight + (size_t)threadIdx.y * W + w));
     }
     __syncthreads();
     if (w >= W) return;
 #pragma unroll
-    for (int s = 0; s < K; s++) shared[s].take(taps[s]);
+    for (int s = 0; s < K; s++) taps[s] = shared[s].take();
 }
 
 template <class Real, int kWidth, int K>
@@ -61,26 +61,24 @@ __global__ void __launch_bounds__(kConvLanes* kConvRuns, 1)
     int w = (blockIdx.x * kConvLanes + threadIdx.x) * kWidth;
     int begin = (blockIdx.y * kConvRuns + threadIdx.y) * rows, end = min(T, begin + rows);
     __shared__ ConvRow<kWidth> shared[K];
-    float taps[K][kWidth], x[K][kWidth] = {};  // x[s] is row t - s
+    Vec<kWidth> taps[K], x[K] = {};  // x[s] is row t - s
     load_taps(taps, shared, weight, w, W);
     if (w >= W || begin >= T) return;
     size_t at = (size_t)blockIdx.z * T * W + w;
 #pragma unroll
     for (int s = 0; s < K - 1; s++)
-        if (begin - 1 - s >= 0) load_floats(x[s], inp + at + (size_t)(begin - 1 - s) * W);
+        if (begin - 1 - s >= 0) x[s] = load_vec<kWidth>(inp + at + (size_t)(begin - 1 - s) * W);
 #pragma unroll K
     for (int t = begin; t < end; t++) {
 #pragma unroll
-        for (int s = K - 1; s > 0; s--)
-#pragma unroll
-            for (int i = 0; i < kWidth; i++) x[s][i] = x[s - 1][i];
-        load_floats(x[0], inp + at + (size_t)t * W);
-        float sum[kWidth] = {};
+        for (int s = K - 1; s > 0; s--) x[s] = x[s - 1];
+        x[0] = load_vec<kWidth>(inp + at + (size_t)t * W);
+        Vec<kWidth> sum{};
 #pragma unroll
         for (int s = 0; s < K; s++)
 #pragma unroll
             for (int i = 0; i < kWidth; i++) sum[i] += taps[s][i] * x[s][i];
-        store_floats(out + at + (size_t)t * W, sum);
+        store_vec(out + at + (size_t)t * W, sum);
     }
 }
 
@@ -96,39 +94,36 @@ __global__ void __launch_bounds__(kConvLanes* kConvRuns, 1)
     int w = (blockIdx.x * kConvLanes + threadIdx.x) * kWidth;
     int begin = (blockIdx.y * kConvRuns + threadIdx.y) * rows, end = min(T, begin + rows);
     size_t at = (size_t)blockIdx.z * T * W + w;
-    float weights[K][kWidth], dtaps[K][kWidth] = {};
+    Vec<kWidth> weights[K], dtaps[K] = {};
     const bool has_dinp = K < kConvTaps || dinp;  // only of many taps some come without
     if (has_dinp) load_taps(weights, shared, weight, w, W);
     if (w < W && begin < T) {
-        float d[K][kWidth] = {};  // d[s] is row t + first + s
+        Vec<kWidth> d[K] = {};  // d[s] is row t + first + s
 #pragma unroll
         for (int s = 1; s < K; s++)
-            if (begin + first + s - 1 < T) load_floats(d[s], dout + at + (size_t)(begin + first + s - 1) * W);
+            if (begin + first + s - 1 < T)
+                d[s] = load_vec<kWidth>(dout + at + (size_t)(begin + first + s - 1) * W);
         for (int t = begin; t < end; t++) {
 #pragma unroll
-            for (int s = 0; s < K - 1; s++)
-#pragma unroll
-                for (int i = 0; i < kWidth; i++) d[s][i] = d[s + 1][i];
+            for (int s = 0; s < K - 1; s++) d[s] = d[s + 1];
             int last = t + first + K - 1;
             if (last < T) {
-                load_floats(d[K - 1], dout + at + (size_t)last * W);
+                d[K - 1] = load_vec<kWidth>(dout + at + (size_t)last * W);
             } else {
-#pragma unroll
-                for (int i = 0; i < kWidth; i++) d[K - 1][i] = 0;
+                d[K - 1] = {};
             }
-            float x[kWidth];
-            load_floats(x, inp + at + (size_t)t * W);
+            Vec<kWidth> x = load_vec<kWidth>(inp + at + (size_t)t * W);
 #pragma unroll
             for (int s = 0; s < K; s++)
 #pragma unroll
                 for (int i = 0; i < kWidth; i++) dtaps[s][i] += x[i] * d[s][i];
             if (!has_dinp) continue;
-            float dx[kWidth] = {};
+            Vec<kWidth> dx{};
 #pragma unroll
             for (int s = 0; s < K; s++)
 #pragma unroll
                 for (int i = 0; i < kWidth; i++) dx[i] += weights[s][i] * d[s][i];
-            store_floats(dinp + at + (size_t)t * W, dx);
+            store_vec(dinp + at + (size_t)t * W, dx);
         }
     }
     float* to = partial + (size_t)(blockIdx.z * gridDim.y + blockIdx.y) * taps * W;
@@ -153,15 +148,14 @@ __global__ void short_conv_wide_kernel(Real* out, const Real* inp, const float* 
     int w = (blockIdx.x * kConvLanes + threadIdx.x) * kWidth, t = blockIdx.y * kConvRuns + threadIdx.y;
     if (w >= W || t >= T) return;
     size_t at = ((size_t)blockIdx.z * T + t) * W + w;
-    float sum[kWidth] = {};
+    Vec<kWidth> sum{};
     for (int s = 0; s < K && (kReversed ? t + s < T : s <= t); s++) {
-        float x[kWidth], tap[kWidth];
-        load_floats(x, kReversed ? inp + at + (size_t)s * W : inp + at - (size_t)s * W);
-        load_floats(tap, weight + (size_t)s * W + w);
+        Vec<kWidth> x = load_vec<kWidth>(kReversed ? inp + at + (size_t)s * W : inp + at - (size_t)s * W);
+        Vec<kWidth> tap = load_vec<kWidth>(weight + (size_t)s * W + w);
 #pragma unroll
         for (int i = 0; i < kWidth; i++) sum[i] += tap[i] * x[i];
     }
-    store_floats(out + at, sum);
+    store_vec(out + at, sum);
 }
 
 // Calls run(width, taps): taps is K, or kConvTaps where K is more.

@@ -1,41 +1,85 @@
-// A few neighbouring numbers in the registers of a thread, as floats whatever they are in memory.
+// Vector loads: neighbouring numbers, up to 16 bytes in one access.
+//
+// Arrays that kernels read so begin at 16-byte addresses (all buffers of MemoryPlan do). Where the length of
+// a row is not a multiple of the access, kernels read it element by element.
 #pragma once
 #include "llmc/cuda/common.h"
 
 namespace gpu {
 
-// One number, or as many as fill one or more packs of Real.
-template <class Real, int kWidth>
-__device__ void load_floats(float (&x)[kWidth], const Real* at) {
-    if constexpr (kWidth == 1) {
-        x[0] = to_float(*at);
-    } else {
-        constexpr int kPack = Pack<Real>::size;
-        static_assert(kWidth % kPack == 0);
+// N numbers as they are in memory, which are read and written at once: 16 bytes unless fewer are asked for.
+template <class T, int N = 16 / sizeof(T)>
+struct alignas(N * sizeof(T)) Pack {
+    static constexpr int size = N;
+    T values[N];
+    __device__ T& operator[](int i) { return values[i]; }
+    __device__ const T& operator[](int i) const { return values[i]; }
+};
+
+template <class T>
+__device__ Pack<T> load_pack(const T* at) {
+    return *reinterpret_cast<const Pack<T>*>(at);
+}
+template <class T>
+__device__ void store_pack(T* at, const Pack<T>& pack) {
+    *reinterpret_cast<Pack<T>*>(at) = pack;
+}
+
+// N numbers in the registers of a thread. They are floats, whatever they are in memory. Vec<N>{} is zero,
+// otherwise they begin with no particular value.
+template <int N>
+struct Vec {
+    float values[N];
+    __device__ float& operator[](int i) { return values[i]; }
+    __device__ const float& operator[](int i) const { return values[i]; }
+};
+
+// What is read in one access of N numbers of T.
+template <int N, class T>
+using PackOf = Pack<T, (N * sizeof(T) <= 16 ? N : 16 / sizeof(T))>;
+
+// N numbers from an address that is a multiple of their size, or of 16 bytes where they are larger.
+template <int N, class T>
+__device__ Vec<N> load_vec(const T* at) {
+    using Part = PackOf<N, T>;
+    static_assert(N % Part::size == 0);
+    Vec<N> x{};
 #pragma unroll
-        for (int p = 0; p < kWidth; p += kPack) {
-            Pack<Real> pack = load_pack(at + p);
+    for (int p = 0; p < N; p += Part::size) {
+        Part pack = *reinterpret_cast<const Part*>(at + p);
 #pragma unroll
-            for (int i = 0; i < kPack; i++) x[p + i] = to_float(pack[i]);
-        }
+        for (int i = 0; i < Part::size; i++) x[p + i] = to_float(pack[i]);
+    }
+    return x;
+}
+template <int N, class T>
+__device__ void store_vec(T* at, const Vec<N>& x) {
+    using Part = PackOf<N, T>;
+    static_assert(N % Part::size == 0);
+#pragma unroll
+    for (int p = 0; p < N; p += Part::size) {
+        Part pack;
+#pragma unroll
+        for (int i = 0; i < Part::size; i++) pack[i] = from_float<T>(x[p + i]);
+        *reinterpret_cast<Part*>(at + p) = pack;
     }
 }
 
-template <class Real, int kWidth>
-__device__ void store_floats(Real* at, const float (&x)[kWidth]) {
-    if constexpr (kWidth == 1) {
-        *at = from_float<Real>(x[0]);
-    } else {
-        constexpr int kPack = Pack<Real>::size;
-        static_assert(kWidth % kPack == 0);
+// The first `count` of N numbers, or all where there are more; the rest are 0.
+template <int N, class T>
+__device__ Vec<N> load_vec(const T* at, size_t count) {
+    if (count >= N) return load_vec<N>(at);
+    Vec<N> x{};
 #pragma unroll
-        for (int p = 0; p < kWidth; p += kPack) {
-            Pack<Real> pack;
+    for (int i = 0; i < N; i++) x[i] = i < count ? to_float(at[i]) : 0.0f;
+    return x;
+}
+template <int N, class T>
+__device__ void store_vec(T* at, const Vec<N>& x, size_t count) {
+    if (count >= N) return store_vec(at, x);
 #pragma unroll
-            for (int i = 0; i < kPack; i++) pack[i] = from_float<Real>(x[p + i]);
-            store_pack(at + p, pack);
-        }
-    }
+    for (int i = 0; i < N; i++)
+        if (i < count) at[i] = from_float<T>(x[i]);
 }
 
 // Whether rows of n numbers, one after another from each of these addresses, can be read in packs.
