@@ -62,19 +62,12 @@ struct FeatureTile {
     }
 };
 
-// kN numbers from an address that is a multiple of their size, or of 16 bytes.
+// load_vec() into an array.
 template <int kN, class Real>
 __device__ void load_few(float (&x)[kN], const Real* at) {
-    constexpr int kPiece = kN < Pack<Real>::size ? kN : Pack<Real>::size;
-    struct alignas(kPiece * sizeof(Real)) Piece {
-        Real values[kPiece];
-    };
+    const Vec<kN> loaded = load_vec<kN>(at);
 #pragma unroll
-    for (int i = 0; i < kN; i += kPiece) {
-        const Piece piece = *reinterpret_cast<const Piece*>(at + i);
-#pragma unroll
-        for (int e = 0; e < kPiece; e++) x[i + e] = to_float(piece.values[e]);
-    }
+    for (int i = 0; i < kN; i++) x[i] = loaded[i];
 }
 
 // phi = features 16 quarter .. +15 of a tile, of a row of channels: row.load(x, c) is x = those from c on, of

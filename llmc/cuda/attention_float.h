@@ -135,12 +135,10 @@ struct FloatSums {
 
 // Of the eight threads that share rows.
 __device__ inline float max_of_row(float x) {
-    for (int offset = 4; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
-    return x;
+    return reduce_lanes<Max, 4, 2, 1>(x);
 }
 __device__ inline float sum_of_row(float x) {
-    for (int offset = 4; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
-    return x;
+    return reduce_lanes<Sum, 4, 2, 1>(x);
 }
 
 // Blocks: (B H, tiles of queries), the last, longest, first.

@@ -79,8 +79,7 @@ __device__ void online_weights(float (&s)[8][4], float (&o)[kD / 8][4], ForwardR
     float scaled[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        most[r] = fmaxf(most[r], __shfl_xor_sync(0xFFFFFFFFu, most[r], 1));
-        most[r] = fmaxf(most[r], __shfl_xor_sync(0xFFFFFFFFu, most[r], 2));
+        most[r] = reduce_lanes<Max, 1, 2>(most[r]);
         float rescale = fast_exp2((rows.largest[r] - most[r]) * scale2);
         rows.largest[r] = most[r];
         rows.total[r] *= rescale;
@@ -221,10 +220,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     for (int r = 0; r < 2; r++) {
         const int i = row + 8 * r;
         float total = rows.total[r];
-        if (A::kOnline || shape.row_sum) {
-            total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
-            total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
-        }
+        if (A::kOnline || shape.row_sum) total = reduce_lanes<Sum, 1, 2>(total);
         if (kSegments && kHasTotals<A> && shape.row_sum && first > 0 && i < T)
             total += shape.segments.totals[(size_t)blockIdx.x * T + i];
         float stat;
@@ -275,7 +271,7 @@ __global__ void attention_dots(float* dot,        // (B,H,T)
                 sum += to_float(dout[row + c + e]) * to_float(out[row + c + e]);
         }
     }
-    for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
+    sum = reduce_lanes<Sum, 4, 2, 1>(sum);
     if (index < rows && threadIdx.x % 8 == 0) dot[index] = sum;
 }
 

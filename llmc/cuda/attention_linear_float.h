@@ -163,8 +163,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
         for (int r = 0; r < 2; r++) o.scale(r, __shfl_sync(0xFFFFFFFFu, terms.weight, own + r));
         o.store(kRows == Rows::keys ? to + 2 * C : to, stride, T - i0, D);
         if (kTotals && totals) {
-            total += __shfl_xor_sync(0xFFFFFFFFu, total, 8);
-            total += __shfl_xor_sync(0xFFFFFFFFu, total, 16);
+            total = reduce_lanes<Sum, 8, 16>(total);
             if (quarter == 0 && i < T) totals[(size_t)bh * T + i] = total * terms.weight;
         }
     }

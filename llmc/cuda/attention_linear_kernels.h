@@ -128,7 +128,7 @@ __device__ float sum_of_products(Row row /*of token 0*/, const float* weights /*
     return sum;
 }
 __device__ inline void store_sum_of_products(float* z, float sum, float factor) {
-    sum += __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
+    sum = reduce_lanes<Sum, 1>(sum);
     if (threadIdx.x % 2 == 0) z[threadIdx.x / 2] = sum * factor;
 }
 
@@ -330,7 +330,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         for (int r = 0; r < 2; r++) factor[r] = __shfl_sync(0xFFFFFFFFu, terms.weight, g + 8 * r);
         store_sums<kD>(kRows == Rows::keys ? to + 2 * C : to, stride, o, factor[0], factor[1], T - i0, D);
         if (kTotals && totals) {
-            total += __shfl_xor_sync(0xFFFFFFFFu, total, 16);
+            total = reduce_lanes<Sum, 16>(total);
             if (half == 0 && i < T) totals[(size_t)bh * T + i] = total * terms.weight;
         }
     }

@@ -341,13 +341,9 @@ inline void make_tables(const AttentionTables& tables, const float* decay, const
 
 // ---------------------------------------------------------------------------------- gradient of the decay
 
-__device__ inline double warp_total(double x) {
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, offset);
-    return x;
-}
 // *to = the sum over a block of kAttentionThreads.
 __device__ inline void block_total(double x, double* of_warps /*(4)*/, double* to) {
-    x = warp_total(x);
+    x = warp_sum(x);
     if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = x;
     __syncthreads();
     if (threadIdx.x > 0) return;
@@ -366,7 +362,7 @@ __global__ void attention_decay_gradient(float* ddecay,             // (H) +=
     double total = 0;
     for (int i = threadIdx.x; i < B * tiles; i += kLanes)
         total += dlog_gamma[((size_t)(i / tiles) * H + h) * tiles + i % tiles];
-    total = warp_total(total);
+    total = warp_sum(total);
     // d log sigmoid(delta) = 1 - sigmoid(delta)
     if (threadIdx.x == 0) ddecay[h] += (float)(total / (1 + exp((double)decay[h])));
 }
