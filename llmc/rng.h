@@ -2,29 +2,34 @@
 // SC 2011) maps (seed, stream, index) to bits, so every number is the same on any machine, with any number of
 // threads and on every backend.
 #pragma once
-#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
 
-using PhiloxBlock = std::array<uint32_t, 4>;
+#include "llmc/host_device.h"
 
-inline PhiloxBlock philox(PhiloxBlock counter, uint32_t key0, uint32_t key1) {
+struct PhiloxBlock {
+    uint32_t words[4];
+    LLMC_HD uint32_t operator[](int i) const { return words[i]; }
+    bool operator==(const PhiloxBlock&) const = default;
+};
+
+// Block `index` of a stream: 128 random bits.
+LLMC_HD inline PhiloxBlock random_block(uint64_t seed, uint64_t stream, uint64_t index) {
+    uint32_t x0 = (uint32_t)index, x1 = (uint32_t)(index >> 32);
+    uint32_t x2 = (uint32_t)stream, x3 = (uint32_t)(stream >> 32);
+    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
     for (int round = 0; round < 10; round++) {
-        uint64_t a = 0xD2511F53ull * counter[0], b = 0xCD9E8D57ull * counter[2];
-        counter = {(uint32_t)(b >> 32) ^ counter[1] ^ key0, (uint32_t)b,
-                   (uint32_t)(a >> 32) ^ counter[3] ^ key1, (uint32_t)a};
+        uint64_t a = (uint64_t)0xD2511F53u * x0, b = (uint64_t)0xCD9E8D57u * x2;
+        x0 = (uint32_t)(b >> 32) ^ x1 ^ key0;
+        x1 = (uint32_t)b;
+        x2 = (uint32_t)(a >> 32) ^ x3 ^ key1;
+        x3 = (uint32_t)a;
         key0 += 0x9E3779B9u;
         key1 += 0xBB67AE85u;
     }
-    return counter;
-}
-
-// Block `index` of a stream: 128 random bits.
-inline PhiloxBlock random_block(uint64_t seed, uint64_t stream, uint64_t index) {
-    return philox({(uint32_t)index, (uint32_t)(index >> 32), (uint32_t)stream, (uint32_t)(stream >> 32)},
-                  (uint32_t)seed, (uint32_t)(seed >> 32));
+    return {{x0, x1, x2, x3}};
 }
 
 // Uniform in [0, 1).

@@ -341,7 +341,10 @@ class Bench {
                                          context, nullptr);
                 });
         measure("bias gradient of " + name, kReal * out, 0,
-                [&] { add_column_sums(dbias.get(), context.scratch(), result.get(), N, OC, nullptr); });
+                [&] {
+                    add_column_sums(dbias.get(), context.scratch<kColumnSumsScratch>(), result.get(), N, OC,
+                                    nullptr);
+                });
     }
 
     void gelu() {

@@ -1,6 +1,4 @@
-// GELU in its tanh form, "gelu_new" (arXiv 1606.08415): gelu(x) = x/2 (1 + tanh(u)), u = sqrt(2/pi)(x +
-// 0.044715 x^3). It is computed as x sigmoid(2u), which is equal but keeps its digits where those of
-// 1 + tanh(u) would cancel.
+// GELU in its tanh form, x sigmoid(u2): llmc/layer_constants.h has the formula.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -8,11 +6,10 @@
 
 #include "llmc/cpu/isa.h"
 #include "llmc/cpu/vector.h"
+#include "llmc/layer_constants.h"
 
 namespace cpu::inline LLMC_ISA {
 
-constexpr float kGeluScale = 1.5957691216057308f;  // 2 sqrt(2/pi)
-constexpr float kGeluCubic = 0.044715f;
 constexpr size_t kGeluBlock = 4096;
 
 inline vec gelu(vec x) {
@@ -21,8 +18,7 @@ inline vec gelu(vec x) {
 }
 
 inline vec gelu_derivative(vec x) {
-    const float limit = 1e4f;  // beyond it the slope is exactly 0 or 1, but x^3 could overflow
-    x = x < -limit ? broadcast(-limit) : x > limit ? broadcast(limit) : x;
+    x = x < -kGeluFar ? broadcast(-kGeluFar) : x > kGeluFar ? broadcast(kGeluFar) : x;
     vec u2 = x * kGeluScale * (1.0f + kGeluCubic * x * x);
     vec sigmoid = 1.0f / (1.0f + exp(-u2));
     vec du2 = kGeluScale * (1.0f + 3.0f * kGeluCubic * x * x);

@@ -7,10 +7,9 @@
 
 #include "llmc/cpu/isa.h"
 #include "llmc/cpu/vector.h"
+#include "llmc/layer_constants.h"
 
 namespace cpu::inline LLMC_ISA {
-
-constexpr float kLayerNormEps = 1e-5f;
 
 // out = (row - mean) rstd weight + bias, for one row.
 template <class Real>

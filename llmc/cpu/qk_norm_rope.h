@@ -9,11 +9,10 @@
 
 #include "llmc/cpu/isa.h"
 #include "llmc/cpu/vector.h"
+#include "llmc/layer_constants.h"
 #include "llmc/rope.h"
 
 namespace cpu::inline LLMC_ISA {
-
-constexpr float kQkNormEps = 1e-6f;
 
 using ::rope_table;
 

@@ -8,9 +8,9 @@
 #include "llmc/cuda/columns.h"
 #include "llmc/cuda/memory.h"
 #include "llmc/cuda/reduce.h"
-#include "llmc/cuda/rng.h"
 #include "llmc/optimizer.h"
 #include "llmc/parameters.h"
+#include "llmc/rng.h"
 
 namespace gpu {
 
@@ -87,8 +87,7 @@ __global__ void __launch_bounds__(kAdamwThreads)
         store_vec(v + i, vi, count);
         if constexpr (!std::is_same_v<Real, float>) {
             if (o.stochastic) {
-                uint4 bits = random_block(o.seed, o.step, i / 4);
-                uint32_t random[4] = {bits.x, bits.y, bits.z, bits.w};
+                PhiloxBlock random = random_block(o.seed, o.step, i / 4);
 #pragma unroll
                 for (int k = 0; k < 4; k++) p[k] = to_float(round_stochastically(p[k], random[k] >> 16));
             }

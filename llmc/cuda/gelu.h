@@ -1,14 +1,11 @@
-// GELU in its tanh form, "gelu_new", as in llmc/cpu/gelu.h: x sigmoid(u2), u2 = 2 sqrt(2/pi) (x + 0.044715
-// x^3).
+// GELU in its tanh form, x sigmoid(u2): llmc/layer_constants.h has the formula.
 #pragma once
 #include <algorithm>
 
 #include "llmc/cuda/column_sums.h"
+#include "llmc/layer_constants.h"
 
 namespace gpu {
-
-constexpr float kGeluScale = 1.5957691216057308f;  // 2 sqrt(2/pi)
-constexpr float kGeluCubic = 0.044715f;
 
 __device__ inline float gelu(float x) {
     float u2 = x * kGeluScale * (1.0f + kGeluCubic * x * x);
@@ -16,8 +13,7 @@ __device__ inline float gelu(float x) {
 }
 
 __device__ inline float gelu_derivative(float x) {
-    const float far = 1e4f;  // it is 0 or 1 long before, while further out x^3 overflows
-    x = x < -far ? -far : x > far ? far : x;
+    x = x < -kGeluFar ? -kGeluFar : x > kGeluFar ? kGeluFar : x;
     float u2 = x * kGeluScale * (1.0f + kGeluCubic * x * x);
     float sigmoid = __fdividef(1.0f, 1.0f + __expf(-u2));
     float du2 = kGeluScale * (1.0f + 3.0f * kGeluCubic * x * x);

@@ -4,10 +4,10 @@
 #include <algorithm>
 
 #include "llmc/cuda/column_sums.h"
+#include "llmc/layer_constants.h"
 
 namespace gpu {
 
-constexpr float kLayerNormEps = 1e-5f;
 constexpr int kMaxChannels = 16384;
 
 enum class LayerNormPass { forward, residual, recompute };

@@ -45,8 +45,12 @@ class MatmulContext {
     ~MatmulContext() { cublasLtDestroy(handle_); }
     MatmulContext(const MatmulContext&) = delete;
 
-    // Between products, the workspace is for whoever calls.
-    float* scratch() const { return (float*)workspace_; }
+    // The workspace is free between products, and may be used as scratch for this many floats.
+    template <size_t kFloats>
+    float* scratch() const {
+        static_assert(kFloats * sizeof(float) <= kMatmulWorkspace);
+        return (float*)workspace_;
+    }
     size_t algorithms() const { return plans_.size(); }
 
     template <class Result, class Factor>
@@ -236,7 +240,7 @@ void matmul_gelu_backward(Real* dinp,            // (N,IC), or null: not wanted
     if (dinp) matmul(dinp, dout, weight, N, IC, OC, false, true, false, {.dgelu = pre_gelu}, context, stream);
     matmul(dweight, inp, dout, IC, OC, N, true, false, accumulate, {}, context, stream);
     // Not an epilogue: those overwrite, and want the gradient in the type of dweight.
-    if (dbias) add_column_sums(dbias, context.scratch(), dout, N, OC, stream);
+    if (dbias) add_column_sums(dbias, context.scratch<kColumnSumsScratch>(), dout, N, OC, stream);
 }
 
 template <class Real, class Gradient>

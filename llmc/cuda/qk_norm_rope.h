@@ -11,11 +11,11 @@
 #include "llmc/cuda/column_sums.h"
 #include "llmc/cuda/reduce.h"
 #include "llmc/cuda/vector.h"
+#include "llmc/layer_constants.h"
 #include "llmc/rope.h"
 
 namespace gpu {
 
-constexpr float kQkNormEps = 1e-6f;
 constexpr int kHeadThreads = 128;
 
 // A lane's share of the two halves of a head: kChunks times kWidth channels of each. Halves are of (D+1)/2
