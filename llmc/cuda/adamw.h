@@ -1,4 +1,4 @@
-// AdamW (arXiv 1711.05101), the norm of the gradient and the factor that clips it, which never leave the
+// AdamW (arXiv 1711.05101), the norm of the gradient, and the factor that clips it. None of them leaves the
 // device.
 #pragma once
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace gpu {
 
-// The weight decay from element `begin`, a multiple of 4, to the next range's.
+// The weight decay of the elements from `begin`, a multiple of 4, to where the next range begins.
 struct DecayRange {
     size_t begin;
     float weight_decay;
@@ -30,8 +30,8 @@ inline std::vector<DecayRange> decay_ranges(const ParameterTable& table, float w
     return ranges;
 }
 
-// The upper half of x's bits after 16 random bits are added to the lower: the two neighbours of x in bf16 are
-// taken with the probabilities that make their mean x.
+// Adds 16 random bits to the lower half of x's bits and keeps the upper half. The result is one of the two
+// neighbours of x in bf16, with the probabilities that make the mean x.
 __device__ inline bf16 round_stochastically(float x, uint32_t random16) {
     uint32_t bits = __float_as_uint(x);
     if ((bits & 0x7F800000u) == 0x7F800000u) return from_float<bf16>(x);
@@ -44,7 +44,7 @@ struct AdamwStep {
     uint64_t seed, step;
 };
 
-constexpr int kAdamwThreads = 256, kAdamwTurns = 4;  // packs a thread
+constexpr int kAdamwThreads = 256, kAdamwTurns = 4;  // packs per thread
 constexpr int kAdamwTile = kAdamwThreads * 4 * kAdamwTurns;
 
 template <class Real, class Gradient>
@@ -96,11 +96,11 @@ __global__ void __launch_bounds__(kAdamwThreads)
     }
 }
 
-// One step over the elements of a slice, which begins at a multiple of 4, in one pass over memory. m and v
-// are the moving averages of the gradient times *grad_scale (the clip factor) and of its square,
-// bias-corrected by `step`, which counts from 1; weight decay is decoupled. Nothing changes where the factor
-// is NaN. The bf16 copy is rounded to nearest, or stochastically with bits that depend on seed, step and
-// index alone.
+// Takes one step with the elements of a slice, which begins at a multiple of 4, in one pass over memory. m
+// and v are the moving averages of the gradient times *grad_scale (the clip factor) and of its square. Both
+// are corrected for their bias by `step`, which counts from 1. Weight decay is decoupled. Nothing changes if
+// the factor is NaN. The bf16 copy is rounded to nearest, or stochastically with bits that depend on seed,
+// step and index alone.
 template <class Real, class Gradient>
 void adamw_update(float* param,          // (table.size)
                   Real* copy,            // (table.size): the new param in bf16, or null where Real is float
@@ -159,7 +159,7 @@ static __global__ void __launch_bounds__(kSquaresAddThreads)
     if (threadIdx.x == 0) *sum = total;
 }
 
-// In double, over blocks of a fixed number and then over the blocks.
+// The sum is in double. A fixed number of blocks sum first, and then their sums are added.
 template <class T>
 void sum_of_squares(double* sum,      // (1), on the device
                     double* scratch,  // (kSquaresBlocks)
@@ -179,8 +179,8 @@ static __global__ void clip_factor_kernel(float* grad_scale, const double* sum, 
     *grad_scale = !isfinite(norm) ? NAN : max_norm > 0 && norm > max_norm ? (float)(max_norm / norm) : 1.0f;
 }
 
-// What a gradient with this sum of squares is multiplied with so that its norm is at most max_norm; 0: not
-// clipped. NaN where that is not finite.
+// *grad_scale is the factor that brings a gradient with this sum of squares to a norm of at most max_norm;
+// with max_norm 0 it is 1. It is NaN if the norm is not finite.
 inline void clip_factor(float* grad_scale,  // (1), on the device
                         const double* sum,  // (1), on the device
                         double max_norm, cudaStream_t stream) {

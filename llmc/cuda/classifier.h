@@ -1,5 +1,5 @@
-// The end of the model: output projection tied to the token embedding, and cross-entropy, in chunks of rows,
-// so that the logits of a whole batch never exist.
+// The end of the model: the output projection, tied to the token embedding, and cross-entropy. They go
+// through chunks of rows, so that the logits of a whole batch never exist at once.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -9,18 +9,18 @@
 
 namespace gpu {
 
-// Rows of logits at a time. Each chunk reads and writes all of dwte, which 128 Mi logits hide behind the
-// product.
+// The number of rows in a chunk. Each chunk reads and writes all of dwte; with 128 Mi logits in a chunk the
+// product takes so much longer that this does not count.
 inline int classifier_rows(int N, int Vp) {
     return std::min(N, std::max(128, (128 << 20) / Vp / 128 * 128));
 }
 
-// losses of every row. Where dinp is wanted, also dinp and dwte: the gradient of the sum of the losses times
-// dloss. A chunk is of `rows` rows.
+// Writes the loss of every row. If dinp is wanted, also makes dinp and dwte, the gradients of dloss times the
+// sum of the losses. A chunk has `rows` rows.
 template <class Real, class Gradient>
 void classifier(float* losses,       // (N)
                 Real* dinp,          // (N,C), or null: no gradient is wanted
-                Gradient* dwte,      // (Vp,C) += or, where not `accumulate`, =
+                Gradient* dwte,      // (Vp,C) +=, or = without `accumulate`
                 Real* logits,        // (rows,Vp), scratch
                 const Real* inp,     // (N,C)
                 const Real* wte,     // (Vp,C)
@@ -41,7 +41,7 @@ void classifier(float* losses,       // (N)
 template <class Real, class Gradient>
 void classifier(float* losses,       // (N)
                 Real* dinp,          // (N,C), or null: no gradient is wanted
-                Gradient* dwte,      // (Vp,C) += or, where not `accumulate`, =
+                Gradient* dwte,      // (Vp,C) +=, or = without `accumulate`
                 Real* logits,        // (classifier_rows(N,Vp),Vp), scratch
                 const Real* inp,     // (N,C)
                 const Real* wte,     // (Vp,C)

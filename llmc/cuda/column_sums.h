@@ -1,5 +1,6 @@
-// Sums of the rows of a matrix, for gradients of biases, gains and convolution weights. Without atomics: sums
-// of blocks of rows first, then of these, so that the order of additions is that of the sizes alone.
+// Sums of the rows of a matrix, which are the gradients of biases, gains and convolution weights. There are
+// no atomics: blocks of rows are summed first, then their sums, so that the order of additions depends on the
+// sizes alone.
 #pragma once
 #include <algorithm>
 
@@ -8,18 +9,20 @@
 
 namespace gpu {
 
-constexpr int kColumnLanes = 8;     // threads side by side
+constexpr int kColumnLanes = 8;     // threads along a row
 constexpr int kColumnRows = 32;     // rows that a block reads at a time
-constexpr int kColumnBlocks = 512;  // that fill a GPU
+constexpr int kColumnBlocks = 512;  // enough to fill a GPU
 constexpr size_t kColumnSumsScratch = (size_t)kColumnBlocks * kColumnLanes * Pack<bf16>::size;
 
-// Block (x, y) sums `rows` rows from y * rows on of a few columns into row y of out, or adds them to it.
+// Block (x, y) takes a few columns of `rows` rows from row y * rows on, and writes their sums to row y of
+// out, or adds them to it.
 template <class Real, int kWidth, bool kAdds>
 __global__ void __launch_bounds__(kColumnLanes* kColumnRows) column_sums_kernel(float* out,  // (gridDim.y,C)
                                                                                 const Real* inp,  // (N,C)
                                                                                 int rows, int N, int C) {
     constexpr int kWarps = kColumnLanes * kColumnRows / kWarp, kColumns = kColumnLanes * kWidth;
-    // Element i of a lane is at i * kStride + lane: no two that a warp writes or reads at once share a bank.
+    // Element i of a lane is at i * kStride + lane. What a warp writes or reads at once lies in different
+    // banks.
     constexpr int kStride = kWidth == 8 ? kColumnLanes + 4 : kColumnLanes;
     __shared__ float shared[kWarps][kWidth * kStride];
     int lane = threadIdx.x % kColumnLanes, c = blockIdx.x * kColumns + lane * kWidth;
@@ -48,7 +51,7 @@ __global__ void __launch_bounds__(kColumnLanes* kColumnRows) column_sums_kernel(
     to = kAdds ? to + total : total;
 }
 
-// out += the sum of the rows of inp.
+// Adds the sum of the rows of inp to out.
 template <class Real>
 void add_column_sums(float* out,       // (C) +=
                      float* scratch,   // (kColumnSumsScratch)
@@ -78,8 +81,8 @@ void add_column_sums(float* out,       // (C) +=
     }
 }
 
-// outs[blockIdx.y] (C) += the sum of partial (parts, gridDim.y, padded C) over the parts. A block takes 32
-// columns; 32 slots sum every 32nd part, then the slots are summed in order.
+// Adds the sum over the parts of partial (parts, gridDim.y, padded C) to outs[blockIdx.y] (C). A block takes
+// 32 columns. Each of 32 slots sums every 32nd part, then the slots are added in order.
 struct ColumnSums {
     float* outs[2];
 };
@@ -109,8 +112,9 @@ static __global__ void __launch_bounds__(kSumThreads)
     to.outs[blockIdx.y][begin + threadIdx.x] += total;
 }
 
-// first (C), and second (C) unless it is null, += the sum of partial (parts, one or two, padded C) over the
-// parts.
+// Adds up the sums that blocks of rows have written to partial (parts, one or two, padded C): to first (C),
+// and to second (C) unless it is null. It differs from add_column_sums() in that its rows are padded and may
+// be two vectors side by side.
 inline void add_partial_sums(float* first, float* second, const float* partial, int parts, int C,
                              cudaStream_t stream) {
     dim3 grid(ceil_div(C, kSumColumns), second ? 2 : 1);

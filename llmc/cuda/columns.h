@@ -1,24 +1,24 @@
-// What kernels share that pass over rows: which columns of a row a lane has in hand, and sums of columns over
-// rows whose order of additions is fixed.
+// What kernels that pass over rows share: which columns of a row belong to which lane.
 #pragma once
 #include "llmc/cuda/vector.h"
 
 namespace gpu {
 
-// H100's. Grids that stride over their work are sized by it and not by the card's own number, so that the
-// order of additions is the same on every card.
+// An H100 has so many. Grids that stride over their work are sized by this constant and not by the card's own
+// number, so that the order of additions is the same on every card.
 constexpr int kMultiprocessors = 132;
 
-// A row of C columns shared out among `width` lanes in groups of width * N. Packed, where C is a multiple of
-// N: a lane has N side by side, which are one access. Not packed: they are `width` apart, so that neighbours
-// still read neighbours. Kernels that pass over arrays of float and of bf16 take N = 4, 16 bytes of float and
-// 8 of bf16: with 8 of each, a lane's floats would be two accesses that leave gaps between the lanes.
+// Shares out a row of C columns among `width` lanes, in groups of width * N. If C is a multiple of N, the row
+// is packed: a lane has N columns side by side, which it reads in one access. Otherwise they are `width`
+// apart, so that neighbouring lanes still read neighbouring columns. Kernels that pass over arrays of float
+// and of bf16 take N = 4, which is 16 bytes of float and 8 of bf16. With N = 8 a lane would need two accesses
+// for its floats, with gaps between the lanes.
 template <int N, bool kPacked>
 struct Columns {
     int lane, width, C;
 
     __device__ int groups() const { return ceil_div(C, width * N); }
-    // The k-th of this lane's in group i.
+    // This lane's k-th column in group i.
     __device__ int at(int i, int k) const {
         return i * width * N + (kPacked ? lane * N + k : k * width + lane);
     }
@@ -49,7 +49,7 @@ struct Columns {
     }
 };
 
-// Rows of partial sums begin at 16-byte addresses and are written to their padded ends.
+// The length of a row of partial sums. Rows begin at 16-byte addresses and are written to their padded ends.
 __host__ __device__ constexpr int padded_columns(int C) {
     return ceil_div(C, 4) * 4;
 }

@@ -19,14 +19,14 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kWarp = 32;
 
-// Fails with the CUDA error's text and where it was seen.
+// Fails with the text of the CUDA error and the place where it was seen.
 inline void check(cudaError_t status, std::source_location where = std::source_location::current()) {
     if (status == cudaSuccess) return;
     fail("CUDA: ", cudaGetErrorString(status), " (", cudaGetErrorName(status), ", ", where.file_name(), ":",
          where.line(), ")");
 }
 
-// After a launch: it may have been refused.
+// Call this after a launch, which may have been refused.
 inline void check_launch(std::source_location where = std::source_location::current()) {
     check(cudaGetLastError(), where);
 }

@@ -1,5 +1,5 @@
-// Softmax cross-entropy over the vocabulary, loss and gradient in one pass: a block reads its row of logits
-// once, keeps it in shared memory where it fits, and writes the gradient in its place.
+// Softmax cross-entropy over the vocabulary, loss and gradient in one pass. A block reads its row of logits
+// once, keeps it in shared memory if it fits, and writes the gradient in its place.
 #pragma once
 #include <algorithm>
 
@@ -10,7 +10,7 @@ namespace gpu {
 
 constexpr int kCrossEntropyThreads = 1024;
 
-// One block a row. kKeeps: the row is kept in shared memory, otherwise it is read again.
+// A block takes one row. With kKeeps it keeps the row in shared memory, otherwise it reads the row again.
 template <class Real, int kWidth, bool kKeeps>
 __global__ void __launch_bounds__(kCrossEntropyThreads)
     cross_entropy_kernel(float* losses, Real* dlogits, const Real* logits, const int* targets, float dloss,
@@ -20,28 +20,28 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
     Real* kept = reinterpret_cast<Real*>(row_memory);
     const Real* row = logits + (size_t)blockIdx.x * Vp;
     int target = targets[blockIdx.x], begin = threadIdx.x * kWidth, step = blockDim.x * kWidth;
-    float target_logit =
-        threadIdx.x == 0 ? to_float(row[target]) : 0.0f;  // before its gradient takes its place
+    // This is read first, because the gradient may take its place.
+    float target_logit = threadIdx.x == 0 ? to_float(row[target]) : 0.0f;
 
     // This thread's largest logit so far, and the sum of exponentials relative to it.
-    float most = -INFINITY, total = 0;
+    float running_max = -INFINITY, total = 0;
     for (int v = begin; v < V; v += step) {
         Vec<kWidth> x = load_vec<kWidth>(row + v);
         if constexpr (kKeeps) store_vec(kept + v, x);
-        float pack_most = x[0];
+        float pack_max = x[0];
 #pragma unroll
         for (int i = 1; i < kWidth; i++)
-            if (v + i < V) pack_most = fmaxf(pack_most, x[i]);
-        if (pack_most > most) {
-            total *= expf(most - pack_most);
-            most = pack_most;
+            if (v + i < V) pack_max = fmaxf(pack_max, x[i]);
+        if (pack_max > running_max) {
+            total *= expf(running_max - pack_max);
+            running_max = pack_max;
         }
 #pragma unroll
         for (int i = 0; i < kWidth; i++)
-            if (v + i < V) total += expf(x[i] - most);
+            if (v + i < V) total += expf(x[i] - running_max);
     }
-    float largest = block_max(most, shared[0]);
-    total = block_sum(total == 0 ? 0.0f : total * expf(most - largest), shared[1]);
+    float largest = block_max(running_max, shared[0]);
+    total = block_sum(total == 0 ? 0.0f : total * expf(running_max - largest), shared[1]);
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + (largest - target_logit);
     if (!dlogits) return;
 
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
     }
 }
 
-// losses = -log softmax(logits[:V])[target]. Where dlogits is wanted, it is the gradient times dloss, zero in
-// the padding V..Vp.
+// losses = -log softmax(logits[:V])[target]. If dlogits is wanted, it is the gradient times dloss, with zeros
+// in the padding V..Vp.
 template <class Real>
 void cross_entropy(float* losses,       // (N)
                    Real* dlogits,       // (N,Vp), or null: not wanted; may be logits
@@ -70,7 +70,7 @@ void cross_entropy(float* losses,       // (N)
     int device = 0, limit = 0;
     check(cudaGetDevice(&device));
     check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    int bytes = Vp * (int)sizeof(Real), own = 2 * kWarp * (int)sizeof(float);
+    int bytes = Vp * (int)sizeof(Real), reductions = 2 * kWarp * (int)sizeof(float);
     auto run = [&](auto width, auto keeps) {
         constexpr int kWidth = width();
         auto kernel = cross_entropy_kernel<Real, kWidth, keeps()>;
@@ -80,7 +80,7 @@ void cross_entropy(float* losses,       // (N)
         check_launch();
     };
     auto choose = [&](auto width) {
-        if (bytes + own <= limit) {
+        if (bytes + reductions <= limit) {
             run(width, std::true_type());
         } else {
             run(width, std::false_type());

@@ -1,5 +1,5 @@
-// Token embedding plus learned positions. The residual stream and the weights that it starts from are float;
-// Gradient is float or bf16.
+// Token embedding plus learned positions. The residual stream and these weights are float. Gradient is float
+// or bf16.
 #pragma once
 #include <algorithm>
 
@@ -7,7 +7,7 @@
 
 namespace gpu {
 
-// Blocks are one warp, which takes 128 columns, so that short inputs fill the card too.
+// A block is one warp and takes 128 columns, so that short inputs fill the card too.
 constexpr int kEmbeddingColumns = 4 * kWarp;
 constexpr int kEmbeddingBatch = 8;  // sequences that share one read of the positions
 
@@ -44,18 +44,18 @@ inline void embedding_forward(float* out,         // (B,T,C)
 
 // ------------------------------------------------------------------------------------------------- backward
 
-// The rows of dwte get their sums without float atomics, in an order that is always the same: the positions
+// The rows of dwte get their sums without float atomics, in an order that is always the same. The positions
 // are sorted by token, the sorted list is cut into chunks of 32, and a warp sums the runs of equal tokens in
-// its chunk. Runs that lie in one chunk are added to dwte there and then. The others leave one partial sum a
-// chunk, its head (a run that began earlier) and its tail (one that goes on), which a second kernel adds up.
-// No token is so frequent that one warp would have to sum it alone.
+// its chunk. A run that lies in one chunk is added to dwte at once. A run that crosses chunks leaves a
+// partial sum in each: as the head of a chunk if it began earlier, as its tail if it goes on. A second kernel
+// adds these up. So even the most frequent token is summed by many warps.
 constexpr int kChunk = kWarp;
 
 constexpr int kSortThreads = 1024, kSortWarps = kSortThreads / kWarp, kDigits = 256;
 constexpr int kSortBatch = 8;  // loads in flight
 
-// sorted (N) = the positions and their tokens (x the token, y the position), by token and then by position: a
-// stable radix sort by one block, `passes` digits of 8 bits. Each warp has a stretch of the list.
+// Sorts the tokens (x) with their positions (y) by token and then by position into sorted (N). It is a stable
+// radix sort by one block, with `passes` digits of 8 bits. Each warp has a stretch of the list.
 static __global__ void __launch_bounds__(kSortThreads)
     sort_tokens_kernel(int2* sorted, int2* spare, const int* tokens, int N, int passes) {
     __shared__ int places[kSortWarps][kDigits], begins[kDigits], totals[kDigits / kWarp];
@@ -65,8 +65,8 @@ static __global__ void __launch_bounds__(kSortThreads)
     for (int pass = 0; pass < passes; pass++) {
         int2* to = (passes - pass) % 2 ? sorted : spare;
         const int2* from = (passes - pass) % 2 ? spare : sorted;
-        // f(element, its digit or kDigits past the end) for all elements of the stretch, by whole warps in
-        // order.
+        // Calls f(element, digit) for all elements of the stretch in order, a whole warp at a time. The digit
+        // past the end is kDigits.
         auto for_stretch = [&](auto f) {
             for (int i0 = begin; i0 < end; i0 += kWarp * kSortBatch) {
                 int2 elements[kSortBatch];
@@ -90,7 +90,7 @@ static __global__ void __launch_bounds__(kSortThreads)
             if (digit < kDigits) atomicAdd(&places[warp][digit], 1);
         });
         __syncthreads();
-        // Where each warp's elements of each digit go to: after those of smaller digits and of earlier warps.
+        // Finds the places of each warp's elements of each digit: after smaller digits and earlier warps.
         int total = 0, sum = 0;
         if (thread < kDigits) {
             for (int w = 0; w < kSortWarps; w++) {
@@ -176,8 +176,8 @@ __global__ void __launch_bounds__(kWarp)
     if (tail >= 0) columns.store(partial_head + padded, tile, sum);
 }
 
-// Of each run that goes over the end of the chunk in which it begins: its tail there and the heads that
-// follow.
+// Completes the runs of one token that cross chunks: adds up the tail of the chunk in which a run begins and
+// the heads of those that follow.
 template <bool kPacked, class Gradient>
 __global__ void __launch_bounds__(kWarp)
     add_token_runs_kernel(Gradient* dwte, const float* __restrict__ partial, const int2* __restrict__ sorted,
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kWarp)
     if (end >= N) return;
     int token = sorted[end - 1].x;
     if (sorted[end].x != token || (begin > 0 && sorted[begin - 1].x == token)) return;
-    int last = chunk;  // of the run
+    int last = chunk;  // where the run ends
     for (int inside = kWarp; inside == kWarp; last += inside) {
         int next = last + 1 + (int)threadIdx.x;
         bool has = next < chunks && sorted[(size_t)next * kChunk].x == token;
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kWarp)
     columns.store(row, tile, old);
 }
 
-// Floats of scratch that embedding_backward() wants.
+// The number of floats of scratch that embedding_backward() needs.
 inline size_t embedding_backward_scratch(int B, int T, int C) {
     size_t N = ceil_div((size_t)B * T, (size_t)kChunk) * kChunk;
     return 4 * N + N / kChunk * 2 * padded_columns(C);

@@ -42,7 +42,7 @@ void gelu_forward(Real* out,        // (n)
     check_launch();
 }
 
-// A block takes as many columns as a warp reads at once, of 64 rows: each of its warps every 8th.
+// A block takes as many columns of 64 rows as a warp reads at once. Each of its 8 warps takes every 8th row.
 constexpr int kGeluRows = 64;
 
 template <class Real, bool kPacked>
@@ -78,13 +78,13 @@ __global__ void __launch_bounds__(kGeluThreads)
     store_vec(partial + (size_t)blockIdx.y * padded + tile * kTile + c, total);
 }
 
-// Floats of scratch that gelu_backward() wants.
+// The number of floats of scratch that gelu_backward() needs.
 inline size_t gelu_backward_scratch(int N, int C) {
     return (size_t)ceil_div(N, kGeluRows) * padded_columns(C);
 }
 
-// With the gradient of the bias before it, which is there already: one pass over memory. Sums are over blocks
-// of rows, then over the blocks in a fixed order.
+// Also sums dinp over the rows into dbias, the gradient of the bias in front, while dinp is in registers.
+// Blocks of rows are summed first, then their sums in a fixed order.
 template <class Real>
 void gelu_backward(Real* dinp,        // (N,C), may be dout
                    float* dbias,      // (C) +=

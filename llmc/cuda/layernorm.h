@@ -1,5 +1,5 @@
-// LayerNorm over the channels (eps 1e-5), alone and fused with the residual addition before it. The residual
-// stream is float, what is normalised Real.
+// LayerNorm over the channels, alone and fused with the residual addition before it. The residual stream is
+// float, the normalised rows are Real.
 #pragma once
 #include <algorithm>
 
@@ -15,8 +15,9 @@ enum class LayerNormPass { forward, residual, recompute };
 constexpr int kNormThreads = 256, kNormWarps = kNormThreads / kWarp;
 constexpr int kNormBlocks = 4 * kMultiprocessors;
 
-// A warp takes a row, and goes on to the next. kHeld > 0: rows of up to kHeld groups of 128 columns stay in
-// registers, weight and bias in shared memory. 0: any length; what is needed again is read again.
+// A warp takes one row after another. With kHeld > 0, rows of up to kHeld groups of 128 columns stay in
+// registers, and weight and bias in shared memory. With 0, rows have any length and are read again when they
+// are needed again.
 template <LayerNormPass kPass, class Real, int kHeld, bool kPacked>
 __global__ void __launch_bounds__(kNormThreads)
     layernorm_forward_kernel(float* residual, Real* out, float* mean, float* rstd, const float* inp,
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kNormThreads)
         size_t begin = (size_t)row * C;
         Vec<4> held[kHeld ? kHeld : 1] = {};
         if constexpr (kHeld > 0) for_groups([&](int i) { held[i] = columns.load(inp + begin, i); });
-        // The row itself. Where it is not held a lane reads again what it wrote.
+        // The row itself. If it is not held, a lane reads again what it wrote.
         auto row_at = [&](int i) {
             if constexpr (kHeld > 0) {
                 return held[i];
@@ -78,13 +79,14 @@ __global__ void __launch_bounds__(kNormThreads)
                 for (int k = 0; k < 4; k++) total += x[k];
             });
             m = warp_sum(total) / C;
-            for_groups(
-                [&](int i) {  // of the deviations: E[x^2] - E[x]^2 loses all digits where the mean is large
-                    Vec<4> x = row_at(i);
+            // The sum is over squares of deviations, because E[x^2] - E[x]^2 loses all digits if the mean is
+            // large.
+            for_groups([&](int i) {
+                Vec<4> x = row_at(i);
 #pragma unroll
-                    for (int k = 0; k < 4; k++)
-                        if (columns.has(i, k)) squares += (x[k] - m) * (x[k] - m);
-                });
+                for (int k = 0; k < 4; k++)
+                    if (columns.has(i, k)) squares += (x[k] - m) * (x[k] - m);
+            });
             r = 1.0f / sqrtf(warp_sum(squares) / C + kLayerNormEps);
             if (columns.lane == 0) mean[row] = m, rstd[row] = r;
         }
@@ -123,7 +125,7 @@ void layernorm_forward(Real* out,            // (N,C)
                                                            bias, N, C, stream);
 }
 
-// out once more, from the mean and rstd that the forward pass found.
+// Makes out once more, from the mean and rstd that the forward pass found.
 template <class Real>
 void layernorm_recompute(Real* out,            // (N,C)
                          const float* mean,    // (N)
@@ -156,16 +158,16 @@ void residual_layernorm_forward(float* residual,      // (N,C), may be inp
 
 constexpr int kNormBackwardThreads = 512;  // at most
 
-// A block takes a row, and goes on to the row gridDim.x further: so few columns are a thread's own that the
-// sums of its weight gradients over all rows of the block stay in registers beside the row. kGroups: the most
-// groups of 4 blockDim.x columns. kHeld: the row stays in registers too, otherwise it is read twice.
+// A block takes every gridDim.x-th row. A thread has so few columns that their weight gradients, summed over
+// all rows of the block, stay in registers. There are at most kGroups groups of 4 blockDim.x columns. With
+// kHeld the row stays in registers too, otherwise it is read twice.
 template <class Real, int kGroups, bool kHeld, bool kPacked>
 __global__ void __launch_bounds__(kNormBackwardThreads)
     layernorm_backward_kernel(float* dinp, Real* dinp_copy, float* partial, const Real* __restrict__ dout,
                               const float* __restrict__ inp, const float* __restrict__ mean,
                               const float* __restrict__ rstd, const float* __restrict__ weight, int N,
                               int C) {
-    __shared__ float2 shared[2][kNormBackwardThreads / kWarp];  // rows take turns
+    __shared__ float2 shared[2][kNormBackwardThreads / kWarp];  // rows alternate between the two
     Columns<4, kPacked> columns{(int)threadIdx.x, (int)blockDim.x, C};
     int groups = columns.groups(), turn = 0;
     Vec<4> dw[kGroups] = {}, db[kGroups] = {}, w[kHeld ? kGroups : 1];
@@ -175,8 +177,8 @@ __global__ void __launch_bounds__(kNormBackwardThreads)
     }
     for (int row = blockIdx.x; row < N; row += gridDim.x, turn ^= 1) {
         size_t begin = (size_t)row * C;
-        // Offsets of columns that are computed before the loop and kept would take more registers than there
-        // are.
+        // The compiler must not compute the offsets of columns before the loop: to keep them would take more
+        // registers than there are.
         if constexpr (!kHeld) asm volatile("" : "+r"(columns.lane));
         Vec<4> d[kHeld ? kGroups : 1], x[kHeld ? kGroups : 1], dx[kHeld ? kGroups : 1];
         if constexpr (kHeld) {
@@ -238,17 +240,17 @@ __global__ void __launch_bounds__(kNormBackwardThreads)
     }
 }
 
-// At least 8 rows a block, so that its partial sums are little beside them.
+// A block has at least 8 rows, so that its partial sums are few numbers compared with its rows.
 inline int layernorm_backward_blocks(int N) {
     return std::min(ceil_div(N, 8), 6 * kMultiprocessors);
 }
 
-// Floats of scratch that layernorm_backward() wants.
+// The number of floats of scratch that layernorm_backward() needs.
 inline size_t layernorm_backward_scratch(int N, int C) {
     return (size_t)layernorm_backward_blocks(N) * 2 * padded_columns(C);
 }
 
-// dinp is added to, for it is the gradient of the residual stream. Weight gradients are summed over the rows
+// Adds to dinp, because it is the gradient of the residual stream. Weight gradients are summed over the rows
 // of each block, then over the blocks, always in the same order.
 template <class Real>
 void layernorm_backward(float* dinp,          // (N,C) +=

@@ -14,19 +14,19 @@
 
 namespace gpu {
 
-constexpr size_t kMatmulWorkspace = 32 << 20;  // bytes, which NVIDIA recommends for Hopper
+constexpr size_t kMatmulWorkspace = 32 << 20;  // bytes: what NVIDIA recommends for Hopper
 
-// What is done to c = a b before it is stored. Vectors and matrices are of c's type: cuBLASLt has nothing
-// else.
+// What is done to c = a b before it is stored. Vectors and matrices have the type of c, because cuBLASLt
+// offers nothing else.
 template <class Result>
 struct Epilogue {
     const Result* bias = nullptr;   // (N): added to each row
     Result* pre_gelu = nullptr;     // (M,N): c = gelu(a b + bias), and a b + bias is left here
-    const Result* dgelu = nullptr;  // (M,N): c = a b times the derivative of gelu at these
+    const Result* dgelu = nullptr;  // (M,N): c = a b times the derivative of gelu here
 };
 
-// Whether rows of this many columns can have an epilogue with a GELU, whose second matrix cuBLASLt wants in
-// whole packs of 8. Otherwise gelu_forward and gelu_backward follow the product.
+// Whether rows of this many columns can have an epilogue with a GELU: cuBLASLt needs whole packs of 8 in its
+// second matrix. Otherwise gelu_forward and gelu_backward follow the product.
 inline bool gelu_fuses(int columns) {
     return columns % 8 == 0;
 }
@@ -56,7 +56,7 @@ class MatmulContext {
     template <class Result, class Factor>
     void multiply(Result* c, const Factor* a, const Factor* b, int M, int N, int K, bool trans_a,
                   bool trans_b, bool accumulate, const Epilogue<Result>& epilogue, cudaStream_t stream) {
-        // cuBLASLt takes matrices by columns, and with epilogues only those: it computes c^T = b^T a^T.
+        // cuBLASLt has epilogues only for matrices stored by columns, so it computes c^T = b^T a^T.
         Problem p{.m = N,
                   .n = M,
                   .k = K,
@@ -123,7 +123,7 @@ class MatmulContext {
         return e.bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
     }
 
-    // As the caller knows it: by rows.
+    // The product in the words of the caller, for whom matrices are stored by rows.
     static std::string text(const Problem& p) {
         auto name = [](cudaDataType type) { return type == CUDA_R_16BF ? "bf16" : "float"; };
         const char* epilogue = p.epilogue == CUBLASLT_EPILOGUE_DGELU           ? "dGELU"
@@ -138,7 +138,7 @@ class MatmulContext {
 
     static void check(const Problem& p, const char* what, cublasStatus_t status) {
         if (status == CUBLAS_STATUS_SUCCESS) return;
-        cudaError_t cause = cudaPeekAtLastError();  // of work before, where it is not the product's own
+        cudaError_t cause = cudaPeekAtLastError();  // it may come from work before the product
         fail("cuBLASLt: ", what, " failed with ", cublasLtGetStatusName(status), ": ", text(p),
              cause == cudaSuccess ? "" : str("; CUDA: ", cudaGetErrorString(cause)));
     }
@@ -193,11 +193,11 @@ class MatmulContext {
     }
 };
 
-// c (M,N) = a b, or c += a b where `accumulate`, and then the epilogue.
+// c (M,N) = a b, or c += a b with `accumulate`, and then the epilogue.
 template <class Result, class Factor>
 void matmul(Result* c,        // (M,N)
-            const Factor* a,  // (M,K), or (K,M) where trans_a
-            const Factor* b,  // (K,N), or (N,K) where trans_b
+            const Factor* a,  // (M,K), or (K,M) with trans_a
+            const Factor* b,  // (K,N), or (N,K) with trans_b
             int M, int N, int K, bool trans_a, bool trans_b, bool accumulate,
             const Epilogue<Result>& epilogue, MatmulContext& context, cudaStream_t stream) {
     context.multiply(c, a, b, M, N, K, trans_a, trans_b, accumulate, epilogue, stream);
@@ -213,7 +213,7 @@ void matmul_forward(Real* out,           // (N,OC)
     matmul(out, inp, weight, N, OC, IC, false, false, false, {.bias = bias}, context, stream);
 }
 
-// out = gelu(inp weight + bias), where gelu_fuses(OC).
+// out = gelu(inp weight + bias). It needs gelu_fuses(OC).
 template <class Real>
 void matmul_gelu_forward(Real* out,           // (N,OC)
                          Real* pre_gelu,      // (N,OC): inp weight + bias
@@ -225,27 +225,27 @@ void matmul_gelu_forward(Real* out,           // (N,OC)
            stream);
 }
 
-// Of a linear layer whose input is gelu(pre_gelu): dinp is the gradient of pre_gelu. Gradient is float or
-// bf16.
+// The backward pass of a linear layer whose input is gelu(pre_gelu): dinp is the gradient of pre_gelu.
+// Gradient is float or bf16.
 template <class Real, class Gradient>
 void matmul_gelu_backward(Real* dinp,            // (N,IC), or null: not wanted
-                          Gradient* dweight,     // (IC,OC) += or, where not `accumulate`, =
+                          Gradient* dweight,     // (IC,OC) +=, or = without `accumulate`
                           float* dbias,          // (OC) +=, or null
                           const Real* dout,      // (N,OC)
                           const Real* inp,       // (N,IC)
                           const Real* weight,    // (IC,OC)
-                          const Real* pre_gelu,  // (N,IC) where gelu_fuses(IC), or null: no GELU
+                          const Real* pre_gelu,  // (N,IC), which needs gelu_fuses(IC); or null: no GELU
                           bool accumulate, int N, int IC, int OC, MatmulContext& context,
                           cudaStream_t stream) {
     if (dinp) matmul(dinp, dout, weight, N, IC, OC, false, true, false, {.dgelu = pre_gelu}, context, stream);
     matmul(dweight, inp, dout, IC, OC, N, true, false, accumulate, {}, context, stream);
-    // Not an epilogue: those overwrite, and want the gradient in the type of dweight.
+    // This is not an epilogue, because those overwrite dbias and need it in the type of dweight.
     if (dbias) add_column_sums(dbias, context.scratch<kColumnSumsScratch>(), dout, N, OC, stream);
 }
 
 template <class Real, class Gradient>
 void matmul_backward(Real* dinp,          // (N,IC), or null: not wanted
-                     Gradient* dweight,   // (IC,OC) += or, where not `accumulate`, =
+                     Gradient* dweight,   // (IC,OC) +=, or = without `accumulate`
                      float* dbias,        // (OC) +=, or null
                      const Real* dout,    // (N,OC)
                      const Real* inp,     // (N,IC)

@@ -1,4 +1,4 @@
-// Where a MemoryPlan of the GPU lies, and copies to and from there.
+// The GPU memory of a MemoryPlan, and copies to and from it.
 #pragma once
 #include <algorithm>
 #include <string>
@@ -9,7 +9,7 @@
 
 namespace gpu {
 
-// *found = 1 where a value is NaN or Inf.
+// Sets *found to 1 if a value is NaN or Inf.
 template <class Real>
 __global__ void find_nonfinite_kernel(int* found, const Real* x, size_t n) {
     bool any = false;
@@ -18,7 +18,7 @@ __global__ void find_nonfinite_kernel(int* found, const Real* x, size_t n) {
     if (__syncthreads_or(any) && threadIdx.x == 0) atomicExch(found, 1);
 }
 
-// Waits for all work before.
+// Waits for all work before it.
 template <class Real>
 bool all_finite(const Real* x, size_t n);
 
@@ -31,7 +31,7 @@ inline MemoryInfo memory_info() {
     return info;
 }
 
-// advice: what would need less.
+// `advice` says what would need less.
 [[noreturn]] inline void out_of_memory(size_t bytes, const MemoryInfo& info, const std::string& advice) {
     fail("out of GPU memory: ", (bytes >> 20) + 1, " MiB asked for, ", info.free >> 20, " of ",
          info.total >> 20, " MiB free: ", advice);
@@ -51,14 +51,14 @@ class DeviceMemory {
         MemoryInfo info = memory_info();
         cudaError_t status = cudaMalloc(&data_, bytes ? bytes : kAlignment);
         if (status == cudaErrorMemoryAllocation) {
-            cudaGetLastError();  // not a sticky one
+            cudaGetLastError();  // so that no later check sees this error
             out_of_memory(bytes, info,
                           "expected a smaller --batch or --seq, --dtype bf16 or --recompute block");
         }
         check(status);
         return data_;
     }
-    // These wait for all work before them, and are done when they return.
+    // These wait for all work before them, and their own work is done when they return.
     static bool finite(const auto* x, size_t n) { return all_finite(x, n); }
     static void zero(auto* x, size_t n) {
         check(cudaDeviceSynchronize());
@@ -72,7 +72,7 @@ class DeviceMemory {
     static void write(auto* x, const auto* in, size_t n) {
         check(cudaDeviceSynchronize());
         check(cudaMemcpy(x, in, n * sizeof *x, cudaMemcpyHostToDevice));
-        check(cudaDeviceSynchronize());  // copies from memory that is not pinned may return before they arrive
+        check(cudaDeviceSynchronize());  // a copy from memory that is not pinned may still be on its way
     }
 
   private:
@@ -94,7 +94,7 @@ bool all_finite(const Real* x, size_t n) {
 
 using MemoryPlan = ::MemoryPlan<DeviceMemory>;
 
-// n numbers of its own, of no particular value.
+// An array of n numbers. They begin with no particular value.
 template <class T>
 class DeviceArray {
   public:
@@ -112,7 +112,7 @@ class DeviceArray {
     T* get() const { return data_; }
     size_t size() const { return size_; }
 
-    // Room for n numbers; those that are there stay. Waits for the stream where it has to move.
+    // Makes room for n numbers and keeps those that are there. Waits for the stream if it has to move them.
     void grow(size_t n, cudaStream_t stream) {
         if (n <= size_) return;
         DeviceArray larger(std::max(n, 2 * size_));

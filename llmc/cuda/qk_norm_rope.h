@@ -1,9 +1,9 @@
-// What stands between the qkv projection and attention, in one pass: RMS norm of q and k a head, with a
-// learned gain a head on q, then rotary positions (arXiv 2104.09864), pairing channel i with i + D/2. Each is
-// optional. A row of qkv is q (H,D), k (H,D), v (H,D); v passes through.
+// What stands between the qkv projection and attention, in one pass: RMS norm of every head of q and k, with
+// a learned gain for every head of q, then rotary positions (arXiv 2104.09864), which pair channel i with i +
+// D/2. Each of the two is optional. A row of qkv is q (H,D), k (H,D), v (H,D). v passes through.
 //
-// A warp takes a row, so that it reads the row's angles once. A few lanes share a head, several heads go at a
-// time; a lane has the same channels of both halves of a head.
+// A warp takes a row, so that it reads the row's angles once. It takes several heads at a time, each by a few
+// lanes. A lane has the same channels of both halves of a head.
 #pragma once
 #include <bit>
 #include <cstddef>
@@ -18,8 +18,8 @@ namespace gpu {
 
 constexpr int kHeadThreads = 128;
 
-// A lane's share of the two halves of a head: kChunks times kWidth channels of each. Halves are of (D+1)/2
-// channels, so that an odd head without rotation ends one short.
+// A lane's share of the two halves of a head: kChunks times kWidth channels of each. A half has (D+1)/2
+// channels; if D is odd, which needs a head without rotation, the upper half is one shorter.
 template <int kWidth, int kChunks>
 struct HeadShare {
     Vec<kWidth> low[kChunks], high[kChunks];
@@ -56,7 +56,7 @@ struct HeadShare {
                 sum += low[chunk][i] * other.low[chunk][i] + high[chunk][i] * other.high[chunk][i];
         return sum;
     }
-    // By the angles whose cosines and sines these are, or back.
+    // Rotates by the angles whose cosines and sines are given, or back.
     __device__ void rotate(const HeadShare& angles, bool back) {
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; chunk++)
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kHeadThreads)
     int bt = (blockIdx.x * kHeadThreads + threadIdx.x) / kWarp;
     if (bt >= N) return;
     int lane = threadIdx.x % kWarp % lanes, group = threadIdx.x % kWarp / lanes;
-    int heads = dinp == dout ? 2 * H : 3 * H;  // in place v is there already
+    int heads = dinp == dout ? 2 * H : 3 * H;  // in place, v is there already
     Share angles{};
     if (rope) angles.load(rope + (size_t)(bt % T) * D, lane, lanes, D);
     for (int first = 0; first < heads; first += kWarp / lanes) {
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kHeadThreads)
     }
 }
 
-// Calls run(width, chunks, lanes) with what suits heads of D.
+// Calls run(width, chunks, lanes) with what suits heads of D channels.
 template <class Real, class Run>
 void choose_head_share(int D, bool packs, Run run) {
     int half = ceil_div(D, 2);
@@ -172,10 +172,10 @@ void choose_head_share(int D, bool packs, Run run) {
     }
 }
 
-// out may not be inp. rstd is left alone where there is no norm.
+// out may not be inp. Without a norm rstd stays as it is.
 template <class Real>
 void qk_norm_rope_forward(Real* out,            // (B,T,3C)
-                          float* rstd,          // (B,T,2H): of q, then of k
+                          float* rstd,          // (B,T,2H): those of q, then those of k
                           const Real* inp,      // (B,T,3C)
                           const float* q_gain,  // (H), or null: no norm
                           const float* rope,    // (T,D) from rope_table, or null: no rotation
@@ -189,15 +189,15 @@ void qk_norm_rope_forward(Real* out,            // (B,T,3C)
     });
 }
 
-// Floats.
+// The number of floats of scratch that qk_norm_rope_backward() needs.
 inline size_t qk_norm_rope_scratch(int B, int T, int H) {
     return (size_t)B * T * H + kColumnSumsScratch;
 }
 
 template <class Real>
 void qk_norm_rope_backward(Real* dinp,           // (B,T,3C), may be dout
-                           float* dq_gain,       // (H) +=, or null where q_gain is
-                           float* scratch,       // (qk_norm_rope_scratch), or null where q_gain is
+                           float* dq_gain,       // (H) +=, or null if q_gain is null
+                           float* scratch,       // (qk_norm_rope_scratch), or null if q_gain is null
                            const Real* dout,     // (B,T,3C)
                            const Real* inp,      // (B,T,3C)
                            const float* rstd,    // (B,T,2H)

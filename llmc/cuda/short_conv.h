@@ -1,7 +1,8 @@
 // A causal depthwise convolution over time: z_t = sum_{s<K} weight[s] inp_{t-s}, zero before the first token.
 //
-// A thread goes through some rows of a pack of channels with the last K rows in its registers, so that each
-// row is read about once. That is for K up to kConvTaps; wider ones read rows again, which are in the caches.
+// A thread has a pack of channels. It goes through some rows with the last K of them in its registers, so
+// that each row is read about once. Convolutions with more than kConvTaps taps read rows again, which are in
+// the caches by then.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -12,9 +13,9 @@
 namespace gpu {
 
 constexpr int kConvTaps = 4;
-constexpr int kConvLanes = 32, kConvRuns = 8;  // a block: threads along the channels, and along time
+constexpr int kConvLanes = 32, kConvRuns = 8;  // threads of a block along the channels and along time
 
-// Rows that a thread goes through.
+// The number of rows that a thread goes through.
 inline int short_conv_rows(int T) {
     return std::clamp(ceil_div(T, kConvRuns), 1, 32);
 }
@@ -22,8 +23,8 @@ inline int short_conv_parts(int T) {
     return ceil_div(T, short_conv_rows(T) * kConvRuns);
 }
 
-// What the threads of a row of a block have in shared memory: kWidth numbers of each lane. The stride keeps
-// both orders, by lanes and by channels, free of bank conflicts.
+// Shared memory for a row of a block's threads: kWidth numbers for each lane. The stride keeps both orders,
+// by lanes and by channels, free of bank conflicts.
 template <int kWidth>
 struct ConvRow {
     static constexpr int kStride = kConvLanes + kConvLanes / kWidth;
@@ -41,7 +42,7 @@ struct ConvRow {
     }
 };
 
-// The taps of a block's channels, read once for all its rows.
+// Reads the taps of a block's channels, once for all its rows.
 template <int kWidth, int K>
 __device__ void load_taps(Vec<kWidth> (&taps)[K], ConvRow<kWidth>* shared, const float* weight, int w,
                           int W) {
@@ -82,8 +83,8 @@ __global__ void __launch_bounds__(kConvLanes* kConvRuns, 1)
     }
 }
 
-// The gradients for the taps from `first` on, K of them at most; dinp only where it is not null. A block's
-// sums of the weights' gradients go to its row of partial.
+// Makes the gradients of at most K taps from `first` on, and dinp unless it is null. A block writes its sums
+// of the taps' gradients to its row of partial.
 template <class Real, int kWidth, int K>
 __global__ void __launch_bounds__(kConvLanes* kConvRuns, 1)
     short_conv_backward_kernel(Real* dinp,
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kConvLanes* kConvRuns, 1)
     int begin = (blockIdx.y * kConvRuns + threadIdx.y) * rows, end = min(T, begin + rows);
     size_t at = (size_t)blockIdx.z * T * W + w;
     Vec<kWidth> weights[K], dtaps[K] = {};
-    const bool has_dinp = K < kConvTaps || dinp;  // only of many taps some come without
+    const bool has_dinp = K < kConvTaps || dinp;  // with fewer taps there is always a dinp
     if (has_dinp) load_taps(weights, shared, weight, w, W);
     if (w < W && begin < T) {
         Vec<kWidth> d[K] = {};  // d[s] is row t + first + s
@@ -141,8 +142,8 @@ __global__ void __launch_bounds__(kConvLanes* kConvRuns, 1)
     }
 }
 
-// Any K, one pack of one row a thread: the convolution, or where kReversed its transpose, which makes dinp of
-// dout.
+// For any K. A thread makes one pack of one row: of the convolution, or with kReversed of its transpose,
+// which makes dinp from dout.
 template <class Real, int kWidth, bool kReversed>
 __global__ void short_conv_wide_kernel(Real* out, const Real* inp, const float* weight, int T, int W, int K) {
     int w = (blockIdx.x * kConvLanes + threadIdx.x) * kWidth, t = blockIdx.y * kConvRuns + threadIdx.y;
@@ -158,7 +159,7 @@ __global__ void short_conv_wide_kernel(Real* out, const Real* inp, const float* 
     store_vec(out + at, sum);
 }
 
-// Calls run(width, taps): taps is K, or kConvTaps where K is more.
+// Calls run(width, taps), where taps is K, or kConvTaps if K is larger.
 template <class Real, class Run>
 void choose_short_conv(bool packs, int K, Run run) {
     auto with_width = [&](auto width) {
@@ -195,7 +196,7 @@ void short_conv_forward(Real* out,            // (B,T,W)
     });
 }
 
-// Floats.
+// The number of floats of scratch that short_conv_backward() needs.
 inline size_t short_conv_scratch(int B, int T, int W, int K) {
     return kColumnSumsScratch + (size_t)B * short_conv_parts(T) * K * W;
 }

@@ -11,7 +11,7 @@
 namespace gpu {
 
 struct SmallTensor {
-    size_t from, to, size;  // its places in the small array and in the table's
+    size_t from, to, size;  // its offsets in the small array and in the table
 };
 
 // The vectors of a table, one after another as in the table.
@@ -32,7 +32,7 @@ inline size_t small_size(const ParameterTable& table) {
 
 constexpr int kRoundThreads = 256;
 
-// A block a tensor.
+// Each block takes a tensor.
 static __global__ void __launch_bounds__(kRoundThreads)
     round_gradients_kernel(bf16* all, const float* small, const SmallTensor* tensors) {
     SmallTensor t = tensors[blockIdx.x];
@@ -56,7 +56,7 @@ class SmallGradients {
         DeviceMemory::write(places_.get(), tensors_.data(), tensors_.size());
     }
 
-    // Those of a slice, from their own array into the table's.
+    // Rounds those of a slice from their own array into the one that has all gradients.
     void round(bf16* all, const float* small, Slice slice, cudaStream_t stream) const {
         auto before = [&](size_t offset) {
             return std::count_if(tensors_.begin(), tensors_.end(), [=](auto& t) { return t.to < offset; });
