@@ -1,13 +1,13 @@
 // Vector loads: neighbouring numbers, up to 16 bytes in one access.
 //
-// Arrays that kernels read so begin at 16-byte addresses (all buffers of MemoryPlan do). Where the length of
-// a row is not a multiple of the access, kernels read it element by element.
+// Arrays that kernels read in this way begin at 16-byte addresses (all buffers of MemoryPlan do). If the
+// length of a row is not a multiple of the access, kernels read it element by element.
 #pragma once
 #include "llmc/cuda/common.h"
 
 namespace gpu {
 
-// N numbers as they are in memory, which are read and written at once: 16 bytes unless fewer are asked for.
+// N numbers as they are in memory, which are read and written at once. They have 16 bytes unless N says less.
 template <class T, int N = 16 / sizeof(T)>
 struct alignas(N * sizeof(T)) Pack {
     static constexpr int size = N;
@@ -25,8 +25,8 @@ __device__ void store_pack(T* at, const Pack<T>& pack) {
     *reinterpret_cast<Pack<T>*>(at) = pack;
 }
 
-// N numbers in the registers of a thread. They are floats, whatever they are in memory. Vec<N>{} is zero,
-// otherwise they begin with no particular value.
+// N numbers in the registers of a thread. They are floats, whatever they are in memory. Vec<N>{} is zero; a
+// Vec<N> without the braces begins with no particular value.
 template <int N>
 struct Vec {
     float values[N];
@@ -37,8 +37,12 @@ struct Vec {
 // What is read in one access of N numbers of T.
 template <int N, class T>
 using PackOf = Pack<T, (N * sizeof(T) <= 16 ? N : 16 / sizeof(T))>;
+// The type for that access: a number or vector of the machine, because the compiler splits some accesses of
+// structs, such as the store of four bf16.
+template <class P>
+using AccessOf = std::conditional_t<sizeof(P) == 16, uint4, std::conditional_t<sizeof(P) == 8, uint2, P>>;
 
-// N numbers from an address that is a multiple of their size, or of 16 bytes where they are larger.
+// N numbers from an address that is a multiple of their size, or of 16 bytes if their size is larger.
 template <int N, class T>
 __device__ Vec<N> load_vec(const T* at) {
     using Part = PackOf<N, T>;
@@ -46,7 +50,8 @@ __device__ Vec<N> load_vec(const T* at) {
     Vec<N> x{};
 #pragma unroll
     for (int p = 0; p < N; p += Part::size) {
-        Part pack = *reinterpret_cast<const Part*>(at + p);
+        auto bits = *reinterpret_cast<const AccessOf<Part>*>(at + p);
+        const Part& pack = reinterpret_cast<const Part&>(bits);
 #pragma unroll
         for (int i = 0; i < Part::size; i++) x[p + i] = to_float(pack[i]);
     }
@@ -58,14 +63,15 @@ __device__ void store_vec(T* at, const Vec<N>& x) {
     static_assert(N % Part::size == 0);
 #pragma unroll
     for (int p = 0; p < N; p += Part::size) {
-        Part pack;
+        AccessOf<Part> bits;
+        Part& pack = reinterpret_cast<Part&>(bits);
 #pragma unroll
         for (int i = 0; i < Part::size; i++) pack[i] = from_float<T>(x[p + i]);
-        *reinterpret_cast<Part*>(at + p) = pack;
+        *reinterpret_cast<AccessOf<Part>*>(at + p) = bits;
     }
 }
 
-// The first `count` of N numbers, or all where there are more; the rest are 0.
+// The first `count` of N numbers, or all of them if there are more. The rest are 0.
 template <int N, class T>
 __device__ Vec<N> load_vec(const T* at, size_t count) {
     if (count >= N) return load_vec<N>(at);
