@@ -5,8 +5,10 @@
 #include <unistd.h>
 
 #include <set>
+#include <thread>
 
 #include "llmc/checkpoint.h"
+#include "llmc/run_folder.h"
 #include "tests/cli.h"
 
 namespace {
@@ -84,6 +86,22 @@ TEST_CASE("start: beside a run that trains in the folder, no other starts") {
     check_done(train_gpt(fixture().train(out), {}, run));
     CHECK(overlapped);
     check_same_run(out);
+}
+
+TEST_CASE("start: a reader that has the lock for a moment does not stop a run, another run does") {
+    const TempFolder folder;
+    const std::string out = folder / "out";
+    fs::create_directory(out);
+    const Descriptor reader(::open(out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    REQUIRE(::flock(reader.fd, LOCK_SH) == 0);
+    CHECK(contains(error_of([&] { RunFolder run(out); }), "another train_gpt is training in this folder"));
+    std::thread leaves([&] {
+        usleep(20000);
+        ::flock(reader.fd, LOCK_UN);
+    });
+    CHECK(error_of([&] { RunFolder run(out); }) == "");
+    leaves.join();
+    CHECK(fs::exists(out));
 }
 
 TEST_CASE("start: a run that another one overtakes finds what that has done") {
