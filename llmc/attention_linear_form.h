@@ -9,7 +9,7 @@
 constexpr bool has_linear_form(int power, int D) {
     return power == 1 || power == 2 || (power == 3 && D <= 32);
 }
-// Of an odd power, `sum` has the absolute values, which are no polynomial.
+// With an odd power, `sum` divides by absolute values, which are not a polynomial.
 constexpr bool has_linear_sum(int power) {
     return power % 2 == 0;
 }

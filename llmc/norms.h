@@ -46,7 +46,7 @@ struct NormSums {
         max_score = std::max(max_score, other.max_score);
     }
 
-    // Of all rows of B sequences.
+    // The means over all rows of B sequences.
     AttentionNorms norms(const AttentionConfig& config, int B, int T, int D) const {
         double rows = (double)B * T, pairs = rows * (T + 1) / 2;
         AttentionNorms n;

@@ -8,7 +8,7 @@ using namespace cuda_test;
 
 namespace {
 
-// Of those with a linear form for heads of D: row and `sum` with and without decay, the other scales with.
+// The kinds with a linear form for heads of D: `row` and `sum` with and without decay, other scales with it.
 std::vector<Kind> linear_kinds(int D) {
     std::vector<Kind> kinds;
     for (const Kind& kind : reference::every_option())

@@ -25,14 +25,14 @@ inline Vector dense_jacobian(const AttentionRow& row, const AttentionConfig& con
             }
             if (j == k) d = row.slope[j];
             if (!config.has_row_sum()) continue;
-            // d(1/s) / dx_k = -sign(x_k^p) (ds / dx_k) / s^2, and slope is (ds / dx_k) / s but for that sign
+            // d(1/s) / dx_k = -sign(x_k^p) (ds / dx_k) / s^2, and slope is (ds / dx_k) / s without that sign
             double xp = power(row.x[k], p);
             d -= row.A[j] * ((xp > 0) - (xp < 0)) * row.slope[k];
         }
     return J;
 }
 
-// Of one head, as llmc/norms.h defines them. log_gamma 0: no decay.
+// The norms of one head, as llmc/norms.h defines them. log_gamma 0 means no decay.
 inline AttentionNorms attention_norms(const Vector& qkv /*(B,T,3C)*/, double log_gamma,
                                       const AttentionConfig& config, int h, int B, int T, int H, int D) {
     int C = H * D;

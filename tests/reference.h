@@ -40,7 +40,7 @@ struct MatmulGradients {
     Vector dinp /*(N,IC)*/, dweight /*(IC,OC)*/, dbias /*(OC)*/;
 };
 
-// Of out (N,OC) = inp (N,IC) weight (IC,OC) + bias.
+// The gradients of out (N,OC) = inp (N,IC) weight (IC,OC) + bias.
 MatmulGradients matmul_backward(const Vector& dout, const Vector& inp, const Vector& weight, int N, int IC,
                                 int OC);
 

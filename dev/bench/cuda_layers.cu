@@ -88,7 +88,7 @@ class Stopwatch {
         check_launch();
     }
 
-    // Of f(), the median. f() enqueues its work in the default stream.
+    // The median time of f(), which enqueues its work in the default stream.
     template <class F>
     double milliseconds(F f) {
         int calls = repeat_;
@@ -455,7 +455,7 @@ class Bench {
                 });
     }
 
-    // Of all parameters of the model.
+    // AdamW over all parameters of the model.
     void update() {
         GPTConfig config;
         config.layers = s.layers, config.heads = H, config.channels = C, config.vocab_size = V;

@@ -9,7 +9,7 @@
 - the file of a case: logits (B,T,V), loss, and grad.<name> for each of its parameters.
 
 All is computed in float64 from the float32 parameters, and stored in float32. Under scale `sum` with qk-norm
-the gradient of q_gain is zero but for the 1e-6 in the scale: in float32 it is mostly rounding.
+the gradient of q_gain is zero except for what the 1e-6 in the scale gives. In float32 it is mostly rounding.
 """
 import json
 import random

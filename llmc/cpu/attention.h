@@ -59,8 +59,8 @@ class HeadScale {
   public:
     bool decays;
     std::vector<float> c;  // (T): c_i / sqrt(D)^p of a polynomial; without c_i for `sum`; otherwise 1
-    // (T) for `row` with decay, empty otherwise: e_i, the distance at which a term of row i has no part in
-    // the gradient of log gamma, for what gamma takes from it there c_i gives back.
+    // (T) for `row` with decay, empty otherwise: e_i = -d log c_i / d log gamma. At distance e_i the change
+    // of gamma^(i-j) and that of c_i cancel, so a term there adds nothing to the gradient of log gamma.
     std::vector<float> neutral_distance;
 
     HeadScale(const AttentionConfig& config, const float* decay, int h, int T, int D)

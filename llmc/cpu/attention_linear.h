@@ -250,8 +250,8 @@ class LinearHead {
         queries.finish(out, stats, exact);
     }
 
-    // From the left: dq (64,Dp) of a chunk, of what its queries take from the state, is assigned; then its
-    // keys go into the state, unless it is the last. Returns the gradient of log gamma through the state.
+    // Goes from left to right: writes the part of dq (64,Dp) that comes through the state, then adds the keys
+    // of this chunk to the state, unless it is the last. Returns the gradient of log gamma through the state.
     double backward_queries(float* dq, LinearState& state, const Real* dout /*(T,C)*/,
                             const float* row_factor /*(T)*/, const float* row_dot /*(T), or null*/,
                             const Real* qkv /*(T,3C)*/, int chunk) {
@@ -480,7 +480,7 @@ inline std::vector<LinearState> range_states(int heads, int parts, int chunks, b
     if (parts == 1) return states;
     for (int i = 0; i < heads * parts; i++) states.emplace_back(features, D, wants_decay);
     auto cut = [&](int part) { return (int)((int64_t)chunks * part / parts); };
-    // Range r of the order in which the state comes along leaves its own contribution in slot r+1.
+    // Range r writes its contribution to slot r+1, the state that range r+1 starts from.
     auto range = [&](int r) { return backward ? parts - 1 - r : r; };
 #pragma omp parallel for schedule(dynamic, 1)
     for (int task = 0; task < heads * (parts - 1); task++) {

@@ -53,7 +53,7 @@ struct FeatureTile {
         if constexpr (P == 2) return a == b ? 1 : 2;
         return a == c ? 1 : a == b || b == c ? 3 : 6;
     }
-    // Of feature f of the tile, by a function of the channel.
+    // The product of the channels of feature f of the tile. x(c) gives channel c.
     template <class X>
     __device__ float product(int f, X x) const {
         if constexpr (P == 1) return x(64 * a + f);

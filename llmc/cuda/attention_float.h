@@ -133,7 +133,7 @@ struct FloatSums {
     }
 };
 
-// Of the eight threads that share rows.
+// The maximum and the sum over the eight threads that share rows.
 __device__ inline float max_of_row(float x) {
     return reduce_lanes<Max, 4, 2, 1>(x);
 }

@@ -275,7 +275,7 @@ __global__ void attention_dots(float* dot,        // (B,H,T)
     if (index < rows && threadIdx.x % 8 == 0) dot[index] = sum;
 }
 
-// What a row of A has beside its scores.
+// The inputs of the backward pass that belong to a row.
 struct RowTerms {
     float weight = 0;  // c_i / sqrt(D)^p; of softmax what is added to the scaled score: minus its log-sum-exp
     float dot = 0;     // dO_i . O_i, for `sum` times the weight
@@ -341,7 +341,7 @@ __device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[
     }
 }
 
-// Calls f with a constant, so that who does without a thing does not pay for it.
+// Calls f with a compile-time constant, so that the branch that is not taken costs nothing.
 template <class F>
 __device__ void with_constant(bool value, F f) {
     if (value) {

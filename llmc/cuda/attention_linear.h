@@ -1,5 +1,5 @@
 // Polynomial attention at a cost that is linear in the length: the twin of llmc/cpu/attention_linear.h, where
-// the idea is explained. The same numbers as attention.h but for rounding.
+// the idea is explained. The numbers are those of attention.h, except for rounding.
 //
 // The sequence is cut into segments. Pairs within one go through the tiles of attention.h; those across a
 // boundary between two go through its state, by kernels that run for all boundaries, tokens and heads at

@@ -71,7 +71,7 @@ __device__ RowTerms linear_terms(const float* stats, const float* dot, const Lin
     return terms;
 }
 
-// How often a row's share in the gradient counts for that of log gamma: its distance to the boundary.
+// The factor of a row's term in the gradient of log gamma: the distance of the row to the boundary.
 template <Rows kRows>
 __device__ float linear_distance(const LinearShape& shape, int bh, int i, int boundary) {
     const AttentionTables& tables = shape.attention.tables;
@@ -348,9 +348,9 @@ __global__ __launch_bounds__(kAttentionThreads,
 }
 
 // The states of the boundaries, from what each segment gives to its own: their running sums with the decay,
-// from the left or from the right. In the second case the pairs of rows on either side of two neighbouring
-// boundaries or more have the segments between them for a distance: their share in the gradient of log gamma,
-// times `sign`. Blocks: (four numbers of a state a thread, B H).
+// from the left or from the right. From the right, it also adds the gradient of log gamma, times `sign`, of
+// pairs of rows that lie one or more whole segments apart, because their distance includes those segments.
+// Blocks: (four numbers of a state a thread, B H).
 //   width: numbers a feature, of a state or of z
 template <int P, class Real>
 __global__ void linear_scan_kernel(Real* states,        // (B,H,slots,size), which may be `parts`

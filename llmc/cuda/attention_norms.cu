@@ -9,8 +9,8 @@ namespace gpu {
 constexpr int kFloatKeys = 64;  // whose sums a thread keeps in float
 constexpr int kNumbers = sizeof(NormSums) / sizeof(double), kMaxima = 2;
 
-// How scores are made, and which of them a thread has: of two rows of a tile, kKeys each. Tiles are for the
-// largest heads, for nothing here grows with the head but them.
+// How scores are made, and which of them a thread has: of two rows of a tile, kKeys each. Tiles have
+// room for the largest heads; smaller heads waste only shared memory.
 template <class Real>
 struct NormTile;
 
@@ -154,7 +154,7 @@ struct RowNorms {
         }
     }
 
-    // Of the threads that share the row: the first gets all of it.
+    // Adds up what the threads that share the row have. The first of them gets the result.
     __device__ void gather(int lanes, float factor) {
         for (int offset = lanes / 2; offset > 0; offset /= 2) {
             auto other = [=](auto x) { return __shfl_xor_sync(0xFFFFFFFFu, x, offset); };

@@ -124,7 +124,7 @@ inline void launch_state_kernel(float* shares, float* state, const Real* q, cons
 }
 
 // Tokens start .. start+n-1, which go into the state and see each other through it. Kinds of attention:
-// has_linear_form(). row_scale (n,H): c_i of the new rows, read but for `sum`.
+// has_linear_form(). row_scale (n,H): c_i of the new rows; `sum` does not read it.
 template <class Real>
 inline void attention_state_forward(Real* out,               // (n,C)
                                     float* state,            // (H,state_size)

@@ -262,8 +262,8 @@ __device__ inline void store_sums(float* to, size_t stride, const float (&x)[kD 
 struct AttentionTables {
     float* c = nullptr;     // (heads,T): c_i / sqrt(D)^p of a polynomial; without c_i for `sum`; otherwise 1
     float* fade = nullptr;  // (heads,T): gamma^n
-    // (heads,T): the distance e_i at which a term of row i has no part in the gradient of log gamma, for what
-    // gamma takes from it there c_i gives back.
+    // (heads,T): e_i = -d log c_i / d log gamma. At distance e_i the change of gamma^(i-j) and that of c_i
+    // cancel, so a term there adds nothing to the gradient of log gamma.
     float* neutral = nullptr;
     float* log_gamma = nullptr;  // (heads)
     int stride = 0;              // from one head to the next: T, or 0
