@@ -3,8 +3,8 @@
 // encode() first cuts out added tokens such as <|endoftext|> (the leftmost, and of those the longest). It
 // splits the rest into words by GPT-2's pattern and merges the bytes of each word pair by pair, lowest rank
 // first. Every byte is also a token, so every text has an encoding, and decode(encode(text)) == text.
-// It is an error if the file asks for anything that would change the ids and that encode() does not do. Special
-// tokens that a post-processor would put around a text are not part of an encoding here or in the shards.
+// It is an error if the file asks for something that would change the ids and that encode() does not do.
+// Special tokens that a post-processor would put around a text are not part of an encoding here or in the shards.
 #pragma once
 #include <algorithm>
 #include <array>

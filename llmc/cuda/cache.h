@@ -38,7 +38,7 @@ class Cache {
         }
     }
 
-    // Call before more tokens come. Changes from keys and values to the state if that is asked for, or smaller.
+    // Call before more tokens come. Changes from keys and values to the state if that is wanted, or smaller.
     //   decay(l): delta (H) of layer l, or null
     template <class Decay>
     void begin(Decay decay) {
