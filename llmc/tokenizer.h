@@ -4,7 +4,7 @@
 // splits the rest into words by GPT-2's pattern and merges the bytes of each word pair by pair, lowest rank
 // first. Every byte is also a token, so every text has an encoding, and decode(encode(text)) == text.
 // It is an error if the file asks for something that would change the ids and that encode() does not do.
-// Special tokens that a post-processor would put around a text are not part of an encoding here or in the shards.
+// Special tokens that a post-processor would put around a text are no part of an encoding here or in shards.
 #pragma once
 #include <algorithm>
 #include <array>

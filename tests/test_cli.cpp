@@ -55,10 +55,10 @@ Strings words_of(const std::string& line) {
 const std::map<std::string, Strings> kFlags = {
     {"train",
      words_of("--data --out --preset --layers --heads --channels --context --attention --attention-scale "
-              "--positions --qk-norm --decay --short-conv --init-from --new-tokenizer --batch --seq --total-batch --steps "
-              "--lr --schedule --warmup --final-lr-fraction --weight-decay --beta1 --beta2 --eps "
-              "--grad-clip --seed --dtype --attention-kernel --recompute --gradients --threads --val-every "
-              "--val-batches --sample-every --sample-tokens --norms-every --checkpoint-every "
+              "--positions --qk-norm --decay --short-conv --init-from --new-tokenizer --batch --seq "
+              "--total-batch --steps --lr --schedule --warmup --final-lr-fraction --weight-decay --beta1 "
+              "--beta2 --eps --grad-clip --seed --dtype --attention-kernel --recompute --gradients "
+              "--stochastic-rounding --cuda-graph --threads --val-every --val-batches --sample-every --sample-tokens --norms-every --checkpoint-every "
               "--keep-checkpoints --resume")},
     {"generate",
      words_of(
