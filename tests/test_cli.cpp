@@ -58,7 +58,8 @@ const std::map<std::string, Strings> kFlags = {
               "--positions --qk-norm --decay --short-conv --init-from --new-tokenizer --batch --seq "
               "--total-batch --steps --lr --schedule --warmup --final-lr-fraction --weight-decay --beta1 "
               "--beta2 --eps --grad-clip --seed --dtype --attention-kernel --recompute --gradients "
-              "--stochastic-rounding --cuda-graph --threads --val-every --val-batches --sample-every --sample-tokens --norms-every --checkpoint-every "
+              "--stochastic-rounding --cuda-graph --threads --val-every --val-batches --sample-every "
+              "--sample-tokens --norms-every --checkpoint-every "
               "--keep-checkpoints --resume")},
     {"generate",
      words_of(
