@@ -7,9 +7,6 @@
 // statistics, the weights, the gradients and the optimizer's moments are float.
 //
 //   make && ./train_gpt train --data data/shakespeare --out out/run --attention poly3
-#include <omp.h>
-
-#include <chrono>
 #include <cmath>
 #include <memory>
 #include <string>
@@ -31,11 +28,12 @@
 #include "llmc/cpu/layernorm.h"
 #include "llmc/cpu/matmul.h"
 #include "llmc/cpu/memory.h"
+#include "llmc/cpu/peak.h"
 #include "llmc/cpu/qk_norm_rope.h"
 #include "llmc/cpu/short_conv.h"
 #include "llmc/cpu/threads.h"
 #include "llmc/model.h"
-#include "llmc/parameters.h"
+#include "llmc/parameter_store.h"
 
 namespace cpu::inline LLMC_ISA {
 
@@ -45,8 +43,9 @@ struct GPT : Model {
 
     AttentionConfig attention;
     int L, H, D, C, V, Vp;
-    Tensors<float> weights, gradients;
-    Tensors<Real> weights_real;  // the weights in the type of the matrix products
+    ParameterStore<HostMemory, Real> parameters;
+    const Tensors<float>&weights = parameters.weights, &gradients = parameters.gradients;
+    const Tensors<Real>& weights_real = parameters.weights_real;
     Activations<Real> acts;
     ActivationGradients<Real> grads;
     float* logits;  // (classifier_rows,Vp): reused
@@ -64,22 +63,17 @@ struct GPT : Model {
           C(config.channels),
           V(config.vocab_size),
           Vp(padded_vocabulary(config)),
-          options(options),
-          training(options.purpose == Purpose::training) {
-        for (int h = 0; h < H && config.decay == DecayKind::fixed; h++)
-            fixed_decay.push_back(initial_decay(h, H));
+          parameters(table, options.purpose == Purpose::training),
+          options(options) {
+        if (config.decay == DecayKind::fixed) fixed_decay = initial_decays(H);
         size_t B = options.batch, T = options.seq;
-        parameter_plan.add(arrays.weights, table.size);
-        if (!kIsFloat) parameter_plan.add(arrays.copy, table.size);
-        if (training) parameter_plan.add(gradient_array, table.size);
-        plan_activations(activation_plan, acts, grads, config, options,
-                         stats_size<Real>(attention, B, T, H, D));
+        plan_activations(plan, acts, grads, config, options, stats_size<Real>(attention, B, T, H, D));
         size_t logits_size = (size_t)classifier_rows((int)(B * T), Vp) * Vp;
-        activation_plan.add(logits, logits_size);
+        plan.add(logits, logits_size);
         if constexpr (kIsFloat) {
-            activation_plan.alias(dlogits, logits);
+            plan.alias(dlogits, logits);
         } else {
-            activation_plan.add(dlogits, logits_size);
+            plan.add(dlogits, logits_size);
         }
     }
 
@@ -164,7 +158,7 @@ struct GPT : Model {
     void backward(const Batch& batch, const Pass& pass, const ReadyFunction& ready) {
         int B = batch.B, T = batch.T, N = B * T;
         bool accumulate = !pass.first;
-        if (pass.first) zero_added_gradients();
+        if (pass.first) parameters.zero_added_gradients([](float* x, size_t n) { HostMemory::zero(x, n); });
         auto is_ready = [&](int bucket) {
             if (pass.last && ready) ready(bucket);
         };
@@ -233,14 +227,8 @@ struct GPT : Model {
         }
     }
 
-    // Zeroes the gradients that layers add to. The first pass of a step assigns all others.
-    void zero_added_gradients() {
-        for (const ParameterTensor& t : table.tensors)
-            if (!gradient_is_assigned(t.kind)) HostMemory::zero(gradient_array + t.offset, t.size);
-    }
-
     double gradient_norm(Slice slice) const override {
-        return std::sqrt(sum_of_squares(gradient_array + slice.begin, slice.size()));
+        return std::sqrt(sum_of_squares(parameters.arrays.gradients + slice.begin, slice.size()));
     }
 
     void clip_gradients(double max_norm) override {
@@ -251,7 +239,7 @@ struct GPT : Model {
     double clipped_norm() override { return norm; }
 
     std::unique_ptr<Optimizer> make_optimizer(const AdamW& adamw) override {
-        return std::make_unique<AdamWOptimizer<Real>>(table, arrays, adamw);
+        return std::make_unique<AdamWOptimizer<Real>>(table, parameters.arrays, adamw);
     }
 
     const float* decode(const int* tokens, int n) override {
@@ -276,49 +264,33 @@ struct GPT : Model {
     }
 
     void read(Store store, const ParameterTensor& t, float* out) const override {
-        std::copy_n((store == Store::weights ? arrays.weights : gradient_array) + t.offset, t.size, out);
+        parameters.read(store, t, out);
     }
     void write(Store store, const ParameterTensor& t, const float* in) override {
-        std::copy_n(in, t.size, (store == Store::weights ? arrays.weights : gradient_array) + t.offset);
-        if (!kIsFloat && store == Store::weights) std::copy_n(in, t.size, arrays.copy + t.offset);
+        parameters.write(store, t, in);
     }
 
     std::string first_nonfinite() const override {
-        return first_nonfinite_of(table, arrays.weights, activation_plan, gradient_array);
+        return first_nonfinite_of(table, parameters.arrays.weights, plan, parameters.arrays.gradients);
     }
 
     std::vector<MemoryGroup> memory() const override {
-        return {{"weights and gradients", parameter_plan.bytes()}, {"activations", activation_plan.bytes()}};
+        return {{"weights and gradients", parameters.bytes()}, {"activations", plan.bytes()}};
     }
 
     void allocate(size_t = 0) override {
-        parameter_plan.allocate();
-        activation_plan.allocate();
-        arrays.gradients = gradient_array;
-        arrays.clip_factor = &gradient_factor;
-        HostMemory::zero(arrays.weights, table.size);
-        weights = table.view(arrays.weights);
-        if constexpr (kIsFloat) {
-            weights_real = weights;
-        } else {
-            HostMemory::zero(arrays.copy, table.size);
-            weights_real = table.view(arrays.copy);
-        }
-        if (!training) return;
-        HostMemory::zero(gradient_array, table.size);
-        gradients = table.view(gradient_array);
+        parameters.allocate();
+        parameters.arrays.clip_factor = &gradient_factor;
+        plan.allocate();
     }
 
   private:
     ModelOptions options;
-    bool training;
     int rope_end = -1;          // rope holds positions 0 .. rope_end-1; -1: it holds other positions
     double loss_sum = 0;        // mean losses of the passes since the last take_loss()
     double norm = 0;            // norm of the gradients that clip_gradients() found
     float gradient_factor = 1;  // the optimizer multiplies the gradients by it
-    ParameterArrays<Real, float> arrays{};  // (table.size) each
-    float* gradient_array = nullptr;        // (table.size)
-    MemoryPlan parameter_plan, activation_plan;
+    MemoryPlan plan;            // of the activations
 
     static int padded_vocabulary(const GPTConfig& config) { return (config.vocab_size + 15) / 16 * 16; }
 
@@ -339,29 +311,6 @@ struct GPT : Model {
     // Writes the logits (Vp) that follow from one row (C) of the last LayerNorm's output.
     void last_logits(const Real* row) { matmul(logits, row, weights_real.wte, 1, Vp, C, false, true, false); }
 };
-
-inline double measured_peak(Precision precision) {
-    auto measure = [](auto type) {
-        using Real = decltype(type);
-        constexpr int n = 512;
-        std::vector<Real> a(n * n, Real(1.0f)), b(n * n, Real(1.0f));
-        std::vector<float> c(n * n);
-        double best = 0;
-        for (int repetition = 0; repetition < 8; repetition++) {  // the first one creates the primitive
-            auto start = std::chrono::steady_clock::now();
-            matmul(c.data(), a.data(), b.data(), n, n, n, false, false, false);
-            std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-            best = std::max(best, 2.0 * n * n * n / seconds.count());
-        }
-        return best;
-    };
-    return precision == Precision::bf16 ? measure(bf16()) : measure(float());
-}
-
-inline int set_threads(int threads) {
-    if (threads > 0) omp_set_num_threads(threads);
-    return settle_threads();
-}
 
 inline std::unique_ptr<Model> make_model(const GPTConfig& config, const ModelOptions& options) {
     if (options.precision == Precision::bf16) return std::make_unique<GPT<bf16>>(config, options);

@@ -150,3 +150,26 @@ std::string first_nonfinite_of(const ParameterTable& table, const float* weights
     }
     return "";
 }
+
+// Says which flags make a model fit into `free` bytes of memory together with `more` bytes that others will
+// take. Tries, in this order: recomputation (same results), bf16, a smaller batch.
+template <class MakeModel>
+std::string flags_that_fit(const GPTConfig& config, const ModelOptions& options, size_t free, size_t more,
+                           MakeModel make_model) {
+    bool can_be_bf16 = options.purpose == Purpose::training && options.precision != Precision::bf16;
+    for (int batch = options.batch; batch > 0; batch /= 2)
+        for (bool to_bf16 : {false, can_be_bf16})
+            for (int r = (int)options.recompute; r <= (int)Recompute::block; r++) {
+                ModelOptions smaller = options;
+                smaller.batch = batch, smaller.recompute = (Recompute)r;
+                if (to_bf16) smaller.precision = Precision::bf16;
+                size_t needed = more;
+                for (const MemoryGroup& group : make_model(config, smaller)->memory()) needed += group.bytes;
+                if (needed > free) continue;
+                return str(
+                    "it fits with", batch < options.batch ? str(" --batch ", batch) : "",
+                    to_bf16 ? " --dtype bf16" : "",
+                    smaller.recompute > options.recompute ? str(" --recompute ", kRecomputeNames[r]) : "");
+            }
+    return "expected a shorter --seq, a smaller model or a larger GPU";
+}

@@ -11,6 +11,11 @@
 inline float initial_decay(int head, int H) {
     return H == 1 ? 1.0f : 1.0f + 4.5f * head / (H - 1);
 }
+inline std::vector<float> initial_decays(int H) {
+    std::vector<float> delta;
+    for (int h = 0; h < H; h++) delta.push_back(initial_decay(h, H));
+    return delta;
+}
 
 // log gamma with gamma = sigmoid(delta): finite for every finite delta, because exp() has no positive
 // argument.

@@ -51,8 +51,8 @@ template <class Real, class Gradient>
 struct ParameterArrays {
     float* weights;  // (table.size)
     Real* copy;      // (table.size): the weights in the type of the matrix products; null if that is float
-    const Gradient* gradients;  // (table.size)
-    const float* clip_factor;   // (1)
+    Gradient* gradients;       // (table.size)
+    const float* clip_factor;  // (1)
 };
 
 // Keeps the arrays of an optimizer in the memory of a backend.

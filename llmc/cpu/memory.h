@@ -49,8 +49,8 @@ struct HostMemory {
     }
     static bool finite(const auto* x, size_t n) { return all_finite(x, n); }
     static void zero(auto* x, size_t n) { std::fill_n(x, n, std::remove_reference_t<decltype(*x)>(0.0f)); }
-    static void read(float* out, const float* x, size_t n) { std::copy_n(x, n, out); }
-    static void write(float* x, const float* in, size_t n) { std::copy_n(in, n, x); }
+    static void read(auto* out, const auto* x, size_t n) { std::copy_n(x, n, out); }
+    static void write(auto* x, const auto* in, size_t n) { std::copy_n(in, n, x); }
 };
 using MemoryPlan = ::MemoryPlan<HostMemory>;
 

@@ -31,4 +31,10 @@ inline int settle_threads() {
     return settled;
 }
 
+// Sets the number of threads (0: as many as there are cores) and returns it.
+inline int set_threads(int threads) {
+    if (threads > 0) omp_set_num_threads(threads);
+    return settle_threads();
+}
+
 }  // namespace cpu

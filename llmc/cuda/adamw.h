@@ -188,6 +188,36 @@ inline void clip_factor(float* grad_scale,  // (1), on the device
     check_launch();
 }
 
+// The norm of a model's gradients, and the factor that clips them. Both stay on the device until the host
+// asks for them, so an optimizer's step does not wait for the host.
+template <class Gradient>
+class GradientClip {
+  public:
+    float* factor;  // (1): the optimizer multiplies the gradients by it
+
+    void add_to(MemoryPlan& plan) {
+        plan.add(squares_, 1 + kSquaresBlocks);
+        plan.add(factor, 1);
+    }
+    void set_factor(const Gradient* gradients, size_t n, double max_norm, cudaStream_t stream) const {
+        sum_of_squares(squares_, squares_ + 1, gradients, n, stream);
+        clip_factor(factor, squares_, max_norm, stream);
+    }
+    double norm(const Gradient* gradients, size_t n, cudaStream_t stream) const {
+        sum_of_squares(squares_, squares_ + 1, gradients, n, stream);
+        return last_norm(stream);
+    }
+    // The norm that the last of the calls above has computed. Waits for it.
+    double last_norm(cudaStream_t stream) const {
+        double total;
+        copy_to_host(&total, squares_, 1, stream);
+        return std::sqrt(total);
+    }
+
+  private:
+    double* squares_;  // (1 + kSquaresBlocks): the sum of the squared gradients, then scratch
+};
+
 // -------------------------------------------------------------------------------------------- the optimizer
 
 template <class Real, class Gradient>

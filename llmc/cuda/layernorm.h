@@ -254,7 +254,7 @@ inline size_t layernorm_backward_scratch(int N, int C) {
 // of each block, then over the blocks, always in the same order.
 template <class Real>
 void layernorm_backward(float* dinp,          // (N,C) +=
-                        Real* dinp_copy,      // (N,C): dinp in bf16, or null where Real is float
+                        Real* dinp_copy,      // (N,C): dinp in bf16; not written if Real is float
                         float* dweight,       // (C) +=
                         float* dbias,         // (C) +=
                         float* scratch,       // (layernorm_backward_scratch(N, C))

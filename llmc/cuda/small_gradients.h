@@ -6,29 +6,9 @@
 #include <vector>
 
 #include "llmc/cuda/memory.h"
-#include "llmc/parameters.h"
+#include "llmc/parameter_store.h"
 
 namespace gpu {
-
-struct SmallTensor {
-    size_t from, to, size;  // its offsets in the small array and in the table
-};
-
-// The vectors of a table, one after another as in the table.
-inline std::vector<SmallTensor> small_tensors(const ParameterTable& table) {
-    std::vector<SmallTensor> small;
-    size_t from = 0;
-    for (const ParameterTensor& t : table.tensors) {
-        if (!has_small_gradient(t.kind)) continue;
-        small.push_back({from, t.offset, t.size});
-        from += ceil_div<size_t>(t.size, 16) * 16;
-    }
-    return small;
-}
-inline size_t small_size(const ParameterTable& table) {
-    std::vector<SmallTensor> small = small_tensors(table);
-    return small.back().from + ceil_div<size_t>(small.back().size, 16) * 16;
-}
 
 constexpr int kRoundThreads = 256;
 
