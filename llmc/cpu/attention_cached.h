@@ -1,5 +1,6 @@
-// Attention of a few new tokens to all before them, whose keys and values are kept: generation. The formulas
-// are those of attention.h; a token costs O(T), and its output is that of attention_forward to rounding.
+// Attention of a few new tokens to all tokens so far, whose keys and values are kept, for generation. The
+// formulas are those of attention.h. A new token costs O(T), and its output is that of attention_forward
+// except for rounding.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -51,15 +52,15 @@ inline void attention_cached_forward(Real* out,        // (n,C)
                             total += std::fabs(a[j]);
                         }
                     }
-                    float scale = (float)(A::kOnline             ? 1 / total
-                                          : config.has_row_sum() ? 1 / (total + kRowSumEps)
-                                                                 : row_scale(config, i, log_g, D));
+                    float row_factor = (float)(A::kOnline             ? 1 / total
+                                               : config.has_row_sum() ? 1 / (total + kRowSumEps)
+                                                                      : row_scale(config, i, log_g, D));
                     std::fill(o.begin(), o.end(), 0.0f);
                     for (int j = 0; j <= i; j++) {
                         const float* v = cache + (size_t)j * 2 * C + C + h * D;
                         for (int d = 0; d < D; d++) o[d] += a[j] * v[d];
                     }
-                    for (int d = 0; d < D; d++) out[(size_t)t * C + h * D + d] = o[d] * scale;
+                    for (int d = 0; d < D; d++) out[(size_t)t * C + h * D + d] = o[d] * row_factor;
                 }
         }
     });

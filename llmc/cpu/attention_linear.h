@@ -1,20 +1,23 @@
-// Polynomial attention at a cost that is linear in the length: the same numbers as attention.h but for
-// rounding.
+// Polynomial attention at a cost that is linear in the length. The numbers are those of attention.h except
+// for rounding.
 //
 //   (q.k)^p = phi(q) . phi(k), where phi holds the products of p channels (arXiv 2507.04239, "symmetric
 //   power"), so sum_j (q_i.k_j)^p v_j = phi(q_i) . S with the state S = sum_j phi(k_j) v_j^T, (features,D).
 //
-// Tokens come in chunks of 64: pairs within a chunk go through the tiles of attention.h, those with an
-// earlier chunk through the state. c_i is a factor of the row and commutes with all this; a decay fades the
-// state from chunk to chunk. Nothing but `sum` with odd p is in the way, whose absolute values have no such
-// form: with even p its normaliser is phi(q_i) . z, z = sum_j phi(k_j), which fades as the state does.
+// The tokens are processed in chunks of 64. Pairs within a chunk go through the tiles of attention.h, pairs
+// with an earlier chunk through the state. A decay fades the state from chunk to chunk. A factor c_i of the
+// row does not matter here, because phi(q_i) . S is simply multiplied by it. The scale `sum` has this form
+// only for an even p, because absolute values have none. Its normaliser is phi(q_i) . z with z = sum_j
+// phi(k_j), which fades as the state does.
 //
-// Features are tiles of 64 products, so that phi is made of whole vectors and all else is tile_product:
-// blocks of 64 channels for p = 1, all 8 x 8 of two blocks of 8 channels for p = 2, 4 x 4 x 4 of three blocks
-// of 4 for p = 3. Blocks come in order (A <= B <= C) and count as often as they could be arranged.
+// The features come in tiles of 64 products, so that phi is built from whole vectors and the rest of the work
+// is tile_product. A tile has all products of p blocks of channels: 64 channels for p = 1, 8 x 8 channels for
+// p = 2, 4 x 4 x 4 channels for p = 3. Only tiles with ordered blocks (A <= B <= C) exist. Their products are
+// multiplied by the number of arrangements of the blocks.
 //
-// The backward pass goes through the chunks twice: from the left with S, for dq, and from the right with
-// dS = sum_i phi(q_i) dO_i^T, for dk and dv. With p the cost is that of 7 products of (features,D) a token.
+// The backward pass goes through the chunks twice: from left to right with S for dq, and from right to left
+// with dS = sum_i phi(q_i) dO_i^T for dk and dv. Forward and backward together cost 7 products of
+// (features,D) for each token.
 #pragma once
 #include <omp.h>
 
@@ -35,8 +38,8 @@ namespace cpu::inline LLMC_ISA {
 
 struct FeatureTile {
     int block[3];        // the first channel of each block
-    float multiplicity;  // arrangements of the blocks
-    int row;             // of its first feature in the state
+    float multiplicity;  // number of arrangements of the blocks
+    int row;             // row of the state with its first feature
     int features;        // at most 64
 };
 
@@ -63,7 +66,7 @@ inline int feature_count(int power, int D) {
     return last.row + last.features;
 }
 
-// phi = the products of one tile of features, times factor and, unless null, weights.
+// phi = the products of one tile of features, times `factor`, and times the weights if there are any.
 template <int kPower>
 inline void build_features(float* phi,       // (features,64 tokens)
                            const float* xt,  // (Dp,64 tokens)
@@ -76,27 +79,27 @@ inline void build_features(float* phi,       // (features,64 tokens)
     for (int t = 0; t < kTile; t += kLanes) {
         vec weight = weights ? load(weights + t) * factor : broadcast(factor);
         float* out = phi + t;
-        auto put = [&](vec value) {
+        auto append = [&](vec value) {
             store(out, value);
             out += kTile;
         };
         if constexpr (kPower == 1)
-            for (int i = 0; i < tile.features; i++) put(load(a + i * kTile + t) * weight);
+            for (int i = 0; i < tile.features; i++) append(load(a + i * kTile + t) * weight);
         if constexpr (kPower == 2)
             for (int i = 0; i < 8; i++) {
                 vec x = load(a + i * kTile + t) * weight;
-                for (int j = 0; j < 8; j++) put(x * load(b + j * kTile + t));
+                for (int j = 0; j < 8; j++) append(x * load(b + j * kTile + t));
             }
         if constexpr (kPower == 3)
             for (int i = 0; i < 4; i++)
                 for (int j = 0; j < 4; j++) {
                     vec xy = load(a + i * kTile + t) * weight * load(b + j * kTile + t);
-                    for (int k = 0; k < 4; k++) put(xy * load(c + k * kTile + t));
+                    for (int k = 0; k < 4; k++) append(xy * load(c + k * kTile + t));
                 }
     }
 }
 
-// The gradient of x from that of phi, which has its weights already.
+// Adds the gradient of x, given the gradient of phi that contains the weights already.
 template <int kPower>
 inline void feature_gradients(float* dxt,         // (Dp,64 tokens) +=
                               const float* dphi,  // (features,64 tokens)
@@ -135,14 +138,15 @@ inline void feature_gradients(float* dxt,         // (Dp,64 tokens) +=
     }
 }
 
-// The state of one head between two chunks. That of the backward pass, with q for k and dO for v, is alike.
+// The state of one head between two chunks. The backward pass has the same with q instead of k, and dO
+// instead of v.
 struct LinearState {
     size_t features, Dp;
     AlignedArray memory;
-    float* s;   // (features,Dp): sum phi(k_j) gamma^n v_j^T, n the distance of j to the first token after
-    float* ds;  // (features,Dp): its derivative by log gamma, sum n phi(k_j) gamma^n v_j^T; null: not wanted
-    float* z;   // (features): sum phi(k_j) gamma^n, for `sum`
-    float* dz;  // (features): its derivative by log gamma; null: not wanted
+    float* s;   // (features,Dp): sum phi(k_j) gamma^n v_j^T, where n is the distance of j to the next token
+    float* ds;  // (features,Dp): its derivative by log gamma, sum n phi(k_j) gamma^n v_j^T, or null
+    float* z;   // (features): sum phi(k_j) gamma^n, for the scale `sum`
+    float* dz;  // (features): its derivative by log gamma, or null
     bool zero = true;
 
     LinearState(int features, int D, bool wants_decay)
@@ -160,8 +164,8 @@ struct LinearState {
         zero = true;
     }
 
-    // this = earlier, which ends where this one's tokens begin, followed by this: `tokens` tokens.
-    void follow(const LinearState& earlier, double log_gamma, double tokens) {
+    // Adds the state of all earlier tokens to this state, which consists of the last `tokens` tokens.
+    void add_earlier(const LinearState& earlier, double log_gamma, double tokens) {
         float fade = (float)std::exp(log_gamma * tokens);
         for (size_t i = 0; i < features * Dp; i++) {
             if (ds) ds[i] += fade * (earlier.ds[i] + (float)tokens * earlier.s[i]);
@@ -178,16 +182,16 @@ struct LinearState {
     size_t size(bool wants_decay) const { return features * (Dp + 1) * (wants_decay ? 2 : 1); }
 };
 
-// One head: what its chunks do to the states, and get from them. Pointers to rows of qkv, out, dout and dqkv
-// begin at this head's channels.
+// The work of the chunks of one head, which read a state and add to it. Pointers to rows of qkv, out, dout
+// and dqkv begin at this head's channels.
 template <int kPower, class Real>
 class LinearHead {
   public:
-    LinearHead(const std::vector<FeatureTile>& tiles, const HeadScale& scale, double log_gamma, bool row_sum,
+    LinearHead(const std::vector<FeatureTile>& tiles, const HeadFactors& factors, bool has_row_sum,
                bool wants_decay, int T, int C, int D, float* scratch)  // (scratch_size(D))
         : tiles_(tiles),
-          scale_(scale),
-          row_sum_(row_sum),
+          factors_(factors),
+          has_row_sum_(has_row_sum),
           wants_decay_(wants_decay),
           T_(T),
           C_(C),
@@ -195,17 +199,18 @@ class LinearHead {
           Dp_(padded(D)),
           scratch_(scratch) {
         auto floats = [&](size_t n) { return std::exchange(scratch_, scratch_ + n); };
-        for (float** transposed : {&qt_, &kt_, &vt_, &dot_, &dxt_}) *transposed = floats(Dp_ * kTile);
+        for (float** transposed : {&qt_, &kt_, &vt_, &d_o_t_, &dxt_}) *transposed = floats(Dp_ * kTile);
         for (float** rows : {&v_, &d_o_}) *rows = floats(kTile * Dp_);
         for (float** features : {&phi_, &dphi_}) *features = floats(kTile * kTile);
-        for (float** lanes : {&from_start_, &to_end_, &to_end_slope_, &row_dot_, &faded_dot_, &distance_})
+        for (float** lanes :
+             {&fade_from_start_, &fade_to_end_, &fade_to_end_slope_, &row_dot_, &faded_dot_, &distance_})
             *lanes = floats(kTile);
         for (int t = 0; t < kTile; t++) {
-            from_start_[t] = (float)std::exp(t * log_gamma);
-            to_end_[t] = (float)std::exp((kTile - t) * log_gamma);
-            to_end_slope_[t] = (kTile - t) * to_end_[t];
+            fade_from_start_[t] = (float)std::exp(t * factors.log_gamma);
+            fade_to_end_[t] = (float)std::exp((kTile - t) * factors.log_gamma);
+            fade_to_end_slope_[t] = (kTile - t) * fade_to_end_[t];
         }
-        fade_ = to_end_[0];
+        chunk_fade_ = fade_to_end_[0];
     }
 
     static size_t scratch_size(int D) {  // floats
@@ -213,19 +218,19 @@ class LinearHead {
                std::max(forward_scratch(D), backward_scratch(1, D));
     }
 
-    // state: of the keys before the chunk; with its keys afterwards.
+    // Adds the keys of a chunk to the state of the keys before it.
     void add_keys(LinearState& state, const Real* qkv /*(T,3C)*/, int chunk) {
         load_keys(qkv, chunk);
         for (const FeatureTile& tile : tiles_) add_keys(state, tile);
         state.zero = false;
     }
 
-    // The outputs of a chunk; and its keys into the state, unless it is the last.
+    // Computes the outputs of a chunk, then adds its keys to the state, unless it is the last chunk.
     void forward(Real* out /*(T,C)*/, float* stats /*(T)*/, float* exact /*(T,C)*/, LinearState& state,
                  const Real* qkv /*(T,3C)*/, int chunk) {
         int i0 = chunk * kTile;
         bool last = i0 + kTile >= T_;
-        ForwardTile<Poly<kPower>, Real> queries(scale_, row_sum_, T_, C_, D_, scratch_);
+        ForwardTile<Poly<kPower>, Real> queries(factors_, has_row_sum_, T_, C_, D_, scratch_);
         queries.begin(qkv, i0);
         queries.add_keys(qkv, i0);
         load_transposed(qt_, qkv, 3 * C_, i0);
@@ -233,15 +238,15 @@ class LinearHead {
         for (const FeatureTile& tile : tiles_) {
             if (!state.zero) {
                 const float* s = state.s + tile.row * Dp_;
-                build_features<kPower>(phi_, qt_, tile, fading(from_start_), tile.multiplicity);
+                build_features<kPower>(phi_, qt_, tile, if_decay(fade_from_start_), tile.multiplicity);
                 for (int r = 0; r < kTile; r += kTileRows)
                     tile_product<true, true>(queries.o + r * Dp_, Dp_, phi_ + r, kTile, s, Dp_, Dp_,
                                              tile.features);
-                for (int t = 0; row_sum_ && t < kTile; t += kLanes) {
-                    vec total = load(queries.total + t);
+                for (int t = 0; has_row_sum_ && t < kTile; t += kLanes) {
+                    vec total = load(queries.running_sum + t);
                     for (int f = 0; f < tile.features; f++)
                         total += load(phi_ + f * kTile + t) * state.z[tile.row + f];
-                    store(queries.total + t, total);
+                    store(queries.running_sum + t, total);
                 }
             }
             if (!last) add_keys(state, tile);
@@ -251,7 +256,8 @@ class LinearHead {
     }
 
     // Goes from left to right: writes the part of dq (64,Dp) that comes through the state, then adds the keys
-    // of this chunk to the state, unless it is the last. Returns the gradient of log gamma through the state.
+    // of this chunk to the state, unless it is the last chunk. Returns the gradient of log gamma through the
+    // state.
     double backward_queries(float* dq, LinearState& state, const Real* dout /*(T,C)*/,
                             const float* row_factor /*(T)*/, const float* row_dot /*(T), or null*/,
                             const Real* qkv /*(T,3C)*/, int chunk) {
@@ -260,28 +266,28 @@ class LinearHead {
         load_queries(qkv, dout, row_factor, row_dot, chunk);
         if (!last) load_keys(qkv, chunk);
         std::fill_n(dxt_, Dp_ * kTile, 0.0f);
-        vec slopes = {};  // by lanes: of the queries' distances and of the state's derivative
+        vec dlog_gamma = {};  // in each lane: the sum over its queries
         for (const FeatureTile& tile : tiles_) {
             if (!state.zero) {
                 if (wants_decay_) {
-                    build_features<kPower>(phi_, qt_, tile, fading(from_start_), tile.multiplicity);
-                    multiply(dphi_, state.ds, dot_, tile);
+                    build_features<kPower>(phi_, qt_, tile, if_decay(fade_from_start_), tile.multiplicity);
+                    multiply(dphi_, state.ds, d_o_t_, tile);
                     for (int f = 0; f < tile.features; f++)
                         for (int t = 0; t < kTile; t += kLanes) {
                             vec g = load(dphi_ + f * kTile + t);
-                            if (row_sum_) g -= load(row_dot_ + t) * state.dz[tile.row + f];
-                            slopes += load(phi_ + f * kTile + t) * g;
+                            if (has_row_sum_) g -= load(row_dot_ + t) * state.dz[tile.row + f];
+                            dlog_gamma += load(phi_ + f * kTile + t) * g;
                         }
                 }
-                multiply(dphi_, state.s, dot_, tile);
+                multiply(dphi_, state.s, d_o_t_, tile);
                 for (int f = 0; f < tile.features; f++) {
                     float z = state.z[tile.row + f];
                     for (int t = 0; t < kTile; t += kLanes) {
                         float* d = dphi_ + f * kTile + t;
                         vec g = load(d);
-                        if (row_sum_) g -= load(row_dot_ + t) * z;
-                        if (wants_decay_) slopes += load(phi_ + f * kTile + t) * g * load(distance_ + t);
-                        if (scale_.decays) g *= load(from_start_ + t);
+                        if (has_row_sum_) g -= load(row_dot_ + t) * z;
+                        if (wants_decay_) dlog_gamma += load(phi_ + f * kTile + t) * g * load(distance_ + t);
+                        if (factors_.has_decay) g *= load(fade_from_start_ + t);
                         store(d, g * tile.multiplicity);
                     }
                 }
@@ -293,11 +299,11 @@ class LinearHead {
         std::fill_n(dq, kTile * Dp_, 0.0f);
         add_transposed(dq, dxt_);
         double total = 0;
-        for (int lane = 0; lane < kLanes; lane++) total += slopes[lane];
+        for (int lane = 0; lane < kLanes; lane++) total += dlog_gamma[lane];
         return total;
     }
 
-    // dstate: of the queries after the chunk; with its queries afterwards.
+    // Adds the queries of a chunk to the state of the queries after it.
     void add_queries(LinearState& dstate, const Real* dout, const float* row_factor, const float* row_dot,
                      const Real* qkv, int chunk) {
         load_queries(qkv, dout, row_factor, row_dot, chunk);
@@ -305,14 +311,14 @@ class LinearHead {
         dstate.zero = false;
     }
 
-    // From the right: dk and dv of a chunk are written, what its queries take from within it is added to dq
-    // (64,Dp); then its queries go into dstate, unless it is the first. Returns the gradient of log gamma
-    // within the chunk.
+    // Goes from right to left: writes dk and dv of a chunk, and adds to dq (64,Dp) the part that comes from
+    // keys of the same chunk. Then it adds the queries of this chunk to dstate, unless it is the first chunk.
+    // Returns the gradient of log gamma from the pairs within the chunk.
     double backward_keys(Real* dqkv /*(T,3C)*/, float* dq, LinearState& dstate, const Real* dout,
                          const float* row_factor, const float* row_dot, const Real* qkv, int chunk) {
         int j0 = chunk * kTile;
-        BackwardTiles<Poly<kPower>, Real> keys(scale_, row_sum_, wants_decay_, chunk, chunk + 1, T_, C_, D_,
-                                               nullptr, row_dot, scratch_);
+        BackwardTiles<Poly<kPower>, Real> keys(factors_, has_row_sum_, wants_decay_, chunk, chunk + 1, T_, C_,
+                                               D_, nullptr, row_dot, scratch_);
         keys.load_queries(qkv, dout, row_factor);
         keys.begin_keys(qkv, j0);
         keys.add_queries(dq, j0);
@@ -323,18 +329,18 @@ class LinearHead {
         for (const FeatureTile& tile : tiles_) {
             if (!dstate.zero) {
                 const float* ds = dstate.s + tile.row * Dp_;
-                build_features<kPower>(phi_, kt_, tile, fading(to_end_), 1);
+                build_features<kPower>(phi_, kt_, tile, if_decay(fade_to_end_), 1);
                 for (int r = 0; r < kTile; r += kTileRows)
                     tile_product<true, true>(keys.dv + r * Dp_, Dp_, phi_ + r, kTile, ds, Dp_, Dp_,
                                              tile.features);
                 multiply(dphi_, dstate.s, vt_, tile);
-                if (scale_.decays || row_sum_)
+                if (factors_.has_decay || has_row_sum_)
                     for (int f = 0; f < tile.features; f++)
                         for (int t = 0; t < kTile; t += kLanes) {
                             float* d = dphi_ + f * kTile + t;
                             vec g = load(d);
-                            if (row_sum_) g -= dstate.z[tile.row + f];
-                            if (scale_.decays) g *= load(to_end_ + t);
+                            if (has_row_sum_) g -= dstate.z[tile.row + f];
+                            if (factors_.has_decay) g *= load(fade_to_end_ + t);
                             store(d, g);
                         }
                 feature_gradients<kPower>(dxt_, dphi_, kt_, tile);
@@ -349,21 +355,22 @@ class LinearHead {
 
   private:
     const std::vector<FeatureTile>& tiles_;
-    const HeadScale& scale_;
-    bool row_sum_, wants_decay_;
+    const HeadFactors& factors_;
+    bool has_row_sum_, wants_decay_;
     int T_, C_, D_, Dp_;
-    float* scratch_;                // of the tiles within a chunk
-    float *qt_, *kt_, *vt_, *dot_;  // (Dp,64)
-    float* dxt_;                    // (Dp,64): gradient of q or of k
-    float *v_, *d_o_;               // (64,Dp): v, c_i dO
-    float *phi_, *dphi_;            // (64 features,64 tokens)
-    float *from_start_, *to_end_;   // (64): gamma^t, gamma^(64-t)
-    float* to_end_slope_;           // (64): (64-t) gamma^(64-t)
-    float *row_dot_, *faded_dot_;   // (64): dO . O of `sum`, times c_i; times gamma^t, too
-    float* distance_;               // (64): of a query to the chunk's start, less the neutral one
-    float fade_;                    // gamma^64
+    float* scratch_;                         // for the tiles within a chunk
+    float *qt_, *kt_, *vt_, *d_o_t_;         // (Dp,64)
+    float* dxt_;                             // (Dp,64): gradient of q or of k
+    float *v_, *d_o_;                        // (64,Dp): v, and dO times the row factors
+    float *phi_, *dphi_;                     // (64 features,64 tokens)
+    float *fade_from_start_, *fade_to_end_;  // (64): gamma^t, gamma^(64-t)
+    float* fade_to_end_slope_;               // (64): (64-t) gamma^(64-t)
+    float *row_dot_, *faded_dot_;            // (64): dot for the scale `sum`, and the same times gamma^t
+    float* distance_;   // (64): distance of a query from the start of the chunk, minus the neutral distance
+    float chunk_fade_;  // gamma^64
 
-    const float* fading(const float* weights) const { return scale_.decays ? weights : nullptr; }
+    // The weights that build_features() takes: null without a decay, because all are 1 then.
+    const float* if_decay(const float* weights) const { return factors_.has_decay ? weights : nullptr; }
 
     void load_transposed(float* tile, const Real* rows, int stride, int first) {
         load_tile_transposed(tile, rows + (size_t)first * stride, stride, std::min(kTile, T_ - first), D_);
@@ -380,45 +387,46 @@ class LinearHead {
         int i0 = chunk * kTile, n = std::min(kTile, T_ - i0);
         load_transposed(qt_, qkv, 3 * C_, i0);
         load_tile(d_o_, dout + (size_t)i0 * C_, C_, n, D_, row_factor + i0);
-        if constexpr (!std::is_same_v<TileWord<Real>, float>)  // as the tiles within a chunk have it
+        if constexpr (!std::is_same_v<TileWord<Real>, float>)  // rounded as in the tiles within a chunk
             for (int i = 0; i < kTile * Dp_; i++) d_o_[i] = bf16(d_o_[i]);
-        transpose(dot_, kTile, Dp_, [&](int r, int d) { return load(d_o_ + r * Dp_ + d); });
+        transpose(d_o_t_, kTile, Dp_, [&](int r, int d) { return load(d_o_ + r * Dp_ + d); });
         std::fill_n(row_dot_, kTile, 0.0f);
         if (row_dot) std::copy_n(row_dot + i0, n, row_dot_);
-        for (int t = 0; t < kTile; t++) faded_dot_[t] = row_dot_[t] * from_start_[t];
+        for (int t = 0; t < kTile; t++) faded_dot_[t] = row_dot_[t] * fade_from_start_[t];
         for (int t = 0; t < kTile; t++)
             distance_[t] =
-                (float)t - (t < n && !scale_.neutral_distance.empty() ? scale_.neutral_distance[i0 + t] : 0);
+                (float)t -
+                (t < n && !factors_.neutral_distance.empty() ? factors_.neutral_distance[i0 + t] : 0);
     }
 
-    // x (64,Dp) += the transpose of xt (Dp,64). Leaves nothing in vt_.
+    // x (64,Dp) += the transpose of xt (Dp,64). It overwrites vt_.
     void add_transposed(float* x, const float* xt) {
         transpose(vt_, Dp_, kTile, [&](int d, int t) { return load(xt + d * kTile + t); });
         for (int i = 0; i < kTile * Dp_; i += kLanes) store(x + i, load(x + i) + load(vt_ + i));
     }
 
-    // out (features,64 tokens) = the tile's rows of s (features,Dp) xt (Dp,64 tokens).
+    // out (features,64 tokens) = s (features,Dp) xt (Dp,64 tokens), for the rows of this tile.
     void multiply(float* out, const float* s, const float* xt, const FeatureTile& tile) {
         for (int r = 0; r < tile.features; r += kTileRows)
             tile_product<false, false>(out + r * kTile, kTile, s + (size_t)(tile.row + r) * Dp_, Dp_, xt,
                                        kTile, kTile, Dp_);
     }
 
-    // s = fade s + phi_ x (64,Dp), the tile's rows.
+    // s = fade s + phi_ x (64,Dp), for the rows of this tile.
     void accumulate(float* s, const FeatureTile& tile, const float* x) {
         s += (size_t)tile.row * Dp_;
-        if (scale_.decays)
-            for (int i = 0; i < tile.features * Dp_; i += kLanes) store(s + i, load(s + i) * fade_);
+        if (factors_.has_decay)
+            for (int i = 0; i < tile.features * Dp_; i += kLanes) store(s + i, load(s + i) * chunk_fade_);
         for (int r = 0; r < tile.features; r += kTileRows)
             tile_product<false, true>(s + r * Dp_, Dp_, phi_ + r * kTile, kTile, x, Dp_, Dp_, kTile);
     }
 
-    // z = fade z + phi_ summed up over the tokens, the tile's rows.
+    // z = fade z + the sum of phi_ over the tokens, for the rows of this tile.
     void accumulate_sums(float* z, const FeatureTile& tile) {
         for (int f = 0; f < tile.features; f++) {
             vec total = {};
             for (int t = 0; t < kTile; t += kLanes) total += load(phi_ + f * kTile + t);
-            z[tile.row + f] = fade_ * z[tile.row + f] + sum(total);
+            z[tile.row + f] = chunk_fade_ * z[tile.row + f] + sum(total);
         }
     }
 
@@ -428,32 +436,32 @@ class LinearHead {
             float* ds = state.ds + (size_t)tile.row * Dp_;
             for (int i = 0; i < tile.features * Dp_; i += kLanes)
                 store(ds + i, load(ds + i) + (float)kTile * load(s + i));
-            build_features<kPower>(phi_, kt_, tile, to_end_slope_, 1);
+            build_features<kPower>(phi_, kt_, tile, fade_to_end_slope_, 1);
             accumulate(state.ds, tile, v_);
-            if (row_sum_) {
+            if (has_row_sum_) {
                 for (int f = tile.row; f < tile.row + tile.features; f++)
                     state.dz[f] += (float)kTile * state.z[f];
                 accumulate_sums(state.dz, tile);
             }
         }
-        build_features<kPower>(phi_, kt_, tile, fading(to_end_), 1);
+        build_features<kPower>(phi_, kt_, tile, if_decay(fade_to_end_), 1);
         accumulate(state.s, tile, v_);
-        if (row_sum_) accumulate_sums(state.z, tile);
+        if (has_row_sum_) accumulate_sums(state.z, tile);
     }
 
     void add_queries(LinearState& dstate, const FeatureTile& tile) {
-        build_features<kPower>(phi_, qt_, tile, fading(from_start_), tile.multiplicity);
+        build_features<kPower>(phi_, qt_, tile, if_decay(fade_from_start_), tile.multiplicity);
         accumulate(dstate.s, tile, d_o_);
-        if (!row_sum_) return;
+        if (!has_row_sum_) return;
         build_features<kPower>(phi_, qt_, tile, faded_dot_, tile.multiplicity);
         accumulate_sums(dstate.z, tile);
     }
 };
 
-// Whether the linear form is the faster one at T tokens. A query sees (T+64)/2 keys of 64-wide tiles on
-// average, at as many operations each as a feature has with a state, and half a chunk; the tiles have the
-// higher rate in bf16, and the linear form has more to load and to transpose for each chunk (`make bench`
-// measures the crossovers).
+// Whether the linear form is faster than the tiles at T tokens. A query sees (T+64)/2 keys in tiles on
+// average. A key costs as many operations as a feature of the state, and half a chunk of keys is seen in both
+// forms. But the tiles have a higher rate in bf16, and the linear form has more to load and to transpose for
+// each chunk. `make bench` measured where the two are equally fast.
 template <class Real>
 inline bool linear_pays(const AttentionConfig& config, int T, int D) {
     constexpr bool kPairs = !std::is_same_v<TileWord<Real>, float>;
@@ -462,43 +470,97 @@ inline bool linear_pays(const AttentionConfig& config, int T, int D) {
     return T > ratio * 2 * feature_count(config.power(), D) + overhead;
 }
 
-// Heads are tasks; where they are fewer than threads each is cut into ranges of chunks, whose states are made
-// beforehand.
-inline int linear_parts(int heads, int chunks) {
-    int threads = omp_get_max_threads();
-    return heads >= threads ? 1 : std::min(chunks, (threads + heads - 1) / heads);
-}
+// All heads of one call. Each head is a task, or several parts if there are fewer heads than threads. A part
+// is a range of chunks, and the states that it starts from are made first.
+template <int kPower, class Real>
+class LinearHeads {
+  public:
+    using Head = LinearHead<kPower, Real>;
 
-// The states at the ends of ranges of chunks: add(state, bh, chunk) takes chunk by chunk, from the left or,
-// where `backward`, from the right. The result is (B*H,parts): what comes before each range; empty for a
-// single part.
-template <class Add>
-inline std::vector<LinearState> range_states(int heads, int parts, int chunks, bool backward, int features,
-                                             int D, bool wants_decay, const std::vector<double>& log_gammas,
-                                             Add add) {
-    std::vector<LinearState> states;
-    if (parts == 1) return states;
-    for (int i = 0; i < heads * parts; i++) states.emplace_back(features, D, wants_decay);
-    auto cut = [&](int part) { return (int)((int64_t)chunks * part / parts); };
-    // Range r writes its contribution to slot r+1, the state that range r+1 starts from.
-    auto range = [&](int r) { return backward ? parts - 1 - r : r; };
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int task = 0; task < heads * (parts - 1); task++) {
-        int bh = task / (parts - 1), r = task % (parts - 1), part = range(r);
-        LinearState& state = states[(size_t)bh * parts + range(r + 1)];
-        for (int i = 0; i < cut(part + 1) - cut(part); i++)
-            add(state, bh, backward ? cut(part + 1) - 1 - i : cut(part) + i);
+    LinearHeads(const AttentionConfig& config, const float* decay /*(H), or null*/, bool wants_decay, int B,
+                int T, int H, int D)
+        : config_(config),
+          wants_decay_(wants_decay),
+          B_(B),
+          T_(T),
+          H_(H),
+          D_(D),
+          chunks_((T + kTile - 1) / kTile),
+          factors_(config, decay, T, H, D),
+          tiles_(feature_tiles(kPower, D)),
+          features_(feature_count(kPower, D)) {
+        int threads = omp_get_max_threads(), heads = B * H;
+        parts_ = heads >= threads ? 1 : std::min(chunks_, (threads + heads - 1) / heads);
     }
-#pragma omp parallel for schedule(static)
-    for (int bh = 0; bh < heads; bh++)
-        for (int r = 1; r + 1 < parts; r++) {
-            int part = range(r);  // what range r added lies in slot r+1, on top of what slot r has
-            states[(size_t)bh * parts + range(r + 1)].follow(states[(size_t)bh * parts + part],
-                                                             log_gammas[bh % log_gammas.size()],
-                                                             (double)kTile * (cut(part + 1) - cut(part)));
+
+    int parts() const { return parts_; }
+    int tasks() const { return B_ * H_ * parts_; }  // (B,H,parts)
+    int first_chunk(int part) const { return (int)((int64_t)chunks_ * part / parts_); }
+    int most_chunks() const { return (chunks_ + parts_ - 1) / parts_; }  // in a part
+    const HeadFactors& factors(int bh) const { return factors_[bh % H_]; }
+    size_t at(int bh, int row_size) const { return head_offset(bh, row_size, T_, H_, D_); }
+
+    Head head(int bh, float* scratch) const {
+        return Head(tiles_, factors(bh), config_.has_row_sum(), wants_decay_, T_, H_ * D_, D_, scratch);
+    }
+
+    // The state of a thread, which goes through whole heads. It is empty if heads have several parts, because
+    // each part has a state then.
+    LinearState thread_state(bool wants_decay) const {
+        return LinearState(parts_ == 1 ? features_ : 0, D_, wants_decay);
+    }
+
+    // The states (B*H,parts) of the keys before each part; empty if there is only one.
+    std::vector<LinearState> key_states(const Real* qkv) const {
+        return states(false, wants_decay_, [&](Head& head, LinearState& state, int bh, int chunk) {
+            head.add_keys(state, qkv + at(bh, 3 * H_ * D_), chunk);
+        });
+    }
+
+    // The states (B*H,parts) of the queries after each part; empty if there is only one.
+    std::vector<LinearState> query_states(const Real* dout, const RowTerms& rows, const Real* qkv) const {
+        return states(true, false, [&](Head& head, LinearState& dstate, int bh, int chunk) {
+            head.add_queries(dstate, dout + at(bh, H_ * D_), rows.factor(bh, factors(bh)), rows.dot(bh),
+                             qkv + at(bh, 3 * H_ * D_), chunk);
+        });
+    }
+
+  private:
+    const AttentionConfig& config_;
+    bool wants_decay_;
+    int B_, T_, H_, D_, chunks_, parts_;
+    LayerFactors factors_;
+    std::vector<FeatureTile> tiles_;
+    int features_;
+
+    // add(head, state, bh, chunk) adds one chunk. The order is from left to right, or from right to left if
+    // `backward` is set. In this order, part r adds its chunks to the state that part r+1 starts from.
+    template <class Add>
+    std::vector<LinearState> states(bool backward, bool wants_decay, Add add) const {
+        std::vector<LinearState> states;
+        if (parts_ == 1) return states;
+        for (int i = 0; i < tasks(); i++) states.emplace_back(features_, D_, wants_decay);
+        auto in_order = [&](int r) { return backward ? parts_ - 1 - r : r; };
+#pragma omp parallel for schedule(dynamic, 1)
+        for (int task = 0; task < B_ * H_ * (parts_ - 1); task++) {
+            int bh = task / (parts_ - 1), r = task % (parts_ - 1);
+            int first = first_chunk(in_order(r)), end = first_chunk(in_order(r) + 1);
+            LinearState& state = states[(size_t)bh * parts_ + in_order(r + 1)];
+            AlignedArray scratch(Head::scratch_size(D_));
+            Head work = head(bh, scratch.get());
+            for (int i = 0; i < end - first; i++) add(work, state, bh, backward ? end - 1 - i : first + i);
         }
-    return states;
-}
+#pragma omp parallel for schedule(static)
+        for (int bh = 0; bh < B_ * H_; bh++)
+            for (int r = 1; r + 1 < parts_; r++) {
+                int part = in_order(r);
+                states[(size_t)bh * parts_ + in_order(r + 1)].add_earlier(
+                    states[(size_t)bh * parts_ + part], factors(bh).log_gamma,
+                    (double)kTile * (first_chunk(part + 1) - first_chunk(part)));
+            }
+        return states;
+    }
+};
 
 template <class Real>
 inline void attention_linear_forward(Real* out,           // (B,T,C)
@@ -506,42 +568,25 @@ inline void attention_linear_forward(Real* out,           // (B,T,C)
                                      const Real* qkv,     // (B,T,3C)
                                      const float* decay,  // (H), or null
                                      const AttentionConfig& config, int B, int T, int H, int D) {
-    int C = H * D, chunks = (T + kTile - 1) / kTile, parts = linear_parts(B * H, chunks);
-    std::vector<HeadScale> scales = head_scales(config, decay, T, H, D);
-    std::vector<double> log_gammas;
-    for (int h = 0; h < H; h++) log_gammas.push_back(decay ? log_gamma(decay[h]) : 0);
+    int C = H * D;
     float* exact = keeps_exact_output<Real>(config) ? stats + (size_t)B * H * T : nullptr;
     with_linear_power(config.kind, [&](auto power) {
-        using Head = LinearHead<power, Real>;
-        std::vector<FeatureTile> tiles = feature_tiles(power, D);
-        int features = feature_count(power, D);
-        auto head = [&](int bh, float* scratch) {
-            int h = bh % H;
-            return Head(tiles, scales[decay ? h : 0], log_gammas[h], config.has_row_sum(), false, T, C, D,
-                        scratch);
-        };
-        auto rows = [&](int bh) { return qkv + (size_t)(bh / H) * T * 3 * C + bh % H * D; };
-        auto states = range_states(B * H, parts, chunks, false, features, D, false, log_gammas,
-                                   [&](LinearState& state, int bh, int chunk) {
-                                       AlignedArray scratch(Head::scratch_size(D));
-                                       head(bh, scratch.get()).add_keys(state, rows(bh), chunk);
-                                   });
+        LinearHeads<power, Real> heads(config, decay, false, B, T, H, D);
+        auto states = heads.key_states(qkv);
 #pragma omp parallel
         {
-            AlignedArray scratch(Head::scratch_size(D));
-            LinearState own(parts > 1 ? 0 : features, D, false);
+            AlignedArray scratch(LinearHead<power, Real>::scratch_size(D));
+            LinearState thread_state = heads.thread_state(false);
 #pragma omp for schedule(dynamic, 1)
-            for (int task = 0; task < B * H * parts; task++) {
-                int bh = task / parts, part = task % parts;
-                LinearState& state = parts > 1 ? states[task] : own;
-                if (parts == 1) state.clear();
-                Head work = head(bh, scratch.get());
-                for (int chunk = (int)((int64_t)chunks * part / parts);
-                     chunk < (int)((int64_t)chunks * (part + 1) / parts); chunk++)
-                    work.forward(out + (size_t)(bh / H) * T * C + bh % H * D,
-                                 stats ? stats + (size_t)bh * T : nullptr,
-                                 exact ? exact + (size_t)(bh / H) * T * C + bh % H * D : nullptr, state,
-                                 rows(bh), chunk);
+            for (int task = 0; task < heads.tasks(); task++) {
+                int bh = task / heads.parts(), part = task % heads.parts();
+                LinearState& state = states.empty() ? thread_state : states[task];
+                if (states.empty()) state.clear();
+                auto head = heads.head(bh, scratch.get());
+                size_t row = heads.at(bh, C);
+                for (int chunk = heads.first_chunk(part); chunk < heads.first_chunk(part + 1); chunk++)
+                    head.forward(out + row, stats ? stats + (size_t)bh * T : nullptr,
+                                 exact ? exact + row : nullptr, state, qkv + heads.at(bh, 3 * C), chunk);
             }
         }
     });
@@ -556,68 +601,46 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
                                       const Real* qkv,     // (B,T,3C)
                                       const float* decay,  // (H), or null
                                       const AttentionConfig& config, int B, int T, int H, int D) {
-    int C = H * D, Dp = padded(D), chunks = (T + kTile - 1) / kTile, parts = linear_parts(B * H, chunks);
-    std::vector<HeadScale> scales = head_scales(config, decay, T, H, D);
-    std::vector<double> log_gammas;
-    for (int h = 0; h < H; h++) log_gammas.push_back(decay ? log_gamma(decay[h]) : 0);
-    RowTerms terms(dout, out, stats, config, B, T, H, D);
-    std::vector<double> dlog_gamma((size_t)B * H * parts);
+    int C = H * D, Dp = padded(D);
+    RowTerms rows(dout, out, stats, config, B, T, H, D);
     with_linear_power(config.kind, [&](auto power) {
-        using Head = LinearHead<power, Real>;
-        std::vector<FeatureTile> tiles = feature_tiles(power, D);
-        int features = feature_count(power, D);
-        auto head = [&](int bh, float* scratch) {
-            int h = bh % H;
-            return Head(tiles, scales[decay ? h : 0], log_gammas[h], config.has_row_sum(), ddecay, T, C, D,
-                        scratch);
-        };
-        auto at = [&](int bh, int stride) { return (size_t)(bh / H) * T * stride + bh % H * D; };
-        auto factor = [&](int bh) { return terms.factor_of(bh, scales[decay ? bh % H : 0]); };
-        auto dot = [&](int bh) { return terms.dot_of(bh); };
-        auto states = range_states(B * H, parts, chunks, false, features, D, ddecay, log_gammas,
-                                   [&](LinearState& state, int bh, int chunk) {
-                                       AlignedArray scratch(Head::scratch_size(D));
-                                       head(bh, scratch.get()).add_keys(state, qkv + at(bh, 3 * C), chunk);
-                                   });
-        auto dstates = range_states(B * H, parts, chunks, true, features, D, false, log_gammas,
-                                    [&](LinearState& dstate, int bh, int chunk) {
-                                        AlignedArray scratch(Head::scratch_size(D));
-                                        head(bh, scratch.get())
-                                            .add_queries(dstate, dout + at(bh, C), factor(bh), dot(bh),
-                                                         qkv + at(bh, 3 * C), chunk);
-                                    });
+        LinearHeads<power, Real> heads(config, decay, ddecay, B, T, H, D);
+        auto states = heads.key_states(qkv);
+        auto dstates = heads.query_states(dout, rows, qkv);
+        std::vector<double> dlog_gamma(heads.tasks());
 #pragma omp parallel
         {
-            AlignedArray scratch(Head::scratch_size(D)),
-                dq((size_t)(chunks + parts - 1) / parts * kTile * Dp);
-            LinearState own(parts > 1 ? 0 : features, D, ddecay), down(parts > 1 ? 0 : features, D, false);
+            AlignedArray scratch(LinearHead<power, Real>::scratch_size(D));
+            AlignedArray part_dq((size_t)heads.most_chunks() * kTile * Dp);
+            LinearState thread_state = heads.thread_state(ddecay), thread_dstate = heads.thread_state(false);
 #pragma omp for schedule(dynamic, 1)
-            for (int task = 0; task < B * H * parts; task++) {
-                int bh = task / parts, part = task % parts;
-                int first = (int)((int64_t)chunks * part / parts),
-                    end = (int)((int64_t)chunks * (part + 1) / parts);
-                LinearState& state = parts > 1 ? states[task] : own;
-                LinearState& dstate = parts > 1 ? dstates[task] : down;
-                if (parts == 1) state.clear(), dstate.clear();
-                Head work = head(bh, scratch.get());
-                auto dq_of = [&](int chunk) { return dq.get() + (size_t)(chunk - first) * kTile * Dp; };
+            for (int task = 0; task < heads.tasks(); task++) {
+                int bh = task / heads.parts(), part = task % heads.parts();
+                int first = heads.first_chunk(part), end = heads.first_chunk(part + 1);
+                LinearState& state = states.empty() ? thread_state : states[task];
+                LinearState& dstate = states.empty() ? thread_dstate : dstates[task];
+                if (states.empty()) state.clear(), dstate.clear();
+                auto head = heads.head(bh, scratch.get());
+                const Real *rows_qkv = qkv + heads.at(bh, 3 * C), *rows_dout = dout + heads.at(bh, C);
+                Real* rows_dqkv = dqkv + heads.at(bh, 3 * C);
+                const float *row_dot = rows.dot(bh), *row_factor = rows.factor(bh, heads.factors(bh));
+                auto dq = [&](int chunk) { return part_dq.get() + (size_t)(chunk - first) * kTile * Dp; };
                 for (int chunk = first; chunk < end; chunk++)
-                    dlog_gamma[task] +=
-                        work.backward_queries(dq_of(chunk), state, dout + at(bh, C), factor(bh), dot(bh),
-                                              qkv + at(bh, 3 * C), chunk);
+                    dlog_gamma[task] += head.backward_queries(dq(chunk), state, rows_dout, row_factor,
+                                                              row_dot, rows_qkv, chunk);
                 for (int chunk = end - 1; chunk >= first; chunk--)
-                    dlog_gamma[task] +=
-                        work.backward_keys(dqkv + at(bh, 3 * C), dq_of(chunk), dstate, dout + at(bh, C),
-                                           factor(bh), dot(bh), qkv + at(bh, 3 * C), chunk);
+                    dlog_gamma[task] += head.backward_keys(rows_dqkv, dq(chunk), dstate, rows_dout,
+                                                           row_factor, row_dot, rows_qkv, chunk);
                 for (int t = first * kTile; t < std::min(T, end * kTile); t++) {
-                    Real* row = dqkv + at(bh, 3 * C) + (size_t)t * 3 * C;
-                    const float* from = dq_of(first) + (size_t)(t - first * kTile) * Dp;
-                    for_vectors(D, [&](int d, int n) { store(row + d, load(from + d, n), n); });
+                    const float* from = part_dq.get() + (size_t)(t - first * kTile) * Dp;
+                    for_vectors(D, [&](int d, int n) {
+                        store(rows_dqkv + (size_t)t * 3 * C + d, load(from + d, n), n);
+                    });
                 }
             }
         }
+        if (ddecay) add_decay_gradient(ddecay, dlog_gamma, decay, B, H);
     });
-    if (ddecay) add_decay_gradient(ddecay, dlog_gamma, decay, B, H);
 }
 
 }  // namespace cpu

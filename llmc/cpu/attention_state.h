@@ -1,11 +1,11 @@
-// Attention of a new token to all before it through a state of fixed size: generation with polynomial
-// attention, in time and memory that do not grow with the text. The formulas are those of attention_linear.h
-// with the plain feature map: the products x_a x_b x_c with a <= b <= c, (D+p-1 choose p) of them, q's times
-// the number of their arrangements. It is float32 whatever the model computes in, for its sums grow with the
-// text.
+// Attention of new tokens to all tokens so far through a state of fixed size. It serves generation with
+// polynomial attention, in time and memory that do not grow with the text. The formulas are those of
+// attention_linear.h with the plain feature map: phi(k) has the (D+p-1 choose p) products k_a k_b k_c with
+// a <= b <= c, and phi(q) has the same products times the number of their arrangements. The state is float32
+// for every type of model, because its sums grow with the text.
 //
-// The state of a head: sum_j gamma^(i-j) phi(k_j) v_j^T (features,D), then, for `sum`, sum_j gamma^(i-j)
-// phi(k_j) (features).
+// The state of a head is sum_j gamma^(i-j) phi(k_j) v_j^T (features,D). For the scale `sum`,
+// sum_j gamma^(i-j) phi(k_j) (features) follows.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -26,16 +26,17 @@ inline int64_t state_features(int power, int D) {
     return n;
 }
 
-inline size_t state_size(int power, int D) {  // floats a head
+inline size_t state_size(int power, int D) {  // floats of a head
     return (size_t)state_features(power, D) * (D + 1);
 }
 
-// The tokens at which a state is smaller than keys and values, and its update cheaper than a pass over them.
+// From this number of tokens on, a state is smaller than keys and values, and its update is cheaper than a
+// pass over them.
 inline int64_t state_pays_from(int power, int D) {
     return state_features(power, D);
 }
 
-// f(q's feature, k's feature) for every feature in order.
+// Calls f(feature of q, feature of k) for all features in order.
 template <class F>
 inline void for_features(int power, const float* q /*(D)*/, const float* k /*(D)*/, int D, F f) {
     for (int a = 0; a < D; a++) {
@@ -55,10 +56,10 @@ inline void for_features(int power, const float* q /*(D)*/, const float* k /*(D)
     }
 }
 
-// Tokens start .. start+n-1, which go into the state and see each other through it. Kinds of attention:
-// has_linear_form().
+// Adds the tokens start .. start+n-1 to the state, through which they see each other. The kind of attention
+// must have a linear form (has_linear_form()).
 template <class Real>
-inline void attention_state_forward(Real* out,           // (n,C), or null: the state only
+inline void attention_state_forward(Real* out,           // (n,C), or null if only the state is wanted
                                     float* state,        // (H,state_size)
                                     const Real* qkv,     // (n,3C)
                                     const float* decay,  // (H), or null
@@ -77,7 +78,7 @@ inline void attention_state_forward(Real* out,           // (n,C), or null: the 
             for (int d = 0; d < D; d++)
                 q[d] = row[d] * inverse_sqrt_d, k[d] = row[C + d], v[d] = row[2 * C + d];
             std::fill(o.begin(), o.end(), 0.0f);
-            double total = 0;  // of thousands of terms, whose largest come first
+            double total = 0;  // double, because it has thousands of terms and the largest come first
             float *s = state + h * size, *z = s + state_features(power, D) * D;
             for_features(power, q.data(), k.data(), D, [&](float phi_q, float phi_k) {
                 for_vectors(D, [&](int d, int lanes) {
@@ -90,9 +91,9 @@ inline void attention_state_forward(Real* out,           // (n,C), or null: the 
                 total += phi_q * *z++;
             });
             if (!out) continue;
-            double scale =
+            double row_factor =
                 config.has_row_sum() ? 1 / (total + kRowSumEps) : row_scale(config, start + t, log_g, D);
-            for (int d = 0; d < D; d++) out[(size_t)t * C + h * D + d] = (float)(o[d] * scale);
+            for (int d = 0; d < D; d++) out[(size_t)t * C + h * D + d] = (float)(o[d] * row_factor);
         }
     }
 }
