@@ -99,7 +99,7 @@ inline void build_features(float* phi,       // (features,64 tokens)
     }
 }
 
-// Adds the gradient of x, given the gradient of phi that contains the weights already.
+// Adds the gradient of x, which follows from dphi. dphi contains the weights already.
 template <int kPower>
 inline void feature_gradients(float* dxt,         // (Dp,64 tokens) +=
                               const float* dphi,  // (features,64 tokens)
@@ -496,7 +496,7 @@ class LinearHeads {
     int parts() const { return parts_; }
     int tasks() const { return B_ * H_ * parts_; }  // (B,H,parts)
     int first_chunk(int part) const { return (int)((int64_t)chunks_ * part / parts_); }
-    int most_chunks() const { return (chunks_ + parts_ - 1) / parts_; }  // in a part
+    int max_chunks() const { return (chunks_ + parts_ - 1) / parts_; }  // in a part
     const HeadFactors& factors(int bh) const { return factors_[bh % H_]; }
     size_t at(int bh, int row_size) const { return head_offset(bh, row_size, T_, H_, D_); }
 
@@ -611,7 +611,7 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
 #pragma omp parallel
         {
             AlignedArray scratch(LinearHead<power, Real>::scratch_size(D));
-            AlignedArray part_dq((size_t)heads.most_chunks() * kTile * Dp);
+            AlignedArray part_dq((size_t)heads.max_chunks() * kTile * Dp);
             LinearState thread_state = heads.thread_state(ddecay), thread_dstate = heads.thread_state(false);
 #pragma omp for schedule(dynamic, 1)
             for (int task = 0; task < heads.tasks(); task++) {
