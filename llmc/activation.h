@@ -1,20 +1,21 @@
-// The kinds of attention, in one place: their names and their activations, by which a score x_ij becomes a
-// weight A_ij. A kind that is added here is there in the command line, in config.json and in the kernels of
-// both backends.
+// The kinds of attention: their names, and their activations, which turn a score x_ij into a weight A_ij.
+// This is the only place for both, so a kind that is added here exists in the command line, in config.json
+// and in the kernels of both backends.
 //
 // An activation is a struct of constants and, unless it is online, of functions of a single score:
 //
-//   kOnline   a row's weights depend on all of its scores; the kernels keep a running maximum and sum
-//   kPower    p where the activation is x^p, otherwise 0. Kernels give a power q . k instead of the score and
-//             put 1 / sqrt(D)^p into the factor c_i of the row
+//   kOnline   whether a row's weights depend on all of its scores, so that kernels need a running maximum and
+//             sum
+//   kPower    p if the activation is x^p, otherwise 0. Kernels give a power q . k instead of the score, and
+//             multiply the factor c_i of the row by 1 / sqrt(D)^p
 //   value     f(x)
-//   slope     f'(x), from x and the value there
-//   weighted  w f(x) and w f'(x) in the fewest operations, the latter without the factor kSlopeFactor
+//   slope     f'(x), given x and f(x)
+//   weighted  w f(x) and w f'(x) / kSlopeFactor, in the fewest operations
 //
-// A Number is a float or a double, or a vector of floats on the CPU; `keys` is the number of keys that the
-// row sees. Math has exp() and reciprocal() for it: ScalarMath here, VectorMath in llmc/cpu/vector.h,
-// DeviceMath in llmc/cuda/common.h. It also keeps the copies apart that the CPU backend has for different
-// instruction sets (llmc/cpu/isa.h).
+// A Number is a float, a double, or on the CPU a vector of floats. `keys` is the number of keys that the row
+// sees. Math has exp() and reciprocal() for a Number: ScalarMath here, VectorMath in llmc/cpu/vector.h, or
+// DeviceMath in llmc/cuda/common.h. The CPU backend has a copy of its code for each instruction set
+// (llmc/cpu/isa.h); because Math is a type of such a copy, the copies of these functions stay apart, too.
 #pragma once
 #include <cmath>
 
@@ -26,7 +27,7 @@ enum class AttentionKind { softmax, poly1, poly2, poly3, poly4, sigmoid };
 // The values of --attention and of the key in config.json, in the order of the enumeration.
 inline constexpr const char* kAttentionNames[] = {"softmax", "poly1", "poly2", "poly3", "poly4", "sigmoid"};
 
-// x^P, by repeated squaring.
+// Computes x^P by repeated squaring.
 template <int P, class Number, class Math>
 LLMC_HD inline Number integer_power(Number x, Math math) {
     static_assert(P >= 0);
@@ -78,8 +79,8 @@ struct Poly {
     }
 };
 
-// sigmoid(x - log(i+1)), as 1 / (1 + (i+1) exp(-x)), which is right where exp(-x) overflows, too. The bias by
-// the row makes up for the sum that is missing: with scores of 0 a row adds up to (i+1) / (i+2).
+// sigmoid(x - log(i+1)), computed as 1 / (1 + (i+1) exp(-x)), which is also right if exp(-x) overflows. The
+// bias -log(i+1) takes the place of a normaliser: with scores of 0 a row adds up to (i+1) / (i+2).
 struct Sigmoid {
     static constexpr bool kOnline = false;
     static constexpr int kPower = 0, kSlopeFactor = 1;
@@ -100,7 +101,7 @@ struct Sigmoid {
     }
 };
 
-// Calls f with the activation of this kind: inner loops then hold no branch on it.
+// Calls f with the activation of this kind as a type, so that inner loops contain no branch on the kind.
 template <class F>
 decltype(auto) with_activation(AttentionKind kind, F f) {
     switch (kind) {
@@ -120,7 +121,7 @@ decltype(auto) with_activation(AttentionKind kind, F f) {
     fail("attention: ", (int)kind, " is no kind of attention");
 }
 
-// p of x^p, 0 for what is no power.
+// p if the activation is x^p, otherwise 0.
 inline int attention_power(AttentionKind kind) {
     return with_activation(kind, []<class A>(A) { return A::kPower; });
 }

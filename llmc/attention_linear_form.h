@@ -1,11 +1,11 @@
-// Which kinds of attention can be computed at linear cost, as a recurrence; shared by every backend.
+// Says which kinds of attention can be computed at linear cost, as a recurrence. Every backend uses it.
 #pragma once
 #include <type_traits>
 
 #include "llmc/config.h"
 
-// Whether attention of this power has the linear form with some scale. For p = 3 the state of a head grows
-// with D^4.
+// Whether attention of this power has the linear form with some scale. The limit for p = 3 is there because
+// the state of a head grows with D^4.
 constexpr bool has_linear_form(int power, int D) {
     return power == 1 || power == 2 || (power == 3 && D <= 32);
 }

@@ -1,4 +1,5 @@
-// The numbers by which attention scales its rows and fades with distance, shared by every backend.
+// The numbers by which attention scales its rows and by which its weights fade with distance. Every backend
+// uses them.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -7,7 +8,8 @@
 #include "llmc/config.h"
 #include "llmc/host_device.h"
 
-// delta_h of a head at the start (and for good with --decay fixed): evenly spaced from 1.0 to 5.5.
+// delta_h of a head at the start of training: the heads are evenly spaced from 1.0 to 5.5. With --decay fixed
+// it stays there.
 inline float initial_decay(int head, int H) {
     return H == 1 ? 1.0f : 1.0f + 4.5f * head / (H - 1);
 }
@@ -17,21 +19,20 @@ inline std::vector<float> initial_decays(int H) {
     return delta;
 }
 
-// log gamma with gamma = sigmoid(delta): finite for every finite delta, because exp() has no positive
-// argument.
+// log gamma with gamma = sigmoid(delta). It is finite for every finite delta, because the argument of exp()
+// is never positive.
 LLMC_HD inline double log_gamma(double delta) {
     return delta > 0 ? -log1p(exp(-delta)) : delta - log1p(exp(delta));
 }
 
-// n_i of the scale `row`: sum_{j<=i} gamma^(2(i-j)), which is i+1 without decay (log_gamma 0).
+// n_i = sum_{j<=i} gamma^(2(i-j)) of the scale `row`. It is i+1 without a decay (log_gamma 0).
 inline double effective_row_length(int64_t i, double log_gamma) {
     if (log_gamma == 0) return (double)(i + 1);
     return std::expm1(2 * (i + 1) * log_gamma) / std::expm1(2 * log_gamma);
 }
 
-// e_i = sum_{j<=i} (i-j) gamma^(2(i-j)) / n_i, for every i < T: what `row` subtracts in the gradient of log
-// gamma, since d log c_i / d log gamma = -e_i. By the recurrence S_i = gamma^2 (S_{i-1} + n_{i-1}) of the
-// numerator.
+// e_i = -d log c_i / d log gamma of the scale `row`, for every i < T. It is sum_{j<=i} (i-j) gamma^(2(i-j)) /
+// n_i. The numerator S_i comes from the recurrence S_i = gamma^2 (S_{i-1} + n_{i-1}).
 inline std::vector<double> row_scale_log_derivatives(int64_t T, double log_gamma) {
     std::vector<double> e(T);
     double numerator = 0, squared = std::exp(2 * log_gamma);
@@ -42,8 +43,8 @@ inline std::vector<double> row_scale_log_derivatives(int64_t T, double log_gamma
     return e;
 }
 
-// c_i of a polynomial: A_ij = c_i gamma^(i-j) x_ij^p. For `sum` it is 1, because its normaliser depends on
-// the scores, and for every other kind of attention.
+// c_i of a polynomial: A_ij = c_i gamma^(i-j) x_ij^p. For the scale `sum` it is 1 here, because the real c_i
+// depends on the scores. It is also 1 for every other kind of attention.
 inline double row_scale(const AttentionConfig& config, int64_t i, double log_gamma, int D) {
     if (!config.polynomial()) return 1;
     double m = gaussian_moment(config.power(), D);
@@ -62,4 +63,5 @@ inline double row_scale(const AttentionConfig& config, int64_t i, double log_gam
     return 1;
 }
 
-constexpr double kRowSumEps = 1e-6;  // of the scale `sum`: c_i = 1 / (1e-6 + sum_j gamma^(i-j) |x_ij^p|)
+// The scale `sum` has c_i = 1 / (kRowSumEps + sum_j gamma^(i-j) |x_ij^p|).
+constexpr double kRowSumEps = 1e-6;

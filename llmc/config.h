@@ -1,4 +1,4 @@
-// What a model is: its sizes and its kind of attention. config_json.h reads and writes it.
+// What defines a model: its sizes and its kind of attention. config_json.h reads and writes it.
 #pragma once
 #include <charconv>
 #include <cmath>
@@ -19,7 +19,8 @@ inline constexpr const char* kScaleNames[] = {"row", "context", "mean", "sum"}; 
 inline constexpr const char* kDecayNames[] = {"none", "fixed", "learned"};
 inline constexpr const char* kPositionNames[] = {"learned", "rope"};
 
-// The index of `name` in `names`; an error that starts with `where` and lists what is allowed otherwise.
+// Returns the index of `name` in `names`. If it is not there, the error starts with `where` and lists what is
+// allowed.
 template <class Names>
 int index_of_name(const std::string& name, const Names& names, const std::string& where) {
     std::string allowed;
@@ -31,7 +32,7 @@ int index_of_name(const std::string& name, const Names& names, const std::string
     fail(where, ": ", shown(name), " is not one of ", allowed);
 }
 
-// How q k^T / sqrt(D) becomes A. The scale concerns polynomials only.
+// How q k^T / sqrt(D) becomes A. Only polynomials have a scale.
 struct AttentionConfig {
     AttentionKind kind = AttentionKind::softmax;
     ScaleKind scale = ScaleKind::row;
@@ -44,8 +45,9 @@ struct AttentionConfig {
     bool has_row_sum() const { return polynomial() && scale == ScaleKind::sum; }
 };
 
-// m_p = prod_{s<p} (2s+1)(1+2s/D) = E[x^(2p)] for q, k ~ N(0, I_D) and x = q.k/sqrt(D): what x^p must be
-// scaled by for attention rows of unit norm (the bound of arXiv 2410.18613 with its constant worked out).
+// m_p = prod_{s<p} (2s+1)(1+2s/D) = E[x^(2p)] for q, k ~ N(0, I_D) and x = q.k/sqrt(D). With c_i =
+// 1 / sqrt(m_p n_i) the rows of A have unit norm (the bound of arXiv 2410.18613 with its constant worked
+// out).
 inline double gaussian_moment(int power, int D) {
     double m = 1.0;
     for (int s = 0; s < power; s++) m *= (2 * s + 1) * (1 + 2.0 * s / D);
@@ -56,11 +58,10 @@ struct GPTConfig {
     int layers = 12;
     int heads = 12;
     int channels = 768;
-    int context =
-        1024;  // longest training sequence; length of the position table where positions are learned
+    int context = 1024;  // longest training sequence, and the length of the table of learned positions
     int vocab_size = 50257;
-    int bos_token = -1;           // starts a text; -1: not said
-    std::vector<int> eos_tokens;  // each ends a text; empty: not said
+    int bos_token = -1;           // starts a text; -1: config.json does not say it
+    std::vector<int> eos_tokens;  // each of them ends a text; empty: config.json does not say it
     AttentionKind attention_kind = AttentionKind::softmax;
     std::string attention_scale = "row";
     PositionKind positions = PositionKind::learned;
@@ -73,12 +74,13 @@ struct GPTConfig {
     int head_size() const { return channels / heads; }
     bool rope() const { return positions == PositionKind::rope; }
 
-    // Texts are the documents of a dataset, and `token` stands between them; -1: the dataset does not say.
+    // `token` stands between the documents of a dataset. It is -1 if the dataset does not say it.
     void set_separator(int token) {
         if (token >= 0) bos_token = token, eos_tokens = {token};
     }
 
-    // The parsed form of attention_kind and attention_scale; an error where attention_scale is no scale.
+    // The parsed form of attention_kind and attention_scale. It is an error if attention_scale is not a
+    // scale.
     AttentionConfig attention() const {
         AttentionConfig a;
         a.kind = attention_kind;
@@ -95,7 +97,7 @@ struct GPTConfig {
         return a;
     }
 
-    // Throws where the sizes make no model. `where` (a file or "command line") starts the message.
+    // It is an error if no model can have these sizes. `where` (a file or "command line") starts the message.
     void validate(const std::string& where) const {
         auto in_range = [&](const char* name, int64_t value, int64_t low, int64_t high) {
             if (value < low || value > high)
@@ -131,7 +133,7 @@ inline constexpr Preset kPresets[] = {{"nano", 4, 4, 128, 256},
                                       {"gpt2-large", 36, 20, 1280, 1024},
                                       {"gpt2-xl", 48, 25, 1600, 1024}};
 
-// The sizes of a preset of kPresets put over `config`.
+// Returns `config` with the sizes of a preset in kPresets.
 inline GPTConfig with_preset(GPTConfig config, const std::string& name) {
     for (const Preset& p : kPresets) {
         if (name != p.name) continue;

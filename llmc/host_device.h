@@ -1,4 +1,5 @@
-// For formulas that stand once, for the processor and for kernels: nvcc compiles them for both.
+// LLMC_HD marks functions that nvcc compiles for the processor and for kernels, so that a formula is written
+// once.
 #pragma once
 
 #ifdef __CUDACC__

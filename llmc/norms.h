@@ -1,10 +1,11 @@
-// What attention does while it trains, as numbers: the Frobenius norms of its matrix and of its Jacobian,
-// whose order of sqrt(T) arXiv 2410.18613 holds for the reason that softmax works, and what explains them.
-// Measured for a head on one micro-batch of B sequences by attention_norms of each backend, written to
-// metrics.jsonl.
+// Numbers that show what attention does while it trains: the Frobenius norms of its matrix and of its
+// Jacobian, and what explains them. arXiv 2410.18613 says that softmax works because these norms are of the
+// order sqrt(T). attention_norms of each backend measures the numbers of every head on one micro-batch of B
+// sequences, and the trainer writes them to metrics.jsonl.
 //
-// i is a query, j <= i a key that it sees, x_ij = q_i . k_j / sqrt(D) the score before any decay, A as in
-// llmc/cpu/attention.h, all sums over the B sequences as well. There are B T rows and B T (T+1) / 2 pairs.
+// In the formulas i is a query, j <= i is a key that it sees, x_ij = q_i . k_j / sqrt(D) is the score before
+// any decay, and A is as in llmc/cpu/attention.h. All sums also go over the B sequences, so there are B T
+// rows and B T (T+1) / 2 pairs.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -15,18 +16,18 @@
 #include "llmc/config.h"
 
 struct AttentionNorms {
-    double norm;            // sqrt(sum_ij A_ij^2 / (B T)): ||A||_F / sqrt(T), root mean square over B
+    double norm;            // sqrt(sum_ij A_ij^2 / (B T)): ||A||_F / sqrt(T), the root mean square over B
     double jacobian_norm;   // sqrt(sum_i sum_jk (dA_ij / dx_ik)^2 / (B T)); dA_ij / dx_ik is 0 across rows
     double max_weight;      // largest |A_ij|
     double negative_mass;   // sum of |A_ij| where A_ij < 0, over the sum of all |A_ij|; 0 where A is 0
-    double effective_keys;  // (sum_j |A_ij|)^2 / sum_j A_ij^2, mean over rows, where a row of zeros counts 0
+    double effective_keys;  // (sum_j |A_ij|)^2 / sum_j A_ij^2, mean over rows; 0 for a row of zeros
     double entropy;         // softmax: -sum_j A_ij log A_ij in nats, mean over rows; otherwise 0
     double score_std;       // standard deviation of x_ij about its mean, over pairs
     double max_score;       // largest |x_ij|
-    double moment_excess;   // poly<p>: the mean of x_ij^(2p) over pairs, over m_p, minus 1; otherwise 0
+    double moment_excess;   // poly<p>: mean of x_ij^(2p) over pairs, divided by m_p, minus 1; otherwise 0
 };
 
-// What a backend gathers of a head: sums over rows and pairs, and what is largest.
+// What a backend measures of a head: sums over rows and pairs, and maxima.
 struct NormSums {
     double square = 0, jacobian = 0, absolute = 0, negative = 0, effective_keys = 0, entropy = 0;
     double score = 0, score_square = 0, moment = 0;
@@ -68,9 +69,10 @@ struct GaussianNorms {
     double norm, jacobian_norm;
 };
 
-// What AttentionNorms has of both for q, k ~ N(0, I_D), in the mean square: E[x^(2p)] is m_p, so that row i
-// has the mean squares c_i^2 m_p n_i and c_i^2 p^2 m_(p-1) n_i, with n_i = sum_j gamma^(2(i-j)). None for
-// `sum`, whose normaliser depends on the scores, and for other kinds of attention. log_gamma 0: no decay.
+// The root mean square of both norms that AttentionNorms would have for q, k ~ N(0, I_D). E[x^(2p)] is m_p,
+// so row i has the mean squares c_i^2 m_p n_i and c_i^2 p^2 m_(p-1) n_i, with n_i = sum_j gamma^(2(i-j)).
+// There is no such number for the scale `sum`, whose normaliser depends on the scores, and for other kinds of
+// attention. log_gamma is 0 without a decay.
 inline std::optional<GaussianNorms> gaussian_norms(const AttentionConfig& config, int D, int64_t T,
                                                    double log_gamma) {
     if (!config.polynomial() || config.has_row_sum()) return std::nullopt;

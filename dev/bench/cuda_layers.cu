@@ -43,7 +43,7 @@ __global__ void copy_kernel(Pack<float>* __restrict__ to, const Pack<float>* __r
         to[i] = from[i];
 }
 
-// Leaves its own, unchanged lines in the L2 cache: nothing is left to be written back by whoever comes next.
+// Fills the L2 cache with lines that it only reads. So the next kernel has no changed lines to write back.
 __global__ void read_kernel(float* never, const Pack<float>* from, size_t n) {
     float sum = 0;
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
