@@ -18,12 +18,12 @@
 // for the same number of threads.
 //
 // Words and names of all attention_*.h:
-//   row          row i of A, of dA, or of O: a query
+//   row          row i of A, dA or O, which belongs to query i
 //   row factor   c_i / sqrt(D)^p
 //   fade         gamma^(i-j), which makes weights smaller with the distance of query and key
 //   dot          dO_i . O_i, which the derivative of a row's normaliser needs
 //   part         a range of the tiles of one head; each part is the task of one thread
-//   dX           the gradient of the scores, where A and dA are the weights and their gradient
+//   dA, dX       the gradients of the weights and of the scores
 #pragma once
 #include <omp.h>
 
@@ -321,9 +321,9 @@ inline void attention_forward(Real* out,           // (B,T,C)
     });
 }
 
-// Computes from the scores s and from da = c_i dO V^T of one tile the weights A without c_i and the gradient
-// dX of the activation's argument, which is q . k for a power and otherwise the score. On the diagonal it
-// writes only the columns that add_queries() computed.
+// Computes the weights A without c_i, and the gradient dX of the activation's argument, which is q . k for a
+// power and otherwise the score. It reads q . k from s and c_i dO V^T from da. On the diagonal it writes only
+// the columns that add_queries() computed.
 //   Returns the gradient of log gamma if `wants_decay` is set. For softmax it is sum_ij (i-j) dX_ij.
 //   Otherwise it is sum_ij (i-j-e_i) A_ij dA_ij with the neutral distance e_i (HeadFactors). For `sum`, dA_ij
 //   is reduced by sign(x_ij^p) dO_i . O_i here, because gamma changes the normaliser, too.
