@@ -47,8 +47,9 @@ $(BUILD)/avx512_bf16.o: isa := -march=x86-64-v4 -mavx512bf16 -DLLMC_ISA=avx512_b
 
 # Most tests need little time of their own, so they are built at -O0, which is fastest. The others and the oracle (`busy`)
 # are optimised. They come first, because the linker uses the first copy of an inline function that several objects have.
-busy     := $(addprefix $(BUILD)/,reference.o test_attention.o test_attention_linear.o test_norms.o test_tile.o test_tokenizer.o)
-tests    := $(busy) $(filter-out $(busy),$(patsubst tests/%.cpp,$(BUILD)/%.o,tests/main.cpp $(wildcard tests/test_*.cpp)))
+busy     := $(patsubst %,$(BUILD)/test/%.o,reference cpu/attention cpu/attention_linear cpu/norms cpu/tile data/tokenizer)
+tests    := $(busy) $(filter-out $(busy),$(patsubst tests/%.cpp,$(BUILD)/test/%.o,tests/main.cpp \
+            $(wildcard tests/cpu/*.cpp tests/data/*.cpp tests/cli/*.cpp)))
 # If this processor has AVX-512, the code for AVX2 and for AVX-512 without BF16 is tested as well.
 lesser   := $(if $(filter 1,$(DISPATCH)),$(if $(filter avx512vl,$(cpu)),avx2 avx512))
 
@@ -74,8 +75,9 @@ vpath %.cu llmc/cuda
 objects  := attention.o attention_linear.o attention_norms.o train_gpt.o
 on_gpu   := $(addprefix $(BUILD)/gpu/,$(objects))
 on_sim   := $(addprefix $(BUILD)/ptx/,$(objects))
-# Tests of the simulator (ptxsim_*), and of the CUDA trainer (cuda_*), which run on the simulator.
-cutests  := $(patsubst tests/%.cu,$(BUILD)/%.o,$(wildcard tests/*.cu))
+# Tests of the CUDA trainer, which run on the simulator, and of the simulator itself. `hosttests` need no nvcc.
+cutests  := $(patsubst tests/%.cu,$(BUILD)/test/%.o,$(wildcard tests/cuda/*.cu tests/ptxsim/*.cu))
+hosttests := $(patsubst tests/%.cpp,$(BUILD)/test/%.o,$(wildcard tests/cuda/*.cpp tests/ptxsim/*.cpp))
 
 .PHONY: all quickstart test compare resources bench bench-quick gpu-test gpu-check ptxsim-bench docs format clean help
 all: train_gpt
@@ -112,9 +114,10 @@ $(BUILD)/avx512.o $(BUILD)/avx512_bf16.o: train_gpt.cpp $(BUILD)/flags
 
 $(tests): quick := -O0
 $(busy): quick := -O1
-$(BUILD)/reference.o: quick := -O3
+$(BUILD)/test/reference.o: quick := -O3
 
-$(BUILD)/%.o: tests/%.cpp $(BUILD)/flags
+$(BUILD)/test/%.o: tests/%.cpp $(BUILD)/flags
+	@mkdir -p $(@D)
 	$(CXX) $(flags) $(quick) $(native) -c $< -o $@
 
 $(BUILD)/tests: $(tests)
@@ -133,8 +136,8 @@ $(BUILD)/avx512/%.o: tests/%.cpp $(BUILD)/flags
 	@mkdir -p $(@D)
 	$(CXX) $(flags) -O1 -march=x86-64-v4 -c $< -o $@
 
-$(BUILD)/avx2/tests: $(patsubst %,$(BUILD)/avx2/%.o,reference main test_attention test_attention_linear test_layers test_tile test_vector)
-$(BUILD)/avx512/tests: $(patsubst %,$(BUILD)/avx512/%.o,reference main test_attention test_tile test_vector)
+$(BUILD)/avx2/tests: $(patsubst %,$(BUILD)/avx2/%.o,reference main $(addprefix cpu/,attention attention_linear layers tile vector))
+$(BUILD)/avx512/tests: $(patsubst %,$(BUILD)/avx512/%.o,reference main $(addprefix cpu/,attention tile vector))
 $(BUILD)/avx2/tests $(BUILD)/avx512/tests:
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
@@ -149,19 +152,21 @@ $(BUILD)/libptxsim.a: $(sim)
 	ar rcs $@ $^
 
 # -O1 applies only to the host code and builds faster.
-$(cutests): $(BUILD)/%.o: tests/%.cu $(BUILD)/flags
+$(cutests): $(BUILD)/test/%.o: tests/%.cu $(BUILD)/flags
+	@mkdir -p $(@D)
 	$(NVCC) $(cuda:-O3=-O1) $(to_ptx) -MMD -MP -c $< -o $@
 
-$(BUILD)/ptxsim_libraries.o $(BUILD)/cuda_model.o: $(BUILD)/%.o: tests/%.cpp $(BUILD)/flags
+$(hosttests): $(BUILD)/test/%.o: tests/%.cpp $(BUILD)/flags
+	@mkdir -p $(@D)
 	$(CXX) $(flags) -O0 $(native) $(dispatch) -isystem $(CUDA)/include -c $< -o $@
 
-$(BUILD)/ptxsim/tests: $(sim) $(on_sim) $(tested) $(BUILD)/reference.o $(BUILD)/main.o $(cutests) \
-    $(BUILD)/ptxsim_libraries.o $(BUILD)/cuda_model.o
+$(BUILD)/ptxsim/tests: $(sim) $(on_sim) $(tested) $(BUILD)/test/reference.o $(BUILD)/test/main.o $(cutests) $(hosttests)
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 # The same objects on hardware, where the driver compiles their PTX. Tests of the simulator's own reports are left out.
-$(BUILD)/gpu-tests: $(BUILD)/main.o $(BUILD)/reference.o $(filter-out %_faults.o %_races.o %_streams.o %_samples.o %_figures.o,$(cutests)) \
-    $(BUILD)/cuda_model.o $(on_gpu) $(tested) $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
+simulated := $(patsubst %,$(BUILD)/test/%.o,cuda/figures $(addprefix ptxsim/,faults races samples streams))
+$(BUILD)/gpu-tests: $(BUILD)/test/main.o $(BUILD)/test/reference.o $(filter-out $(simulated),$(cutests)) \
+    $(BUILD)/test/cuda/model.o $(on_gpu) $(tested) $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
 	$(CXX) $(flags) $^ -o $@ $(libs) $(cudalibs)
 
 # The CUDA trainer for hardware, and for this processor. The latter needs only PTX, which takes half the time to build.
@@ -202,8 +207,8 @@ $(BUILD)/flags: FORCE
 	@echo '$(CXX) $(flags) $(model) $(libs)' | cmp -s - $@ || echo '$(CXX) $(flags) $(model) $(libs)' > $@
 FORCE:
 
-# Kills a program at its n-th write, fsync or rename, or makes that call fail (tests/test_resume.cpp).
-$(BUILD)/fault_preload.so: tests/fault_preload.c $(BUILD)/flags
+# Kills a program at its n-th write, fsync or rename, or makes that call fail (tests/cli/resume.cpp).
+$(BUILD)/fault_preload.so: tests/cli/fault_preload.c $(BUILD)/flags
 	$(CC) -O2 -Wall -Wextra -fPIC -shared $< -o $@ -ldl
 
 quickstart: ## set up, tokenise Shakespeare, train a small GPT with polynomial attention, and let it write text
@@ -262,7 +267,7 @@ docs: $(BUILD)/train_gpt ## write docs/options.md again, from --help
 	python3 dev/options_doc.py $< docs/options.md
 
 format: ## run clang-format on all C++ files
-	clang-format -i *.cpp *.cu llmc/*.h llmc/*.cpp llmc/*/*.h llmc/*/*.c* tests/*.c* tests/*.h dev/bench/*.c* dev/bench/*.h dev/ptxsim/*.h dev/ptxsim/*.c*
+	clang-format -i *.cpp *.cu llmc/*.h llmc/*.cpp llmc/*/*.h llmc/*/*.c* tests/*.c* tests/*.h tests/*/*.c* tests/*/*.h dev/bench/*.c* dev/bench/*.h dev/ptxsim/*.h dev/ptxsim/*.c*
 
 clean: ## remove everything that was built (not .venv, data or out)
 	rm -rf $(BUILD) train_gpt train_gptcu train_gptcu_sim
@@ -272,4 +277,4 @@ help: ## print this list
 	@echo 'make               build train_gpt (SANITIZE=1: with ASan and UBSan; ONEDNN=0: without oneDNN)'
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F'\t' '{ printf "make %-13s %s\n", $$1, $$2 }'
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/*/*/*.d)

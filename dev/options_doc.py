@@ -1,6 +1,6 @@
 """Writes docs/options.md from what `train_gpt COMMAND --help` prints: python3 dev/options_doc.py PROGRAM FILE
 
-`make docs` calls it; tests/test_docs.py compares the file with the program.
+`make docs` calls it; tests/dev/test_docs.py compares the file with the program.
 """
 import re
 import subprocess

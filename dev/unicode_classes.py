@@ -4,8 +4,8 @@
 
 GPT-2's pattern uses these classes, and each Unicode version adds characters to them. The C++ tokenizer must cut words in
 the same places as the library, because that has encoded the shards. So this asks the library about every code point. If
-tests/test_unicode_classes.py says that a new version of the library differs, run this, raise the library's version in
-requirements.txt, and put the checksum that this prints into tests/test_tokenizer.cpp.
+tests/dev/test_unicode_classes.py says that a new version of the library differs, run this, raise the library's version
+in requirements.txt, and put the checksum that this prints into tests/data/tokenizer.cpp.
 """
 import zlib
 from collections.abc import Iterator

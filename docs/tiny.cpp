@@ -5,7 +5,7 @@
 //   ./tiny FILE [softmax|poly3] [STEPS]
 //
 // It computes what `train_gpt train --positions learned` computes for softmax, and with `--qk-norm true` for
-// poly3. tests/test_tiny.cpp holds its loss and gradients against the trainer's. Read it from top to bottom:
+// poly3. tests/cpu/tiny.cpp holds its loss and gradients against the trainer's. Read it from top to bottom:
 // each layer is a forward function with its backward function below. A backward function takes the gradient of
 // the layer's output (dout) and *adds* the gradients of its inputs (dinp) and of its parameters.
 //

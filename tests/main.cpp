@@ -1,3 +1,3 @@
-// The one main() of the tests: every tests/test_*.cpp is linked with it into one binary.
+// The main() of every program of tests.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>

@@ -20,7 +20,7 @@ run_beside() { # name, command
     beside[$1]=$!
 }
 for tests in "${@:2}"; do run_beside "$tests" "$tests"; done
-run_beside python .venv/bin/python -m unittest discover -s tests
+run_beside python .venv/bin/python -m unittest tests/*/test_*.py
 trap 'kill "${beside[@]}" 2>/dev/null; rm -rf "$log"' EXIT
 finish() { # name: waits for it, puts its output into $log/output and its exit status into $status
     echo "== $1"

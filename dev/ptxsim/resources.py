@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures the registers, spills and shared memory of every kernel by ptxas, for sm_80 and sm_90.
 
-    dev/ptxsim/resources.py tests/ptxsim_samples.cu             # measures sources, or objects with PTX in them
+    dev/ptxsim/resources.py tests/ptxsim/samples.cu             # measures sources, or objects with PTX in them
     dev/ptxsim/resources.py --figures figures.json FILE.cu...   # adds the results to figures of PTXSIM=figures=...
     dev/ptxsim/resources.py --renew TABLE build/ptx/*.o         # measures kernels whose PTX differs from the table's
     dev/ptxsim/resources.py --check TABLE build/ptx/*.o         # fails if such a kernel takes more registers than before
