@@ -71,8 +71,8 @@ to_gpu   := $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -ge
 to_ptx   := -gencode arch=compute_80,code=compute_80 -Xfatbin -compress=false
 sim      := $(patsubst dev/ptxsim/%.cpp,$(BUILD)/ptxsim/%.o,$(wildcard dev/ptxsim/*.cpp))
 # The objects of the CUDA trainer. Attention has its own, because its kernels take longer to build than everything else.
-vpath %.cu llmc/cuda
-objects  := attention.o attention_linear.o attention_norms.o train_gpt.o
+vpath %.cu llmc/cuda/attention
+objects  := attention.o linear.o norms.o train_gpt.o
 on_gpu   := $(addprefix $(BUILD)/gpu/,$(objects))
 on_sim   := $(addprefix $(BUILD)/ptx/,$(objects))
 # Tests of the CUDA trainer, which run on the simulator, and of the simulator itself. `hosttests` need no nvcc.
@@ -267,7 +267,7 @@ docs: $(BUILD)/train_gpt ## write docs/options.md again, from --help
 	python3 dev/options_doc.py $< docs/options.md
 
 format: ## run clang-format on all C++ files
-	clang-format -i *.cpp *.cu llmc/*.h llmc/*.cpp llmc/*/*.h llmc/*/*.c* tests/*.c* tests/*.h tests/*/*.c* tests/*/*.h dev/bench/*.c* dev/bench/*.h dev/ptxsim/*.h dev/ptxsim/*.c*
+	clang-format -i $$(git ls-files '*.cpp' '*.cu' '*.c' '*.h' ':!docs/tiny.cpp')
 
 clean: ## remove everything that was built (not .venv, data or out)
 	rm -rf $(BUILD) train_gpt train_gptcu train_gptcu_sim

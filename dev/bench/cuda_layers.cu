@@ -7,9 +7,9 @@
 #include <set>
 
 #include "llmc/cuda/adamw.h"
-#include "llmc/cuda/attention.h"
-#include "llmc/cuda/attention_cached.h"
-#include "llmc/cuda/attention_linear.h"
+#include "llmc/cuda/attention/attention.h"
+#include "llmc/cuda/attention/cached.h"
+#include "llmc/cuda/attention/linear.h"
 #include "llmc/cuda/classifier.h"
 #include "llmc/cuda/embedding.h"
 #include "llmc/cuda/gelu.h"

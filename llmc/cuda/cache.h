@@ -1,5 +1,5 @@
 // What generation keeps of the tokens so far: of each layer their keys and values or, where attention has the
-// form for it, a state of fixed size (attention_state.h), and the last rows that went into the short
+// form for it, a state of fixed size (state.h), and the last rows that went into the short
 // convolution.
 #pragma once
 #include <algorithm>
@@ -7,8 +7,8 @@
 
 #include "llmc/attention_scale.h"
 #include "llmc/config.h"
-#include "llmc/cuda/attention_cached.h"
-#include "llmc/cuda/attention_state.h"
+#include "llmc/cuda/attention/cached.h"
+#include "llmc/cuda/attention/state.h"
 #include "llmc/cuda/memory.h"
 #include "llmc/cuda/short_conv.h"
 #include "llmc/model.h"

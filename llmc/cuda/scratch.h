@@ -4,9 +4,9 @@
 #include <cstddef>
 
 #include "llmc/config.h"
-#include "llmc/cuda/attention.h"
-#include "llmc/cuda/attention_linear.h"
-#include "llmc/cuda/attention_norms.h"
+#include "llmc/cuda/attention/attention.h"
+#include "llmc/cuda/attention/linear.h"
+#include "llmc/cuda/attention/norms.h"
 #include "llmc/cuda/embedding.h"
 #include "llmc/cuda/gelu.h"
 #include "llmc/cuda/layernorm.h"

@@ -1,7 +1,7 @@
 // What the tests of attention in tiles and of its linear form have in common: the kinds of attention, and a
 // call of both passes held against the double precision oracle.
 #pragma once
-#include "llmc/cuda/attention_linear.h"
+#include "llmc/cuda/attention/linear.h"
 #include "tests/attention_kinds.h"
 #include "tests/cuda/helpers.h"
 

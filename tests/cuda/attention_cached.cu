@@ -1,7 +1,7 @@
 // Generation's attention against the oracle: from keys and values, and from a state.
-#include "llmc/cuda/attention_cached.h"
+#include "llmc/cuda/attention/cached.h"
 
-#include "llmc/cuda/attention_state.h"
+#include "llmc/cuda/attention/state.h"
 #include "tests/attention_kinds.h"
 #include "tests/cuda/helpers.h"
 

@@ -1,6 +1,6 @@
 // Attention at linear cost of llmc/cuda against the double precision oracle: every kind that has the linear
 // form, over several segments and at their edges. Segments of 64 tokens, to be small.
-#include "llmc/cuda/attention_linear.h"
+#include "llmc/cuda/attention/linear.h"
 
 #include "tests/cuda/attention.h"
 

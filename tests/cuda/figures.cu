@@ -7,7 +7,7 @@
 #include "dev/ptxsim/options.h"
 #include "dev/ptxsim/report.h"
 #include "llmc/cuda/adamw.h"
-#include "llmc/cuda/attention_linear.h"
+#include "llmc/cuda/attention/linear.h"
 #include "llmc/cuda/classifier.h"
 #include "llmc/cuda/embedding.h"
 #include "llmc/cuda/gelu.h"

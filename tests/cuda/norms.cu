@@ -2,7 +2,7 @@
 #include <limits>
 
 #include "dev/ptxsim/report.h"
-#include "llmc/cuda/attention_norms.h"
+#include "llmc/cuda/attention/norms.h"
 #include "tests/cuda/helpers.h"
 #include "tests/norms.h"
 

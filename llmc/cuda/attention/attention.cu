@@ -1,8 +1,8 @@
 // The functions of attention.h: which kernel, with how many threads and how much shared memory.
-#include "llmc/cuda/attention.h"
+#include "llmc/cuda/attention/attention.h"
 
-#include "llmc/cuda/attention_float.h"
-#include "llmc/cuda/attention_kernels.h"
+#include "llmc/cuda/attention/kernels_float.h"
+#include "llmc/cuda/attention/kernels_bf16.h"
 
 namespace gpu {
 

@@ -1,8 +1,8 @@
-// The kernels of attention_linear.h for float: as those for bf16 go (attention_linear_kernels.h), on tiles of
+// The kernels of linear.h for float: as those for bf16 go (linear_kernels_bf16.h), on tiles of
 // 32 tokens, by plain multiply-adds.
 #pragma once
-#include "llmc/cuda/attention_float.h"
-#include "llmc/cuda/attention_linear_kernels.h"
+#include "llmc/cuda/attention/kernels_float.h"
+#include "llmc/cuda/attention/linear_kernels_bf16.h"
 
 namespace gpu {
 

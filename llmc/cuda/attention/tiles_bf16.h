@@ -281,7 +281,7 @@ struct AttentionTables {
     }
 };
 
-// The linear form (attention_linear.h) cuts the sequence into segments: the tiles do the pairs within one,
+// The linear form (linear.h) cuts the sequence into segments: the tiles do the pairs within one,
 // and add to them what the others give. length 0: there is but one.
 struct AttentionSegments {
     int length = 0;                 // tokens, a multiple of 64

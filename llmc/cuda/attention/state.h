@@ -1,14 +1,14 @@
 // Attention of a new token to all before it through a state of fixed size: the twin of
 // llmc/cpu/attention_state.h. It is float32 whatever the model computes in, for its sums grow with the text.
 //
-// The features are those of attention_linear.h, in tiles of 64. The state of a head: sum_j gamma^(i-j)
+// The features are those of linear.h, in tiles of 64. The state of a head: sum_j gamma^(i-j)
 // phi(k_j) v_j^T (features,D), then, for `sum`, sum_j gamma^(i-j) phi(k_j) (features). A block has a tile of
 // a head, in its registers while it goes through the tokens.
 #pragma once
 #include "llmc/attention_linear_form.h"
 #include "llmc/attention_scale.h"
 #include "llmc/config.h"
-#include "llmc/cuda/attention_features.h"
+#include "llmc/cuda/attention/features.h"
 #include "llmc/cuda/reduce.h"
 
 namespace gpu {

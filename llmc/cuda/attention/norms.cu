@@ -1,8 +1,8 @@
-// The kernels of attention_norms.h. Sums are float over at most 64 keys, double beyond, and added in a fixed
+// The kernels of norms.h. Sums are float over at most 64 keys, double beyond, and added in a fixed
 // order.
-#include "llmc/cuda/attention_norms.h"
+#include "llmc/cuda/attention/norms.h"
 
-#include "llmc/cuda/attention_float.h"
+#include "llmc/cuda/attention/kernels_float.h"
 
 namespace gpu {
 
@@ -14,7 +14,7 @@ constexpr int kNumbers = sizeof(NormSums) / sizeof(double), kMaxima = 2;
 template <class Real>
 struct NormTile;
 
-// Multiply-adds (attention_float.h).
+// Multiply-adds (kernels_float.h).
 template <>
 struct NormTile<float> {
     using Tiles = FloatTile<128>;
@@ -31,7 +31,7 @@ struct NormTile<float> {
     }
 };
 
-// Tensor cores (attention_tiles.h); the products of bf16 are exact, their sums are float.
+// Tensor cores (tiles_bf16.h); the products of bf16 are exact, their sums are float.
 template <>
 struct NormTile<bf16> {
     using Tiles = Tile<128>;

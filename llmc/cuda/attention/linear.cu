@@ -1,8 +1,8 @@
-// The functions of attention_linear.h: the order of the kernels, and the memory between them.
-#include "llmc/cuda/attention_linear.h"
+// The functions of linear.h: the order of the kernels, and the memory between them.
+#include "llmc/cuda/attention/linear.h"
 
-#include "llmc/cuda/attention_linear_float.h"
-#include "llmc/cuda/attention_linear_kernels.h"
+#include "llmc/cuda/attention/linear_kernels_float.h"
+#include "llmc/cuda/attention/linear_kernels_bf16.h"
 
 namespace gpu {
 

@@ -1,5 +1,5 @@
 // Causal attention of every kind, forward and backward: the twin of llmc/cpu/attention.h, where the
-// formulas and the contents of stats are. bf16 on tensor cores here, float in attention_float.h.
+// formulas and the contents of stats are. bf16 on tensor cores here, float in kernels_float.h.
 //
 // A block has 64 queries (or keys) and walks through the tiles of 64 keys (or queries) that they see; its
 // four warps have 16 rows each. The next tile comes by cp.async while one is worked on; scores and weights
@@ -18,7 +18,7 @@
 // all the rest.
 #pragma once
 #include "llmc/config.h"
-#include "llmc/cuda/attention_tiles.h"
+#include "llmc/cuda/attention/tiles_bf16.h"
 
 namespace gpu {
 

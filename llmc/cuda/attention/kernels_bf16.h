@@ -2,7 +2,7 @@
 #pragma once
 #include "llmc/activation.h"
 #include "llmc/attention_linear_form.h"
-#include "llmc/cuda/attention_tiles.h"
+#include "llmc/cuda/attention/tiles_bf16.h"
 #include "llmc/cuda/columns.h"
 
 namespace gpu {

@@ -1,8 +1,8 @@
-// The kernels of attention_linear.h for bf16, and what they share with those for float
-// (attention_linear_float.h).
+// The kernels of linear.h for bf16, and what they share with those for float
+// (linear_kernels_float.h).
 #pragma once
-#include "llmc/cuda/attention_features.h"
-#include "llmc/cuda/attention_kernels.h"
+#include "llmc/cuda/attention/features.h"
+#include "llmc/cuda/attention/kernels_bf16.h"
 
 namespace gpu {
 

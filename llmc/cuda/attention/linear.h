@@ -21,8 +21,8 @@
 #include <algorithm>
 
 #include "llmc/attention_linear_form.h"
-#include "llmc/cuda/attention.h"
-#include "llmc/cuda/attention_features.h"
+#include "llmc/cuda/attention/attention.h"
+#include "llmc/cuda/attention/features.h"
 
 namespace gpu {
 

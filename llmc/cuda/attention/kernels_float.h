@@ -4,7 +4,7 @@
 // Eight threads have two rows: of 32 x 32 scores a thread has columns x, x+8, x+16 and x+24 of both, of a row
 // of D results the four from 4 x on in every 32.
 #pragma once
-#include "llmc/cuda/attention_kernels.h"
+#include "llmc/cuda/attention/kernels_bf16.h"
 
 namespace gpu {
 

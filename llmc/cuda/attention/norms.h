@@ -2,7 +2,7 @@
 // llmc/cpu/attention_norms.h, where the formulas are. Kernels of its own, so that attention itself pays
 // nothing for them.
 #pragma once
-#include "llmc/cuda/attention.h"
+#include "llmc/cuda/attention/attention.h"
 #include "llmc/norms.h"
 
 namespace gpu {
