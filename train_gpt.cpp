@@ -96,7 +96,7 @@ struct GPT : Model {
                         AttentionNorms* norms = nullptr) {
         int start = cache ? cache->length : 0, N = B * T;
         if (config.rope() && (cache || rope_end != T)) {
-            rope = rope_table(T, D, start);
+            rope = rope_table(config, T, start);
             rope_end = cache ? -1 : T;
         }
         embedding_forward(acts.embedded, tokens, weights.wte,

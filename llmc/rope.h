@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <vector>
 
+#include "llmc/config.h"
+
 // Returns (T,D) for the positions from `first` on. The row of position t is cos(t w_i) for i < D/2, then
 // sin(t w_i), with w_i = 10000^(-2i/D).
 inline std::vector<float> rope_table(int T, int D, int first = 0) {
@@ -15,4 +17,9 @@ inline std::vector<float> rope_table(int T, int D, int first = 0) {
             table[(size_t)t * D + D / 2 + i] = (float)std::sin(angle);
         }
     return table;
+}
+
+// The same for a model.
+inline std::vector<float> rope_table(const GPTConfig& config, int T, int first) {
+    return rope_table(T, config.head_size(), first);
 }

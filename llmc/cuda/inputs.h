@@ -18,11 +18,10 @@ class Inputs {
     // For batches of up to options.batch x options.seq. The plan sets the pointers.
     void add_to(MemoryPlan& plan, const GPTConfig& config, const ModelOptions& options) {
         size_t B = options.batch, T = options.seq;
-        D_ = config.head_size();
-        has_rope_ = config.rope();
+        config_ = config;
         plan.add(tokens, B * T);
         plan.add(targets, B * T);
-        if (has_rope_) plan.add(rope, T * D_);
+        if (config.rope()) plan.add(rope, T * config.head_size());
     }
 
     void place(const Batch& batch, cudaStream_t stream) {
@@ -33,16 +32,15 @@ class Inputs {
     // Tokens (B,T) without targets; the first token of each row has the position `start`.
     void place(const int* from, int B, int T, int start, cudaStream_t stream) {
         copy_to_device(tokens, from, (size_t)B * T, stream);
-        if (!has_rope_ || (start == rope_start_ && T == rope_length_)) return;
-        std::vector<float> angles = rope_table(T, D_, start);
+        if (!config_.rope() || (start == rope_start_ && T == rope_length_)) return;
+        std::vector<float> angles = rope_table(config_, T, start);
         copy_to_device(rope, angles.data(), angles.size(), stream);
         check(cudaStreamSynchronize(stream));  // before `angles` is freed
         rope_start_ = start, rope_length_ = T;
     }
 
   private:
-    int D_ = 0;
-    bool has_rope_ = false;
+    GPTConfig config_;
     int rope_start_ = 0, rope_length_ = 0;  // `rope` holds these positions
 };
 
