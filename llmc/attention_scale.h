@@ -26,9 +26,9 @@ LLMC_HD inline double log_gamma(double delta) {
 }
 
 // n_i = sum_{j<=i} gamma^(2(i-j)) of the scale `row`. It is i+1 without a decay (log_gamma 0).
-inline double effective_row_length(int64_t i, double log_gamma) {
+LLMC_HD inline double effective_row_length(int64_t i, double log_gamma) {
     if (log_gamma == 0) return (double)(i + 1);
-    return std::expm1(2 * (i + 1) * log_gamma) / std::expm1(2 * log_gamma);
+    return expm1(2 * (i + 1) * log_gamma) / expm1(2 * log_gamma);
 }
 
 // e_i = -d log c_i / d log gamma of the scale `row`, for every i < T. It is sum_{j<=i} (i-j) gamma^(2(i-j)) /

@@ -1,6 +1,6 @@
-// What generation keeps of the tokens so far: of each layer their keys and values or, where attention has the
-// form for it, a state of fixed size (state.h), and the last rows that went into the short
-// convolution.
+// What generation keeps about the tokens so far. For each layer this is their keys and values or, if
+// attention has a linear form, a state of fixed size (attention/state.h). In addition it keeps the last
+// inputs of the short convolution.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -18,7 +18,7 @@ namespace gpu {
 template <class Real>
 class Cache {
   public:
-    int length = 0;  // tokens
+    int length = 0;  // number of tokens so far
 
     Cache() = default;
     Cache(const GPTConfig& config, CacheKind kind, cudaStream_t stream)
@@ -33,12 +33,13 @@ class Cache {
           state_(config.layers) {
         size_t rows = (size_t)std::max(0, config.short_conv - 1) * 3 * C_;
         for (int l = 0; l < config.layers; l++) {
-            before_.emplace_back(rows);
-            check(cudaMemsetAsync(before_[l].get(), 0, rows * sizeof(Real), stream_));
+            conv_history_.emplace_back(rows);
+            check(cudaMemsetAsync(conv_history_[l].get(), 0, rows * sizeof(Real), stream_));
         }
     }
 
-    // Call before more tokens come. Changes from keys and values to the state if that is wanted, or smaller.
+    // Must be called before each group of new tokens. Changes from keys and values to the state if the user
+    // asked for it or if it has become smaller.
     //   decay(l): delta (H) of layer l, or null
     template <class Decay>
     void begin(Decay decay) {
@@ -57,7 +58,8 @@ class Cache {
         }
     }
 
-    // Attention of T new tokens to each other and to all before them; their keys and values join these.
+    // Computes attention for T new tokens, which see each other and all earlier tokens, and adds their keys
+    // and values to the cache.
     void attention_forward(Real* out,           // (T,C)
                            const Real* heads,   // (T,3C)
                            const float* decay,  // (H), or null
@@ -81,7 +83,7 @@ class Cache {
                                  length, T, H_, D_, stream_);
     }
 
-    // Short convolution of T new rows; the last ones are kept for those that follow.
+    // Computes the short convolution of T new rows and keeps the last ones for the next call.
     void short_conv_forward(Real* out,            // (T,3C)
                             const Real* inp,      // (T,3C)
                             const float* weight,  // (K,3C)
@@ -91,12 +93,12 @@ class Cache {
         auto copy = [&](Real* to, const Real* from, size_t n) {
             check(cudaMemcpyAsync(to, from, n * W * sizeof(Real), cudaMemcpyDeviceToDevice, stream_));
         };
-        copy(joined.get(), before_[l].get(), K - 1);
+        copy(joined.get(), conv_history_[l].get(), K - 1);
         copy(joined.get() + (K - 1) * W, inp, T);
         gpu::short_conv_forward(convolved.get(), joined.get(), weight, 1, (int)rows, (int)W, (int)K, stream_);
         copy(out, convolved.get() + (K - 1) * W, T);
-        copy(before_[l].get(), joined.get() + T * W, K - 1);
-        check(cudaStreamSynchronize(stream_));  // before the two arrays go
+        copy(conv_history_[l].get(), joined.get() + T * W, K - 1);
+        check(cudaStreamSynchronize(stream_));  // the two arrays are freed at the end of this function
     }
 
   private:
@@ -105,22 +107,23 @@ class Cache {
     CacheKind kind_ = CacheKind::automatic;
     cudaStream_t stream_ = nullptr;
     int H_ = 0, D_ = 0, C_ = 0;
-    bool has_state_ = false;                 // rather than keys and values
-    std::vector<DeviceArray<Real>> kv_;      // (L): (length,2C) and room for more
-    std::vector<DeviceArray<float>> state_;  // (L): (H,state_size)
-    std::vector<DeviceArray<Real>> before_;  // (L): (K-1,3C)
-    DeviceArray<float> scratch_;             // of attention; reused
-    DeviceArray<float> row_scale_;           // (T,H): c_i of the new tokens
+    bool has_state_ = false;                       // instead of keys and values
+    std::vector<DeviceArray<Real>> kv_;            // (L): (length,2C) and room for more
+    std::vector<DeviceArray<float>> state_;        // (L): (H,state_size)
+    std::vector<DeviceArray<Real>> conv_history_;  // (L): (K-1,3C)
+    DeviceArray<float> scratch_;                   // for attention; all layers share it
+    DeviceArray<float> row_scale_;                 // (T,H): c_i of the new tokens
 
-    // The same for all layers but where the decay is learned.
+    // Computes c_i of the new tokens. With a learned decay each layer has its own; otherwise all have the
+    // same.
     void place_row_scale(const float* decay, int T) {
         std::vector<float> delta(H_), scales;
         if (decay) copy_to_host(delta.data(), decay, H_, stream_);
-        bool own = attention_.softmax() || attention_.has_row_sum();  // from the scores
+        bool from_scores = attention_.softmax() || attention_.has_row_sum();  // the kernels then find c_i
         for (int t = length; t < length + T; t++)
             for (int h = 0; h < H_; h++)
-                scales.push_back(own ? 1
-                                     : (float)row_scale(attention_, t, decay ? log_gamma(delta[h]) : 0, D_));
+                scales.push_back(
+                    from_scores ? 1 : (float)row_scale(attention_, t, decay ? log_gamma(delta[h]) : 0, D_));
         row_scale_.grow(scales.size(), stream_);
         copy_to_device(row_scale_.get(), scales.data(), scales.size(), stream_);
         check(cudaStreamSynchronize(stream_));

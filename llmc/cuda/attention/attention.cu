@@ -1,10 +1,47 @@
-// The functions of attention.h: which kernel, with how many threads and how much shared memory.
+// Defines the functions of attention.h: they choose a kernel, its blocks and its shared memory.
 #include "llmc/cuda/attention/attention.h"
 
-#include "llmc/cuda/attention/kernels_float.h"
 #include "llmc/cuda/attention/kernels_bf16.h"
+#include "llmc/cuda/attention/kernels_float.h"
 
 namespace gpu {
+
+size_t attention_forward_scratch(int T, int H) {
+    return AttentionTables::size(T, H);
+}
+
+size_t attention_backward_scratch(int B, int T, int H) {
+    size_t tiles = ceil_div(T, kFloatTile);  // of the two sizes of tiles the one that gives more
+    return (2 * tiles + T) * B * H + AttentionTables::size(T, H);
+}
+
+// Computes dO_i . O_i, which only softmax and the scale `sum` need. Eight lanes share a row.
+template <class Real, class Out>
+__global__ void attention_dots(float* dot,        // (B,H,T)
+                               const Real* dout,  // (B,T,C)
+                               const Out* out,    // (B,T,C)
+                               int rows, int T, int H, int D) {
+    int index = (blockIdx.x * blockDim.x + threadIdx.x) / 8;  // of dot, so that neighbours store side by side
+    int bh = index / T, head = bh % H;
+    const size_t row = (((size_t)(bh / H) * T + index % T) * H + head) * D;
+    // 16 bytes of the wider type. With the scale `sum`, out lies behind the sums of the rows, at any 4-byte
+    // address.
+    constexpr int kWidth = 16 / (sizeof(Real) > sizeof(Out) ? sizeof(Real) : sizeof(Out));
+    const bool packs = D % 8 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+    float sum = 0;
+    for (int c = threadIdx.x % 8 * kWidth; index < rows && c < D; c += 8 * kWidth) {
+        if (packs) {
+            Vec<kWidth> x = load_vec<kWidth>(dout + row + c), y = load_vec<kWidth>(out + row + c);
+#pragma unroll
+            for (int e = 0; e < kWidth; e++) sum += x[e] * y[e];
+        } else {
+            for (int e = 0; e < kWidth && c + e < D; e++)
+                sum += to_float(dout[row + c + e]) * to_float(out[row + c + e]);
+        }
+    }
+    sum = reduce_lanes<Sum, 4, 2, 1>(sum);
+    if (index < rows && threadIdx.x % 8 == 0) dot[index] = sum;
+}
 
 // Calls f with the kernels' head size.
 template <class Real, class F>
@@ -21,12 +58,13 @@ void with_head_size(int D, F f) {
     }
     fail("attention: head size ", D, ", the CUDA kernels go up to 128");
 }
+
 template <class Real>
 void attention_forward(Real* out,           // (B,T,C)
                        float* stats,        // (stats_size)
                        float* scratch,      // (attention_forward_scratch)
                        const Real* qkv,     // (B,T,3C)
-                       const float* decay,  // (H), or null
+                       const float* decay,  // (H): delta, or null
                        const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
                        const AttentionSegments& segments) {
     AttentionTables tables(scratch, decay != nullptr, T, H);
@@ -50,12 +88,12 @@ void attention_forward(Real* out,           // (B,T,C)
     });
 }
 
-// The part of scratch that is for each of them.
+// Divides scratch between them.
 template <class Real>
-AttentionBackwardTerms backward_terms(float* scratch, bool decays, int B, int T, int H) {
-    size_t of_tiles = 2 * (size_t)ceil_div(T, attention_tile<Real>) * B * H, rows = (size_t)B * T * H;
-    return {reinterpret_cast<double*>(scratch), scratch + of_tiles,
-            AttentionTables(scratch + of_tiles + rows, decays, T, H)};
+AttentionBackwardTerms backward_terms(float* scratch, bool has_decay, int B, int T, int H) {
+    size_t shares = 2 * (size_t)ceil_div(T, attention_tile<Real>) * B * H, rows = (size_t)B * T * H;
+    return {reinterpret_cast<double*>(scratch), scratch + shares,
+            AttentionTables(scratch + shares + rows, has_decay, T, H)};
 }
 
 template <class Real>
@@ -63,7 +101,7 @@ AttentionBackwardTerms attention_backward_terms(float* scratch,      // (attenti
                                                 const Real* dout,    // (B,T,C)
                                                 const Real* out,     // (B,T,C)
                                                 const float* stats,  // (stats_size)
-                                                const float* decay,  // (H), or null
+                                                const float* decay,  // (H): delta, or null
                                                 const AttentionConfig& config, int B, int T, int H, int D,
                                                 cudaStream_t stream) {
     AttentionBackwardTerms terms = backward_terms<Real>(scratch, decay != nullptr, B, T, H);
@@ -82,13 +120,13 @@ AttentionBackwardTerms attention_backward_terms(float* scratch,      // (attenti
 
 template <class Real>
 void attention_backward(Real* dqkv,          // (B,T,3C)
-                        float* ddecay,       // (H) +=, or null: not wanted
+                        float* ddecay,       // (H) +=, or null if it is not wanted
                         float* scratch,      // (attention_backward_scratch)
                         const Real* dout,    // (B,T,C)
                         const Real* out,     // (B,T,C)
                         const float* stats,  // (stats_size)
                         const Real* qkv,     // (B,T,3C)
-                        const float* decay,  // (H), or null
+                        const float* decay,  // (H): delta, or null
                         const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
                         const AttentionSegments& segments) {
     AttentionBackwardTerms terms = backward_terms<Real>(scratch, decay != nullptr, B, T, H);

@@ -1,27 +1,18 @@
-// The features phi of polynomial attention at linear cost, (q.k)^p = phi(q) . phi(k): the products of p
-// channels in tiles of 64, as llmc/cpu/attention_linear.h has them. The channels come in blocks of 64 for
-// p = 1, of 8 for p = 2 and of 4 for p = 3; a tile has all products of one channel each of its p blocks,
-// which come in order (a <= b <= c) and count as often as they could be arranged.
+// The features phi of polynomial attention at linear cost: (q . k)^p = phi(q) . phi(k). A feature is a
+// product of p channels. Features come in tiles of 64, as in llmc/cpu/attention_linear.h: the channels are
+// divided into blocks of 64 for p = 1, of 8 for p = 2 and of 4 for p = 3, and a tile has every product of one
+// channel from each of its p blocks. Its blocks come in order (a <= b <= c), and its multiplicity says in how
+// many orders they could come.
 #pragma once
+#include "llmc/cuda/attention/linear.h"
 #include "llmc/cuda/vector.h"
 
 namespace gpu {
 
-constexpr int kFeatures = 64;  // in a tile
-
-__host__ __device__ constexpr int feature_block(int power) {
-    return power == 1 ? 64 : power == 2 ? 8 : 4;
-}
-
-inline int feature_tiles(int power, int D) {
-    int n = ceil_div(D, feature_block(power));
-    return power == 1 ? n : power == 2 ? n * (n + 1) / 2 : n * (n + 1) * (n + 2) / 6;
-}
-
 template <int P>
 struct FeatureTile {
     static_assert(P >= 1 && P <= 3);
-    int a = 0, b = 0, c = 0;  // its blocks
+    int a = 0, b = 0, c = 0;  // the numbers of its blocks
 
     __device__ static FeatureTile at(int index, int blocks) {
         FeatureTile tile;
@@ -53,7 +44,7 @@ struct FeatureTile {
         if constexpr (P == 2) return a == b ? 1 : 2;
         return a == c ? 1 : a == b || b == c ? 3 : 6;
     }
-    // The product of the channels of feature f of the tile. x(c) gives channel c.
+    // Feature f of the tile, where x(c) returns channel c.
     template <class X>
     __device__ float product(int f, X x) const {
         if constexpr (P == 1) return x(64 * a + f);
@@ -62,7 +53,7 @@ struct FeatureTile {
     }
 };
 
-// load_vec() into an array.
+// Does what load_vec() does, into an array.
 template <int kN, class Real>
 __device__ void load_few(float (&x)[kN], const Real* at) {
     const Vec<kN> loaded = load_vec<kN>(at);
@@ -70,8 +61,8 @@ __device__ void load_few(float (&x)[kN], const Real* at) {
     for (int i = 0; i < kN; i++) x[i] = loaded[i];
 }
 
-// phi = features 16 quarter .. +15 of a tile, of a row of channels: row.load(x, c) is x = those from c on, of
-// which there are Row::kChannels.
+// Makes 16 features of a tile, those from 16 quarter on, of a row of channels. row.load(x, c) fills the array
+// x with the channels from c on; the row has Row::kChannels.
 template <int P, class Row>
 __device__ void build_features(float (&phi)[16], const Row& row, const FeatureTile<P>& tile, int quarter) {
     if constexpr (P == 1) {
@@ -97,81 +88,82 @@ __device__ void build_features(float (&phi)[16], const Row& row, const FeatureTi
     }
 }
 
-// dx += factor times the gradient of a row's channels from that of its features, g (64), for one of kShares
-// shares of the channels of each block. Returns the share of factor (phi . g).
+// Adds to dx the gradient of a row's channels, times factor, given the gradient g (64) of its features.
+// kShares threads divide the channels of each block between them. Returns the thread's share of factor (phi .
+// g).
 template <int P, int kShares, class Row>
 __device__ float add_feature_gradients(float* dx /*(D)*/, const float* g, float factor, const Row& row,
                                        const FeatureTile<P>& tile, int share) {
-    constexpr int kOwn = feature_block(P) / kShares;
-    const int own = share * kOwn;
+    constexpr int kCount = feature_block(P) / kShares;  // the thread's channels of a block
+    const int first = share * kCount;
     float total = 0;
-    // The gradients d of kN channels from c on; `dots`: total takes them.
-    auto add = [&]<int kN>(int c, const float(&d)[kN], bool dots = false) {
+    // Adds the gradients d of kN channels from c on. With `in_total` they count in phi . g, too.
+    auto add = [&]<int kN>(int c, const float(&d)[kN], bool in_total = false) {
         float x[kN];
         row.load(x, c);
 #pragma unroll
         for (int e = 0; e < kN; e++) {
             dx[c + e] += factor * d[e];
-            if (dots) total += x[e] * d[e];
+            if (in_total) total += x[e] * d[e];
         }
     };
     if constexpr (P == 1)
-        for (int u = own; u < own + kOwn; u += 4) {
+        for (int u = first; u < first + kCount; u += 4) {
             float d[4];
             load_few(d, g + u);
             if (64 * tile.a + u < Row::kChannels) add(64 * tile.a + u, d, true);
         }
     if constexpr (P == 2) {
-        float left[8], right[8], da[kOwn] = {}, db[kOwn] = {};
+        float left[8], right[8], da[kCount] = {}, db[kCount] = {};
         row.load(left, 8 * tile.a);
         row.load(right, 8 * tile.b);
 #pragma unroll
-        for (int u = 0; u < kOwn; u++) {
+        for (int u = 0; u < kCount; u++) {
             float d[8];
-            load_few(d, g + (own + u) * 8);
+            load_few(d, g + (first + u) * 8);
 #pragma unroll
             for (int j = 0; j < 8; j++) da[u] += d[j] * right[j];
         }
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            float d[kOwn];
-            load_few(d, g + i * 8 + own);
+            float d[kCount];
+            load_few(d, g + i * 8 + first);
 #pragma unroll
-            for (int u = 0; u < kOwn; u++) db[u] += d[u] * left[i];
+            for (int u = 0; u < kCount; u++) db[u] += d[u] * left[i];
         }
-        add(8 * tile.a + own, da, true);
-        add(8 * tile.b + own, db);
+        add(8 * tile.a + first, da, true);
+        add(8 * tile.b + first, db);
     }
     if constexpr (P == 3) {
-        float left[4], middle[4], right[4], da[kOwn] = {}, db[kOwn] = {}, dc[kOwn] = {};
+        float left[4], middle[4], right[4], da[kCount] = {}, db[kCount] = {}, dc[kCount] = {};
         row.load(left, 4 * tile.a);
         row.load(middle, 4 * tile.b);
         row.load(right, 4 * tile.c);
 #pragma unroll
-        for (int u = 0; u < kOwn; u++)
+        for (int u = 0; u < kCount; u++)
 #pragma unroll
             for (int n = 0; n < 4; n++) {
-                float d[4], of_pair = 0;
-                load_few(d, g + (own + u) * 16 + n * 4);
+                float d[4], dot = 0;
+                load_few(d, g + (first + u) * 16 + n * 4);
 #pragma unroll
-                for (int k = 0; k < 4; k++) of_pair += d[k] * right[k];
-                da[u] += of_pair * middle[n];
-                load_few(d, g + n * 16 + (own + u) * 4);
-                of_pair = 0;
+                for (int k = 0; k < 4; k++) dot += d[k] * right[k];
+                da[u] += dot * middle[n];
+                load_few(d, g + n * 16 + (first + u) * 4);
+                dot = 0;
 #pragma unroll
-                for (int k = 0; k < 4; k++) of_pair += d[k] * right[k];
-                db[u] += of_pair * left[n];
+                for (int k = 0; k < 4; k++) dot += d[k] * right[k];
+                db[u] += dot * left[n];
             }
 #pragma unroll
         for (int n = 0; n < 16; n++) {
-            float d[kOwn];
-            load_few(d, g + n * 4 + own);
+            float d[kCount];
+            load_few(d, g + n * 4 + first);
 #pragma unroll
-            for (int u = 0; u < kOwn; u++) dc[u] += d[u] * (left[n / 4] * middle[n % 4]);
+            for (int u = 0; u < kCount; u++) dc[u] += d[u] * (left[n / 4] * middle[n % 4]);
         }
-        add(4 * tile.a + own, da, true);
-        add(4 * tile.b + own, db);
-        add(4 * tile.c + own, dc);
+        add(4 * tile.a + first, da, true);
+        add(4 * tile.b + first, db);
+        add(4 * tile.c + first, dc);
     }
     return factor * total;
 }

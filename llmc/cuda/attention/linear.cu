@@ -1,8 +1,8 @@
-// The functions of linear.h: the order of the kernels, and the memory between them.
+// Defines the functions of linear.h: the order of the kernels, and the memory between them.
 #include "llmc/cuda/attention/linear.h"
 
-#include "llmc/cuda/attention/linear_kernels_float.h"
 #include "llmc/cuda/attention/linear_kernels_bf16.h"
+#include "llmc/cuda/attention/linear_kernels_float.h"
 
 namespace gpu {
 
@@ -19,25 +19,25 @@ LinearShape linear_shape(const AttentionConfig& config, int T, int D, int segmen
     return shape;
 }
 
-// Rows that have a boundary before them (queries) or behind them (keys), in tiles.
+// The number of tiles of the rows that have a boundary: queries one before them, keys one after them.
 template <class Real>
 int row_tiles(Rows rows, const LinearShape& shape, int T) {
     int tokens = rows == Rows::keys ? shape.slots * shape.segment : T - shape.segment;
     return ceil_div(tokens, attention_tile<Real>);
 }
 
-constexpr int kScanBlock = kAttentionThreads * 4;  // numbers
+constexpr int kScanBlock = kAttentionThreads * 4;  // how many numbers of a state a block scans
 
-// What lies in scratch behind that of the tiles.
+// What lies in scratch after that of the tiles.
 template <class Real>
 struct LinearBuffers {
     float* sums;            // forward (B,T,C), backward (B,T,3C)
     float* totals;          // (B,H,T), for `sum`
-    float* parts[2];        // (B,H,slots,size): what segments give, of the keys and of the queries
-    Real* states[2];        // (B,H,slots,size); in float in the place of parts
+    float* parts[2];        // (B,H,slots,size): of the segments' keys, and of their queries
+    Real* states[2];        // (B,H,slots,size); in float they take the place of parts
     float* z[2];            // (B,H,slots,features), for `sum`
-    double* dlog_gamma[4];  // of the queries' kernel, of the keys' and of the scans of states and of z
-    size_t size;            // floats of all scratch
+    double* dlog_gamma[4];  // shares of the queries, of the keys, of the states' scan and of z's
+    size_t size;            // floats in all of scratch
 
     LinearBuffers(float* scratch, bool backward, const LinearShape& shape, const AttentionConfig& config,
                   int B, int T, int H, int D) {
@@ -48,16 +48,16 @@ struct LinearBuffers {
             size = at + n;
             return scratch ? scratch + at : nullptr;
         };
-        const size_t heads = (size_t)B * H, of_states = heads * shape.slots * shape.size();
+        const size_t heads = (size_t)B * H, states_size = heads * shape.slots * shape.size();
         sums = floats(heads * T * D * (backward ? 3 : 1));
         totals = config.has_row_sum() ? floats(heads * T) : nullptr;
         for (int i = 0; i < (backward ? 2 : 1); i++) {
             z[i] = config.has_row_sum() ? floats(heads * shape.slots * shape.tiles * kFeatures) : nullptr;
             if constexpr (std::is_same_v<Real, float>) {
-                states[i] = parts[i] = floats(of_states);
+                states[i] = parts[i] = floats(states_size);
             } else {
-                parts[i] = i == 0 ? floats(of_states) : parts[0];  // one after the other
-                states[i] = reinterpret_cast<Real*>(floats(of_states / 2));
+                parts[i] = i == 0 ? floats(states_size) : parts[0];  // the keys' parts are used up by then
+                states[i] = reinterpret_cast<Real*>(floats(states_size / 2));
             }
         }
         if (!backward) return;
@@ -69,7 +69,7 @@ struct LinearBuffers {
     }
 };
 
-// The kernels of one call.
+// Launches the kernels of one call.
 template <class Real, int P, int kD>
 struct LinearKernels {
     static constexpr bool kIsFloat = std::is_same_v<Real, float>;
@@ -94,7 +94,7 @@ struct LinearKernels {
         }
     }
 
-    // others: the keys' states, where the share of both in the gradient of log gamma is wanted.
+    // others: the keys' states, if the shares of both in the gradient of log gamma are wanted.
     template <class Number>
     void scan(Number* states, const float* parts, const Number* others, double* dlog_gamma, int width,
               float sign, bool from_right) const {
@@ -107,7 +107,7 @@ struct LinearKernels {
                      bool from_right) const {
         scan(states, parts, others, dlog_gamma, shape.width, 1, from_right);
     }
-    // What gamma does to the normaliser of `sum` counts with the opposite sign.
+    // The gradient of log gamma by way of the normaliser of `sum` has the opposite sign.
     void scan_z(float* z, const float* others, double* dlog_gamma, bool from_right) const {
         if (z) scan(z, z, others, dlog_gamma, 1, -1, from_right);
     }
@@ -130,7 +130,7 @@ struct LinearKernels {
     }
 };
 
-// Calls f with the kernels for heads of D.
+// Calls f with the kernels for heads of D channels.
 template <class Real, class F>
 void with_linear_kernels(const AttentionConfig& config, const LinearShape& shape, int B, const Real* qkv,
                          const Real* dout, const float* stats, const float* dot, cudaStream_t stream, F f) {
@@ -171,7 +171,7 @@ void attention_linear_forward(Real* out,           // (B,T,C)
                               float* stats,        // (stats_size)
                               float* scratch,      // (attention_linear_forward_scratch)
                               const Real* qkv,     // (B,T,3C)
-                              const float* decay,  // (H), or null
+                              const float* decay,  // (H): delta, or null
                               const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
                               int segment) {
     LinearShape shape = linear_shape(config, T, D, segment);
@@ -195,13 +195,13 @@ void attention_linear_forward(Real* out,           // (B,T,C)
 
 template <class Real>
 void attention_linear_backward(Real* dqkv,          // (B,T,3C)
-                               float* ddecay,       // (H) +=, or null: not wanted
+                               float* ddecay,       // (H) +=, or null if it is not wanted
                                float* scratch,      // (attention_linear_backward_scratch)
                                const Real* dout,    // (B,T,C)
                                const Real* out,     // (B,T,C)
                                const float* stats,  // (stats_size)
                                const Real* qkv,     // (B,T,3C)
-                               const float* decay,  // (H), or null
+                               const float* decay,  // (H): delta, or null
                                const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
                                int segment) {
     LinearShape shape = linear_shape(config, T, D, segment);
@@ -216,7 +216,7 @@ void attention_linear_backward(Real* dqkv,          // (B,T,3C)
     if (ddecay) std::copy_n(buffers.dlog_gamma, 4, dlog_gamma);
     with_linear_kernels<Real>(
         config, shape, B, qkv, dout, stats, terms.dot, stream, [&](const auto& kernels) {
-            auto& [sums, totals, parts, states, z, all_gammas, size] = buffers;
+            auto& [sums, totals, parts, states, z, shares, size] = buffers;
             kernels.template states<Rows::keys>(parts[0], z[0]);
             kernels.scan_states(states[0], parts[0], nullptr, nullptr, false);
             kernels.scan_z(z[0], nullptr, nullptr, false);

@@ -1,85 +1,11 @@
-// The kernels of linear.h for bf16, and what they share with those for float
-// (linear_kernels_float.h).
+// The kernels of the linear form for bf16, on tensor cores. linear.h says how they go.
 #pragma once
-#include "llmc/cuda/attention/features.h"
-#include "llmc/cuda/attention/kernels_bf16.h"
+#include "llmc/cuda/attention/linear_rows.h"
+#include "llmc/cuda/attention/tiles_bf16.h"
 
 namespace gpu {
 
-// What the kernels of one call have in common.
-struct LinearShape {
-    AttentionShape attention;
-    int segment;  // tokens
-    int slots;    // boundaries between segments: one state each
-    int tiles;    // of features
-    int blocks;   // of channels
-    int block;    // channels in one
-    int width;    // of a row of the states: D, rounded up to 8
-
-    int features() const { return tiles * kFeatures; }
-    int size() const { return features() * width; }  // of a state
-    // width for the kernels, whose rows of a state all begin at 16-byte addresses.
-    __device__ int state_width() const {
-        __builtin_assume(width % 8 == 0);
-        return width;
-    }
-    __device__ int channels() const { return blocks * block; }
-    // The first row of a state, of rows of `width` numbers; and its first number in z.
-    __device__ size_t row(int bh, int slot) const { return ((size_t)bh * slots + slot) * tiles * kFeatures; }
-    __device__ int boundary(int slot) const { return (slot + 1) * segment; }  // its token
-};
-
-// Whose features a kernel makes: of the keys, of the queries, or of the queries with c_i, for the gradients.
-enum class Rows { keys, queries, gradients };
-
-// Rows x, of which features are made, and rows y: v of a key, dO of a query. At a head's first token.
-template <class Real, Rows kRows>
-struct LinearRows {
-    const Real *x, *y;
-    size_t x_stride, y_stride;
-
-    __device__ LinearRows(const Real* qkv, const Real* dout, const LinearShape& shape, int bh) {
-        const int T = shape.attention.T, H = shape.attention.H, C = shape.attention.C();
-        const size_t token = (size_t)(bh / H) * T, channel = bh % H * shape.attention.D;
-        x_stride = 3 * (size_t)C;
-        x = qkv + token * x_stride + channel + (kRows == Rows::keys ? C : 0);
-        y_stride = kRows == Rows::keys ? x_stride : C;
-        y = kRows == Rows::keys ? x + C : dout + token * C + channel;
-    }
-};
-
-// The factors of row i: `weight` towards the state of its boundary, the fade from there with, for gradients,
-// c_i; `dot` towards z, the same with, for gradients, dO_i . O_i.
-template <int P, Rows kRows>
-__device__ RowTerms linear_terms(const float* stats, const float* dot, const LinearShape& shape, int bh,
-                                 int i, int boundary) {
-    const AttentionShape& attention = shape.attention;
-    RowTerms terms;
-    if (i >= attention.T) return terms;
-    if (kRows == Rows::gradients) {
-        if (!kHasTotals<Poly<P>>) __builtin_assume(!attention.row_sum);
-        terms = row_terms<Poly<P>>(stats, dot, attention, bh, i);
-    } else {
-        terms.weight = terms.dot = 1;
-    }
-    if (attention.decays) {
-        const float fade =
-            attention.tables
-                .fade[(size_t)(bh % attention.H) * attention.tables.stride + std::abs(i - boundary)];
-        terms.weight *= fade, terms.dot *= fade;
-    }
-    return terms;
-}
-
-// The factor of a row's term in the gradient of log gamma: the distance of the row to the boundary.
-template <Rows kRows>
-__device__ float linear_distance(const LinearShape& shape, int bh, int i, int boundary) {
-    const AttentionTables& tables = shape.attention.tables;
-    if (kRows == Rows::keys) return boundary - i;
-    return i - boundary - tables.neutral[(size_t)(bh % shape.attention.H) * tables.stride + i];
-}
-
-// A row of channels in a tile.
+// A row of channels in a tile, in the form that the functions of features.h read.
 template <int kD>
 struct RowOfTile {
     static constexpr int kChannels = kD;
@@ -101,7 +27,7 @@ struct RowOfTile {
     }
 };
 
-// A thread's 16 features in bf16, from chunk `chunk` of a row of a tile on.
+// Stores a thread's 16 features in bf16, from chunk `chunk` of a row of a tile on.
 template <int kD>
 __device__ void store_features(bf16* tile, int row, int chunk, const float (&phi)[16], float factor) {
 #pragma unroll
@@ -115,32 +41,16 @@ __device__ void store_features(bf16* tile, int row, int chunk, const float (&phi
     }
 }
 
-// Two threads a feature, with every other token each: the sum of the products of the tokens' channels in
-// float, for z.
-template <int P, int kTokens, class Row>
-__device__ float sum_of_products(Row row /*of token 0*/, const float* weights /*(kTokens)*/,
-                                 const FeatureTile<P>& tile) {
-    float sum = 0;
-    for (int token = threadIdx.x % 2; token < kTokens; token += 2) {
-        row.row = token;
-        sum += weights[token] * tile.product(threadIdx.x / 2, row);
-    }
-    return sum;
-}
-__device__ inline void store_sum_of_products(float* z, float sum, float factor) {
-    sum = reduce_lanes<Sum, 1>(sum);
-    if (threadIdx.x % 2 == 0) z[threadIdx.x / 2] = sum * factor;
-}
-
-// Tiles of features that a block makes at once, for rows are loaded once for all of them: as many as
-// registers allow.
+// How many tiles of features a block makes at once, as many as the registers allow: it loads the rows once
+// for all of them.
 template <int P, int kD>
 constexpr int kStateTiles = P == 1     ? (kD + 63) / 64
                             : kD <= 64 ? 4
                                        : 2;
 
-// What the tokens of one segment give to the state of its boundary: sum weight phi(x) y^T, times the
-// multiplicity; and to z. A warp has 16 features of each tile. Blocks: (tiles of features, slots, B H).
+// Computes the part of one segment: in the state of its boundary sum weight phi(x) y^T, times the
+// multiplicity, and in z sum dot phi(x). A warp has 16 features of each tile. Blocks: (tiles of features,
+// slots, B H).
 template <int P, int kD, Rows kRows>
 __global__ __launch_bounds__(kAttentionThreads,
                              2) void linear_states_kernel(float* states,  // (B,H,slots,features,width)
@@ -152,10 +62,11 @@ __global__ __launch_bounds__(kAttentionThreads,
     using Tiles = Tile<kD>;
     using Phi = Tile<16>;
     constexpr int kTiles = kStateTiles<P, kD>;
-    bf16* stages = reinterpret_cast<bf16*>(attention_shared);  // two of x and y
+    bf16* stages = reinterpret_cast<bf16*>(attention_shared);  // two stages of x and y
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     bf16* phi = stages + 4 * Tiles::size + warp * Phi::size;
-    float* terms = reinterpret_cast<float*>(stages + 4 * Tiles::size + 4 * Phi::size);  // of both stages
+    float* terms = reinterpret_cast<float*>(stages + 4 * Tiles::size +
+                                            4 * Phi::size);  // two stages of weights and then dots
 
     const int bh = blockIdx.z, slot = blockIdx.y, boundary = shape.boundary(slot);
     const int begin = kRows == Rows::keys ? boundary - shape.segment : boundary;
@@ -179,7 +90,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     const int first = blockIdx.x * kTiles;
     for (int i0 = begin; i0 < end; i0 += kAttentionTile) {
         wait_for_copies<0>();
-        __syncthreads();  // all copies are there, and nobody works on the tile before
+        __syncthreads();  // all copies are there, and no warp still works on the tile before
         if (i0 + kAttentionTile < end) load(i0 + kAttentionTile);
         const int stage = (i0 - begin) / kAttentionTile % 2;
         const bf16 *x = stages + stage * 2 * Tiles::size, *y = x + Tiles::size;
@@ -218,9 +129,9 @@ __global__ __launch_bounds__(kAttentionThreads,
     }
 }
 
-// What rows get from the state of their boundary. Keys: dv = weight phi(x) S, and dk by way of phi's gradient
-// weight y S^T - dot z; queries: o and their share of `sum`'s totals; gradients: dq. A warp has 16 rows.
-// Blocks: (tiles of rows, B H).
+// Computes what rows get from the state S of their boundary. Keys get dv = weight phi(x) S, and dk by way of
+// phi's gradient weight y S^T - dot z. Queries get o and, for the scale `sum`, their totals. Gradients are
+// dq. A warp has 16 rows. Blocks: (tiles of rows, B H).
 template <int P, int kD, Rows kRows>
 __global__ __launch_bounds__(kAttentionThreads,
                              2) void linear_rows_kernel(float* sums,    // (B,T,C), or (B,T,3C) for gradients
@@ -239,12 +150,12 @@ __global__ __launch_bounds__(kAttentionThreads,
     bf16* x_tile = reinterpret_cast<bf16*>(attention_shared);
     bf16* stages = x_tile + Tiles::size;  // two tiles of the state
     bf16* y_tile = stages + 2 * Tiles::size;
-    float* of_warps = reinterpret_cast<float*>(y_tile + (kGradient ? Tiles::size : 0));
+    float* warp_rows = reinterpret_cast<float*>(y_tile + (kGradient ? Tiles::size : 0));
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
-    // A warp's features and, after them, their gradients; and the gradients of its rows.
-    float* dphi = of_warps + warp * 16 * kStride;
+    // Each warp has its features, whose gradients later take their place, and the gradients of its rows.
+    float* dphi = warp_rows + warp * 16 * kStride;
     bf16* phi = reinterpret_cast<bf16*>(dphi);
-    float* dx = of_warps + 4 * 16 * kStride + warp * 16 * kWidth;
+    float* dx = warp_rows + 4 * 16 * kStride + warp * 16 * kWidth;
 
     const int bh = blockIdx.y, T = shape.attention.T, D = shape.attention.D, C = shape.attention.C();
     const int i0 = blockIdx.x * kAttentionTile + (kRows == Rows::keys ? 0 : shape.segment);
@@ -265,7 +176,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     if (kGradient)
         for (int i = lane; i < 16 * kWidth; i += kWarp) dx[i] = 0;
 
-    // Features, and the gradients of channels: a lane has half of those of one row.
+    // A lane makes half of the features, and half of the gradients of the channels, of one row.
     const int row = lane % 16, half = lane / 16, i = i0 + 16 * warp + row;
     const RowOfTile<kD> channels{x_tile, 16 * warp + row};
     const RowTerms terms = linear_terms<P, kRows>(stats, dot, shape, bh, i, boundary);
@@ -273,20 +184,20 @@ __global__ __launch_bounds__(kAttentionThreads,
     FeatureTile<P> tile;
     for (int n = 0; n < shape.tiles; n++, tile.next(shape.blocks)) {
         wait_for_copies<0>();
-        __syncthreads();  // all copies are there, and nobody works on the tile before
+        __syncthreads();  // all copies are there, and no warp still works on the tile before
         if (!kOneTile && n + 1 < shape.tiles) load_state(n + 1);
         const bf16* s = stages + n % 2 * Tiles::size;
         if constexpr (kOutput) {
-#pragma unroll 1  // both at once do not fit into the registers
+#pragma unroll 1  // both quarters at once do not fit into the registers
             for (int quarter = 2 * half; quarter < 2 * half + 2; quarter++) {
                 float features[16];
                 build_features<P>(features, channels, tile, quarter);
                 store_features<kFeatures>(phi, row, 2 * quarter, features, 1);
                 if (kTotals && totals) {
-                    float of_z[16];
-                    load_few(of_z, z + n * kFeatures + 16 * quarter);
+                    float z_features[16];
+                    load_few(z_features, z + n * kFeatures + 16 * quarter);
 #pragma unroll
-                    for (int f = 0; f < 16; f++) total += features[f] * of_z[f];
+                    for (int f = 0; f < 16; f++) total += features[f] * z_features[f];
                 }
             }
             __syncwarp();
@@ -340,59 +251,10 @@ __global__ __launch_bounds__(kAttentionThreads,
 #pragma unroll
             for (int c = lane; c < kD; c += kWarp)
                 if (c < D) to[(16 * warp + r) * stride + c] = dx[r * kWidth + c];
-        if (!dlog_gamma) return;
-        __shared__ double totals_of_warps[kAttentionThreads / kWarp];
-        double ddecay = i < T ? (double)slope * linear_distance<kRows>(shape, bh, i, boundary) : 0;
-        block_total(ddecay, totals_of_warps, dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x);
+        if (dlog_gamma)
+            store_share(dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x,
+                        i < T ? (double)slope * linear_distance<kRows>(shape, bh, i, boundary) : 0);
     }
-}
-
-// The states of the boundaries, from what each segment gives to its own: their running sums with the decay,
-// from the left or from the right. From the right, it also adds the gradient of log gamma, times `sign`, of
-// pairs of rows that lie one or more whole segments apart, because their distance includes those segments.
-// Blocks: (four numbers of a state a thread, B H).
-//   width: numbers a feature, of a state or of z
-template <int P, class Real>
-__global__ void linear_scan_kernel(Real* states,        // (B,H,slots,size), which may be `parts`
-                                   const float* parts,  // (B,H,slots,size)
-                                   const Real* others,  // (B,H,slots,size): of the keys; or null
-                                   double* dlog_gamma,  // (B,H,blocks), with others
-                                   int width, float sign, bool from_right, LinearShape shape) {
-    const AttentionTables& tables = shape.attention.tables;
-    const int bh = blockIdx.y, at = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    const int size = shape.tiles * kFeatures * width;
-    const float fade = shape.attention.decays
-                           ? tables.fade[(size_t)(bh % shape.attention.H) * tables.stride + shape.segment]
-                           : 1.0f;
-    float sum[4] = {};
-    double total = 0;
-    for (int n = 0; n < shape.slots && at < size; n++) {
-        const int slot = from_right ? shape.slots - 1 - n : n;
-        const size_t place = ((size_t)bh * shape.slots + slot) * size + at;
-        float part[4], other[4] = {};
-        load_few(part, parts + place);
-        if (others) load_few(other, others + place);
-        float product = 0;
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            float carried = fade * sum[e];
-            product += other[e] * carried;
-            sum[e] = part[e] + carried;
-        }
-        total += product;
-        struct alignas(4 * sizeof(Real)) Four {
-            Real values[4];
-        } four;
-#pragma unroll
-        for (int e = 0; e < 4; e++) four.values[e] = from_float<Real>(sum[e]);
-        *reinterpret_cast<Four*>(states + place) = four;
-    }
-    if (!others) return;
-    const int tile = at / (kFeatures * width);  // both states have the multiplicity in them
-    if (tile < shape.tiles)
-        total *= sign * shape.segment / FeatureTile<P>::at(tile, shape.blocks).multiplicity();
-    __shared__ double of_warps[kAttentionThreads / kWarp];
-    block_total(total, of_warps, dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x);
 }
 
 }  // namespace gpu

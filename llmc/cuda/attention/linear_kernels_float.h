@@ -1,12 +1,12 @@
-// The kernels of linear.h for float: as those for bf16 go (linear_kernels_bf16.h), on tiles of
-// 32 tokens, by plain multiply-adds.
+// The kernels of the linear form for float: the same algorithm as in linear_kernels_bf16.h, with the tiles of
+// tiles_float.h.
 #pragma once
-#include "llmc/cuda/attention/kernels_float.h"
-#include "llmc/cuda/attention/linear_kernels_bf16.h"
+#include "llmc/cuda/attention/linear_rows.h"
+#include "llmc/cuda/attention/tiles_float.h"
 
 namespace gpu {
 
-// A row of channels in a tile, which is filled with zeros up to the last block.
+// A row of channels in a tile, which has zeros from D to the end of the last block.
 template <int kD>
 struct RowOfFloatTile {
     static constexpr int kChannels = kD;
@@ -20,7 +20,7 @@ struct RowOfFloatTile {
     }
 };
 
-// A quarter of the features of a token is a thread's.
+// A thread makes a quarter of the features of a token. For the rest see linear_states_kernel.
 template <int P, int kD, Rows kRows>
 __global__ __launch_bounds__(kAttentionThreads,
                              2) void linear_states_float_kernel(float* states, float* z, const float* qkv,
@@ -71,7 +71,8 @@ __global__ __launch_bounds__(kAttentionThreads,
     if (P == 2 && z) store_sum_of_products(z + row0, sum, factor);
 }
 
-// A warp has 8 rows, a thread a quarter of the features, and of the gradients of the channels, of one.
+// A warp has 8 rows. A thread makes a quarter of the features, and of the gradients of the channels, of one
+// row. For the rest see linear_rows_kernel.
 template <int P, int kD, Rows kRows>
 __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel(
     float* sums, float* totals, double* dlog_gamma, const float* states, const float* z, const float* qkv,
@@ -124,10 +125,10 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
 #pragma unroll
             for (int f = 0; f < 16; f++) to[f] = features[f];
             if (kTotals && totals) {
-                float of_z[16];
-                load_few(of_z, z + n * kFeatures + 16 * quarter);
+                float z_features[16];
+                load_few(z_features, z + n * kFeatures + 16 * quarter);
 #pragma unroll
-                for (int f = 0; f < 16; f++) total += features[f] * of_z[f];
+                for (int f = 0; f < 16; f++) total += features[f] * z_features[f];
             }
             __syncwarp();
             for (int half = 0; half < 2; half++)
@@ -159,8 +160,9 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
     const size_t stride = kRows == Rows::queries ? C : 3 * (size_t)C;
     float* to = sums + ((size_t)(bh / shape.attention.H) * T + i0) * stride + bh % shape.attention.H * D;
     if constexpr (kOutput) {
-        const int own = threadIdx.x % kWarp / 8 * 2;  // of the warp's 8 rows, whose terms lanes 0 to 7 have
-        for (int r = 0; r < 2; r++) o.scale(r, __shfl_sync(0xFFFFFFFFu, terms.weight, own + r));
+        const int first_row =
+            threadIdx.x % kWarp / 8 * 2;  // among the warp's 8 rows, whose terms lanes 0 to 7 have
+        for (int r = 0; r < 2; r++) o.scale(r, __shfl_sync(0xFFFFFFFFu, terms.weight, first_row + r));
         o.store(kRows == Rows::keys ? to + 2 * C : to, stride, T - i0, D);
         if (kTotals && totals) {
             total = reduce_lanes<Sum, 8, 16>(total);
@@ -173,10 +175,9 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
 #pragma unroll
             for (int c = threadIdx.x % kWarp; c < kD; c += kWarp)
                 if (c < D) to[r * stride + c] = dx[r * Tiles::stride + c];
-        if (!dlog_gamma) return;
-        __shared__ double of_warps[kAttentionThreads / kWarp];
-        double ddecay = i < T ? (double)slope * linear_distance<kRows>(shape, bh, i, boundary) : 0;
-        block_total(ddecay, of_warps, dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x);
+        if (dlog_gamma)
+            store_share(dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x,
+                        i < T ? (double)slope * linear_distance<kRows>(shape, bh, i, boundary) : 0);
     }
 }
 

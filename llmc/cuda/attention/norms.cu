@@ -1,25 +1,27 @@
-// The kernels of norms.h. Sums are float over at most 64 keys, double beyond, and added in a fixed
-// order.
+// Defines the functions of norms.h. Sums over up to 64 keys are float, longer ones double. The order of
+// additions is fixed.
 #include "llmc/cuda/attention/norms.h"
 
-#include "llmc/cuda/attention/kernels_float.h"
+#include "llmc/cuda/attention/rows.h"
+#include "llmc/cuda/attention/tiles_bf16.h"
+#include "llmc/cuda/attention/tiles_float.h"
 
 namespace gpu {
 
-constexpr int kFloatKeys = 64;  // whose sums a thread keeps in float
+constexpr int kFloatKeys = 64;  // over how many keys of a row a thread sums in float
 constexpr int kNumbers = sizeof(NormSums) / sizeof(double), kMaxima = 2;
 
-// How scores are made, and which of them a thread has: of two rows of a tile, kKeys each. Tiles have
+// Says how scores are made, and which of them a thread has: kKeys in each of two rows of a tile. Tiles have
 // room for the largest heads; smaller heads waste only shared memory.
 template <class Real>
 struct NormTile;
 
-// Multiply-adds (kernels_float.h).
+// Multiply-adds (tiles_float.h).
 template <>
 struct NormTile<float> {
     using Tiles = FloatTile<128>;
     static constexpr int kRows = kFloatTile, kSize = Tiles::size, kKeys = 4;
-    static constexpr int kLanes = 8;  // that share a row
+    static constexpr int kLanes = 8;  // how many lanes share a row
     __device__ static int row(int r) { return threadIdx.x / 8 * 2 + r; }
     __device__ static int key(int m) { return threadIdx.x % 8 + 8 * m; }
 
@@ -31,7 +33,7 @@ struct NormTile<float> {
     }
 };
 
-// Tensor cores (tiles_bf16.h); the products of bf16 are exact, their sums are float.
+// Tensor cores (tiles_bf16.h). Products of bf16 are exact, and their sums are float.
 template <>
 struct NormTile<bf16> {
     using Tiles = Tile<128>;
@@ -60,7 +62,8 @@ struct NormTile<bf16> {
     }
 };
 
-// What is summed over the keys of a row. A "rest" leaves out the row's largest.
+// The sums over the keys of a row i. A "rest" leaves out the row's largest weight. With the scale `sum` a is
+// the weight |A|, which is the share of a key in its row, and w its derivative by |x|; s is the row's sum.
 enum RowSum {
     kScore,        // x
     kScoreSquare,  // x^2
@@ -70,15 +73,15 @@ enum RowSum {
     kSquare,       // A^2
     kSlope,        // (w / kSlopeFactor)^2
     kEntropy,      // -A log A
-    kRest,         // A of softmax; a of `sum`
+    kRest,         // for softmax A; for `sum` a
     kRestSquare,   // A^2; a^2
-    kRestCube,     // A^3 of softmax
-    kRestSlope,    // (w / p)^2 of `sum`
-    kRestOwn,      // that times 1 - 2a
+    kRestCube,     // for softmax A^3
+    kRestSlope,    // for `sum` (w / p)^2
+    kRestOwn,      // for `sum` (w / p)^2 (1 - 2a)
     kRowSums
 };
 
-// Those that a kind of attention has.
+// Whether a kind of attention needs a sum.
 template <class A, bool kRowSum>
 __device__ constexpr bool has(int sum) {
     if (sum <= kScoreSquare) return true;
@@ -90,7 +93,7 @@ __device__ constexpr bool has(int sum) {
     return kRowSum;
 }
 
-// Adds to the rest: A of softmax; |x|, g = fade of `sum`, whose 1 / s is `factor`.
+// Adds a key to the sums of the rest. For softmax x is A; for `sum` x is |x| and factor 1 / s.
 template <class A, class Number>
 __device__ void add_to_rest(Number (&sum)[kRowSums], Number x, Number fade, Number factor) {
     if constexpr (A::kOnline) {
@@ -107,41 +110,42 @@ __device__ void add_to_rest(Number (&sum)[kRowSums], Number x, Number fade, Numb
     }
 }
 
-// What a thread knows of one of its rows.
+// What a thread has summed of one of its rows.
 template <class A, bool kRowSum>
 struct RowNorms {
-    float now[kRowSums] = {};
+    float recent[kRowSums] = {};  // over the keys since the last flush()
     double total[kRowSums] = {};
     float max_score = 0, max_weight = 0;  // |x|, |A|
-    float largest = 0, largest_fade = 0;  // what is not in the rest: A of softmax; |x|, g of `sum`
-    float largest_share = 0;              // a of it
+    float largest = 0, largest_fade = 0;  // the key that the rest leaves out: for softmax A; for `sum` |x|
+    float largest_share = 0;              // its a
 
-    // Key j of row i: their score, gamma^(i-j) of a polynomial and (i-j) log gamma of softmax.
-    //   factor: the log-sum-exp of softmax, c_i, or 1 / s; keys: i + 1
+    // Adds key j of row i.
+    //   x: the score; fade: gamma^(i-j), for softmax (i-j) log gamma
+    //   factor: for softmax the log-sum-exp, for `sum` 1 / s, otherwise c_i; keys: i + 1
     __device__ void add(float x, float fade, float factor, float keys) {
         float x2 = x * x, y = fabsf(x);
-        now[kScore] += x;
-        now[kScoreSquare] += x2;
+        recent[kScore] += x;
+        recent[kScoreSquare] += x2;
         max_score = fmaxf(max_score, y);
         if constexpr (A::kOnline) {
             float log_a = x + fade - factor, a = expf(log_a);
-            now[kEntropy] -= a * log_a;
-            add_to_rest<A>(now, a > largest ? largest : a, 1.0f, 1.0f);
+            recent[kEntropy] -= a * log_a;
+            add_to_rest<A>(recent, a > largest ? largest : a, 1.0f, 1.0f);
             largest = fmaxf(largest, a);
         } else {
             float a, da;
             A::weighted(a, da, x, fade * factor, keys, DeviceMath());
-            if constexpr (A::kPower > 0) now[kMoment] += A::value(x2, keys, DeviceMath());
-            now[kAbsolute] += fabsf(a);
-            now[kNegative] += fmaxf(-a, 0.0f);
-            now[kSquare] += a * a;
+            if constexpr (A::kPower > 0) recent[kMoment] += A::value(x2, keys, DeviceMath());
+            recent[kAbsolute] += fabsf(a);
+            recent[kNegative] += fmaxf(-a, 0.0f);
+            recent[kSquare] += a * a;
             max_weight = fmaxf(max_weight, fabsf(a));
             if constexpr (kRowSum) {
                 bool larger = fabsf(a) > largest_share;
-                add_to_rest<A>(now, larger ? largest : y, larger ? largest_fade : fade, factor);
+                add_to_rest<A>(recent, larger ? largest : y, larger ? largest_fade : fade, factor);
                 if (larger) largest = y, largest_fade = fade, largest_share = fabsf(a);
             } else {
-                now[kSlope] += da * da;
+                recent[kSlope] += da * da;
             }
         }
     }
@@ -149,15 +153,15 @@ struct RowNorms {
     __device__ void flush() {
 #pragma unroll
         for (int n = 0; n < kRowSums; n++) {
-            total[n] += now[n];
-            now[n] = 0;
+            total[n] += recent[n];
+            recent[n] = 0;
         }
     }
 
-    // Adds up what the threads that share the row have. The first of them gets the result.
+    // Adds up what the lanes that share the row have summed. The first of them gets the result.
     __device__ void gather(int lanes, float factor) {
         for (int offset = lanes / 2; offset > 0; offset /= 2) {
-            auto other = [=](auto x) { return __shfl_xor_sync(0xFFFFFFFFu, x, offset); };
+            auto other = [=](auto x) { return from_lane_xor(x, offset); };
 #pragma unroll
             for (int n = 0; n < kRowSums; n++)
                 if (has<A, kRowSum>(n)) total[n] += other(total[n]);
@@ -205,13 +209,13 @@ struct RowNorms {
     }
 };
 
-// One of the numbers of NormSums, of two parts: sums, and behind them maxima.
+// Joins a number of two NormSums. Its numbers are sums, except the last ones, which are maxima.
 __device__ inline double joined(int number, double a, double b) {
     return number < kNumbers - kMaxima ? a + b : fmax(a, b);
 }
 
-// Blocks: (B H, tiles of queries), the last, longest, first.
-//   c_factor: what makes c_i of a table's entry
+// Blocks: (B H, tiles of queries). The last tiles come first, because they take longest.
+//   c_factor: the factor that turns a row factor into c_i
 template <class Real, class A, bool kRowSum>
 __global__ __launch_bounds__(kAttentionThreads,
                              3) void attention_norms_kernel(NormSums* parts /*(H,B,tiles)*/, const Real* qkv,
@@ -219,13 +223,13 @@ __global__ __launch_bounds__(kAttentionThreads,
                                                             AttentionShape shape) {
     using Tiles = NormTile<Real>;
     __shared__ __align__(16) Real q[Tiles::kSize], k[Tiles::kSize];
-    __shared__ double of_rows[Tiles::kRows][kNumbers];  // a NormSums each
+    __shared__ double row_norms[Tiles::kRows][kNumbers];  // a NormSums for each row
     const int T = shape.T, D = shape.D, C = shape.C();
     const int b = blockIdx.x / shape.H, h = blockIdx.x % shape.H;
     const int tile = gridDim.y - 1 - blockIdx.y, i0 = tile * Tiles::kRows;
     const size_t stride = 3 * (size_t)C, table = (size_t)h * shape.tables.stride;
     const Real* head = qkv + b * T * stride + h * D;
-    const float log_gamma = A::kOnline && shape.decays ? shape.tables.log_gamma[h] : 0;
+    const float log_gamma = A::kOnline && shape.has_decay ? shape.tables.log_gamma[h] : 0;
 
     Tiles::load(q, head + i0 * stride, stride, T - i0, D);
     float factor[2] = {};
@@ -237,7 +241,7 @@ __global__ __launch_bounds__(kAttentionThreads,
             const float stat = stats[(size_t)blockIdx.x * T + i];
             factor[r] = kRowSum ? 1 / stat : stat;
         } else {
-            factor[r] = shape.tables.c[table + i] * c_factor;
+            factor[r] = shape.tables.row_factor[table + i] * c_factor;
         }
     }
     RowNorms<A, kRowSum> rows[2];
@@ -254,10 +258,10 @@ __global__ __launch_bounds__(kAttentionThreads,
             for (int m = 0; m < Tiles::kKeys; m++) {
                 const int distance = nearest - Tiles::key(m);
                 if (distance < 0) continue;
-                const float fade = A::kOnline     ? distance * log_gamma
-                                   : shape.decays ? shape.tables.fade[table + distance]
-                                                  : 1.0f;
-                rows[r].add(s[r][m] * shape.scale, fade, factor[r], i + 1.0f);
+                const float fade = A::kOnline        ? distance * log_gamma
+                                   : shape.has_decay ? shape.tables.fade[table + distance]
+                                                     : 1.0f;
+                rows[r].add(s[r][m] * shape.qk_to_score, fade, factor[r], i + 1.0f);
             }
         }
         keys += Tiles::kKeys;
@@ -270,18 +274,18 @@ __global__ __launch_bounds__(kAttentionThreads,
     for (int r = 0; r < 2; r++) {
         rows[r].gather(Tiles::kLanes, factor[r]);
         if (threadIdx.x % Tiles::kLanes == 0)
-            *reinterpret_cast<NormSums*>(of_rows[Tiles::row(r)]) =
+            *reinterpret_cast<NormSums*>(row_norms[Tiles::row(r)]) =
                 i0 + Tiles::row(r) < T ? rows[r].finish(factor[r]) : NormSums();
     }
     __syncthreads();
     if (threadIdx.x >= kNumbers) return;
     double total = 0;
-    for (const auto& of_row : of_rows) total = joined(threadIdx.x, total, of_row[threadIdx.x]);
+    for (const auto& row : row_norms) total = joined(threadIdx.x, total, row[threadIdx.x]);
     NormSums* part = parts + ((size_t)h * (gridDim.x / shape.H) + b) * gridDim.y + tile;
     reinterpret_cast<double*>(part)[threadIdx.x] = total;
 }
 
-// Blocks: (numbers of NormSums, H), a warp each.
+// Adds up the parts of a head. Blocks: (numbers of NormSums, H), of one warp.
 static __global__ void add_norms_kernel(NormSums* sums, const NormSums* parts /*(H,count)*/, int count) {
     const int number = blockIdx.x, h = blockIdx.y;
     const double* part = reinterpret_cast<const double*>(parts + (size_t)h * count);
@@ -289,16 +293,22 @@ static __global__ void add_norms_kernel(NormSums* sums, const NormSums* parts /*
     for (int i = threadIdx.x; i < count; i += kWarp)
         total = joined(number, total, part[(size_t)i * kNumbers + number]);
     for (int offset = kWarp / 2; offset > 0; offset /= 2)
-        total = joined(number, total, __shfl_xor_sync(0xFFFFFFFFu, total, offset));
+        total = joined(number, total, from_lane_xor(total, offset));
     if (threadIdx.x == 0) reinterpret_cast<double*>(sums + h)[number] = total;
+}
+
+size_t attention_norms_scratch(int B, int T, int H) {
+    size_t tiles =
+        (size_t)B * H * ceil_div(T, kFloatTile);  // of the two sizes of tiles the one that gives more
+    return tiles * sizeof(NormSums) / sizeof(float) + AttentionTables::size(T, H);
 }
 
 template <class Real>
 void attention_norms(NormSums* sums,      // (H)
                      float* scratch,      // (attention_norms_scratch)
-                     const Real* qkv,     // (B,T,3C): what attention_forward read
-                     const float* stats,  // what attention_forward left; may be null where that is nothing
-                     const float* decay,  // (H), or null
+                     const Real* qkv,     // (B,T,3C), as attention_forward read it
+                     const float* stats,  // as attention_forward left them; may be null if stats_size is 0
+                     const float* decay,  // (H): delta, or null
                      const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream) {
     if (D > 128) fail("attention: head size ", D, ", the CUDA kernels go up to 128");
     int tiles = ceil_div(T, attention_tile<Real>);

@@ -1,35 +1,13 @@
-// What the attention kernels for bf16 are made of: tiles of 64 rows in shared memory, copied there by
-// cp.async and read by ldmatrix, and products of them by mma.sync.m16n8k16. And the tables of numbers by
-// which attention scales its rows and fades with distance, which all precisions share.
+// What the attention kernels for bf16 are made of: tiles of 64 rows in shared memory, which cp.async fills
+// and ldmatrix reads, and their products by mma.sync.m16n8k16.
 //
-// A warp's products have 16 rows; of a fragment's 16 x 8 results a lane has those in rows g and g+8, columns
-// 2t and 2t+1, where g = lane / 4 and t = lane % 4.
+// A warp computes the products of 16 rows. Of the 16 x 8 results of one mma a lane has those in rows g and
+// g+8 and columns 2t and 2t+1, where g = lane / 4 and t = lane % 4.
 #pragma once
-#include <cmath>
-#include <utility>
-
-#include "llmc/attention_scale.h"
-#include "llmc/config.h"
-#include "llmc/cuda/common.h"
-#include "llmc/cuda/reduce.h"
+#include "llmc/cuda/attention/attention.h"
 #include "llmc/cuda/vector.h"
 
 namespace gpu {
-
-constexpr int kAttentionTile = 64;      // queries, and keys
-constexpr int kFloatTile = 32;          // the same of float's kernels
-constexpr int kAttentionThreads = 128;  // four warps of 16 rows each
-
-template <class Real>
-constexpr int attention_tile = std::is_same_v<Real, float> ? kFloatTile : kAttentionTile;
-
-// Blocks may have more than 48 KB of shared memory where they ask for it.
-template <class Kernel, class... Args>
-void launch_attention(Kernel* kernel, dim3 grid, size_t shared, cudaStream_t stream, Args... args) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    kernel<<<grid, kAttentionThreads, shared, stream>>>(args...);
-    check_launch();
-}
 
 // ---------------------------------------------------------------------------------------------- fragments
 
@@ -64,7 +42,7 @@ __device__ inline void mma(float (&c)[4], const FragmentA& a, uint32_t b0, uint3
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b0), "r"(b1));
 }
-// Two neighbouring results of 16 x 8.
+// The same for two neighbouring results of 16 x 8.
 __device__ inline void mma(float (&left)[4], float (&right)[4], const FragmentA& a, const FragmentB& b) {
     mma(left, a, b.r[0], b.r[1]);
     mma(right, a, b.r[2], b.r[3]);
@@ -75,7 +53,8 @@ __device__ inline uint32_t pack_bf16(float low, float high) {
     return *reinterpret_cast<uint32_t*>(&pair);
 }
 
-// Results of two products as the factor of the next: they lie in a lane's registers as mma wants them.
+// Turns the results of two products into the first factor of the next one. They already lie in the lanes that
+// mma wants them in.
 __device__ inline FragmentA as_factor(const float (&left)[4], const float (&right)[4]) {
     return {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]), pack_bf16(right[0], right[1]),
             pack_bf16(right[2], right[3])};
@@ -83,8 +62,8 @@ __device__ inline FragmentA as_factor(const float (&left)[4], const float (&righ
 
 // -------------------------------------------------------------------------------------------------- tiles
 
-// 64 rows of kD numbers in shared memory. The chunks of 16 bytes of a row are permuted by the row's number,
-// so that any eight rows that follow each other have their chunks of one column in different banks.
+// 64 rows of kD numbers in shared memory. The 16-byte chunks of a row are permuted by the row's number, so
+// that in any eight consecutive rows the chunks of one column are in different banks.
 template <int kD>
 struct Tile {
     static constexpr int kChunks = kD / 8, size = kAttentionTile * kD;
@@ -97,7 +76,7 @@ struct Tile {
         return (row * kChunks + (chunk ^ permutation(row))) * 8;
     }
 
-    // Rows `row`.. +15, a multiple of 16, and columns 16 k.. +15, as the first factor.
+    // The 16 rows from `row` on, a multiple of 16, and the 16 columns from 16 k on, as the first factor.
     __device__ static FragmentA a(const bf16* tile, int row, int k) {
         int lane = threadIdx.x % kWarp;
         FragmentA f;
@@ -128,7 +107,7 @@ struct Tile {
     }
 };
 
-// 16 bytes, or zeros.
+// Starts the copy of 16 bytes, or stores 16 zeros.
 __device__ inline void copy_async(bf16* to, const bf16* from, bool present) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                  "r"(present ? 16 : 0)
@@ -137,14 +116,14 @@ __device__ inline void copy_async(bf16* to, const bf16* from, bool present) {
 __device__ inline void commit_copies() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Until all but the `kLeft` latest groups of this thread are there.
+// Waits until at most the `kLeft` latest groups of this thread's copies are under way.
 template <int kLeft>
 __device__ inline void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-// Starts the copy of `rows` rows of D numbers, with zeros around them. Where D is no multiple of 8, rows do
-// not begin at 16-byte addresses and go element by element.
+// Starts the copy of `rows` rows of D numbers and fills the rest of the tile with zeros. If D is not a
+// multiple of 8, rows do not begin at 16-byte addresses, so they are copied element by element.
 template <int kD>
 __device__ inline void load_tile(bf16* tile, const bf16* from, size_t stride, int rows, int D) {
     if (D % 8 != 0) {
@@ -156,7 +135,7 @@ __device__ inline void load_tile(bf16* tile, const bf16* from, size_t stride, in
                                                           : __float2bfloat16_rn(0);
             store_pack(tile + Tile<kD>::offset(row, chunk), pack);
         }
-    } else if constexpr (kAttentionThreads % Tile<kD>::kChunks == 0) {  // a thread's chunks are in one column
+    } else if constexpr (kAttentionThreads % Tile<kD>::kChunks == 0) {  // each thread stays in one column
         constexpr int kStep = kAttentionThreads / Tile<kD>::kChunks;
         static_assert(kStep % 8 == 0);
         const int row0 = threadIdx.x / Tile<kD>::kChunks, column = threadIdx.x % Tile<kD>::kChunks * 8;
@@ -181,9 +160,9 @@ __device__ inline void load_tile(bf16* tile, const bf16* from, size_t stride, in
     }
 }
 
-// Writes a warp's 16 rows of results, by way of its own rows of a tile that nothing else needs any more, so
-// that stores are of 16 bytes.
-//   rows: how many of the tile's 64 there are; factor: of rows g and g+8
+// Writes a warp's 16 rows of results, times the factors of rows g and g+8. They go through the warp's rows of
+// a tile that is no longer needed, so that each store has 16 bytes.
+//   rows: how many of the tile's 64 rows exist
 template <int kD>
 __device__ inline void store_rows(bf16* to, size_t stride, bf16* tile, const float (&x)[kD / 8][4],
                                   float factor0, float factor1, int rows, int D) {
@@ -211,8 +190,8 @@ __device__ inline void store_rows(bf16* to, size_t stride, bf16* tile, const flo
     }
 }
 
-// Calls f(pair, at, n) for each pair of neighbouring results of a warp's 16 rows that exists: its first
-// number's address in rows of floats, and how many of the two there are.
+// Calls f(pair, at, n) for each pair of neighbouring results in a warp's 16 rows. `at` is the address of the
+// first in rows of floats, and n how many of the two exist. Pairs that do not exist are left out.
 template <int kD, class Float, class F>
 __device__ inline void for_pairs(Float* rows_of_tile, size_t stride, int rows, int D, F f) {
     const int lane = threadIdx.x % kWarp, row0 = threadIdx.x / kWarp * 16 + lane / 4, c0 = lane % 4 * 2;
@@ -229,7 +208,7 @@ __device__ inline void add_rows(float (&x)[kD / 8][4], const float* from, size_t
                                 float weight = 1) {
     for_pairs<kD>(from, stride, rows, D, [&](int pair, const float* at, int n) {
         float* to = x[pair / 2] + pair % 2 * 2;
-        if (D % 2 == 0) {  // so all are at multiples of 8 bytes
+        if (D % 2 == 0) {  // so all pairs begin at 8-byte addresses
             const float2 values = *reinterpret_cast<const float2*>(at);
             to[0] = fmaf(values.x, weight, to[0]), to[1] = fmaf(values.y, weight, to[1]);
         } else {
@@ -239,7 +218,7 @@ __device__ inline void add_rows(float (&x)[kD / 8][4], const float* from, size_t
     });
 }
 
-// Writes a warp's results, times the rows' factors, in float.
+// Writes a warp's results in float, times the factors of rows g and g+8.
 template <int kD>
 __device__ inline void store_sums(float* to, size_t stride, const float (&x)[kD / 8][4], float factor0,
                                   float factor1, int rows, int D) {
@@ -253,124 +232,6 @@ __device__ inline void store_sums(float* to, size_t stride, const float (&x)[kD 
             if (n == 2) at[1] = from[1] * factor;
         }
     });
-}
-
-// ------------------------------------------------------------------------------------------------- tables
-
-// One for all heads where there is no decay, one a head otherwise. Filled on the device, for a learned decay
-// is known nowhere else.
-struct AttentionTables {
-    float* c = nullptr;     // (heads,T): c_i / sqrt(D)^p of a polynomial; without c_i for `sum`; otherwise 1
-    float* fade = nullptr;  // (heads,T): gamma^n
-    // (heads,T): e_i = -d log c_i / d log gamma. At distance e_i the change of gamma^(i-j) and that of c_i
-    // cancel, so a term there adds nothing to the gradient of log gamma.
-    float* neutral = nullptr;
-    float* log_gamma = nullptr;  // (heads)
-    int stride = 0;              // from one head to the next: T, or 0
-
-    static size_t size(int T, int H) { return (3 * (size_t)T + 1) * H; }
-
-    AttentionTables() = default;
-    AttentionTables(float* scratch /*(size)*/, bool decays, int T, int H) : stride(decays ? T : 0) {
-        size_t n = (size_t)T * (decays ? H : 1);
-        c = std::exchange(scratch, scratch + n);
-        if (!decays) return;
-        fade = std::exchange(scratch, scratch + n);
-        neutral = std::exchange(scratch, scratch + n);
-        log_gamma = scratch;
-    }
-};
-
-// The linear form (linear.h) cuts the sequence into segments: the tiles do the pairs within one,
-// and add to them what the others give. length 0: there is but one.
-struct AttentionSegments {
-    int length = 0;                 // tokens, a multiple of 64
-    const float* sums = nullptr;    // forward (B,T,C): o, before c_i; backward (B,T,3C): dq, dk and dv
-    const float* totals = nullptr;  // (B,H,T), for `sum`: of gamma^(i-j) |x_ij^p|
-};
-
-// 1 / (e^y - 1) - 1 / y.
-__device__ inline double smooth_part(double y) {
-    if (y < 0.1) {
-        double z = y * y;
-        return -0.5 + y * (1.0 / 12 - z * (1.0 / 720 - z * (1.0 / 30240 - z * (1.0 / 1209600))));
-    }
-    return 1 / expm1(y) - 1 / y;
-}
-
-// By index of row and distance. factor: what c_i has for all rows; kind: the rest of it.
-template <int kThreads = 128>
-__global__ void attention_tables(AttentionTables tables, const float* decay /*(H), or null*/, ScaleKind kind,
-                                 double factor, int T) {
-    int i = blockIdx.x * kThreads + threadIdx.x, h = blockIdx.y;
-    if (i >= T) return;
-    double log_g = decay ? log_gamma(decay[h]) : 0;
-    size_t at = (size_t)h * T + i;
-    double length = i + 1;  // n_i
-    if (kind == ScaleKind::row && log_g != 0) length = expm1(2 * length * log_g) / expm1(2 * log_g);
-    double c = kind == ScaleKind::row    ? factor / sqrt(length)
-               : kind == ScaleKind::mean ? factor / (i + 1)
-                                         : factor;
-    tables.c[at] = (float)c;
-    if (!decay) return;
-    tables.fade[at] = (float)exp(i * log_g);
-    // The derivative of log n_i in 2 log gamma, without the 1 / (2 log gamma) that its two terms share.
-    tables.neutral[at] = kind == ScaleKind::row
-                             ? (float)(smooth_part(-2 * log_g) - (i + 1) * smooth_part(-2 * (i + 1) * log_g))
-                             : 0.0f;
-    if (i == 0) tables.log_gamma[h] = (float)log_g;
-}
-
-inline void make_tables(const AttentionTables& tables, const float* decay, const AttentionConfig& config,
-                        int T, int H, int D, cudaStream_t stream) {
-    if (config.softmax() && !decay) return;
-    ScaleKind kind = ScaleKind::constant;  // c_i is 1 where there is no power
-    double factor = 1;
-    if (config.polynomial()) {
-        kind = config.scale;
-        factor = std::pow((double)D, -0.5 * config.power());
-        double m = gaussian_moment(config.power(), D);
-        if (kind == ScaleKind::row || kind == ScaleKind::mean) factor /= std::sqrt(m);
-        if (kind == ScaleKind::context) factor /= std::sqrt((double)config.context);
-        if (kind == ScaleKind::constant) factor *= config.constant;
-    }
-    attention_tables<>
-        <<<dim3(ceil_div(T, 128), decay ? H : 1), 128, 0, stream>>>(tables, decay, kind, factor, T);
-    check_launch();
-}
-
-// ---------------------------------------------------------------------------------- gradient of the decay
-
-// *to = the sum over a block of kAttentionThreads.
-__device__ inline void block_total(double x, double* of_warps /*(4)*/, double* to) {
-    x = warp_sum(x);
-    if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = x;
-    __syncthreads();
-    if (threadIdx.x > 0) return;
-    double total = 0;
-    for (int warp = 0; warp < kAttentionThreads / kWarp; warp++) total += of_warps[warp];
-    *to = total;
-}
-
-// One warp a head.
-template <int kLanes = kWarp>
-__global__ void attention_decay_gradient(float* ddecay,             // (H) +=
-                                         const double* dlog_gamma,  // (B,H,tiles)
-                                         const float* decay,        // (H)
-                                         int B, int tiles, int H) {
-    int h = blockIdx.x;
-    double total = 0;
-    for (int i = threadIdx.x; i < B * tiles; i += kLanes)
-        total += dlog_gamma[((size_t)(i / tiles) * H + h) * tiles + i % tiles];
-    total = warp_sum(total);
-    // d log sigmoid(delta) = 1 - sigmoid(delta)
-    if (threadIdx.x == 0) ddecay[h] += (float)(total / (1 + exp((double)decay[h])));
-}
-
-inline void add_decay_gradient(float* ddecay, const double* dlog_gamma, const float* decay, int B, int tiles,
-                               int H, cudaStream_t stream) {
-    attention_decay_gradient<><<<H, kWarp, 0, stream>>>(ddecay, dlog_gamma, decay, B, tiles, H);
-    check_launch();
 }
 
 }  // namespace gpu

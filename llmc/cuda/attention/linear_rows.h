@@ -1,0 +1,151 @@
+// What the kernels of the linear form share for float and bf16: the sizes of a call, the factors of its rows,
+// the sums for `sum`, and the scan. linear.h says how they go.
+#pragma once
+#include "llmc/cuda/attention/features.h"
+#include "llmc/cuda/attention/rows.h"
+
+namespace gpu {
+
+// The sizes of a call, for its kernels.
+struct LinearShape {
+    AttentionShape attention;
+    int segment;  // tokens in a segment
+    int slots;    // boundaries between segments, each of which has a state
+    int tiles;    // of features
+    int blocks;   // of channels
+    int block;    // channels in a block
+    int width;    // numbers in a row of a state: D, rounded up to 8
+
+    int features() const { return tiles * kFeatures; }
+    int size() const { return features() * width; }  // numbers in a state
+    // The width as kernels read it: it tells the compiler that all rows begin at 16-byte addresses.
+    __device__ int state_width() const {
+        __builtin_assume(width % 8 == 0);
+        return width;
+    }
+    __device__ int channels() const { return blocks * block; }
+    // The number of a state's first row among the rows of all states, which is also its first number in z.
+    __device__ size_t row(int bh, int slot) const { return ((size_t)bh * slots + slot) * tiles * kFeatures; }
+    // The token that follows the boundary.
+    __device__ int boundary(int slot) const { return (slot + 1) * segment; }
+};
+
+// Whose features a kernel makes: those of the keys; of the queries; or, for gradients, of the queries with
+// their row factors.
+enum class Rows { keys, queries, gradients };
+
+// Pointers to the first token of a head: rows x, from which features are made, and the rows y that belong to
+// them, which are v of a key and dO of a query.
+template <class Real, Rows kRows>
+struct LinearRows {
+    const Real *x, *y;
+    size_t x_stride, y_stride;
+
+    __device__ LinearRows(const Real* qkv, const Real* dout, const LinearShape& shape, int bh) {
+        const int T = shape.attention.T, H = shape.attention.H, C = shape.attention.C();
+        const size_t token = (size_t)(bh / H) * T, channel = bh % H * shape.attention.D;
+        x_stride = 3 * (size_t)C;
+        x = qkv + token * x_stride + channel + (kRows == Rows::keys ? C : 0);
+        y_stride = kRows == Rows::keys ? x_stride : C;
+        y = kRows == Rows::keys ? x + C : dout + token * C + channel;
+    }
+};
+
+// The factors of row i: `weight` of its term in the state of its boundary, and `dot` of its term in z. Both
+// are the fade between row and boundary; for gradients they are multiplied by the row factor and dot by dO_i
+// . O_i, too.
+template <int P, Rows kRows>
+__device__ RowTerms linear_terms(const float* stats, const float* dot, const LinearShape& shape, int bh,
+                                 int i, int boundary) {
+    const AttentionShape& attention = shape.attention;
+    RowTerms terms;
+    if (i >= attention.T) return terms;
+    if (kRows == Rows::gradients) {
+        if (!kHasTotals<Poly<P>>) __builtin_assume(!attention.has_row_sum);
+        terms = weighted_row_terms<Poly<P>>(stats, dot, attention, bh, i);
+    } else {
+        terms.weight = terms.dot = 1;
+    }
+    if (attention.has_decay) {
+        const float fade =
+            attention.tables
+                .fade[(size_t)(bh % attention.H) * attention.tables.stride + std::abs(i - boundary)];
+        terms.weight *= fade, terms.dot *= fade;
+    }
+    return terms;
+}
+
+// The factor of a row's term in the gradient of log gamma: the distance between row and boundary.
+template <Rows kRows>
+__device__ float linear_distance(const LinearShape& shape, int bh, int i, int boundary) {
+    const AttentionTables& tables = shape.attention.tables;
+    if (kRows == Rows::keys) return boundary - i;
+    return i - boundary - tables.neutral_distance[(size_t)(bh % shape.attention.H) * tables.stride + i];
+}
+
+// The thread's share of a feature of z: the sum of the products of channels over every other token. Two
+// threads share a feature.
+template <int P, int kTokens, class Row>
+__device__ float sum_of_products(Row row /*of token 0*/, const float* weights /*(kTokens)*/,
+                                 const FeatureTile<P>& tile) {
+    float sum = 0;
+    for (int token = threadIdx.x % 2; token < kTokens; token += 2) {
+        row.row = token;
+        sum += weights[token] * tile.product(threadIdx.x / 2, row);
+    }
+    return sum;
+}
+__device__ inline void store_sum_of_products(float* z, float sum, float factor) {
+    sum = reduce_lanes<Sum, 1>(sum);
+    if (threadIdx.x % 2 == 0) z[threadIdx.x / 2] = sum * factor;
+}
+
+// Makes the states of the boundaries from the parts of the segments: running sums with the decay, from the
+// left or from the right. With `others` it also writes shares of the gradient of log gamma, times `sign`:
+// those of pairs of rows that lie one or more whole segments apart, because their distance includes these
+// segments. A thread has four numbers of a state. Blocks: (numbers, B H).
+//   width: how many numbers a feature has: those of a state's row, or 1 in z
+template <int P, class Real>
+__global__ void linear_scan_kernel(Real* states,        // (B,H,slots,size), may be `parts`
+                                   const float* parts,  // (B,H,slots,size)
+                                   const Real* others,  // (B,H,slots,size): the keys' states, or null
+                                   double* dlog_gamma,  // (B,H,blocks): shares, written if others is given
+                                   int width, float sign, bool from_right, LinearShape shape) {
+    const AttentionTables& tables = shape.attention.tables;
+    const int bh = blockIdx.y, at = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    const int size = shape.tiles * kFeatures * width;
+    const float fade = shape.attention.has_decay
+                           ? tables.fade[(size_t)(bh % shape.attention.H) * tables.stride + shape.segment]
+                           : 1.0f;
+    float sum[4] = {};
+    double total = 0;
+    for (int n = 0; n < shape.slots && at < size; n++) {
+        const int slot = from_right ? shape.slots - 1 - n : n;
+        const size_t place = ((size_t)bh * shape.slots + slot) * size + at;
+        float part[4], other[4] = {};
+        load_few(part, parts + place);
+        if (others) load_few(other, others + place);
+        float product = 0;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            float carried = fade * sum[e];
+            product += other[e] * carried;
+            sum[e] = part[e] + carried;
+        }
+        total += product;
+        struct alignas(4 * sizeof(Real)) Four {
+            Real values[4];
+        } four;
+#pragma unroll
+        for (int e = 0; e < 4; e++) four.values[e] = from_float<Real>(sum[e]);
+        *reinterpret_cast<Four*>(states + place) = four;
+    }
+    if (!others) return;
+    const int tile =
+        at / (kFeatures * width);  // both states include the multiplicity, so it counts once too often
+    if (tile < shape.tiles)
+        total *= sign * shape.segment / FeatureTile<P>::at(tile, shape.blocks).multiplicity();
+    store_share(dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x, total);
+}
+
+}  // namespace gpu

@@ -1,0 +1,215 @@
+// What the attention kernels for float and for bf16 share: the sizes of a call, what a row of scores begins
+// with and ends with, and the gradients of scores. The kernels differ in how they make products, and in which
+// rows and columns a thread has.
+#pragma once
+#include "llmc/activation.h"
+#include "llmc/attention_linear_form.h"
+#include "llmc/cuda/attention/attention.h"
+#include "llmc/cuda/attention/tables.h"
+
+namespace gpu {
+
+// Whether a kernel for heads of up to kD channels supports segments.
+template <class A, int kD>
+constexpr bool kHasSegments = has_linear_form(A::kPower, kD);
+// Whether segments have totals.
+template <class A>
+constexpr bool kHasTotals = has_linear_sum(A::kPower);
+
+// The sizes and tables of a call, for its kernels.
+struct AttentionShape {
+    int T, H, D;
+    bool has_row_sum;  // the scale is `sum`
+    bool has_decay;
+    float qk_to_score;  // 1 / sqrt(D)
+    AttentionTables tables;
+    AttentionSegments segments;
+
+    __device__ int C() const { return H * D; }
+    // The first tile of the segment that `tile` is in, where tiles have kTile tokens.
+    template <int kTile, bool kSegments>
+    __device__ int first_tile(int tile) const {
+        return kSegments && segments.length ? tile - tile % (segments.length / kTile) : 0;
+    }
+    // The first tile after that segment.
+    template <int kTile, bool kSegments>
+    __device__ int end_tile(int tile, int tiles) const {
+        if (!kSegments || !segments.length) return tiles;
+        return min(first_tile<kTile, kSegments>(tile) + segments.length / kTile, tiles);
+    }
+};
+
+inline AttentionShape attention_shape(const AttentionConfig& config, const float* decay, int T, int H, int D,
+                                      const AttentionTables& tables, const AttentionSegments& segments) {
+    return {T, H, D, config.has_row_sum(), decay != nullptr, 1 / std::sqrt((float)D), tables, segments};
+}
+
+// Launches with dynamic shared memory, of which a block may only have more than 48 KB if the kernel asks for
+// it.
+template <class Kernel, class... Args>
+void launch_attention(Kernel* kernel, dim3 grid, size_t shared, cudaStream_t stream, Args... args) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
+    kernel<<<grid, kAttentionThreads, shared, stream>>>(args...);
+    check_launch();
+}
+
+// The argument of an activation: q . k if it is a power, otherwise the score.
+template <class A>
+__device__ float activation_argument(float qk, float qk_to_score) {
+    return A::kPower > 0 ? qk : qk * qk_to_score;
+}
+
+// ------------------------------------------------------------------------------------------------ forward
+
+// What a thread knows of its two rows while it goes through the keys.
+struct ForwardRows {
+    float running_max[2] = {-INFINITY, -INFINITY};  // for softmax: of q . k, with the decay's term
+    float running_sum[2] = {0, 0};                  // of the weights that this thread has
+
+    // Returns the factor of the output of row i, which is the thread's row r, and writes the row's stats.
+    //   kBits: the bits in which the lanes that share the row differ; one of them has is_writer
+    //   has_sums: whether earlier segments contribute to the row
+    template <class A, int... kBits>
+    __device__ float finish(float* stats, const AttentionShape& shape, int r, int i, bool is_writer,
+                            bool has_sums) const {
+        const size_t row = (size_t)blockIdx.x * shape.T + i;
+        float total = running_sum[r];
+        if (A::kOnline || shape.has_row_sum) total = reduce_lanes<Sum, kBits...>(total);
+        if (i >= shape.T) return 0;
+        if (has_sums && kHasTotals<A> && shape.has_row_sum) total += shape.segments.totals[row];
+        float factor, stat;
+        if constexpr (A::kOnline) {
+            factor = 1 / total;
+            stat = running_max[r] * shape.qk_to_score + logf(total);
+        } else {
+            factor = shape.tables.row_factor[(size_t)(blockIdx.x % shape.H) * shape.tables.stride + i];
+            stat = total * factor + (float)kRowSumEps;
+            if (shape.has_row_sum) factor /= stat;
+        }
+        if ((A::kOnline || shape.has_row_sum) && is_writer) stats[row] = stat;
+        return factor;
+    }
+};
+
+// ----------------------------------------------------------------------------------------------- backward
+
+// The inputs of the backward pass that belong to a row.
+struct RowTerms {
+    float weight =
+        0;  // the row factor; for softmax minus the log-sum-exp times log2 e, which is added to a score
+    float dot = 0;  // dO_i . O_i
+};
+template <class A>
+__device__ RowTerms row_terms(const float* stats, const float* dot, const AttentionShape& shape, int bh,
+                              int i) {
+    RowTerms terms;
+    if (i >= shape.T) return terms;
+    size_t at = (size_t)bh * shape.T + i;
+    if constexpr (A::kOnline) {
+        terms.weight = -stats[at] * kLog2e;
+        terms.dot = dot[at];
+    } else {
+        terms.weight = shape.tables.row_factor[(size_t)(bh % shape.H) * shape.tables.stride + i];
+        if (shape.has_row_sum) {
+            terms.weight /= stats[at];
+            terms.dot = dot[at];
+        }
+    }
+    return terms;
+}
+// The same with dot times the row factor, for kernels that multiply every pair by the row factor.
+template <class A>
+__device__ RowTerms weighted_row_terms(const float* stats, const float* dot, const AttentionShape& shape,
+                                       int bh, int i) {
+    RowTerms terms = row_terms<A>(stats, dot, shape, bh, i);
+    if (!A::kOnline) terms.dot *= terms.weight;
+    return terms;
+}
+
+// What the kernels for dq know of a row. They multiply by the row factor at the end, so weight is 1 until
+// then.
+struct QueryTerms {
+    float weight, dot;
+    float row_factor = 1;  // always 1 for softmax
+    float neutral_distance = 0;
+
+    template <class A>
+    __device__ static QueryTerms of(const float* stats, const float* dot, const AttentionShape& shape, int i,
+                                    bool wants_decay) {
+        const RowTerms terms = row_terms<A>(stats, dot, shape, blockIdx.x, i);
+        QueryTerms query{terms.weight, terms.dot};
+        if (!A::kOnline) query.row_factor = terms.weight, query.weight = 1;
+        if (wants_decay && i < shape.T)
+            query.neutral_distance =
+                shape.tables.neutral_distance[(size_t)(blockIdx.x % shape.H) * shape.tables.stride + i];
+        return query;
+    }
+};
+
+// What score_gradients() leaves in the place of the scores: the weights, which dv needs; or, for the gradient
+// of log gamma, what each pair contributes to it for each token of distance.
+enum class Leave { weights, decay_terms };
+
+// Replaces four dO V^T by the gradients of q . k, without gradient_factor(), and four q . k by what `kLeave`
+// says.
+//   w: the factors of the pairs: fade and row factor; for Leave::decay_terms and its results without the
+//   latter dot: dO_i . O_i if there is a normaliser; for Leave::weights with the scale `sum` times w rows:
+//   the numbers of the pairs' rows
+template <class A, Leave kLeave, bool kRowSum>
+__device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[4], const float (&dot)[4],
+                                const int (&rows)[4], const bool (&visible)[4], float qk_to_score) {
+    constexpr bool kWeights = kLeave == Leave::weights;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        float value, slope;
+        if constexpr (A::kOnline) {
+            value = visible[e] ? fast_exp2(fmaf(s[e], qk_to_score * kLog2e, w[e])) : 0;
+            da[e] = value * (da[e] - dot[e]);
+            s[e] = kWeights ? value : da[e];
+        } else {
+            const float x = activation_argument<A>(s[e], qk_to_score), keys = rows[e] + 1.0f;
+            A::weighted(value, slope, x, w[e], keys, DeviceMath());
+            if constexpr (kRowSum) {  // the normaliser sums |x^p|, whose derivative has the sign of x^p
+                const float signed_dot = value > 0 ? dot[e] : value < 0 ? -dot[e] : 0;
+                da[e] = kWeights ? da[e] * w[e] - signed_dot : da[e] - signed_dot;
+            }
+            s[e] = !visible[e] ? 0 : kWeights ? value : value * da[e];
+            if (kRowSum && kWeights) A::weighted(value, slope, x, 1.0f, keys, DeviceMath());
+            da[e] = visible[e] ? slope * da[e] : 0;
+        }
+    }
+}
+
+// Calls f with a compile-time constant, so that the branch that is not taken costs nothing.
+template <class F>
+__device__ void with_constant(bool value, F f) {
+    if (value) {
+        f(std::true_type());
+    } else {
+        f(std::false_type());
+    }
+}
+// The same for whether the scale is `sum`, which only powers have.
+template <class A, class F>
+__device__ void with_row_sum(bool has_row_sum, F f) {
+    with_constant(A::kPower > 0 && has_row_sum, f);
+}
+
+// The factor that score_gradients() leaves out, because it is the same for all pairs.
+template <class A>
+__device__ float gradient_factor(const AttentionShape& shape) {
+    if constexpr (A::kPower > 0) {
+        return A::kSlopeFactor;
+    } else {
+        return shape.qk_to_score;
+    }
+}
+
+// Writes the sum over a block of kAttentionThreads, its share in the gradient of log gamma.
+__device__ inline void store_share(double* to, double x) {
+    __shared__ double warp_sums[kAttentionThreads / kWarp];
+    x = block_sum_in_order<kAttentionThreads>(x, warp_sums);
+    if (threadIdx.x == 0) *to = x;
+}
+
+}  // namespace gpu
