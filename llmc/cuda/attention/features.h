@@ -89,8 +89,8 @@ __device__ void build_features(float (&phi)[16], const Row& row, const FeatureTi
 }
 
 // Adds to dx the gradient of a row's channels, times factor, given the gradient g (64) of its features.
-// kShares threads divide the channels of each block between them. Returns the thread's share of factor (phi .
-// g).
+// kShares threads divide the channels of each block between them. Returns the thread's share of phi . g,
+// times factor.
 template <int P, int kShares, class Row>
 __device__ float add_feature_gradients(float* dx /*(D)*/, const float* g, float factor, const Row& row,
                                        const FeatureTile<P>& tile, int share) {

@@ -177,7 +177,7 @@ __global__ __launch_bounds__(kAttentionThreads,
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int i = row + 8 * r;
-        factor[r] = rows.finish<A, 1, 2>(stats, shape, r, i, t == 0, has_sums);
+        factor[r] = rows.finish<A, 1, 2>(stats, shape, r, h, i, t == 0, has_sums);
         if (A::kOnline || !shape.has_row_sum || i >= T) continue;
         float* to = exact + ((size_t)b * T + i) * C + h * D;
 #pragma unroll
@@ -376,9 +376,9 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
     load_keys(first);
     if (!A::kOnline && shape.has_decay && threadIdx.x < kAttentionTile)
         fade_inside[threadIdx.x] = (int)threadIdx.x < T ? fade[threadIdx.x] : 0;
-    QueryTerms rows[2];
+    QueryRows rows;
     for (int r = 0; r < 2; r++)
-        rows[r] = QueryTerms::of<A>(stats, dot, shape, i0 + query + 8 * r, dlog_gamma != nullptr);
+        rows.load<A>(r, stats, dot, shape, h, i0 + query + 8 * r, dlog_gamma != nullptr);
 
     float dq[kD / 8][4] = {};
     double dlog_gamma_share = 0;
@@ -415,7 +415,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
                     bool visible[4];
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
-                        w[e] = rows[e / 2].weight, row_dot[e] = rows[e / 2].dot;
+                        w[e] = rows.terms[e / 2].weight, row_dot[e] = rows.terms[e / 2].dot;
                         row_numbers[e] = i0 + query + e / 2 * 8;
                         visible[e] = !kDiagonal || column + e % 2 <= query + e / 2 * 8;
                     }
@@ -438,7 +438,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
 #pragma unroll
                         for (int e = 0; e < 4; e++)
                             tile_share[e / 2] += s[n][e] * (distance + e / 2 * 8 - column - e % 2 -
-                                                            rows[e / 2].neutral_distance);
+                                                            rows.neutral_distance[e / 2]);
                     }
                 }
             };
@@ -454,7 +454,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
                         mma(dq[2 * d], dq[2 * d + 1], dx, Tiles::b(k, k0 + 16 * n, d));
                 }
         }
-        for (int r = 0; r < 2; r++) dlog_gamma_share += rows[r].row_factor * tile_share[r];
+        for (int r = 0; r < 2; r++) dlog_gamma_share += rows.row_factor[r] * tile_share[r];
     };
     for (int j = first; j <= tile; j++) {
         wait_for_copies<0>();
@@ -469,7 +469,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
 #pragma unroll
     for (int n = 0; n < kD / 8; n++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) dq[n][e] *= rows[e / 2].row_factor * gradient_factor<A>(shape);
+        for (int e = 0; e < 4; e++) dq[n][e] *= rows.row_factor[e / 2] * gradient_factor<A>(shape);
     if (kSegments && first > 0)
         add_rows<kD>(dq, shape.segments.sums + head_at + i0 * stride, stride, T - i0, D);
     store_rows<kD>(dqkv + head_at + i0 * stride, stride, q_tile, dq, 1.0f, 1.0f, T - i0, D);

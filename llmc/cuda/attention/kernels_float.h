@@ -76,7 +76,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     if (has_sums) o.add_rows(shape.segments.sums + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
 #pragma unroll
     for (int r = 0; r < 2; r++)
-        o.scale(r, rows.finish<A, 4, 2, 1>(stats, shape, r, row + r, x == 0, has_sums));
+        o.scale(r, rows.finish<A, 4, 2, 1>(stats, shape, r, h, row + r, x == 0, has_sums));
     o.store(out + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
 }
 
@@ -95,7 +95,7 @@ __device__ void float_gradients(float (&s)[2][4], float (&da)[2][4], const Atten
         for (int m = 0; m < 4; m++) {
             const int distance = distance_of(r, m);
             rows[m] = row_of(r, m);
-            const auto row = terms(r, m);
+            const RowTerms row = terms(r, m);
             visible[m] = distance >= 0;
             w[m] = row.weight, dot[m] = row.dot;
             if constexpr (A::kOnline) {
@@ -190,9 +190,8 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
 
     Tiles::load(q, head + i0 * stride, stride, T - i0, D);
     Tiles::load(d_o, dout + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
-    QueryTerms rows[2];
-    for (int r = 0; r < 2; r++)
-        rows[r] = QueryTerms::of<A>(stats, dot, shape, row + r, dlog_gamma != nullptr);
+    QueryRows rows;
+    for (int r = 0; r < 2; r++) rows.load<A>(r, stats, dot, shape, h, row + r, dlog_gamma != nullptr);
     FloatSums<kD> dq;
     double dlog_gamma_share = 0;
     const int first = shape.first_tile<kFloatTile, kSegments>(tile);
@@ -207,21 +206,21 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
         auto distance = [&](int r, int m) { return row + r - j0 - x - 8 * m; };
         float_gradients<A, Leave::decay_terms>(
             s, da, shape, h, slope2, [&](int r, int) { return row + r; }, distance,
-            [&](int r, int) { return rows[r]; });
+            [&](int r, int) { return rows.terms[r]; });
         if (dlog_gamma) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float tile_share = 0;
 #pragma unroll
                 for (int m = 0; m < 4; m++)
-                    tile_share += s[r][m] * (distance(r, m) - rows[r].neutral_distance);
-                dlog_gamma_share += rows[r].row_factor * tile_share;
+                    tile_share += s[r][m] * (distance(r, m) - rows.neutral_distance[r]);
+                dlog_gamma_share += rows.row_factor[r] * tile_share;
             }
         }
         FloatWeights::store(weights, da);
         dq.add(weights, k, D);
     }
-    for (int r = 0; r < 2; r++) dq.scale(r, rows[r].row_factor * gradient_factor<A>(shape));
+    for (int r = 0; r < 2; r++) dq.scale(r, rows.row_factor[r] * gradient_factor<A>(shape));
     if (kSegments && first > 0) dq.add_rows(shape.segments.sums + head_at + i0 * stride, stride, T - i0, D);
     dq.store(dqkv + head_at + i0 * stride, stride, T - i0, D);
     if (dlog_gamma) store_share(dlog_gamma + (size_t)blockIdx.x * gridDim.y + tile, dlog_gamma_share);

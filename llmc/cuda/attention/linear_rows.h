@@ -52,8 +52,7 @@ struct LinearRows {
 };
 
 // The factors of row i: `weight` of its term in the state of its boundary, and `dot` of its term in z. Both
-// are the fade between row and boundary; for gradients they are multiplied by the row factor and dot by dO_i
-// . O_i, too.
+// are the fade between row and boundary. For gradients both include the row factor, and dot also dO_i . O_i.
 template <int P, Rows kRows>
 __device__ RowTerms linear_terms(const float* stats, const float* dot, const LinearShape& shape, int bh,
                                  int i, int boundary) {

@@ -66,27 +66,27 @@ struct ForwardRows {
     float running_max[2] = {-INFINITY, -INFINITY};  // for softmax: of q . k, with the decay's term
     float running_sum[2] = {0, 0};                  // of the weights that this thread has
 
-    // Returns the factor of the output of row i, which is the thread's row r, and writes the row's stats.
+    // Returns the factor of the output of row i of head h, which is the thread's row r, and writes its stats.
     //   kBits: the bits in which the lanes that share the row differ; one of them has is_writer
     //   has_sums: whether earlier segments contribute to the row
     template <class A, int... kBits>
-    __device__ float finish(float* stats, const AttentionShape& shape, int r, int i, bool is_writer,
+    __device__ float finish(float* stats, const AttentionShape& shape, int r, int h, int i, bool is_writer,
                             bool has_sums) const {
         const size_t row = (size_t)blockIdx.x * shape.T + i;
         float total = running_sum[r];
         if (A::kOnline || shape.has_row_sum) total = reduce_lanes<Sum, kBits...>(total);
-        if (i >= shape.T) return 0;
-        if (has_sums && kHasTotals<A> && shape.has_row_sum) total += shape.segments.totals[row];
+        const bool exists = i < shape.T;
+        if (has_sums && kHasTotals<A> && shape.has_row_sum && exists) total += shape.segments.totals[row];
         float factor, stat;
         if constexpr (A::kOnline) {
             factor = 1 / total;
             stat = running_max[r] * shape.qk_to_score + logf(total);
         } else {
-            factor = shape.tables.row_factor[(size_t)(blockIdx.x % shape.H) * shape.tables.stride + i];
+            factor = exists ? shape.tables.row_factor[(size_t)h * shape.tables.stride + i] : 0;
             stat = total * factor + (float)kRowSumEps;
             if (shape.has_row_sum) factor /= stat;
         }
-        if ((A::kOnline || shape.has_row_sum) && is_writer) stats[row] = stat;
+        if ((A::kOnline || shape.has_row_sum) && is_writer && exists) stats[row] = stat;
         return factor;
     }
 };
@@ -95,9 +95,8 @@ struct ForwardRows {
 
 // The inputs of the backward pass that belong to a row.
 struct RowTerms {
-    float weight =
-        0;  // the row factor; for softmax minus the log-sum-exp times log2 e, which is added to a score
-    float dot = 0;  // dO_i . O_i
+    float weight = 0;  // the row factor; for softmax minus log2(e) times the log-sum-exp, which is a summand
+    float dot = 0;     // dO_i . O_i
 };
 template <class A>
 __device__ RowTerms row_terms(const float* stats, const float* dot, const AttentionShape& shape, int bh,
@@ -126,23 +125,21 @@ __device__ RowTerms weighted_row_terms(const float* stats, const float* dot, con
     return terms;
 }
 
-// What the kernels for dq know of a row. They multiply by the row factor at the end, so weight is 1 until
-// then.
-struct QueryTerms {
-    float weight, dot;
-    float row_factor = 1;  // always 1 for softmax
-    float neutral_distance = 0;
+// What a thread of the kernels for dq knows of its two rows. These kernels multiply by the row factor at the
+// end, so terms[r].weight is 1 for every activation except softmax.
+struct QueryRows {
+    RowTerms terms[2];
+    float row_factor[2] = {1, 1};  // for softmax it stays 1
+    float neutral_distance[2] = {0, 0};
 
+    // Reads what belongs to row i of head h, which is the thread's row r.
     template <class A>
-    __device__ static QueryTerms of(const float* stats, const float* dot, const AttentionShape& shape, int i,
-                                    bool wants_decay) {
-        const RowTerms terms = row_terms<A>(stats, dot, shape, blockIdx.x, i);
-        QueryTerms query{terms.weight, terms.dot};
-        if (!A::kOnline) query.row_factor = terms.weight, query.weight = 1;
+    __device__ void load(int r, const float* stats, const float* dot, const AttentionShape& shape, int h,
+                         int i, bool wants_decay) {
+        terms[r] = row_terms<A>(stats, dot, shape, blockIdx.x, i);
+        if (!A::kOnline) row_factor[r] = terms[r].weight, terms[r].weight = 1;
         if (wants_decay && i < shape.T)
-            query.neutral_distance =
-                shape.tables.neutral_distance[(size_t)(blockIdx.x % shape.H) * shape.tables.stride + i];
-        return query;
+            neutral_distance[r] = shape.tables.neutral_distance[(size_t)h * shape.tables.stride + i];
     }
 };
 
