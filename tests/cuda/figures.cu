@@ -223,7 +223,7 @@ std::vector<Json> attention_figures(AttentionKind kind, int T, int D, const std:
 
 TEST_CASE("cuda figures: a kernel that two objects have is one") {
     const OnlyFigures only;
-    const int T = 66, D = 8;  // tables are made in attention.o, and in attention_linear.o
+    const int T = 66, D = 8;  // tables are made in attention.o, and in linear.o
     const AttentionConfig config{.kind = AttentionKind::poly2};
     Zeros<float> qkv(T * 3 * D), out(T * D),
         scratch(gpu::attention_linear_forward_scratch<float>(config, 1, T, 1, D, 64));
