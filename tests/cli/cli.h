@@ -52,6 +52,13 @@ inline std::string get_file(const std::string& path) {
     return {std::istreambuf_iterator<char>(file), {}};
 }
 
+// The number that follows `label` in a program's output.
+inline double number_after(const std::string& label, const std::string& text) {
+    const size_t at = text.find(label);
+    REQUIRE_MESSAGE(at != std::string::npos, label, " in ", text);
+    return std::stod(text.substr(at + label.size()));
+}
+
 inline Strings lines_of(const std::string& text) {
     Strings lines;
     std::istringstream in(text);

@@ -254,11 +254,12 @@ TEST_CASE("cuda cli: a model too large for the device, and the flags with which 
     const std::string out = folder / "out";
     auto run = [&](const std::string& memory, const std::string& flags) {
         fs::remove_all(out);
-        const std::string batch = contains(flags, "--batch") ? "" : "--batch 8 ";
+        const std::string batch = contains(flags, "--batch") ? "" : "--batch 8 ",
+                          channels = contains(flags, "--channels") ? "" : "--channels 32 ";
         return train_gptcu(train(out,
-                                 "--layers 3 --heads 2 --channels 32 --context 64 --val-every 0 "
-                                 "--checkpoint-every 0 --steps 1 " +
-                                     batch + flags),
+                                 "--layers 3 --heads 2 --context 64 --val-every 0 --checkpoint-every 0 "
+                                 "--steps 1 " +
+                                     channels + batch + flags),
                            {}, "memory=" + memory);
     };
     // The model needs 38 MiB, of which 32 are cuBLASLt's workspace; the device has less.
@@ -280,4 +281,13 @@ TEST_CASE("cuda cli: a model too large for the device, and the flags with which 
     for (const char* flags : {"", "--dtype bf16 --gradients bf16"})
         check_failed(run("32M", flags), 1, {"out of GPU memory: ", "expected a shorter --seq"},
                      "train_gptcu");
+    // The device has room for the model, but not for the optimizer's state of 3 MiB as well. The state is
+    // allocated after the model, which must be refused all the same before anything is allocated.
+    const std::string wide = "--channels 128 --batch 4 ";
+    const Result refused = run("32M", wide);
+    const int total = (int)number_after("\nmemory     ", refused.out);
+    CHECK(number_after("optimizer ", refused.out) >= 3);
+    const Result late = run(str(total - 1, "M"), wide);
+    const std::string free = str(total - 1, " of ", total - 1, " MiB free: it fits with ");
+    check_failed(late, 1, {str("out of GPU memory: ", total + 1, " MiB asked for, ", free)}, "train_gptcu");
 }

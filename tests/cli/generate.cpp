@@ -289,3 +289,36 @@ TEST_CASE(
     check_failed(train_gpt(command + " --top-k= 5"), 2, {"--top-k", "\"\""});
     check_failed(train_gpt(command + " --fly= 5"), 2, {"--fly="});
 }
+
+TEST_CASE("cli: a model learns a sentence by heart and says it past its context") {
+    // The tokens of the sentence are all different, so each token determines the next one.
+    const std::string sentence = "0,1;2.3:4!5?6-7(8)9\n";
+    const Tokenizer tokenizer(kTokenizer);
+    const std::vector<int> ids = tokenizer.encode(sentence);
+    CHECK(std::set<int>(ids.begin(), ids.end()).size() == ids.size());
+    REQUIRE(ids.size() > 16);  // the sentence is longer than the context
+    const TempFolder folder;
+    Tokens tokens;
+    std::string text;
+    for (int i = 0; i < 20; i++) tokens.insert(tokens.end(), ids.begin(), ids.end()), text += sentence;
+    write_dataset(folder / "data", kTokenizerVocab, tokens, tokens);
+    const std::string flags =
+        "--layers 1 --heads 2 --channels 64 --context 16 --batch 8 --lr 1e-2 --val-every 0 --sample-every 0 ";
+    const std::string kinds[] = {"--positions learned", "--positions rope",
+                                 "--attention poly3 --attention-scale mean"};
+    for (int kind = 0; kind < 3; kind++) {
+        CAPTURE(kinds[kind]);
+        const std::string out = folder / std::to_string(kind);
+        const std::string model = train_model(folder / "data", out, flags + kinds[kind], 150);
+        CHECK(read_metrics(out).back().at("loss") < 0.01);
+        // One prompt is shorter and one longer than the context of 16 tokens.
+        for (size_t begins : {size_t{4}, 2 * sentence.size()}) {
+            const Result result =
+                train_gpt("generate --temperature 0 --tokens 50 --threads 2 --model " + model,
+                          {"--prompt", text.substr(0, begins)});
+            CHECK(result.status == 0);
+            CHECK(contains(result.err, "warning: the prompt has ") == (kind == 0 && begins > 4));
+            CHECK(result.out == text.substr(0, begins + 50) + "\n");
+        }
+    }
+}
