@@ -5,7 +5,7 @@
 GPT-2's pattern uses these classes, and each Unicode version adds characters to them. The C++ tokenizer must cut words in
 the same places as the library, because that has encoded the shards. So this asks the library about every code point. If
 tests/dev/test_unicode_classes.py says that a new version of the library differs, run this, raise the library's version
-in requirements.txt, and put the checksum that this prints into tests/data/tokenizer.cpp.
+in requirements.txt, and put the checksum that this prints into tests/data/unicode.cpp.
 """
 import zlib
 from collections.abc import Iterator
