@@ -47,7 +47,7 @@ $(BUILD)/avx512_bf16.o: isa := -march=x86-64-v4 -mavx512bf16 -DLLMC_ISA=avx512_b
 
 # Most tests need little time of their own, so they are built at -O0, which is fastest. The others and the oracle (`busy`)
 # are optimised. They come first, because the linker uses the first copy of an inline function that several objects have.
-busy     := $(patsubst %,$(BUILD)/test/%.o,reference cpu/attention cpu/attention_linear cpu/norms cpu/tile data/tokenizer)
+busy     := $(patsubst %,$(BUILD)/test/%.o,reference cpu/attention cpu/attention_linear cpu/norms cpu/tile data/tokenizer data/unicode)
 tests    := $(busy) $(filter-out $(busy),$(patsubst tests/%.cpp,$(BUILD)/test/%.o,tests/main.cpp \
             $(wildcard tests/cpu/*.cpp tests/data/*.cpp tests/cli/*.cpp)))
 # If this processor has AVX-512, the code for AVX2 and for AVX-512 without BF16 is tested as well.
@@ -79,7 +79,7 @@ on_sim   := $(addprefix $(BUILD)/ptx/,$(objects))
 cutests  := $(patsubst tests/%.cu,$(BUILD)/test/%.o,$(wildcard tests/cuda/*.cu tests/ptxsim/*.cu))
 hosttests := $(patsubst tests/%.cpp,$(BUILD)/test/%.o,$(wildcard tests/cuda/*.cpp tests/ptxsim/*.cpp))
 
-.PHONY: all quickstart test compare resources bench bench-quick gpu-test gpu-check ptxsim-bench docs format clean help
+.PHONY: all quickstart test test-thorough compare resources bench bench-quick gpu-test gpu-check ptxsim-bench docs format clean help
 all: train_gpt
 
 # The order matters: the linker uses the first copy of an inline function that several objects have, and this one must run
@@ -127,7 +127,8 @@ $(BUILD)/attention: dev/bench/attention.cpp $(BUILD)/flags
 	$(CXX) $(flags) $(native) $< -o $@ $(libs)
 
 # The tests of layers again, for each older instruction set: build/avx2/tests, build/avx512/tests. AVX-512 without BF16
-# differs only in how it converts and multiplies bf16, so only the tests that do this run for it.
+# differs only in how it converts and multiplies bf16, so only the tests that do this run for it. The oracle is that of
+# build/tests. It comes last, so that the linker takes the inline functions of the tests' own objects.
 $(BUILD)/avx2/%.o: tests/%.cpp $(BUILD)/flags
 	@mkdir -p $(@D)
 	$(CXX) $(flags) -O1 -march=x86-64-v3 -c $< -o $@
@@ -136,9 +137,9 @@ $(BUILD)/avx512/%.o: tests/%.cpp $(BUILD)/flags
 	@mkdir -p $(@D)
 	$(CXX) $(flags) -O1 -march=x86-64-v4 -c $< -o $@
 
-$(BUILD)/avx2/tests: $(patsubst %,$(BUILD)/avx2/%.o,reference main $(addprefix cpu/,attention attention_linear layers tile vector))
-$(BUILD)/avx512/tests: $(patsubst %,$(BUILD)/avx512/%.o,reference main $(addprefix cpu/,attention tile vector))
-$(BUILD)/avx2/tests $(BUILD)/avx512/tests:
+$(BUILD)/avx2/tests: $(patsubst %,$(BUILD)/avx2/cpu/%.o,adamw attention attention_linear layers tile vector)
+$(BUILD)/avx512/tests: $(patsubst %,$(BUILD)/avx512/cpu/%.o,attention tile vector)
+$(BUILD)/avx2/tests $(BUILD)/avx512/tests: $(BUILD)/test/main.o $(BUILD)/test/reference.o
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 # Rounding must be that of the PTX, so no operations may be contracted to an fma. -Wno-restrict, because GCC 12 warns about
@@ -218,6 +219,9 @@ test: ## set up, build and run all tests
 	@dev/setup.sh cuda
 	@$(MAKE) --no-print-directory -j$$(nproc) build-tests
 	@$(MAKE) --no-print-directory run-tests
+
+test-thorough: ## the same tests, also with the kinds, sizes and branches of kernels that `make test` leaves out; 15 minutes
+	@LLMC_THOROUGH=1 $(MAKE) --no-print-directory test
 
 programs := $(BUILD)/tests $(lesser:%=$(BUILD)/%/tests) $(if $(NVCC),$(BUILD)/ptxsim/tests)
 # What takes longest is built first, so that no core waits for it at the end.

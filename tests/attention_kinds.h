@@ -50,6 +50,12 @@ inline std::vector<AttentionOption> every_option(const std::vector<DecayKind>& d
     return options;
 }
 
+// Whether the scale is `row` or `sum`. The others multiply each row by a number that is known before, as
+// `row` does, so a test that takes long leaves them to other tests.
+inline bool one_of_each_scale(const AttentionOption& option) {
+    return option.config.scale == ScaleKind::row || option.config.scale == ScaleKind::sum;
+}
+
 inline std::string describe(const AttentionConfig& config) {
     std::string text = kAttentionNames[(int)config.kind];
     if (!config.polynomial()) return text;

@@ -1,8 +1,9 @@
-// What several tests need: a temporary folder, and checks of the text of an error.
+// What several tests need: whether to be thorough, a temporary folder, and checks of the text of an error.
 #pragma once
 #include <doctest/doctest.h>
 #include <stdlib.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <initializer_list>
@@ -10,6 +11,12 @@
 #include <system_error>
 
 #include "llmc/error.h"
+
+// Whether `make test-thorough` runs the test. Otherwise a test that goes through many kinds, sizes or
+// schedules takes a sample of them that finds the same kinds of faults.
+inline bool thorough() {
+    return std::getenv("LLMC_THOROUGH") != nullptr;
+}
 
 // A new folder, which is removed with the object.
 class TempFolder {

@@ -392,6 +392,13 @@ Floats to_float(const Vector& x) {
     return convert<float>(x);
 }
 
+Vector part_of(const Vector& qkv, int part, int C) {
+    Vector x;
+    for (size_t i = 0; i < qkv.size(); i++)
+        if ((int)(i / C % 3) == part) x.push_back(qkv[i]);
+    return x;
+}
+
 double dot(const Vector& a, const Vector& b) {
     double sum = 0;
     for (size_t i = 0; i < a.size(); i++) sum += a[i] * b[i];

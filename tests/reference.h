@@ -193,16 +193,26 @@ using Floats = std::vector<float>;
 
 Floats normal(size_t n, uint64_t seed, double scale = 1, double mean = 0);
 
+// An optional input of a layer.
+inline const float* or_null(const Floats& x) {
+    return x.empty() ? nullptr : x.data();
+}
+
 std::vector<int> random_ints(size_t n, int below, uint64_t seed);
 
 // The numbers as Real, rounded where that is bf16.
 template <class Real, class T>
 std::vector<Real> convert(const std::vector<T>& x) {
-    return std::vector<Real>(x.begin(), x.end());
+    std::vector<Real> y(x.size());
+    for (size_t i = 0; i < x.size(); i++) y[i] = Real((float)x[i]);
+    return y;
 }
+// From float or a type of bf16.
 template <class T>
 Vector to_double(const std::vector<T>& x) {
-    return convert<double>(x);
+    Vector y(x.size());
+    for (size_t i = 0; i < x.size(); i++) y[i] = (double)(float)x[i];
+    return y;
 }
 Floats to_float(const Vector& x);
 
@@ -215,6 +225,9 @@ template <class Real>
 double stored(double tolerance = 1e-5) {
     return kIsBf16<Real> ? 0x1p-8 + tolerance : tolerance;
 }
+
+// The rows of q (part 0), k (1) or v (2) of qkv (B,T,3C).
+Vector part_of(const Vector& qkv, int part, int C);
 
 double dot(const Vector& a, const Vector& b);
 double norm(const Vector& x);

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prints how much of the kernels' PTX has run, by the figures of dev/ptxsim (PTXSIM=figures=FILE.json).
 
-    LLMC_THOROUGH=kinds PTXSIM=figures=build/figures.json build/ptxsim/tests -tc="cuda*,the CUDA*,attention on*" \\
+    LLMC_THOROUGH=1 PTXSIM=figures=build/figures.json build/ptxsim/tests -tc="cuda*,the CUDA*,attention on*" \\
         -tce="cuda figures*"
     dev/ptxsim/coverage.py build/figures.json
 

@@ -7,10 +7,6 @@ using namespace reference;
 
 namespace {
 
-const float* or_null(const Floats& x) {
-    return x.empty() ? nullptr : x.data();
-}
-
 // (H), with what attention_forward leaves in stats.
 std::vector<AttentionNorms> measure(const Floats& qkv, const Floats& delta, const AttentionConfig& config,
                                     int B, int T, int H, int D) {

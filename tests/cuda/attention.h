@@ -9,25 +9,14 @@ namespace cuda_test {
 
 using reference::AttentionGradients;
 using reference::decay_of;
+using reference::one_of_each_scale;
+using reference::part_of;
 
 struct Size {
     int B, T, H, D;
 };
 
 using Kind = reference::AttentionOption;
-
-// Constants and the scale `context` are `mean` to the kernels.
-inline bool one_of_each_scale(const Kind& kind) {
-    return kind.config.scale == ScaleKind::row || kind.config.scale == ScaleKind::sum;
-}
-
-// The rows of q (part 0), k (1) or v (2) of qkv (B,T,3C).
-inline Vector part_of(const Vector& qkv, int part, int C) {
-    Vector x;
-    for (size_t i = 0; i < qkv.size(); i++)
-        if ((int)(i / C % 3) == part) x.push_back(qkv[i]);
-    return x;
-}
 
 constexpr int kTiled = -1;  // segment: attention in tiles, not the linear form
 

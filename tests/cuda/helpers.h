@@ -9,11 +9,14 @@
 #include <vector>
 
 #include "llmc/cuda/common.h"
+#include "tests/helpers.h"
 #include "tests/reference.h"
 
 namespace cuda_test {
 
+using reference::convert;
 using reference::Floats;
+using reference::to_double;
 using reference::Vector;
 
 template <class T>
@@ -41,28 +44,8 @@ class Device {
     size_t size_ = 0;
 };
 
-// The numbers x, rounded to Real.
-template <class Real, class T>
-std::vector<Real> convert(const std::vector<T>& x) {
-    std::vector<Real> y(x.size());
-    for (size_t i = 0; i < x.size(); i++) y[i] = Real((float)x[i]);
-    return y;
-}
-template <class Real>
-Vector to_double(const std::vector<Real>& x) {
-    Vector y(x.size());
-    for (size_t i = 0; i < x.size(); i++) y[i] = (double)(float)x[i];
-    return y;
-}
-
-// The tests run a sample of the kinds, sizes and schedules. With LLMC_THOROUGH=1 they run all of them, which
-// takes an hour; with LLMC_THOROUGH=kinds all kinds and sizes under a sample of the schedules, which takes
-// minutes.
-bool thorough();
-bool every_schedule();
-
-// Calls f() under the schedules forward, reversed and three seeds. If the test is not thorough, only under
-// forward and one of the others, which changes from call to call.
+// Calls f() under the schedules forward, reversed and three seeds. Without LLMC_THOROUGH=schedules, only
+// under forward and one of the others, which changes from call to call.
 void under_every_schedule(const std::function<void()>& f);
 
 // What a call must write to one of its outputs, which is an array of T in device memory.

@@ -83,7 +83,8 @@ void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few 
     INFO(describe(config));
     const int B = options.batch, T = options.seq;
     const bool is_bf16 = options.precision == Precision::bf16;
-    const double loss_bound = is_bf16 ? 3e-3 : 1e-6, gradient_bound = is_bf16 ? 3e-2 : 1e-4;
+    const double loss_bound = is_bf16 ? 3e-3 : 1e-6, gradient_bound = is_bf16 ? 1e-2 : 1e-5,
+                 tensor_bound = is_bf16 ? 1e-2 : 3e-5;  // a tensor may be small beside the whole
     ModelOptions cpu_options = options, exact_options;
     cpu_options.gradients = Precision::fp32;
     exact_options = cpu_options;
@@ -115,7 +116,7 @@ void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few 
         for (size_t head = 0; head < norms[0].size() && micro_batch == 0; head++) {
             CAPTURE(head);
             if (is_bf16) {
-                CHECK(norms[1][head].norm == doctest::Approx(norms[0][head].norm).epsilon(5e-2));
+                reference::check_number("norm", norms[1][head].norm, norms[0][head].norm, 3e-2);
             } else {
                 reference::check_norms(norms[1][head], norms[0][head], 1e-4);
             }
@@ -133,15 +134,13 @@ void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few 
             means_of_few->gpu += error;
             means_of_few->count++;
         } else {
-            CHECK(error < std::max(gradient_bound, 2 * usual.worst()));
+            CHECK(error < std::max(tensor_bound, 2 * usual.worst()));
         }
     }
     if (!is_bf16) {
-        CHECK(gpu->gradient_norm(gpu->table.all()) ==
-              doctest::Approx(exact->gradient_norm(exact->table.all())).epsilon(1e-4));
-        Slice block = gpu->table.range(1);
-        CHECK(gpu->gradient_norm(block) ==
-              doctest::Approx(exact->gradient_norm(exact->table.range(1))).epsilon(1e-4));
+        for (const Slice& slice : {exact->table.all(), exact->table.range(1)})
+            reference::check_number("gradient norm", gpu->gradient_norm(slice), exact->gradient_norm(slice),
+                                    1e-5);
     }
     for (int layer : {-1, 1}) {
         double squares = 0;
@@ -151,7 +150,7 @@ void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few 
                 squares += reference::dot(d, d);
             }
         Slice slice = layer < 0 ? gpu->table.all() : gpu->table.range(layer);
-        CHECK(gpu->gradient_norm(slice) == doctest::Approx(std::sqrt(squares)).epsilon(1e-6));
+        reference::check_number("gradient norm", gpu->gradient_norm(slice), std::sqrt(squares), 1e-6);
     }
     // The first steps of AdamW have the same size for every gradient: a tensor moves by the signs of its
     // gradient.
@@ -178,12 +177,14 @@ GPTConfig small() {
     return c;
 }
 
-// Every kind of attention with positions and qk-norm, then every scale with every decay.
+// Every kind of attention with positions and qk-norm, then every scale with every decay. If the test is not
+// thorough, positions and qk-norm change together, and most kinds have only the scales `row` and `sum`.
 std::vector<GPTConfig> configs() {
     std::vector<GPTConfig> all;
     for (AttentionKind kind : reference::every_kind())
         for (PositionKind positions : {PositionKind::learned, PositionKind::rope})
             for (bool qk_norm : {false, true}) {
+                if (!thorough() && qk_norm != (positions == PositionKind::rope)) continue;
                 GPTConfig c = small();
                 c.attention_kind = kind, c.positions = positions, c.qk_norm = qk_norm;
                 c.short_conv = qk_norm ? 3 : 0;
@@ -192,7 +193,11 @@ std::vector<GPTConfig> configs() {
     for (AttentionKind kind : reference::every_kind())
         for (const char* scale : {"row", "context", "mean", "sum", "0.1"})
             for (DecayKind decay : {DecayKind::none, DecayKind::fixed, DecayKind::learned}) {
-                if (attention_power(kind) == 0 && scale != std::string("row")) continue;
+                const bool row = scale == std::string("row"), sum = scale == std::string("sum");
+                if (attention_power(kind) == 0 && !row) continue;
+                if (!thorough() && !row && !sum &&
+                    (kind != AttentionKind::poly3 || decay == DecayKind::fixed))
+                    continue;
                 GPTConfig c = small();
                 c.attention_kind = kind, c.attention_scale = scale, c.decay = decay;
                 c.positions = PositionKind::rope, c.qk_norm = true;
