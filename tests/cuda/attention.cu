@@ -1,8 +1,8 @@
 // Attention of llmc/cuda against the double precision oracle: in tiles, with every kind at small sizes and
 // sizes at the edges of tiles and of the kernels' head sizes; at linear cost; and generation's, from keys and
 // values and from a state.
-#include "llmc/cuda/attention_cached.h"
-#include "llmc/cuda/attention_state.h"
+#include "llmc/cuda/attention/cached.h"
+#include "llmc/cuda/attention/state.h"
 #include "tests/cuda/attention.h"
 
 using namespace cuda_test;
