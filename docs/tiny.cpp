@@ -4,7 +4,7 @@
 //   g++ -O2 docs/tiny.cpp -o tiny && ./tiny FILE [softmax|poly3] [STEPS]
 //
 // Its loss and gradients are those of `train_gpt` with `--positions learned --qk-norm true`;
-// tests/test_tiny.cpp holds them to 1e-5. Read it from top to bottom: each layer is a forward function with
+// tests/cpu/tiny.cpp holds them to 1e-5. Read it from top to bottom: each layer is a forward function with
 // its backward function below. A backward function takes the gradient of the loss in the layer's output
 // (dout), and *adds* the gradients in its input (dinp) and parameters, because some of them have more than
 // one use.
