@@ -3,11 +3,10 @@
 //
 //   g++ -O2 docs/tiny.cpp -o tiny && ./tiny FILE [softmax|poly3] [STEPS]
 //
-// Its loss and gradients are those of `train_gpt` with `--positions learned --qk-norm true`;
-// tests/cpu/tiny.cpp holds them to 1e-5. Read it from top to bottom: each layer is a forward function with
-// its backward function below. A backward function takes the gradient of the loss in the layer's output
-// (dout), and *adds* the gradients in its input (dinp) and parameters, because some of them have more than
-// one use.
+// Its loss and gradients are those of `train_gpt` with `--positions learned --qk-norm true`, and
+// tests/cpu/tiny.cpp holds them to 1e-5. Read it from top to bottom: below each layer's forward function is
+// its backward function, which takes the gradient of the layer's output (dout) and *adds* the gradients of
+// its input (dinp) and parameters. We add because some of them have more than one use.
 //
 // Sizes: T tokens, C channels, H heads of D = C/H channels, L blocks, V = 256 bytes. The B sequences of a
 // batch come one after the other, and their gradients add up.
@@ -122,10 +121,9 @@ void gelu_forward(Floats& out, Floats& slope, const Floats& inp) {
     }
 }
 
-// A row of inp (T,3C) is q (H,D), k (H,D), v (H,D). We divide q and k of each head by their root mean square,
-// because a polynomial needs scores of a known size. Each head of q then has a learned gain. v stays as it
-// is.
-void qk_norm_forward(Floats& out, const Floats& inp, const Parameter& gain, int T, int H, int D) {
+// A row of inp (T,3C) is q (H,D), k (H,D), v (H,D). We divide q and k of each head by their root mean square
+// (rms), because a polynomial needs scores of a known size. A learned gain for each head then scales q.
+void qknorm_forward(Floats& out, const Floats& inp, const Parameter& gain, int T, int H, int D) {
     out = inp;
     for (int t = 0; t < T; t++)
         for (int h = 0; h < 2 * H; h++) {
@@ -135,8 +133,8 @@ void qk_norm_forward(Floats& out, const Floats& inp, const Parameter& gain, int 
 }
 
 // With x^ = x rrms: dx = gain rrms (dout - x^ mean(dout x^)), and dgain = the sum of dout x^
-void qk_norm_backward(Floats& dinp, Parameter& gain, const Floats& dout, const Floats& inp, int T, int H,
-                      int D) {
+void qknorm_backward(Floats& dinp, Parameter& gain, const Floats& dout, const Floats& inp, int T, int H,
+                     int D) {
     dinp = dout;
     for (int t = 0; t < T; t++)
         for (int h = 0; h < 2 * H; h++) {
@@ -192,8 +190,8 @@ void attention_backward(Floats& dqkv, const Floats& dout, const Floats& scores, 
         const float *q = &qkv[h * D], *k = q + C, *v = k + C;
         float *dq = &dqkv[h * D], *dk = dq + C, *dv = dk + C;
         for (int i = 0; i < T; i++) {
-            const float *x = &scores[(h * T + i) * T], *a = &weights[(h * T + i) * T],
-                        *d_o = &dout[i * C + h * D];
+            const float *x = &scores[(h * T + i) * T], *a = &weights[(h * T + i) * T];
+            const float* d_o = &dout[i * C + h * D];
             for (int j = 0; j <= i; j++) {
                 da[j] = dot(d_o, v + j * 3 * C, D);
                 add_scaled(dv + j * 3 * C, a[j], d_o, D);
@@ -240,33 +238,29 @@ struct GPT {
         for (int l = 0; l < s.L; l++) {
             Block& b = blocks[l];
             std::string h = "h." + std::to_string(l) + ".";
-            add_layernorm(b.ln_1, h + "ln_1");
-            add_linear(b.attn, h + "attn.c_attn", s.C, 3 * s.C);
+            add(b.ln_1, h + "ln_1", 1, s.C);
+            add(b.attn, h + "attn.c_attn", s.C, 3 * s.C);
             add(b.q_gain, h + "attn.q_gain", s.H, false, 1);
-            add_linear(b.attn_proj, h + "attn.c_proj", s.C, s.C);
-            add_layernorm(b.ln_2, h + "ln_2");
-            add_linear(b.fc, h + "mlp.c_fc", s.C, 4 * s.C);
-            add_linear(b.fc_proj, h + "mlp.c_proj", 4 * s.C, s.C);
+            add(b.attn_proj, h + "attn.c_proj", s.C, s.C);
+            add(b.ln_2, h + "ln_2", 1, s.C);
+            add(b.fc, h + "mlp.c_fc", s.C, 4 * s.C);
+            add(b.fc_proj, h + "mlp.c_proj", 4 * s.C, s.C);
         }
-        add_layernorm(ln_f, "ln_f");
+        add(ln_f, "ln_f", 1, s.C);
     }
     GPT(const GPT&) = delete;  // because `parameters` of a copy would point into the original
 
-    // Matrices and embeddings start at random, with a standard deviation of 0.02; vectors start from one
-    // value.
+    // Matrices and embeddings start at random with a standard deviation of 0.02, the others from `start`.
     void add(Parameter& p, const std::string& name, int size, bool is_matrix, float start) {
         p = {name, is_matrix, Floats(size, start), Floats(size), Floats(size), Floats(size)};
         std::normal_distribution<float> normal(0, 0.02f);
         for (float& x : p.value) x = is_matrix ? normal(random) : start;
         parameters.push_back(&p);
     }
-    void add_linear(Layer& layer, const std::string& name, int I, int O) {
-        add(layer.weight, name + ".weight", I * O, true, 0);
+    // The weight of a LayerNorm has only one row, and starts from 1.
+    void add(Layer& layer, const std::string& name, int I, int O) {
+        add(layer.weight, name + ".weight", I * O, I > 1, 1);
         add(layer.bias, name + ".bias", O, false, 0);
-    }
-    void add_layernorm(Layer& layer, const std::string& name) {
-        add(layer.weight, name + ".weight", s.C, false, 1);
-        add(layer.bias, name + ".bias", s.C, false, 0);
     }
 
     // From T tokens to the mean of -log(probability of the token that follows), which takes text[T] too
@@ -281,7 +275,7 @@ struct GPT {
             Block& b = blocks[l];
             layernorm_forward(b.normed_1, residual[l], b.ln_1, T, C);
             linear_forward(b.qkv, b.normed_1, b.attn, T, C, 3 * C);
-            qk_norm_forward(b.heads, b.qkv, b.q_gain, T, s.H, C / s.H);
+            qknorm_forward(b.heads, b.qkv, b.q_gain, T, s.H, C / s.H);
             attention_forward(b.mixed, b.scores, b.weights, b.heads, kind, T, s.H, C / s.H);
             linear_forward(b.middle, b.mixed, b.attn_proj, T, C, C);
             add_scaled(&b.middle[0], 1, &residual[l][0], T * C);
@@ -304,8 +298,7 @@ struct GPT {
         return loss;
     }
 
-    // After forward(): adds the gradients of the loss, as 1/B of a batch's. It goes from the last line to the
-    // first.
+    // forward() from its last line to its first. The loss counts 1/B, because a batch has B sequences.
     void backward(const unsigned char* text) {
         int T = s.T, C = s.C, V = s.V;
         Floats dnormed_f(T * C), dresidual(T * C);
@@ -320,14 +313,14 @@ struct GPT {
             Block& b = blocks[l];
             Floats dgelu(T * 4 * C), dhidden(T * 4 * C), dnormed_2(T * C);
             Floats dmixed(T * C), dheads(T * 3 * C), dqkv(T * 3 * C), dnormed_1(T * C);
-            // dresidual goes past the MLP and also through it, and the two add up. So it is with attention.
+            // dresidual goes past the MLP and also through it, and we add the two. Attention does the same.
             linear_backward(dgelu, b.fc_proj, dresidual, b.gelu, T, 4 * C, C);
             for (int i = 0; i < T * 4 * C; i++) dhidden[i] = dgelu[i] * b.gelu_slope[i];
             linear_backward(dnormed_2, b.fc, dhidden, b.normed_2, T, C, 4 * C);
             layernorm_backward(dresidual, b.ln_2, dnormed_2, b.middle, T, C);
             linear_backward(dmixed, b.attn_proj, dresidual, b.mixed, T, C, C);
             attention_backward(dheads, dmixed, b.scores, b.weights, b.heads, kind, T, s.H, C / s.H);
-            qk_norm_backward(dqkv, b.q_gain, dheads, b.qkv, T, s.H, C / s.H);
+            qknorm_backward(dqkv, b.q_gain, dheads, b.qkv, T, s.H, C / s.H);
             linear_backward(dnormed_1, b.attn, dqkv, b.normed_1, T, C, 3 * C);
             layernorm_backward(dresidual, b.ln_1, dnormed_1, residual[l], T, C);
         }
@@ -337,8 +330,8 @@ struct GPT {
         }
     }
 
-    // AdamW: m and v are moving averages of the gradient and its square, and a parameter moves by m /
-    // sqrt(v). Both start from 0, so we divide them by 1 - beta^step, where step counts from 1.
+    // AdamW: m and v are moving averages of the gradient and its square, and a parameter moves by m/sqrt(v).
+    // Both start from 0, so we divide them by 1 - beta^step, where step counts from 1.
     void update(float learning_rate, int step) {
         const float beta1 = 0.9f, beta2 = 0.95f, epsilon = 1e-8f, weight_decay = 0.1f;
         float correction1 = 1 - std::pow(beta1, step), correction2 = 1 - std::pow(beta2, step), squares = 0;
@@ -349,9 +342,9 @@ struct GPT {
                 float g = p->gradient[i] * clip;
                 p->m[i] = beta1 * p->m[i] + (1 - beta1) * g;
                 p->v[i] = beta2 * p->v[i] + (1 - beta2) * g * g;
-                if (p->decays) p->value[i] -= learning_rate * weight_decay * p->value[i];
-                p->value[i] -=
-                    learning_rate * p->m[i] / correction1 / (std::sqrt(p->v[i] / correction2) + epsilon);
+                float move = p->m[i] / correction1 / (std::sqrt(p->v[i] / correction2) + epsilon);
+                if (p->decays) move += weight_decay * p->value[i];
+                p->value[i] -= learning_rate * move;
                 p->gradient[i] = 0;
             }
     }
@@ -386,8 +379,7 @@ int main(int argc, char** argv) {
         if (step == 1 || step % 20 == 0) std::printf("step %d | loss %.4f\n", step, loss);
         std::fflush(stdout);
     }
-    // The model continues the file. forward() reads a byte after the last T, so we append one and then draw
-    // it anew.
+    // The model continues the file. We append a 0 first, because forward() reads the byte after the T too.
     for (int i = 0; i < 300; i++) {
         text.push_back(0);
         model.forward(&text[text.size() - 1 - s.T]);
