@@ -165,7 +165,7 @@ $(BUILD)/ptxsim/tests: $(sim) $(on_sim) $(tested) $(BUILD)/test/reference.o $(BU
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 # The same objects on hardware, where the driver compiles their PTX. Tests of the simulator's own reports are left out.
-simulated := $(patsubst %,$(BUILD)/test/%.o,cuda/figures $(addprefix ptxsim/,faults races samples streams))
+simulated := $(patsubst %,$(BUILD)/test/%.o,cuda/figures $(addprefix ptxsim/,faults nccl races samples streams))
 $(BUILD)/gpu-tests: $(BUILD)/test/main.o $(BUILD)/test/reference.o $(filter-out $(simulated),$(cutests)) \
     $(BUILD)/test/cuda/model.o $(on_gpu) $(tested) $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
 	$(CXX) $(flags) $^ -o $@ $(libs) $(cudalibs)

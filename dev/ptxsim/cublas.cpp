@@ -79,7 +79,7 @@ cublasStatus_t product(const char* call, cublasHandle_t handle, cublasOperation_
     g.workspace = (uint64_t)handle->workspace;
     g.workspace_bytes = handle->workspace_bytes;
     g.spoiled_bytes = std::min<size_t>(g.workspace_bytes, 64 << 10);  // filling a large one takes too long
-    enqueue(handle->stream, [g] { run_gemm(g); });
+    enqueue(handle->stream, g.call, uses_of(g), [g] { run_gemm(g); });
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -151,7 +151,7 @@ cublasStatus_t scale(cublasHandle_t handle, int64_t n, const float* alpha, float
     if (refused(call, handle, step, 1, &status)) return status;
     if (!alpha) return kInvalid;
     Operand x = make_vector("x", address, n, step);
-    enqueue(handle->stream, [=, alpha = Scalar(handle, alpha)] {
+    enqueue(handle->stream, call, {x.use(Use::write, 1)}, [=, alpha = Scalar(handle, alpha)] {
         float factor;
         if (!alpha.read(call, &factor) || !readable(call, x)) return;
         for (int64_t i = 0; i < n; i++) at(x, i) *= factor;
@@ -166,11 +166,12 @@ cublasStatus_t add_scaled(cublasHandle_t handle, int64_t n, const float* alpha, 
     if (refused(call, handle, step_x, step_y, &status)) return status;
     if (!alpha) return kInvalid;
     Operand x = make_vector("x", from, n, step_x), y = make_vector("y", to, n, step_y);
-    enqueue(handle->stream, [=, alpha = Scalar(handle, alpha)] {
-        float factor;
-        if (!alpha.read(call, &factor) || !readable(call, x) || !readable(call, y)) return;
-        for (int64_t i = 0; i < n; i++) at(y, i) += factor * at(x, i);
-    });
+    enqueue(handle->stream, call, {x.use(Use::read, 1), y.use(Use::write, 1)},
+            [=, alpha = Scalar(handle, alpha)] {
+                float factor;
+                if (!alpha.read(call, &factor) || !readable(call, x) || !readable(call, y)) return;
+                for (int64_t i = 0; i < n; i++) at(y, i) += factor * at(x, i);
+            });
     return status;
 }
 
@@ -183,7 +184,9 @@ cublasStatus_t dot(const char* call, cublasHandle_t handle, int64_t n, const flo
     if (!result) return kInvalid;
     Operand x = make_vector("x", first, n, step_x), y = make_vector("y", second, n, step_y);
     bool on_host = handle->pointer_mode == CUBLAS_POINTER_MODE_HOST;
-    enqueue(handle->stream, [=] {
+    std::vector<MemoryUse> uses = {x.use(Use::read, 1), y.use(Use::read, 1)};
+    if (!on_host) uses.push_back({(uint64_t)result, sizeof *result, Use::write});
+    enqueue(handle->stream, call, uses, [=] {
         Operand out = make_vector("the result", result, 1, 1);
         if (!readable(call, x) || !readable(call, y) || (!on_host && !check_range(call, out, 1))) return;
         double sum = 0;

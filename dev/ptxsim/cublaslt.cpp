@@ -262,7 +262,7 @@ cublasStatus_t matmul(const Problem& problem, const void* alpha, const void* bet
         g.device_alpha = (uint64_t)alpha;
         g.device_beta = (uint64_t)beta;
     }
-    enqueue(stream, [g] { run_gemm(g); });
+    enqueue(stream, g.call, uses_of(g), [g] { run_gemm(g); });
     return CUBLAS_STATUS_SUCCESS;
 }
 

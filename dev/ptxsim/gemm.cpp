@@ -233,6 +233,21 @@ void run_gemm(Gemm g) {
         if (check.writes) mark_written(check.operand, g.batches);
 }
 
+std::vector<MemoryUse> uses_of(const Gemm& g) {
+    std::vector<MemoryUse> uses = {g.a.use(Use::read, g.batches), g.b.use(Use::read, g.batches),
+                                   g.d.use(Use::write, g.batches)};
+    if (g.beta != 0 || g.device_beta) uses.push_back(g.c.use(Use::read, g.batches));
+    if (g.bias_use != Bias::none)
+        uses.push_back(g.bias.use(g.bias_use == Bias::add ? Use::read : Use::write, g.batches));
+    if (g.has_aux)
+        uses.push_back(g.aux.use(g.activation == Activation::dgelu ? Use::read : Use::write, g.batches));
+    if (g.workspace) uses.push_back({g.workspace, g.spoiled_bytes, Use::write});
+    for (uint64_t scalar : {g.device_alpha, g.device_beta})
+        if (scalar) uses.push_back({scalar, sizeof(float), Use::read});
+    std::erase_if(uses, [](const MemoryUse& u) { return u.bytes == 0; });
+    return uses;
+}
+
 cublasStatus_t check_types(const char* call, cublasComputeType_t compute, cudaDataType scale, cudaDataType a,
                            cudaDataType b, cudaDataType c, cudaDataType d, Precision* precision) {
     bool fast = true;

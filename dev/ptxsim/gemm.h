@@ -40,6 +40,9 @@ struct Gemm {
     size_t workspace_bytes = 0, spoiled_bytes = 0;
 };
 
+// All the memory that the product uses.
+std::vector<MemoryUse> uses_of(const Gemm& gemm);
+
 // Checks the operands, reports what is wrong with them, and computes the product if they are usable.
 void run_gemm(Gemm gemm);
 

@@ -209,6 +209,7 @@ void locate_global(Warp& w, const Instruction& in, Mask lanes, const uint64_t* a
     if (o.race) {
         uint64_t event = g.races.events.add(w.block->number, w.index, &in);
         out->repeated |= check_races(w, in, good, a, bytes, kind, false, event);
+        if (!in_flight().empty()) check_in_flight(w, in, good, a, bytes, kind);
     }
     out->lanes |= good;
 }

@@ -51,6 +51,11 @@ size_t Operand::line_bytes() const {
     return (size_t)inner * size_of(type);
 }
 
+MemoryUse Operand::use(Use use, int64_t batches) const {
+    if (inner == 0 || outer == 0 || batches == 0) return {address, 0, use};
+    return {address, line(batches - 1, outer - 1) + line_bytes() - address, use};
+}
+
 size_t size_of(cudaDataType type) {
     switch (type) {
         case CUDA_R_32F:

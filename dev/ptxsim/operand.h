@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "dev/ptxsim/stream_work.h"
+
 namespace ptxsim {
 
 // A batch of matrices. A matrix is an array of `outer` lines, which begin `ld` elements apart. A line is
@@ -21,6 +23,7 @@ struct Operand {
 
     uint64_t line(int64_t batch, int64_t outer_index) const;
     size_t line_bytes() const;
+    MemoryUse use(Use use, int64_t batches) const;  // from the first byte to the last one
 };
 
 size_t size_of(cudaDataType type);       // bytes; 0 where the libraries do not know the type

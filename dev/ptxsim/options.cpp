@@ -24,6 +24,11 @@ const char kHelp[] =
     "  figures            print a table of figures of each kernel on stderr at exit\n"
     "  figures=FILE.json  write the same figures as JSON to a file\n"
     "  memory=BYTES       the size of the device's memory (K, M and G are units); 80G by default\n"
+    "  devices=N          the number of devices, of which each process uses one; 1 by default, and then "
+    "every process\n"
+    "                     has a device of its own\n"
+    "  nccl-timeout=N     how many seconds NCCL's calls wait for other ranks before this is reported; 300 by "
+    "default\n"
     "  fail-allocation=N  let the N-th cudaMalloc fail\n"
     "  fail-launch=N      let the N-th launch of a kernel fail\n"
     "  fail-heuristic=N   let cuBLASLt find no algorithm when it is asked for the N-th time\n"
@@ -106,6 +111,11 @@ void parse_word(const std::string& word, Options* out) {
         out->order = Order::random;
     } else if (key == "memory") {
         out->memory = number(word, value, true);
+    } else if (key == "devices") {
+        out->devices = number(word, value, false);
+        if (out->devices < 1 || out->devices > 1024) unknown(word, "has to be from 1 to 1024");
+    } else if (key == "nccl-timeout") {
+        out->nccl_timeout = number(word, value, false);
     } else {
         unknown(word, "is not an option");
     }

@@ -18,6 +18,8 @@ struct Options {
     uint64_t seed = 0;
     bool lazy = false;    // lazy: streams run as late as their rules allow, in an order that the seed decides
     std::string figures;  // figures, figures=FILE.json: what is written at exit; "-" is the table on stderr
+    uint64_t devices = 1;           // devices=N: how many there are; a process uses one of them
+    uint64_t nccl_timeout = 300;    // nccl-timeout=SECONDS: how long a collective waits for other ranks
     uint64_t memory = 80ull << 30;  // memory=BYTES (with K, M or G): the size of the device's memory
     // fail-...=N: the N-th call from now on fails; 0: no call fails.
     int64_t fail_allocation = 0;  // cudaMalloc returns cudaErrorMemoryAllocation

@@ -257,4 +257,19 @@ Mask check_races(Warp& w, const Instruction& in, Mask lanes, const uint64_t* add
     return 0;
 }
 
+void check_in_flight(const Warp& w, const Instruction& in, uint32_t lanes, const uint64_t* addresses,
+                     int bytes, AccessKind kind) {
+    for (const InFlight& x : in_flight()) {
+        if (!x.write && !writes(kind)) continue;
+        each(lanes, [&](int i) {
+            if (addresses[i] >= x.begin + x.bytes || addresses[i] + bytes <= x.begin) return;
+            const char* verb = !writes(kind) ? "reads" : kind == AccessKind::atomic ? "updates" : "writes";
+            report_at(Fault::race, w, in, i,
+                      std::string(verb) + " global memory that " + x.what + " in another stream " +
+                          (x.write ? "writes" : "reads") +
+                          ", and no event or synchronisation orders the two");
+        });
+    }
+}
+
 }  // namespace ptxsim

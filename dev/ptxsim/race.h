@@ -23,6 +23,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -124,5 +125,17 @@ class GlobalRaces {
 //   since: the event at which an access in the background began. It races with all accesses after that event.
 uint32_t check_races(Warp& warp, const Instruction& in, uint32_t lanes, const uint64_t* addresses, int bytes,
                      AccessKind kind, bool is_shared, uint64_t event, uint64_t since = ~0ull);
+
+// Memory that an operation of another stream uses while a kernel may run, because nothing orders the two.
+struct InFlight {
+    uint64_t begin, bytes;
+    bool write;
+    std::string what;
+};
+// What there is beside the kernel that runs now (work.cpp).
+const std::vector<InFlight>& in_flight();
+// Reports accesses to it. Two reads are allowed.
+void check_in_flight(const Warp& warp, const Instruction& in, uint32_t lanes, const uint64_t* addresses,
+                     int bytes, AccessKind kind);
 
 }  // namespace ptxsim

@@ -87,6 +87,8 @@ const char* name(Fault fault) {
             return "use-after-free";
         case Fault::unordered_copy:
             return "unordered-copy";
+        case Fault::collective:
+            return "collective";
     }
     return "unknown";
 }

@@ -20,6 +20,7 @@ enum class Fault {
     leak,            // an allocation that was never freed
     use_after_free,  // an access to freed memory, or a second free
     unordered_copy,  // work uses memory that unfinished work of another stream uses
+    collective,      // calls of NCCL by several ranks that do not fit together, or that never end
 };
 const char* name(Fault fault);  // "out-of-bounds", ...
 

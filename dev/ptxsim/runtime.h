@@ -4,18 +4,24 @@
 // Work is a graph of operations. Each operation knows the operations that must come before it: the previous
 // one in its stream, the events that its stream waits for, and those that the rules of the legacy default
 // stream name. In eager mode an operation runs when it is enqueued. In lazy mode it runs when something waits
-// for it, and only the operations that it needs run before it.
+// for it, and only the operations that it needs run before it. Work in which other processes take part begins
+// in eager mode when it is enqueued, and in both modes ends only when something waits for it, so that what
+// the program does in the meantime is compared with it whether the other processes are fast or slow.
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "dev/ptxsim/device.h"
 #include "dev/ptxsim/options.h"
+#include "dev/ptxsim/race.h"
+#include "dev/ptxsim/stream_work.h"
 
 namespace ptxsim {
 
@@ -59,17 +65,13 @@ void reset_kernel_attributes();
 
 // Work (work.cpp).
 
-// How an operation uses memory. maybe: a kernel has a pointer to the allocation. lifetime: the operation
-// allocates or frees the memory.
-enum class Use : uint8_t { read, write, maybe, lifetime };
-struct MemoryUse {
-    uint64_t begin, bytes;
-    Use use;
-};
-
 struct Task {
     std::string what;
     std::function<cudaError_t()> run;  // its error becomes sticky; null if there is nothing to do
+    // For work in which other processes take part. run() begins it, and this returns its error, or
+    // cudaSuccess, as soon as it is over.
+    std::function<std::optional<cudaError_t>()> over;
+    std::shared_ptr<const std::atomic<bool>> given_up;  // whether such work no longer uses memory
     std::vector<MemoryUse> uses;
     cudaGraphNodeType type = cudaGraphNodeTypeEmpty;
 };
@@ -79,7 +81,9 @@ using OperationRef = std::shared_ptr<Operation>;
 struct Operation {
     Task task;
     std::vector<OperationRef> after;  // the operations before it; emptied when it has run
-    bool done = false;
+    std::vector<InFlight> beside;     // for a kernel: what it must not touch
+    size_t overlapped = 0;            // for work with other processes: see Overlap
+    bool begun = false, done = false;
     double finished = 0;  // the time at which it had run, in milliseconds
     uint64_t visit = 0;   // the last walk over the graph that visited it
     size_t index = 0;
@@ -90,6 +94,10 @@ void complete(const std::vector<OperationRef>& targets, size_t limit = SIZE_MAX)
 // Runs all pending operations, as cudaDeviceSynchronize does.
 void complete_all();
 bool all_done(const std::vector<OperationRef>& targets);
+// Whether there are operations that have not run.
+bool any_pending();
+// Reports that a call frees memory that work in which other processes take part still uses.
+void report_freed_in_flight(const char* call, uint64_t address, size_t bytes);
 // Makes an operation. In eager mode it has run when this returns.
 OperationRef add_operation(Task task, std::vector<OperationRef> after);
 
@@ -104,6 +112,10 @@ const std::vector<CUstream_st*>& all_streams();
 std::vector<OperationRef> before_next(CUstream_st* stream);
 // Enqueues an operation. If the stream is being captured, adds a node to the graph instead, and *out is null.
 cudaError_t enqueue(CUstream_st* stream, Task task, OperationRef* out = nullptr);
+// Enqueues an operation that comes after `also` and after the earlier work of all these streams, whose later
+// work comes after it.
+cudaError_t enqueue(const std::vector<CUstream_st*>& streams, Task task, std::vector<OperationRef> also,
+                    OperationRef* out);
 
 struct Capture {
     std::unique_ptr<CUgraph_st> graph;
@@ -118,6 +130,9 @@ cudaError_t forbidden_in_capture(cudaError_t error = cudaErrorStreamCaptureUnsup
 cudaError_t capture_task(CUstream_st* stream, Task task);
 
 // The resources of the device (runtime_device.cpp).
+
+// The number of the one device that this process uses.
+int current_device();
 
 constexpr int kMultiprocessors = 132;
 constexpr int kMaxThreadsPerBlock = 1024;

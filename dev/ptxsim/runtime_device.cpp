@@ -4,6 +4,7 @@
 
 #include "dev/ptxsim/memory.h"
 #include "dev/ptxsim/memory_host.h"
+#include "dev/ptxsim/operand.h"
 #include "dev/ptxsim/options.h"
 #include "dev/ptxsim/runtime.h"
 
@@ -144,10 +145,28 @@ size_t limits[] = {1024, 1 << 20, 8 << 20, 2, 2048, 128, 0};  // by cudaLimit; t
 static_assert(cudaLimitStackSize == 0 && cudaLimitPersistingL2CacheSize == 6);
 
 cudaError_t check_device(int device) {
-    return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+    return device >= 0 && (uint64_t)device < options().devices ? cudaSuccess : cudaErrorInvalidDevice;
+}
+
+int device_number = 0;
+
+// A process has the memory of one device only, so it cannot go on with another one.
+cudaError_t set_device(int device) {
+    if (cudaError_t e = check_device(device)) return e;
+    if (device != device_number && memory::usage().peak) {
+        print_refusal("cudaSetDevice", "a process that has used one device cannot use another one here");
+        return cudaErrorInvalidDevice;
+    }
+    device_number = device;
+    return cudaSuccess;
 }
 
 }  // namespace
+
+int current_device() {
+    return device_number;
+}
+
 }  // namespace ptxsim
 
 using namespace ptxsim;
@@ -157,19 +176,19 @@ extern "C" {
 cudaError_t cudaGetDeviceCount(int* count) {
     return api([&] {
         if (!count) return cudaErrorInvalidValue;
-        *count = 1;
+        *count = (int)options().devices;
         return cudaSuccess;
     });
 }
 
 cudaError_t cudaSetDevice(int device) {
-    return api([&] { return check_device(device); });
+    return api([&] { return set_device(device); });
 }
 
 cudaError_t cudaGetDevice(int* device) {
     return api([&] {
         if (!device) return cudaErrorInvalidValue;
-        *device = 0;
+        *device = device_number;
         return cudaSuccess;
     });
 }
@@ -219,7 +238,8 @@ cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer) {
     return api([&] {
         if (!can) return cudaErrorInvalidValue;
         *can = 0;
-        return device == 0 && peer == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+        cudaError_t e = check_device(device);
+        return e ? e : check_device(peer);
     });
 }
 

@@ -136,7 +136,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments
     Task task;
     task.what = "kernel " + entry->title;
     task.type = cudaGraphNodeTypeKernel;
-    if (options().lazy) task.uses = pointers_in(config.parameters);
+    if (options().lazy || any_pending()) task.uses = pointers_in(config.parameters);
     task.run = [config = std::move(config)] { return error_of(run(config)); };
     return enqueue(stream, std::move(task));
 }

@@ -42,6 +42,8 @@ bool can_free(const char* call, void* pointer, bool pinned) {
 cudaError_t free_now(const char* call, void* pointer, bool pinned) {
     if (!pointer) return cudaSuccess;
     if (cudaError_t e = forbidden_in_capture()) return e;
+    if (const Allocation* a = memory::find((uint64_t)pointer))
+        report_freed_in_flight(call, a->address, a->bytes);
     complete_all();
     if (!can_free(call, pointer, pinned) || !memory::free((uint64_t)pointer)) return cudaErrorInvalidValue;
     return cudaSuccess;
@@ -246,7 +248,7 @@ cudaError_t cudaMemAdvise(const void* pointer, size_t bytes, cudaMemoryAdvise, c
 cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int device) {
     return api([&] {
         if (!pool) return cudaErrorInvalidValue;
-        if (device != 0) return cudaErrorInvalidDevice;
+        if (device != current_device()) return cudaErrorInvalidDevice;
         *pool = default_pool();
         return cudaSuccess;
     });

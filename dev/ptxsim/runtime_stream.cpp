@@ -153,10 +153,26 @@ cudaError_t enqueue(CUstream_st* stream, Task task, OperationRef* out) {
     return cudaSuccess;
 }
 
-void enqueue(cudaStream_t handle, std::function<void()> work) {
+cudaError_t enqueue(const std::vector<CUstream_st*>& streams, Task task, std::vector<OperationRef> also,
+                    OperationRef* out) {
+    if (streams.size() == 1 && streams[0]->capture) return enqueue(streams[0], std::move(task), out);
+    for (CUstream_st* s : streams) {
+        if (s->capture) return cudaErrorNotSupported;
+        if (s == legacy_stream())
+            if (cudaError_t e = forbidden_in_capture(cudaErrorStreamCaptureImplicit)) return e;
+        std::vector<OperationRef> before = before_next(s);
+        also.insert(also.end(), before.begin(), before.end());
+    }
+    *out = add_operation(std::move(task), std::move(also));
+    for (CUstream_st* s : streams) s->tail = {*out};
+    return cudaSuccess;
+}
+
+void enqueue(cudaStream_t handle, std::string what, std::vector<MemoryUse> uses, std::function<void()> work) {
     CUstream_st* stream = find_stream(handle);
     Task task;
-    task.what = "a library's work";
+    task.what = std::move(what);
+    task.uses = std::move(uses);
     task.type = cudaGraphNodeTypeKernel;
     task.run = [work = std::move(work)] {
         work();
@@ -277,7 +293,7 @@ cudaError_t cudaStreamGetId(cudaStream_t handle, unsigned long long* id) {
 cudaError_t cudaStreamGetDevice(cudaStream_t handle, int* device) {
     return with_stream(handle, [&](CUstream_st*) {
         if (!device) return cudaErrorInvalidValue;
-        *device = 0;
+        *device = current_device();
         return cudaSuccess;
     });
 }
