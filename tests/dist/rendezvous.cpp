@@ -10,8 +10,10 @@
 
 #include <atomic>
 #include <chrono>
+#include <filesystem>
 #include <functional>
 #include <initializer_list>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
@@ -424,4 +426,27 @@ TEST_CASE("rendezvous: lists of ranks") {
     CHECK(ranks_text({3}) == "rank 3");
     CHECK(ranks_text({1, 2}) == "ranks 1, 2");
     CHECK(ranks_text({1, 3, 4, 5, 9, 10}) == "ranks 1, 3 to 5, 9, 10");
+}
+
+TEST_CASE("rendezvous: one rank of the next test, on a host of its own" * doctest::skip()) {
+    const Launch launch = launch_from(environment_of(environ), false);
+    CHECK(launch.ranks == 2);
+    check_met(meet(launch, 5), 2);
+}
+
+TEST_CASE("rendezvous: two hosts with addresses of their own, as torchrun starts them") {
+    const std::string program = std::filesystem::read_symlink("/proc/self/exe");
+    for (const char* master : {"10.77.0.1", "fd77::1"}) {
+        CAPTURE(master);
+        std::string command = "tests/dist/two_hosts.sh";
+        for (const int rank : {0, 1})
+            command +=
+                str(" 'RANK=", rank, " WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 MASTER_ADDR=", master,
+                    " MASTER_PORT=29500 TORCHELASTIC_RUN_ID=test ", program,
+                    " --no-skip --minimal -tc=\"rendezvous: one rank of the next test*\"'");
+        const int status = ::system(command.c_str());
+        REQUIRE(WIFEXITED(status));
+        if (WEXITSTATUS(status) == 77) return;  // it has printed why
+        CHECK(WEXITSTATUS(status) == 0);
+    }
 }
