@@ -471,10 +471,13 @@ class Rendezvous {
     void gather_ranks(Clock::time_point deadline) {
         using namespace rendezvous_detail;
         // Each rank takes a descriptor, and the usual limit is 1,024.
+        const rlim_t needed = launch.ranks + 64;
         rlimit files;
-        if (::getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < files.rlim_max) {
-            const rlim_t needed = files.rlim_cur + launch.ranks;
-            files.rlim_cur = std::min(files.rlim_max, needed);
+        if (::getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < needed) {
+            if (files.rlim_max < needed)
+                fail("ulimit -Hn is ", files.rlim_max, ": expected at least ", needed,
+                     ", because rank 0 has a connection to each of the ", launch.ranks, " ranks");
+            files.rlim_cur = needed;
             ::setrlimit(RLIMIT_NOFILE, &files);
         }
         Door door;
