@@ -471,7 +471,7 @@ class Rendezvous {
     void gather_ranks(Clock::time_point deadline) {
         using namespace rendezvous_detail;
         // Each rank takes a descriptor, and the usual limit is 1,024.
-        const rlim_t needed = launch.ranks + 64;
+        const rlim_t needed = (rlim_t)launch.ranks + 64;
         rlimit files;
         if (::getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < needed) {
             if (files.rlim_max < needed)

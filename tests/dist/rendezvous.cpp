@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <climits>
 #include <filesystem>
 #include <functional>
 #include <initializer_list>
@@ -228,7 +229,7 @@ TEST_CASE("rendezvous: ranks that never come are named at all others") {
     check_says(meet(rank_of(1, 2, free_port(), "no-such-host.invalid"), 0.1).error,
                {"cannot reach rank 0 at no-such-host.invalid", "the host is unknown"});
     check_says(meet(rank_of(1, 2, 0, ""), 5).error, {"MASTER_ADDR is not set", "a test"});
-    check_says(meet(rank_of(0, 2000000000, 1), 5).error, {"ulimit -Hn is", "expected at least 2000000064"});
+    check_says(meet(rank_of(0, INT_MAX, 1), 5).error, {"ulimit -Hn is", "expected at least 2147483711"});
 }
 
 TEST_CASE("rendezvous: ranks of this run that differ end the start for all") {
