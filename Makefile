@@ -49,7 +49,7 @@ $(BUILD)/avx512_bf16.o: isa := -march=x86-64-v4 -mavx512bf16 -DLLMC_ISA=avx512_b
 # are optimised. They come first, because the linker uses the first copy of an inline function that several objects have.
 busy     := $(patsubst %,$(BUILD)/test/%.o,reference cpu/attention cpu/attention_linear cpu/norms cpu/tile data/tokenizer data/unicode)
 tests    := $(busy) $(filter-out $(busy),$(patsubst tests/%.cpp,$(BUILD)/test/%.o,tests/main.cpp \
-            $(wildcard tests/cpu/*.cpp tests/data/*.cpp tests/cli/*.cpp)))
+            $(wildcard tests/cpu/*.cpp tests/data/*.cpp tests/cli/*.cpp tests/dist/*.cpp)))
 # If this processor has AVX-512, the code for AVX2 and for AVX-512 without BF16 is tested as well.
 lesser   := $(if $(filter 1,$(DISPATCH)),$(if $(filter avx512vl,$(cpu)),avx2 avx512))
 
