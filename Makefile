@@ -4,6 +4,8 @@ CXX      ?= g++
 # A folder with the headers and libraries that dev/setup.sh would install into the system (dev/gpu_check.sh --pack).
 DEPS     ?= $(wildcard .deps)
 ONEDNN   ?= $(shell printf '\043include <oneapi/dnnl/dnnl.hpp>\n' | $(CXX) $(DEPS:%=-isystem %/include) -x c++ -E - >/dev/null 2>&1 && echo 1)
+# 1: train_gpt can train on several ranks (llmc/cpu/mpi.h).
+MPI      ?= $(shell pkg-config --exists ompi-c 2>/dev/null && echo 1)
 SANITIZE ?= 0
 # 1: train_gpt has the model three times, for AVX2, AVX-512 and AVX-512 with BF16, and runs the best one that the
 # processor supports (llmc/cpu/isa.h). 0: it has the model once, for this processor.
@@ -25,6 +27,10 @@ ifeq ($(ONEDNN),1)
 flags    += -DLLMC_ONEDNN
 libs     += -ldnnl
 endif
+ifeq ($(MPI),1)
+mpi      := -DLLMC_MPI -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX $(patsubst -I%,-isystem %,$(shell pkg-config --cflags ompi-c))
+libs     += $(shell pkg-config --libs ompi-c)
+endif
 ifeq ($(SANITIZE),1)
 flags    += -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 endif
@@ -42,6 +48,8 @@ model    := $(native)
 models   := $(BUILD)/train_gpt.o
 tested   := $(models)
 endif
+models   += $(BUILD)/mpi.o
+tested   += $(BUILD)/mpi.o
 $(BUILD)/avx512.o: isa := -march=x86-64-v4 -DLLMC_ISA=avx512
 $(BUILD)/avx512_bf16.o: isa := -march=x86-64-v4 -mavx512bf16 -DLLMC_ISA=avx512_bf16
 
@@ -98,6 +106,9 @@ $(BUILD)/train_gpt_main.o: llmc/cpu/main.cpp
 $(BUILD)/train_gptcu_main.o: llmc/cuda/main.cpp
 $(BUILD)/run.o $(BUILD)/train_gpt_main.o $(BUILD)/train_gptcu_main.o: $(BUILD)/flags
 	$(CXX) $(flags) -O1 $(dispatch) -c $(filter %.cpp,$^) -o $@
+
+$(BUILD)/mpi.o: llmc/cpu/mpi.cpp $(BUILD)/flags
+	$(CXX) $(flags) $(mpi) -O1 -c $< -o $@
 
 # The commit changes often, so it has a small object of its own. It is empty in a folder that is not a git repository.
 commit   := $(if $(wildcard .git),$(shell git describe --always --dirty --abbrev=12 --exclude '*' 2>/dev/null))
@@ -205,7 +216,7 @@ $(BUILD)/ptxsim/bench: dev/ptxsim/bench.cu $(BUILD)/libptxsim.a
 # This file changes when the compiler or its flags change, and then everything is built again.
 $(BUILD)/flags: FORCE
 	@mkdir -p $(BUILD)
-	@echo '$(CXX) $(flags) $(model) $(libs)' | cmp -s - $@ || echo '$(CXX) $(flags) $(model) $(libs)' > $@
+	@echo '$(CXX) $(flags) $(mpi) $(model) $(libs)' | cmp -s - $@ || echo '$(CXX) $(flags) $(mpi) $(model) $(libs)' > $@
 FORCE:
 
 # Kills a program at its n-th write, fsync or rename, or makes that call fail (tests/cli/resume.cpp).

@@ -28,6 +28,7 @@
 #include "llmc/cpu/layernorm.h"
 #include "llmc/cpu/matmul.h"
 #include "llmc/cpu/memory.h"
+#include "llmc/cpu/mpi.h"
 #include "llmc/cpu/peak.h"
 #include "llmc/cpu/qk_norm_rope.h"
 #include "llmc/cpu/short_conv.h"
@@ -227,6 +228,10 @@ struct GPT : Model {
         }
     }
 
+    void reduce_gradients(Communicator& communicator, Slice slice) override {
+        communicator.all_reduce(parameters.arrays.gradients + slice.begin, slice.size());
+    }
+
     double gradient_norm(Slice slice) const override {
         return std::sqrt(sum_of_squares(parameters.arrays.gradients + slice.begin, slice.size()));
     }
@@ -322,6 +327,6 @@ inline std::unique_ptr<Model> make_model(const GPTConfig& config, const ModelOpt
 #ifndef LLMC_TESTING  // tests include this file for the model alone
 template <>
 Backend cpu::backend<cpu::Isa::LLMC_ISA>() {
-    return {"CPU", Capabilities{.program = "train_gpt"}, make_model, set_threads, measured_peak};
+    return {"CPU", Capabilities{.program = "train_gpt"}, make_model, set_threads, connect, measured_peak};
 }
 #endif

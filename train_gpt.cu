@@ -273,6 +273,8 @@ struct GPT : Model {
         }
     }
 
+    void reduce_gradients(Communicator&, Slice) override {}  // because there is one rank
+
     double gradient_norm(Slice slice) const override {
         return clip.norm(parameters.arrays.gradients + slice.begin, slice.size(), stream);
     }
@@ -393,7 +395,7 @@ Backend backend() {
                      .stochastic_rounding = true,
                      .cuda_graph = true,
                      .largest_head = 128};
-    return {device_name(), can, make_model, set_threads, measured_peak};
+    return {device_name(), can, make_model, set_threads, connect, measured_peak};
 }
 
 }  // namespace gpu

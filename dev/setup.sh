@@ -6,6 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 packages=(libdnnl-dev doctest-dev libcli11-dev nlohmann-json3-dev zlib1g-dev)
+# For several ranks (mpirun). dev/setup.sh cuda is what the tests call, and they test this, too.
+[ "${1:-}" != cuda ] || packages+=(libopenmpi-dev openmpi-bin pkg-config)
 command -v "${CXX:-g++}" >/dev/null || packages+=(g++)
 case "${CXX:-}" in *clang*) packages+=(libomp-dev) ;; esac
 command -v python3 >/dev/null || packages+=(python3)

@@ -8,7 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "llmc/communicator.h"
 #include "llmc/config.h"
+#include "llmc/launch.h"
 #include "llmc/optimizer.h"
 #include "llmc/parameters.h"
 
@@ -112,6 +114,8 @@ class Model {
         return take_loss();
     }
 
+    // Queues the sum over all ranks of the gradients of a slice, which must be complete.
+    virtual void reduce_gradients(Communicator& communicator, Slice slice) = 0;
     // The norm of the gradients of a slice.
     virtual double gradient_norm(Slice slice) const = 0;
     // Sets the factor by which the optimizer multiplies the gradients, so that their norm is at most max_norm
@@ -153,6 +157,8 @@ struct Backend {
     std::unique_ptr<Model> (*make_model)(const GPTConfig& config, const ModelOptions& options);
     // Sets the number of threads (0: as many as there are cores) and returns it.
     int (*set_threads)(int threads);
+    // Connects this process with the other ranks. See llmc/cpu/mpi.h.
+    std::unique_ptr<Communicator> (*connect)(const Launch& launch, int timeout);
     // FLOP/s of a large matrix product on this machine, measured now. The log's "% of peak" refers to it.
     double (*measured_peak)(Precision precision);
 };

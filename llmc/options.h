@@ -102,6 +102,7 @@ struct TrainOptions {
     std::string recompute = "none", gradients = "fp32";
     bool cuda_graph = false, stochastic_rounding = false;
     int threads = 0;  // 0: all
+    int comm_timeout = 600;  // seconds
     int val_every = 100, val_batches = 20, sample_every = 500, sample_tokens = 128, checkpoint_every = 500;
     int norms_every = 0;
     int keep_checkpoints = 3;
@@ -397,7 +398,7 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     batch("--batch", o.batch, false, "sequences in a micro-batch")->check(integer_in(1, 1 << 20));
     batch("--seq", o.seq, true, "tokens in a sequence; 0: the context")->check(integer_in(0, 1 << 24));
     batch("--total-batch", o.total_batch, true,
-          "tokens in a step, a multiple of batch x seq; 0: one micro-batch")
+          "tokens in a step, a multiple of batch x seq x ranks; 0: one micro-batch a rank")
         ->check(integer_in(0, int64_t{1} << 50));
 
     auto optimise = [&](const char* flag, auto& value, bool fixed, const char* help) {
@@ -454,6 +455,12 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
         ->group("Run")
         ->capture_default_str()
         ->check(integer_in(0, 4096));
+
+    app.add_option("--comm-timeout", o.comm_timeout,
+                   "seconds after which a rank that waits for the others gives up (with several ranks)")
+        ->group("Run")
+        ->capture_default_str()
+        ->check(integer_in(1, 1000000));
 
     auto loop = [&](const char* flag, auto& value, const char* help) {
         return remember(app.add_option(flag, value, help)->group("Loop")->capture_default_str(), value, false)

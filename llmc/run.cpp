@@ -62,7 +62,8 @@ int run(const char* program, Backend (*choose_backend)(), std::string (*describe
         if (fflush(stdout) != 0 || ferror(stdout)) fail("stdout: cannot write all of the output");
         return status;
     } catch (const Error& e) {
-        fprintf(stderr, "%s: error: %s\n", program, e.what());
+        // Without a text, another rank of a training has said it.
+        if (*e.what()) fprintf(stderr, "%s: error: %s\n", program, e.what());
         return e.status;
     } catch (const std::bad_alloc&) {
         fprintf(stderr, "%s: error: out of memory\n", program);

@@ -5,6 +5,7 @@
 // moments, and the random numbers, which are functions of seed and counter. So a resumed run computes the
 // same bits as a run that was never stopped.
 #pragma once
+#include <sched.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -19,8 +20,10 @@
 #include <vector>
 
 #include "llmc/checkpoint.h"
+#include "llmc/communicator.h"
 #include "llmc/dataloader.h"
 #include "llmc/inference.h"
+#include "llmc/launch.h"
 #include "llmc/metrics.h"
 #include "llmc/model.h"
 #include "llmc/norms.h"
@@ -66,63 +69,99 @@ class Trainer {
     Trainer(const Backend& backend, TrainOptions& options) : backend(backend), o(options) {}
 
     int run() {
-        RunFolder folder(o.out);
-        std::optional<Checkpoint> resumed = find_start();
-        o.threads = backend.set_threads(o.threads);
-        std::optional<Checkpoint> initial;  // has the first weights; none for a new model
-        if (resumed) {
-            initial = resumed;
-        } else if (!o.init_from.empty()) {
-            initial = open_model(o.init_from);
-        }
-        GPTConfig config = choose_model(initial, resumed.has_value());
+        Launch launch = launch_from(environment_of(environ), isatty(STDIN_FILENO));
+        comm = backend.connect(launch, o.comm_timeout);
+        if (comm->ranks == 1) return train(launch);
+        terminal = false;  // mpirun gives its ranks terminals, even if its own output goes to a file
+        // Only rank 0 says what happens. An error that not all ranks know is said by the rank that has it.
+        if (!is_root() && !freopen("/dev/null", "w", stdout)) fail("/dev/null: cannot open");
+        std::string what = "internal error";
+        int status = kExitFailure;
         try {
-            settle_sizes(config);
-            require_supported(backend, config, o.model_options());
-            model = backend.make_model(config, o.model_options());
-            optimizer = model->make_optimizer(o.adamw);
+            return train(launch);
         } catch (const Error& e) {
-            if (!resumed || e.status != kExitUsage) throw;
-            usage_error(e.what(), " (flags that are not given have the values in ",
-                        join_path(resumed->folder, "trainer.json"), ")");
+            if (agreed) throw Error(e.status, is_root() ? e.what() : "");
+            what = e.what(), status = e.status;
+        } catch (const std::exception& e) {
+            what = e.what();
         }
-        TokenDataset train_data(o.data, "train", config.vocab_size, o.seq);
-        DataLoader loader(train_data, o.seed);
-        std::optional<TokenDataset> val_data;
-        if (o.val_every > 0 && o.val_batches > 0) val_data.emplace(o.data, "val", config.vocab_size, o.seq);
+        fprintf(stderr, "%s: error: rank %d of %d, after step %d: %s\n", backend.can.program, comm->rank,
+                comm->ranks, state.step, printable(what).c_str());
+        comm->abort(status);
+        throw Error(status, "");
+    }
 
-        describe(config, train_data);
-        // The peak is measured before the model takes the memory.
-        peak.emplace([&] { return backend.measured_peak(o.model_options().precision); });
-        model->allocate(optimizer->bytes());
-        optimizer->allocate();
+  private:
+    int train(const Launch& launch) {
+        std::optional<RunFolder> folder;
+        together([&] {
+            if (is_root()) folder.emplace(o.out);
+        });
+        std::optional<Checkpoint> resumed, initial;  // initial has the first weights; none for a new model
+        std::optional<TokenDataset> train_data, val_data;
+        together([&] {
+            resumed = find_start();
+            o.threads = backend.set_threads(threads_of_rank(launch));
+            if (resumed) {
+                initial = resumed;
+            } else if (!o.init_from.empty()) {
+                initial = open_model(o.init_from);
+            }
+            GPTConfig config = choose_model(initial, resumed.has_value());
+            try {
+                settle_sizes(config);
+                require_supported(backend, config, o.model_options());
+                model = backend.make_model(config, o.model_options());
+                optimizer = model->make_optimizer(o.adamw);
+            } catch (const Error& e) {
+                if (!resumed || e.status != kExitUsage) throw;
+                usage_error(e.what(), " (flags that are not given have the values in ",
+                            join_path(resumed->folder, "trainer.json"), ")");
+            }
+            train_data.emplace(o.data, "train", config.vocab_size, o.seq);
+            if (o.val_every > 0 && o.val_batches > 0)
+                val_data.emplace(o.data, "val", config.vocab_size, o.seq);
+        });
+        DataLoader loader(*train_data, o.seed);
         inputs.resize((size_t)o.batch * o.seq);
         targets.resize((size_t)o.batch * o.seq);
-        load_weights(initial, resumed.has_value());
-        if (o.resume) delete_leftovers(o.out);
-        if (resumed) set_aside_later_checkpoints(o.out, state.step);
-        MetricsLog metrics(join_path(o.out, "metrics.jsonl"), resumed ? state.step : -1);
-        folder.keep();
+        if (comm->ranks > 1) require_same_ranks(loader, *train_data);
+
+        describe(*train_data, launch);
+        together([&] {
+            // The peak is measured before the model takes the memory.
+            peak.emplace([&] { return backend.measured_peak(o.model_options().precision); });
+            model->allocate(optimizer->bytes());
+            optimizer->allocate();
+            load_weights(initial, resumed.has_value());
+        });
+        together([&] {
+            if (!is_root()) return;
+            if (o.resume) delete_leftovers(o.out);
+            if (resumed) set_aside_later_checkpoints(o.out, state.step);
+            metrics.emplace(join_path(o.out, "metrics.jsonl"), resumed ? state.step : -1);
+            folder->keep();
+        });
 
         catch_stop_signals();
-        if (state.step == 0 && val_data) validate(*val_data, metrics);
-        while (state.step < o.steps && !g_stop_requested) {
-            step(loader, metrics);
+        if (state.step == 0 && val_data) validate(*val_data);
+        while (state.step < o.steps && !comm->any(g_stop_requested)) {
+            step(loader);
             bool last = state.step == o.steps;
             auto due = [&](int every) { return every > 0 && (last || state.step % every == 0); };
             bool validates = val_data && due(o.val_every);
             bool samples = tokenizer && o.sample_tokens > 0 && due(o.sample_every);
             bool saves = due(o.checkpoint_every);
             if (validates || samples || saves) check_finite();  // a finite loss can still make NaN weights
-            if (validates) validate(*val_data, metrics);
+            if (validates) validate(*val_data);
             if (samples) sample();
-            if (saves) checkpoint(metrics);
+            if (saves) checkpoint();
         }
         if (state.step < o.steps) {
             bool saved = last_checkpoint == join_path(o.out, checkpoint_name(state.step));
             if (o.checkpoint_every > 0 && state.step > 0 && !saved) {
                 check_finite();
-                checkpoint(metrics);
+                checkpoint();
             }
             printf("stopped after step %d; %s\n", state.step,
                    o.checkpoint_every == 0 ? "no checkpoint was asked for"
@@ -133,19 +172,79 @@ class Trainer {
         return kExitDone;
     }
 
-  private:
     const Backend& backend;
     TrainOptions& o;
     TrainerState state;
+    std::unique_ptr<Communicator> comm;
+    bool agreed = false;  // all ranks know the error that ends the training
     std::unique_ptr<Model> model;
     std::unique_ptr<Optimizer> optimizer;
-    std::string tokenizer_text;  // text of tokenizer.json, which every checkpoint gets a copy of
+    std::optional<MetricsLog> metrics;  // only rank 0 has it
+    std::string tokenizer_text;         // text of tokenizer.json, which every checkpoint gets a copy of
     std::optional<Tokenizer> tokenizer;
     std::vector<int> inputs, targets;  // (B,T)
     std::string last_checkpoint;
     std::optional<Peak> peak;
     double seconds_a_step = 0;
-    const bool terminal = isatty(STDOUT_FILENO);
+    bool terminal = isatty(STDOUT_FILENO);
+
+    bool is_root() const { return comm->rank == 0; }
+
+    void log(const nlohmann::ordered_json& line) {
+        if (metrics) metrics->write(line);
+    }
+
+    // Runs f on every rank. If it fails on one, all ranks end with the error of the first rank that failed.
+    template <class F>
+    void together(F f) {
+        if (comm->ranks == 1) return f();
+        std::string error;
+        try {
+            f();
+        } catch (const Error& e) {
+            error = str((char)e.status, e.what());
+        }
+        std::vector<std::string> errors = comm->gather(error);
+        for (int rank = 0; rank < comm->ranks; rank++) {
+            if (errors[rank].empty()) continue;
+            agreed = true;
+            bool all = std::count(errors.begin(), errors.end(), errors[rank]) == comm->ranks;
+            throw Error(errors[rank][0], (all ? "" : str("rank ", rank, ": ")) + errors[rank].substr(1));
+        }
+    }
+
+    // Ranks on one machine share its cores, unless the launcher has given cores to each of them.
+    int threads_of_rank(const Launch& launch) const {
+        if (o.threads > 0 || launch.local_ranks < 2 || getenv("OMP_NUM_THREADS")) return o.threads;
+        cpu_set_t set;
+        long cores = sysconf(_SC_NPROCESSORS_ONLN);
+        long given = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : cores;
+        return (int)(given < cores ? given : std::max(1L, cores / launch.local_ranks));
+    }
+
+    // An error if the ranks do not train the same model with the same data and flags.
+    void require_same_ranks(DataLoader& loader, const TokenDataset& data) {
+        loader.batch(state.samples, 1, inputs.data(), targets.data());
+        nlohmann::json mine = o.remembered();
+        mine["the program"] = o.program;
+        mine["--out"] = json_of_path(o.out);
+        mine["the model's config"] = config_to_json(model->config).dump();
+        mine["the step to start from"] = state.step;
+        mine["the number of training tokens"] = data.tokens();
+        mine["the checksum of the first sequence"] =
+            crc32_of(reinterpret_cast<const std::byte*>(inputs.data()), o.seq * sizeof(int));
+        std::vector<std::string> texts = comm->gather(mine.dump());
+        nlohmann::json first = nlohmann::json::parse(texts[0]);
+        for (int rank = 1; rank < comm->ranks; rank++) {
+            nlohmann::json other = nlohmann::json::parse(texts[rank]);
+            for (const auto& [key, value] : first.items()) {
+                if (other[key] == value) continue;
+                agreed = true;
+                usage_error("the ranks disagree on ", key, ": rank 0 has ", brief(value), ", rank ", rank,
+                            " has ", brief(other[key]));
+            }
+        }
+    }
 
     // Finds the checkpoint to resume from and takes over its options; none for a new run.
     std::optional<Checkpoint> find_start() {
@@ -243,10 +342,12 @@ class Trainer {
         if (o.seq == 0) o.seq = config.context;
         check_batch(config, o.batch, o.seq);
         int64_t micro_batch = (int64_t)o.batch * o.seq;
+        std::string of_ranks = comm->ranks > 1 ? str(" x ", comm->ranks, " ranks") : "";
+        micro_batch *= comm->ranks;
         if (o.total_batch == 0) o.total_batch = micro_batch;
         if (o.total_batch % micro_batch != 0)
             usage_error("--total-batch ", o.total_batch, ": expected a multiple of --batch ", o.batch,
-                        " x --seq ", o.seq, " = ", micro_batch);
+                        " x --seq ", o.seq, of_ranks, " = ", micro_batch);
         if (o.total_batch / micro_batch > 1 << 30)
             usage_error("--total-batch ", o.total_batch, ": more than 2^30 micro-batches of ", micro_batch,
                         " tokens");
@@ -268,7 +369,8 @@ class Trainer {
         }
     }
 
-    void describe(const GPTConfig& config, const TokenDataset& data) const {
+    void describe(const TokenDataset& data, const Launch& launch) const {
+        const GPTConfig& config = model->config;
         int64_t steps_an_epoch = std::max<int64_t>(1, data.sequences() * o.seq / o.total_batch);
         std::string attention = kAttentionNames[(int)config.attention_kind];
         if (config.attention().polynomial()) attention += ", scale " + config.attention_scale;
@@ -285,6 +387,9 @@ class Trainer {
         printf("batch      %lld tokens a step, in %lld micro-batches of %d x %d; %lld steps an epoch\n",
                (long long)o.total_batch, (long long)(o.total_batch / ((int64_t)o.batch * o.seq)), o.batch,
                o.seq, (long long)steps_an_epoch);
+        if (comm->ranks > 1)
+            printf("ranks      %d, started by %s; %d threads at rank 0\n", comm->ranks,
+                   launch.launcher.c_str(), o.threads);
         printf("training   %d steps, %s schedule to %g after %d steps of warm-up, %s\n", o.steps,
                o.schedule.c_str(), o.learning_rate, o.warmup, o.compute.dtype.c_str());
         size_t total = 0;
@@ -299,40 +404,55 @@ class Trainer {
         fflush(stdout);
     }
 
-    void step(DataLoader& loader, MetricsLog& metrics) {
+    void step(DataLoader& loader) {
         auto start = std::chrono::steady_clock::now();
-        int micro_batches = (int)(o.total_batch / ((int64_t)o.batch * o.seq));
+        int ranks = comm->ranks;
+        int micro_batches = (int)(o.total_batch / ((int64_t)o.batch * o.seq * ranks));  // of each rank
         std::vector<AttentionNorms> norms;  // (L,H), of the first micro-batch; empty if not wanted
-        if (o.norms_every > 0 && (state.step == 0 || (state.step + 1) % o.norms_every == 0))
+        if (is_root() && o.norms_every > 0 && (state.step == 0 || (state.step + 1) % o.norms_every == 0))
             norms.resize((size_t)model->config.layers * model->config.heads);
+        std::vector<Slice> buckets = model->table.buckets();
+        ReadyFunction reduce = [&](int bucket) {
+            comm->progress();
+            model->reduce_gradients(*comm, buckets[bucket]);
+        };
         for (int i = 0; i < micro_batches; i++) {
-            loader.batch(state.samples + (int64_t)i * o.batch, o.batch, inputs.data(), targets.data());
+            loader.batch(state.samples + ((int64_t)i * ranks + comm->rank) * o.batch, o.batch, inputs.data(),
+                         targets.data());
             bool first = i == 0, last = i + 1 == micro_batches;
             model->run({inputs.data(), targets.data(), o.batch, o.seq},
-                       Pass::training(1.0f / micro_batches, first, last,
-                                      first && !norms.empty() ? norms.data() : nullptr));
+                       Pass::training(1.0f / (micro_batches * ranks), first, last,
+                                      first && !norms.empty() ? norms.data() : nullptr),
+                       ranks > 1 ? reduce : ReadyFunction());
         }
+        // What is still to do now is not hidden behind the backward pass.
+        auto exposed = std::chrono::steady_clock::now();
+        comm->join();
+        double comm_ms =
+            std::chrono::duration<double>(std::chrono::steady_clock::now() - exposed).count() * 1e3;
         int step = state.step + 1;
         double rate =
             learning_rate_at(o.schedule, step, o.steps, o.warmup, o.learning_rate, o.final_lr_fraction);
         model->clip_gradients(o.grad_clip);
         optimizer->step(model->table.all(), rate, step);
-        double norm = model->clipped_norm(), loss = model->take_loss() / micro_batches;
+        double norm = model->clipped_norm(), loss = comm->sum(model->take_loss()) / (micro_batches * ranks);
         if (!std::isfinite(loss)) diverged(step, str("the loss is ", loss));
         if (!std::isfinite(norm)) diverged(step, str("the gradient norm is ", norm));
         state.step = step;
-        state.samples += (int64_t)micro_batches * o.batch;
+        state.samples += (int64_t)micro_batches * ranks * o.batch;
 
         double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
         double tokens_per_second = o.total_batch / seconds;
-        metrics.write({{"step", step},
-                       {"loss", loss},
-                       {"lr", rate},
-                       {"grad_norm", norm},
-                       {"tokens", step * o.total_batch},
-                       {"ms", seconds * 1e3},
-                       {"tokens_per_second", tokens_per_second}});
-        if (!norms.empty()) write_norms(metrics, norms);
+        nlohmann::ordered_json line = {{"step", step},
+                                       {"loss", loss},
+                                       {"lr", rate},
+                                       {"grad_norm", norm},
+                                       {"tokens", step * o.total_batch},
+                                       {"ms", seconds * 1e3},
+                                       {"tokens_per_second", tokens_per_second}};
+        if (ranks > 1) line["exposed_comm_ms"] = comm_ms;
+        log(line);
+        if (!norms.empty()) write_norms(norms);
         // A running mean, so that one slow step does not change the remaining time much.
         seconds_a_step = seconds_a_step == 0 ? seconds : 0.9 * seconds_a_step + 0.1 * seconds;
         double share = peak->share(operations_per_token(model->config, o.seq) * tokens_per_second);
@@ -347,22 +467,28 @@ class Trainer {
 
     // Writes the norms of the step that was just done: a line for each head, and one for the gradient of each
     // layer.
-    void write_norms(MetricsLog& metrics, const std::vector<AttentionNorms>& norms) {
+    void write_norms(const std::vector<AttentionNorms>& norms) {
         const GPTConfig& config = model->config;
         for (int l = 0; l < config.layers; l++) {
             for (int h = 0; h < config.heads; h++) {
                 nlohmann::ordered_json line = {{"step", state.step}, {"layer", l}, {"head", h}};
                 append_norms(line, norms[(size_t)l * config.heads + h], config.attention());
-                metrics.write(line);
+                log(line);
             }
-            metrics.write({{"step", state.step},
-                           {"layer", l},
-                           {"gradient_norm", model->gradient_norm(model->table.range(l))}});
+            log({{"step", state.step},
+                 {"layer", l},
+                 {"gradient_norm", model->gradient_norm(model->table.range(l))}});
         }
     }
 
+    // All ranks must call this, because a NaN may be at one of them only.
     [[noreturn]] void diverged(int step, const std::string& what) {
-        std::string tensor = first_nonfinite();
+        std::string tensor;
+        std::vector<std::string> tensors = comm->gather(first_nonfinite());
+        for (int rank = 0; rank < comm->ranks && tensor.empty(); rank++)
+            if (!tensors[rank].empty())
+                tensor = tensors[rank] + (comm->ranks > 1 ? str(" at rank ", rank) : "");
+        agreed = true;
         throw Error(kExitDiverged,
                     str("training diverged at step ", step, ": ", what, ", first in ",
                         tensor.empty() ? std::string("their sum") : tensor,
@@ -375,26 +501,40 @@ class Trainer {
     }
 
     void check_finite() {
-        if (!first_nonfinite().empty()) diverged(state.step, "a value is not finite");
+        if (comm->any(!first_nonfinite().empty())) diverged(state.step, "a value is not finite");
     }
 
-    void validate(const TokenDataset& data, MetricsLog& metrics) {
+    // The ranks share the batches. A rank may have one less than another, or none.
+    void validate(const TokenDataset& data) {
         DataLoader loader(data, 0, /*shuffle=*/false);
         int64_t batches = std::clamp<int64_t>(data.sequences() / o.batch, 1, o.val_batches);
         int B = (int)std::min<int64_t>(o.batch, data.sequences());
         double loss = 0;
-        for (int64_t i = 0; i < batches; i++) {
+        for (int64_t i = comm->rank; i < batches; i += comm->ranks) {
             loader.batch(i * B, B, inputs.data(), targets.data());
             loss += model->loss({inputs.data(), targets.data(), B, o.seq}) / batches;
         }
+        loss = comm->sum(loss);
         if (!std::isfinite(loss)) diverged(state.step, str("the validation loss is ", loss));
-        metrics.write({{"step", state.step}, {"val_loss", loss}});
+        log({{"step", state.step}, {"val_loss", loss}});
         printf("step %d: validation loss %.4f over %lld tokens\n", state.step, loss,
                (long long)(batches * B * o.seq));
         fflush(stdout);
     }
 
     void sample() {
+        bool finite = true;
+        std::string text;
+        if (is_root()) finite = sample_text(text);
+        if (comm->any(!finite)) diverged(state.step, "a logit of the sample is not finite");
+        printf("--- a sample after step %d\n", state.step);
+        fwrite(text.data(), 1, text.size(), stdout);  // it may hold a NUL
+        printf("\n---\n");
+        fflush(stdout);
+    }
+
+    // Returns false if a logit is not finite.
+    bool sample_text(std::string& text) {
         std::vector<int> prompt = {start_token(model->config, *tokenizer)};
         if (prompt[0] < 0) prompt = tokenizer->encode("\n");
         SamplerOptions options;
@@ -406,23 +546,24 @@ class Trainer {
                                 if (token < tokenizer->vocab_size()) tokens.push_back(token);
                             });
         } catch (const NonfiniteLogits&) {
-            diverged(state.step, "a logit of the sample is not finite");
+            return false;
         }
         Utf8Stream stream;
-        std::string text = stream.push(tokenizer->decode(tokens));
+        text = stream.push(tokenizer->decode(tokens));
         text += stream.finish();
-        printf("--- a sample after step %d\n", state.step);
-        fwrite(text.data(), 1, text.size(), stdout);  // it may hold a NUL
-        printf("\n---\n");
-        fflush(stdout);
+        return true;
     }
 
-    void checkpoint(MetricsLog& metrics) {
-        metrics.sync();
+    void checkpoint() {
         state.options = o.remembered();
         state.program = o.program;
-        last_checkpoint = write_checkpoint(o.out, *model, *optimizer, state, tokenizer_text);
-        delete_old_checkpoints(o.out, o.keep_checkpoints);
+        together([&] {
+            if (!is_root()) return;
+            metrics->sync();
+            write_checkpoint(o.out, *model, *optimizer, state, tokenizer_text);
+            delete_old_checkpoints(o.out, o.keep_checkpoints);
+        });
+        last_checkpoint = join_path(o.out, checkpoint_name(state.step));
         printf("wrote %s\n", printable(last_checkpoint).c_str());
         fflush(stdout);
     }

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "llmc/cpu/dispatch.h"
+#include "llmc/cpu/mpi.h"
 #include "llmc/run.h"
 
 namespace {
@@ -16,7 +17,7 @@ std::string describe_build() {
 #else
     std::string products = "loops, without oneDNN";
 #endif
-    return str("for CPUs with ", cpu::instruction_sets(), "; matrix products by ", products);
+    return str("for CPUs with ", cpu::instruction_sets(), "; matrix products by ", products, "; ", cpu::mpi_version());
 }
 
 }  // namespace

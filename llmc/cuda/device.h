@@ -23,6 +23,14 @@ inline int set_threads(int) {
     return 1;
 }
 
+// A communicator for one rank, because several ranks train on CPUs only.
+inline std::unique_ptr<Communicator> connect(const Launch& launch, int) {
+    if (launch.ranks > 1)
+        usage_error(launch.launcher, " has started ", launch.ranks,
+                    " ranks: train_gptcu uses one GPU; train_gpt can use several ranks");
+    return std::make_unique<Communicator>();
+}
+
 // The text of --version about the build. The attribute is there because llmc/cuda/main.cpp, which is no CUDA
 // code, calls this function, and nothing else does.
 [[gnu::used]] inline std::string describe_build() {
