@@ -131,7 +131,7 @@ $(BUILD)/test/%.o: tests/%.cpp $(BUILD)/flags
 	@mkdir -p $(@D)
 	$(CXX) $(flags) $(quick) $(native) -c $< -o $@
 
-$(BUILD)/tests: $(tests)
+$(BUILD)/tests: $(tests) $(BUILD)/mpi.o
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 $(BUILD)/attention: dev/bench/attention.cpp $(BUILD)/flags

@@ -333,7 +333,7 @@ TEST_CASE("a kind of attention without a linear form is refused where that is as
     GPTConfig config;
     config.layers = 1, config.heads = 2, config.channels = 128, config.context = 8, config.vocab_size = 10;
     const Backend backend{
-        "CPU", {.program = "train_gpt"}, cpu::make_model, cpu::set_threads, cpu::measured_peak};
+        "CPU", {.program = "train_gpt"}, cpu::make_model, cpu::set_threads, cpu::connect, cpu::measured_peak};
     auto make = [&](AttentionKind kind, const char* scale, AttentionKernel kernel, CacheKind cache) {
         config.attention_kind = kind, config.attention_scale = scale;
         ModelOptions options{Purpose::inference, 1, 8};
