@@ -80,7 +80,10 @@ class Trainer {
         try {
             return train(launch);
         } catch (const Error& e) {
-            if (agreed) throw Error(e.status, is_root() ? e.what() : "");
+            // It is printed before MPI ends, because mpirun kills the other ranks when one has ended with an
+            // error.
+            if (agreed && is_root()) fprintf(stderr, "%s: error: %s\n", backend.can.program, e.what());
+            if (agreed) throw Error(e.status, "");
             what = e.what(), status = e.status;
         } catch (const std::exception& e) {
             what = e.what();
@@ -167,6 +170,7 @@ class Trainer {
                    o.checkpoint_every == 0 ? "no checkpoint was asked for"
                    : state.step == 0       ? "there is nothing to resume yet"
                                            : "continue with --resume");
+            fflush(stdout);
             return kExitInterrupted;
         }
         return kExitDone;
