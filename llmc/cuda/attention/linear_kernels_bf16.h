@@ -157,16 +157,13 @@ __global__ __launch_bounds__(kAttentionThreads,
     bf16* phi = reinterpret_cast<bf16*>(dphi);
     float* dx = warp_rows + 4 * 16 * kStride + warp * 16 * kWidth;
 
-    const int bh = blockIdx.y, T = shape.attention.T, D = shape.attention.D, C = shape.attention.C();
-    const int i0 = blockIdx.x * kAttentionTile + (kRows == Rows::keys ? 0 : shape.segment);
-    const int slot = i0 / shape.segment - (kRows == Rows::keys ? 0 : 1), boundary = shape.boundary(slot);
-    const size_t row0 = shape.row(bh, slot);
-    const int width = shape.state_width();
-    const bf16* state = states + row0 * width;
-    z = z ? z + row0 : nullptr;
+    const RowWork<bf16, kRows> work(states, z, shape, kAttentionTile);
+    const int bh = work.bh, i0 = work.i0, boundary = work.boundary, width = work.width;
+    const int T = shape.attention.T, D = shape.attention.D, C = shape.attention.C();
+    z = work.z;
     const LinearRows<bf16, kRows> rows(qkv, dout, shape, bh);
     auto load_state = [&](int tile) {
-        load_tile<kD>(stages + tile % 2 * Tiles::size, state + (size_t)tile * kFeatures * width, width,
+        load_tile<kD>(stages + tile % 2 * Tiles::size, work.state + (size_t)tile * kFeatures * width, width,
                       kFeatures, width);
         commit_copies();
     };
@@ -234,8 +231,8 @@ __global__ __launch_bounds__(kAttentionThreads,
         }
     }
 
-    const size_t stride = kRows == Rows::queries ? C : 3 * (size_t)C;
-    float* to = sums + ((size_t)(bh / shape.attention.H) * T + i0) * stride + bh % shape.attention.H * D;
+    const size_t stride = work.out_stride;
+    float* to = work.out(sums, shape);
     if constexpr (kOutput) {
         float factor[2];
         for (int r = 0; r < 2; r++) factor[r] = __shfl_sync(0xFFFFFFFFu, terms.weight, g + 8 * r);
@@ -251,9 +248,7 @@ __global__ __launch_bounds__(kAttentionThreads,
 #pragma unroll
             for (int c = lane; c < kD; c += kWarp)
                 if (c < D) to[(16 * warp + r) * stride + c] = dx[r * kWidth + c];
-        if (dlog_gamma)
-            store_share(dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x,
-                        i < T ? (double)slope * linear_distance<kRows>(shape, bh, i, boundary) : 0);
+        work.store_slope(dlog_gamma, slope, shape, i);
     }
 }
 

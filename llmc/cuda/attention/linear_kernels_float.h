@@ -90,13 +90,10 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
     float* dx = y_tile + Tiles::size;  // (32 tokens,D), in the rows of a tile
     static_assert(kStride <= 2 * FloatWeights::stride);
 
-    const int bh = blockIdx.y, T = shape.attention.T, D = shape.attention.D, C = shape.attention.C();
-    const int i0 = blockIdx.x * kFloatTile + (kRows == Rows::keys ? 0 : shape.segment);
-    const int slot = i0 / shape.segment - (kRows == Rows::keys ? 0 : 1), boundary = shape.boundary(slot);
-    const size_t row0 = shape.row(bh, slot);
-    const int width = shape.state_width();
-    const float* state = states + row0 * width;
-    z = z ? z + row0 : nullptr;
+    const RowWork<float, kRows> work(states, z, shape, kFloatTile);
+    const int bh = work.bh, i0 = work.i0, boundary = work.boundary, width = work.width;
+    const int T = shape.attention.T, D = shape.attention.D, C = shape.attention.C();
+    z = work.z;
     const LinearRows<float, kRows> rows(qkv, dout, shape, bh);
     Tiles::load(x_tile, rows.x + i0 * rows.x_stride, rows.x_stride, T - i0, D, shape.channels());
     if (kGradient) {
@@ -114,8 +111,9 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
     for (int n = 0; n < shape.tiles; n++, tile.next(shape.blocks)) {
         __syncthreads();
         for (int half = 0; half < 2; half++)
-            Tiles::load(s + half * Tiles::size, state + ((size_t)n * kFeatures + half * kFloatTile) * width,
-                        width, kFloatTile, width);
+            Tiles::load(s + half * Tiles::size,
+                        work.state + ((size_t)n * kFeatures + half * kFloatTile) * width, width, kFloatTile,
+                        width);
         __syncthreads();
         if constexpr (kOutput) {
             float features[16];
@@ -157,8 +155,8 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
         }
     }
 
-    const size_t stride = kRows == Rows::queries ? C : 3 * (size_t)C;
-    float* to = sums + ((size_t)(bh / shape.attention.H) * T + i0) * stride + bh % shape.attention.H * D;
+    const size_t stride = work.out_stride;
+    float* to = work.out(sums, shape);
     if constexpr (kOutput) {
         const int first_row =
             threadIdx.x % kWarp / 8 * 2;  // among the warp's 8 rows, whose terms lanes 0 to 7 have
@@ -175,9 +173,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
 #pragma unroll
             for (int c = threadIdx.x % kWarp; c < kD; c += kWarp)
                 if (c < D) to[r * stride + c] = dx[r * Tiles::stride + c];
-        if (dlog_gamma)
-            store_share(dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x,
-                        i < T ? (double)slope * linear_distance<kRows>(shape, bh, i, boundary) : 0);
+        work.store_slope(dlog_gamma, slope, shape, i);
     }
 }
 

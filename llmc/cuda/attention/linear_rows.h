@@ -82,6 +82,38 @@ __device__ float linear_distance(const LinearShape& shape, int bh, int i, int bo
     return i - boundary - tables.neutral_distance[(size_t)(bh % shape.attention.H) * tables.stride + i];
 }
 
+// What a block of a rows kernel works on: the rows from i0 on, which take from the state of a boundary. All
+// of them belong to the same boundary, because a segment is a multiple of a block's rows.
+template <class Real, Rows kRows>
+struct RowWork {
+    int bh = blockIdx.y, i0, boundary, width;
+    const Real* state;  // (features,width)
+    const float* z;     // (features), or null
+    size_t out_stride;  // between the rows of the result
+
+    __device__ RowWork(const Real* states, const float* all_z, const LinearShape& shape, int rows_a_block)
+        : i0(blockIdx.x * rows_a_block + (kRows == Rows::keys ? 0 : shape.segment)),
+          width(shape.state_width()),
+          out_stride((kRows == Rows::queries ? 1 : 3) * (size_t)shape.attention.C()) {
+        const int slot = i0 / shape.segment - (kRows == Rows::keys ? 0 : 1);
+        boundary = shape.boundary(slot);
+        state = states + shape.row(bh, slot) * width;
+        z = all_z ? all_z + shape.row(bh, slot) : nullptr;
+    }
+    // Where the result of row i0 begins in sums (B,T,C), or (B,T,3C) for gradients.
+    __device__ float* out(float* sums, const LinearShape& shape) const {
+        const int H = shape.attention.H;
+        return sums + ((size_t)(bh / H) * shape.attention.T + i0) * out_stride + bh % H * shape.attention.D;
+    }
+    // Stores the block's share of the gradient of log gamma. slope: the thread's, of row i.
+    __device__ void store_slope(double* dlog_gamma, float slope, const LinearShape& shape, int i) const {
+        if (!dlog_gamma) return;
+        store_share(
+            dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x,
+            i < shape.attention.T ? (double)slope * linear_distance<kRows>(shape, bh, i, boundary) : 0);
+    }
+};
+
 // The thread's share of a feature of z: the sum of the products of channels over every other token. Two
 // threads share a feature.
 template <int P, int kTokens, class Row>
