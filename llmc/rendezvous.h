@@ -3,9 +3,9 @@
 // an NCCL communicator, and all ranks can exchange a text each, such as their options.
 //
 // The network is not trusted to be quiet. A peer that is slow, silent, or no rank at all has a few seconds
-// for its greeting and delays nobody else. One of another run is refused, and rank 0 waits on; it is told
-// why. Two ranks of this run that cannot work together end the start at all ranks. Every operation ends
-// within the timeout, except that the system's look-up of a host's name cannot be interrupted.
+// for its greeting and delays nobody else. A peer of another run is refused and told
+// why, and rank 0 goes on waiting. If two ranks of this run cannot work together, all ranks end. Every
+// operation ends within the timeout, except that the system's look-up of a host's name cannot be interrupted.
 //
 // Messages are a type (1 byte), a size (4 bytes, little endian) and that many bytes. The first in each
 // direction begin with kMagic and kProtocol, which later versions keep, so that they can refuse each other.

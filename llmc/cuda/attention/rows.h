@@ -149,9 +149,10 @@ enum class Leave { weights, decay_terms };
 
 // Replaces four dO V^T by the gradients of q . k, without gradient_factor(), and four q . k by what `kLeave`
 // says.
-//   w: the factors of the pairs: fade and row factor; for Leave::decay_terms and its results without the
-//   latter dot: dO_i . O_i if there is a normaliser; for Leave::weights with the scale `sum` times w rows:
-//   the numbers of the pairs' rows
+//   w: the factor of each pair, which is the fade times the row factor
+//      (with Leave::decay_terms it is the fade alone, and the results lack the row factor)
+//   dot: dO_i . O_i, if there is a normaliser (with Leave::weights and the scale `sum`: times w)
+//   rows: the number of each pair's row
 template <class A, Leave kLeave, bool kRowSum>
 __device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[4], const float (&dot)[4],
                                 const int (&rows)[4], const bool (&visible)[4], float qk_to_score) {
