@@ -229,7 +229,7 @@ struct GPT : Model {
     }
 
     void reduce_gradients(Communicator& communicator, Slice slice) override {
-        communicator.all_reduce(parameters.arrays.gradients + slice.begin, slice.size());
+        communicator.all_reduce({parameters.arrays.gradients + slice.begin, slice.size()});
     }
 
     double gradient_norm(Slice slice) const override {

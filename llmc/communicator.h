@@ -1,12 +1,19 @@
 // What the ranks of a data-parallel training say to each other. A rank is a process that has the whole model
 // and computes a part of each step's batch. This class is the communicator of a process that is alone; each
-// backend may have one for several ranks (llmc/cpu/mpi.h).
+// backend may have one for several ranks (llmc/cpu/mpi.h, llmc/cuda/nccl.h).
 //
 // All ranks must make the same calls in the same order. If a rank fails, abort() ends the others.
+//
+// Collectives have a queue of their own. A call only puts one into the queue. It runs after what the model
+// has queued before that call, and after the collectives before it, while the model goes on. So the arrays
+// of a collective must stay as they are until wait() or join().
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
+
+#include "llmc/slice.h"
 
 class Communicator {
   public:
@@ -17,19 +24,30 @@ class Communicator {
     Communicator(const Communicator&) = delete;
     Communicator& operator=(const Communicator&) = delete;
 
-    // Replaces x (n), in the memory of the backend, by its sum over all ranks. Only puts this into a queue:
-    // x must stay as it is until join().
-    virtual void all_reduce(float* /*x*/, size_t /*n*/) {}
+    // They work in place. Part r of x belongs to rank r; the parts follow one another and cover x, and some
+    // may be empty.
+    virtual void all_reduce(Span /*x*/) {}  // x becomes the sum over all ranks
+    // The own part becomes the sum over all ranks. The other parts have no particular values then.
+    virtual void reduce_scatter(Span /*x*/, const std::vector<Slice>& /*parts*/) {}
+    virtual void all_gather(Span /*x*/, const std::vector<Slice>& /*parts*/) {}  // every rank gets all parts
+
     // Lets what is in the queue go on. Takes little time.
     virtual void progress() {}
-    // Waits until the queue is empty.
-    virtual void join() {}
+    // How many collectives have been put into the queue since the start.
+    virtual int64_t queued() const { return 0; }
+    // What the model does next comes after the first n collectives.
+    virtual void wait(int64_t /*n*/) {}
+    void join() { wait(queued()); }
+    // Milliseconds that the model has been waiting for collectives since the last call. Waits for the model.
+    virtual double take_exposed_ms() { return 0; }
 
     // These wait for all ranks, and every rank gets the same answer.
     virtual double sum(double x) { return x; }
     virtual bool any(bool x) { return x; }
     virtual std::vector<std::string> gather(const std::string& text) { return {text}; }  // of every rank
 
+    // For the message if another rank is lost: the number of steps done.
+    virtual void set_step(int /*step*/) {}
     // Ends the processes of all other ranks, in the middle of whatever they do.
     virtual void abort(int /*status*/) {}
 };

@@ -16,6 +16,7 @@
 #include "llmc/attention_scale.h"
 #include "llmc/config.h"
 #include "llmc/rng.h"
+#include "llmc/slice.h"
 
 // The kind of a tensor. It alone decides how the tensor is treated: whether weight decay applies, in which
 // type its gradient is stored, and whether a matrix product assigns that gradient or a layer adds to it.
@@ -83,12 +84,6 @@ struct ParameterTensor {
     size_t size;    // product of shape
     Init init;
     double std;  // standard deviation, for Init::normal
-};
-
-// Elements begin .. end-1 of an array that has the layout of the table.
-struct Slice {
-    size_t begin, end;
-    size_t size() const { return end - begin; }
 };
 
 struct ParameterTable {

@@ -430,10 +430,7 @@ class Trainer {
                        ranks > 1 ? reduce : ReadyFunction());
         }
         // What is still to do now is not hidden behind the backward pass.
-        auto exposed = std::chrono::steady_clock::now();
         comm->join();
-        double comm_ms =
-            std::chrono::duration<double>(std::chrono::steady_clock::now() - exposed).count() * 1e3;
         int step = state.step + 1;
         double rate =
             learning_rate_at(o.schedule, step, o.steps, o.warmup, o.learning_rate, o.final_lr_fraction);
@@ -454,7 +451,7 @@ class Trainer {
                                        {"tokens", step * o.total_batch},
                                        {"ms", seconds * 1e3},
                                        {"tokens_per_second", tokens_per_second}};
-        if (ranks > 1) line["exposed_comm_ms"] = comm_ms;
+        if (ranks > 1) line["exposed_comm_ms"] = comm->take_exposed_ms();
         log(line);
         if (!norms.empty()) write_norms(norms);
         // A running mean, so that one slow step does not change the remaining time much.
