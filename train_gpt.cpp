@@ -56,7 +56,7 @@ struct GPT : Model {
     Cache<Real> cache;
 
     GPT(const GPTConfig& config, const ModelOptions& options)
-        : Model(config, padded_vocabulary(config)),
+        : Model(config, padded_vocabulary(config), options.sharding),
           attention(config.attention()),
           L(config.layers),
           H(config.heads),
@@ -64,7 +64,7 @@ struct GPT : Model {
           C(config.channels),
           V(config.vocab_size),
           Vp(padded_vocabulary(config)),
-          parameters(table, options.purpose == Purpose::training),
+          parameters(table, sharding, options.purpose == Purpose::training),
           options(options) {
         if (config.decay == DecayKind::fixed) fixed_decay = initial_decays(H);
         size_t B = options.batch, T = options.seq;
@@ -78,35 +78,38 @@ struct GPT : Model {
         }
     }
 
-    void run(const Batch& batch, const Pass& pass, const ReadyFunction& ready = {}) override {
+    void run(const Batch& batch, const Pass& pass, const BucketHooks& hooks = {}) override {
         int N = batch.B * batch.T;
-        forward_blocks(batch.inputs, batch.B, batch.T, nullptr, pass.norms);
+        forward_blocks(batch.inputs, batch.B, batch.T, nullptr, pass.norms, hooks.before_forward);
+        if (pass.backward) call(hooks.before_backward, table.bucket_of_embeddings());
         classifier(acts.losses, pass.backward ? grads.norm : nullptr, gradients.wte, logits, dlogits,
-                   acts.ln_f, weights_real.wte, batch.targets, pass.loss_scale / N, !pass.first, N, C, V, Vp);
+                   acts.ln_f, weights_real.wte, batch.targets, pass.loss_scale / N, adds(pass), N, C, V, Vp);
         double total = 0;
         for (int n = 0; n < N; n++) total += acts.losses[n];
         loss_sum += total / N;
-        if (pass.backward) backward(batch, pass, ready);
+        if (pass.backward) backward(batch, pass, hooks);
     }
 
     double take_loss() override { return std::exchange(loss_sum, 0.0); }
 
     // Computes the output of the last LayerNorm from the tokens (B,T). With a cache (B = 1), the tokens
     // follow the ones in the cache.
-    void forward_blocks(const int* tokens, int B, int T, Cache<Real>* cache,
-                        AttentionNorms* norms = nullptr) {
+    void forward_blocks(const int* tokens, int B, int T, Cache<Real>* cache, AttentionNorms* norms = nullptr,
+                        const BucketHook& before = {}) {
         int start = cache ? cache->length : 0, N = B * T;
         if (config.rope() && (cache || rope_end != T)) {
             rope = rope_table(config, T, start);
             rope_end = cache ? -1 : T;
         }
-        embedding_forward(acts.embedded, tokens, weights.wte,
-                          weights.wpe ? weights.wpe + (size_t)start * C : nullptr, B, T, C);
+        call(before, table.bucket_of_embeddings());
+        embedding_forward(acts.embedded, tokens, weights_real.wte,
+                          weights_real.wpe ? weights_real.wpe + (size_t)start * C : nullptr, B, T, C);
         float* residual = acts.embedded;
         for (int l = 0; l < L; l++) {
             LayerActivations<Real>& a = acts.h[l];
             const auto& w = weights.h[l];
             const auto& w_real = weights_real.h[l];
+            call(before, table.bucket_of_block(l));
             if (l == 0)
                 layernorm_forward(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N,
                                   C);
@@ -156,13 +159,10 @@ struct GPT : Model {
 
     // Runs after the forward pass. The classifier has already put the gradient of ln_f's output into
     // grads.norm, and the output projection's part of the gradient of wte into gradients.wte.
-    void backward(const Batch& batch, const Pass& pass, const ReadyFunction& ready) {
+    void backward(const Batch& batch, const Pass& pass, const BucketHooks& hooks) {
         int B = batch.B, T = batch.T, N = B * T;
-        bool accumulate = !pass.first;
-        if (pass.first) parameters.zero_added_gradients([](float* x, size_t n) { HostMemory::zero(x, n); });
-        auto is_ready = [&](int bucket) {
-            if (pass.last && ready) ready(bucket);
-        };
+        bool accumulate = adds(pass);
+        parameters.zero_added_gradients(pass.first, [](float* x, size_t n) { HostMemory::zero(x, n); });
         std::fill(grads.residual, grads.residual + (size_t)N * C, 0.0f);
         layernorm_backward(grads.residual, grads.residual_real, gradients.ln_f_weight, gradients.ln_f_bias,
                            grads.norm, acts.h[L - 1].residual_mlp, acts.ln_f_mean, acts.ln_f_rstd,
@@ -174,6 +174,7 @@ struct GPT : Model {
             const auto& d = gradients.h[l];
             const float* residual = l > 0 ? acts.h[l - 1].residual_mlp : acts.embedded;
             recompute(l, residual, B, T);
+            call(hooks.before_backward, table.bucket_of_block(l));
             matmul_backward(grads.fc, d.fc_proj_weight, d.fc_proj_bias, grads.residual_real, a.gelu,
                             w_real.fc_proj_weight, accumulate, N, 4 * C, C);
             gelu_backward(grads.fc, d.fc_bias, grads.fc, a.fc, N, 4 * C);
@@ -203,10 +204,11 @@ struct GPT : Model {
                             accumulate, N, C, 3 * C);
             layernorm_backward(grads.residual, grads.residual_real, d.ln_1_weight, d.ln_1_bias, grads.norm,
                                residual, a.ln_1_mean, a.ln_1_rstd, w.ln_1_weight, N, C);
-            is_ready(L - 1 - l);
+            call(hooks.ready, table.bucket_of_block(l));
         }
         embedding_backward(gradients.wte, gradients.wpe, grads.residual, batch.inputs, B, T, C);
-        is_ready(L);
+        call(hooks.ready, table.bucket_of_embeddings());
+        call(hooks.ready, table.bucket_of_vectors());
     }
 
     // Computes again the activations of block l that the forward pass did not keep. residual (B,T,C) is the
@@ -228,23 +230,30 @@ struct GPT : Model {
         }
     }
 
-    void reduce_gradients(Communicator& communicator, Slice slice) override {
-        communicator.all_reduce({parameters.arrays.gradients + slice.begin, slice.size()});
+    Span gradients_span(int bucket) const override { return parameters.gradients_span(bucket); }
+    Span weights_span(int bucket) const override { return parameters.weights_span(bucket); }
+    void keep_gradients(int bucket, bool add) override {
+        parameters.keep_gradients(
+            bucket, [&](float* to, const float* from, size_t n) { move_gradients(to, from, n, add); });
     }
 
-    double gradient_norm(Slice slice) const override {
-        return std::sqrt(sum_of_squares(parameters.arrays.gradients + slice.begin, slice.size()));
-    }
+    double gradient_norm(Slice slice) const override { return std::sqrt(gradient_squares(slice)); }
 
-    void clip_gradients(double max_norm) override {
-        norm = gradient_norm(table.all());
+    using Model::clip_gradients;
+    void clip_gradients(double max_norm, Communicator& communicator) override {
+        double squares = gradient_squares(table.all());
+        if (sharding.level > 0) {
+            communicator.all_reduce({&squares, 1});
+            communicator.join();
+        }
+        norm = std::sqrt(squares);
         gradient_factor = clip_factor(norm, max_norm);
     }
 
     double clipped_norm() override { return norm; }
 
     std::unique_ptr<Optimizer> make_optimizer(const AdamW& adamw) override {
-        return std::make_unique<AdamWOptimizer<Real>>(table, parameters.arrays, adamw);
+        return std::make_unique<AdamWOptimizer<Real>>(table, sharding.kept, parameters.arrays, adamw);
     }
 
     const float* decode(const int* tokens, int n) override {
@@ -274,13 +283,16 @@ struct GPT : Model {
     void write(Store store, const ParameterTensor& t, const float* in) override {
         parameters.write(store, t, in);
     }
-
-    std::string first_nonfinite() const override {
-        return first_nonfinite_of(table, parameters.arrays.weights, plan, parameters.arrays.gradients);
+    void gather(Communicator& communicator, const ParameterTensor& t, float* out) const override {
+        parameters.gather(communicator, t, out);
     }
 
+    std::string first_nonfinite() const override { return parameters.first_nonfinite(plan); }
+
     std::vector<MemoryGroup> memory() const override {
-        return {{"weights and gradients", parameters.bytes()}, {"activations", plan.bytes()}};
+        return {{"weights", parameters.weights_bytes()},
+                {"gradients", parameters.gradients_bytes()},
+                {"activations", plan.bytes()}};
     }
 
     void allocate(size_t = 0) override {
@@ -296,6 +308,15 @@ struct GPT : Model {
     double norm = 0;            // norm of the gradients that clip_gradients() found
     float gradient_factor = 1;  // the optimizer multiplies the gradients by it
     MemoryPlan plan;            // of the activations
+
+    // Whether a pass adds to the gradients of matrices. At level 2, the sums are elsewhere.
+    bool adds(const Pass& pass) const { return !pass.first && sharding.level < 2; }
+
+    double gradient_squares(Slice slice) const {
+        double squares = 0;
+        parameters.for_gradients(slice, [&](const float* x, size_t n) { squares += sum_of_squares(x, n); });
+        return squares;
+    }
 
     static int padded_vocabulary(const GPTConfig& config) { return (config.vocab_size + 15) / 16 * 16; }
 

@@ -25,6 +25,7 @@
 #include "llmc/cuda/device.h"
 #include "llmc/cuda/embedding.h"
 #include "llmc/cuda/gelu.h"
+#include "llmc/cuda/gradients.h"
 #include "llmc/cuda/inputs.h"
 #include "llmc/cuda/layernorm.h"
 #include "llmc/cuda/matmul.h"
@@ -33,7 +34,6 @@
 #include "llmc/cuda/qk_norm_rope.h"
 #include "llmc/cuda/scratch.h"
 #include "llmc/cuda/short_conv.h"
-#include "llmc/cuda/small_gradients.h"
 #include "llmc/model.h"
 #include "llmc/parameter_store.h"
 
@@ -60,7 +60,7 @@ struct GPT : Model {
     Cache<Real> cache;
 
     GPT(const GPTConfig& config, const ModelOptions& options)
-        : Model(config, padded_vocabulary(config)),
+        : Model(config, padded_vocabulary(config), options.sharding),
           attention(config.attention()),
           L(config.layers),
           H(config.heads),
@@ -68,7 +68,7 @@ struct GPT : Model {
           C(config.channels),
           V(config.vocab_size),
           Vp(padded_vocabulary(config)),
-          parameters(table, options.purpose == Purpose::training),
+          parameters(table, sharding, options.purpose == Purpose::training),
           options(options) {
         size_t B = options.batch, T = options.seq;
         plan_activations(plan, acts, grads, config, options, stats_size<Real>(attention, B, T, H, D));
@@ -85,25 +85,29 @@ struct GPT : Model {
         if (stream) cudaStreamDestroy(stream);
     }
 
-    void run(const Batch& batch, const Pass& pass, const ReadyFunction& ready = {}) override {
+    void run(const Batch& batch, const Pass& pass, const BucketHooks& hooks = {}) override {
         inputs.place(batch, stream);
-        if (!options.cuda_graph || pass.norms) return enqueue(batch.B, batch.T, pass, ready);
+        if (!options.cuda_graph || pass.norms) return enqueue(batch.B, batch.T, pass, hooks);
+        // The launch of a graph puts all of its kernels into the stream at once. So it comes after all
+        // weights and before the first bucket is announced.
+        for (int bucket = 0; bucket < (int)sharding.buckets.size(); bucket++)
+            call(hooks.before_forward, bucket);
         graphs.launch(batch.B, batch.T, pass, stream, [&] { enqueue(batch.B, batch.T, pass, {}); });
-        // The launch of a graph puts all of its kernels into the stream at once, so all buckets are announced
-        // after it.
-        for (int bucket = 0; pass.backward && pass.last && ready && bucket <= L; bucket++) ready(bucket);
+        for (int bucket = 0; pass.backward && bucket < (int)sharding.buckets.size(); bucket++)
+            call(hooks.ready, bucket);
     }
 
     // Puts the kernels of a pass into the stream. The tokens must already be on the device.
-    void enqueue(int B, int T, const Pass& pass, const ReadyFunction& ready) {
+    void enqueue(int B, int T, const Pass& pass, const BucketHooks& hooks) {
         int N = B * T;
         if (pass.norms && norm_sums.size() == 0) norm_sums = DeviceArray<NormSums>(L * H);
-        forward_blocks(B, T, nullptr, pass.norms ? norm_sums.get() : nullptr);
+        forward_blocks(B, T, nullptr, pass.norms ? norm_sums.get() : nullptr, hooks.before_forward);
+        if (pass.backward) call(hooks.before_backward, table.bucket_of_embeddings());
         classifier(acts.losses, pass.backward ? grads.norm : nullptr, gradients.wte, logits, acts.ln_f,
-                   weights_real.wte, inputs.targets, pass.loss_scale / N, !pass.first, N, C, V, Vp, *matmuls,
+                   weights_real.wte, inputs.targets, pass.loss_scale / N, adds(pass), N, C, V, Vp, *matmuls,
                    stream);
         add_mean_loss(loss_sum, acts.losses, N, stream);
-        if (pass.backward) backward(B, T, pass, ready);
+        if (pass.backward) backward(B, T, pass, hooks);
         if (!pass.norms) return;
         std::vector<NormSums> sums(L * H);
         copy_to_host(sums.data(), norm_sums.get(), L * H, stream);
@@ -119,15 +123,18 @@ struct GPT : Model {
 
     // Computes the output of the last LayerNorm from the tokens on the device. sums (L,H) receives the sums
     // for the attention's norms; null: they are not wanted.
-    void forward_blocks(int B, int T, Cache<Real>* cache, NormSums* sums = nullptr) {
+    void forward_blocks(int B, int T, Cache<Real>* cache, NormSums* sums = nullptr,
+                        const BucketHook& before = {}) {
         int start = cache ? cache->length : 0, N = B * T;
-        embedding_forward(acts.embedded, inputs.tokens, weights.wte,
-                          weights.wpe ? weights.wpe + (size_t)start * C : nullptr, B, T, C, stream);
+        call(before, table.bucket_of_embeddings());
+        embedding_forward(acts.embedded, inputs.tokens, weights_real.wte,
+                          weights_real.wpe ? weights_real.wpe + (size_t)start * C : nullptr, B, T, C, stream);
         float* residual = acts.embedded;
         for (int l = 0; l < L; l++) {
             LayerActivations<Real>& a = acts.h[l];
             const auto& w = weights.h[l];
             const auto& w_real = weights_real.h[l];
+            call(before, table.bucket_of_block(l));
             if (l == 0)
                 layernorm_forward(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N,
                                   C, stream);
@@ -188,19 +195,11 @@ struct GPT : Model {
 
     // Runs after the forward pass. The classifier has already put the gradient of ln_f's output into
     // grads.norm, and the output projection's part of the gradient of wte into gradients.wte.
-    void backward(int B, int T, const Pass& pass, const ReadyFunction& ready) {
+    void backward(int B, int T, const Pass& pass, const BucketHooks& hooks) {
         int N = B * T;
-        bool accumulate = !pass.first;
-        if (pass.first)
-            parameters.zero_added_gradients(
-                [&](auto* x, size_t n) { check(cudaMemsetAsync(x, 0, n * sizeof *x, stream)); });
-        auto is_ready = [&](int bucket) {
-            if (!pass.last) return;
-            if constexpr (!kFloatGradients)
-                small_gradients.round(parameters.arrays.gradients, parameters.small_gradients,
-                                      buckets[bucket], stream);
-            if (ready) ready(bucket);
-        };
+        bool accumulate = adds(pass);
+        parameters.zero_added_gradients(
+            pass.first, [&](auto* x, size_t n) { check(cudaMemsetAsync(x, 0, n * sizeof *x, stream)); });
         check(cudaMemsetAsync(grads.residual, 0, (size_t)N * C * sizeof(float), stream));
         layernorm_backward(grads.residual, grads.residual_real, gradients.ln_f_weight, gradients.ln_f_bias,
                            scratch, grads.norm, acts.h[L - 1].residual_mlp, acts.ln_f_mean, acts.ln_f_rstd,
@@ -212,6 +211,7 @@ struct GPT : Model {
             const auto& d = gradients.h[l];
             const float* residual = l > 0 ? acts.h[l - 1].residual_mlp : acts.embedded;
             recompute(l, residual, B, T);
+            call(hooks.before_backward, table.bucket_of_block(l));
             bool fuses = gelu_fuses(4 * C);
             matmul_gelu_backward(grads.fc, d.fc_proj_weight, d.fc_proj_bias, grads.residual_real, a.gelu,
                                  w_real.fc_proj_weight, fuses ? a.fc : nullptr, accumulate, N, 4 * C, C,
@@ -244,11 +244,19 @@ struct GPT : Model {
                             accumulate, N, C, 3 * C, *matmuls, stream);
             layernorm_backward(grads.residual, grads.residual_real, d.ln_1_weight, d.ln_1_bias, scratch,
                                grads.norm, residual, a.ln_1_mean, a.ln_1_rstd, w.ln_1_weight, N, C, stream);
-            is_ready(L - 1 - l);
+            call(hooks.ready, table.bucket_of_block(l));
         }
         embedding_backward(gradients.wte, gradients.wpe, scratch, grads.residual, inputs.tokens, B, T, C, V,
                            stream);
-        is_ready(L);
+        call(hooks.ready, table.bucket_of_embeddings());
+        // The norm and the optimizer read all gradients from one array.
+        if constexpr (!kFloatGradients) {
+            Span vectors = parameters.gradients_span(table.bucket_of_vectors());
+            if (pass.last)
+                move_gradients((Gradient*)vectors.data, parameters.small_gradients, vectors.size, false,
+                               stream);
+        }
+        call(hooks.ready, table.bucket_of_vectors());
     }
 
     // Computes again the activations of block l that the forward pass did not keep. residual (B,T,C) is the
@@ -273,21 +281,35 @@ struct GPT : Model {
         }
     }
 
-    void reduce_gradients(Communicator&, Slice) override {}  // because there is one rank
+    Span gradients_span(int bucket) const override { return parameters.gradients_span(bucket); }
+    Span weights_span(int bucket) const override { return parameters.weights_span(bucket); }
+    void keep_gradients(int bucket, bool add) override {
+        parameters.keep_gradients(bucket, [&](Gradient* to, const Gradient* from, size_t n) {
+            move_gradients(to, from, n, add, stream);
+        });
+    }
 
     double gradient_norm(Slice slice) const override {
-        return clip.norm(parameters.arrays.gradients + slice.begin, slice.size(), stream);
+        add_squares(slice);
+        return clip.norm(stream);
     }
 
-    void clip_gradients(double max_norm) override {
-        clip.set_factor(parameters.arrays.gradients, table.size, max_norm, stream);
+    using Model::clip_gradients;
+    void clip_gradients(double max_norm, Communicator& communicator) override {
+        add_squares(table.all());
+        if (sharding.level > 0) {
+            communicator.all_reduce(clip.sum());
+            communicator.join();
+        }
+        clip.set_factor(max_norm, stream);
     }
 
-    double clipped_norm() override { return clip.last_norm(stream); }
+    double clipped_norm() override { return clip.norm(stream); }
 
     std::unique_ptr<Optimizer> make_optimizer(const AdamW& adamw) override {
-        return std::make_unique<AdamWOptimizer<Real, Gradient>>(
-            table, parameters.arrays, adamw, options.stochastic_rounding, options.seed, stream);
+        return std::make_unique<AdamWOptimizer<Real, Gradient>>(table, sharding.kept, parameters.arrays,
+                                                                adamw, options.stochastic_rounding,
+                                                                options.seed, stream);
     }
 
     const float* decode(const int* tokens, int n) override {
@@ -319,13 +341,16 @@ struct GPT : Model {
     void write(Store store, const ParameterTensor& t, const float* in) override {
         parameters.write(store, t, in);
     }
-
-    std::string first_nonfinite() const override {
-        return first_nonfinite_of(table, parameters.arrays.weights, plan, parameters.arrays.gradients);
+    void gather(Communicator& communicator, const ParameterTensor& t, float* out) const override {
+        parameters.gather(communicator, t, out);
     }
 
+    std::string first_nonfinite() const override { return parameters.first_nonfinite(plan); }
+
     std::vector<MemoryGroup> memory() const override {
-        return {{"weights and gradients", parameters.bytes()}, {"activations", plan.bytes()}};
+        return {{"weights", parameters.weights_bytes()},
+                {"gradients", parameters.gradients_bytes()},
+                {"activations", plan.bytes()}};
     }
 
     void allocate(size_t more = 0) override {
@@ -338,7 +363,6 @@ struct GPT : Model {
         plan.allocate();
         parameters.arrays.clip_factor = clip.factor;
         DeviceMemory::zero(loss_sum, 1);
-        if constexpr (!kFloatGradients) small_gradients = SmallGradients(table);
         matmuls = std::make_unique<MatmulContext>(workspace, options.precision == Precision::tf32);
         DeviceMemory::write(fixed_decay, initial_decays(H).data(), H);
     }
@@ -353,9 +377,15 @@ struct GPT : Model {
     GradientClip<Gradient> clip;
     double* loss_sum;                // (1): mean losses of the passes since the last take_loss()
     std::vector<float> host_logits;  // (V): on the host
-    SmallGradients small_gradients;
-    std::vector<Slice> buckets = table.buckets();
-    MemoryPlan plan;  // of the activations
+    MemoryPlan plan;                 // of the activations
+
+    // Whether a pass adds to the gradients of matrices. At level 2, the sums are elsewhere.
+    bool adds(const Pass& pass) const { return !pass.first && sharding.level < 2; }
+
+    void add_squares(Slice slice) const {
+        clip.start(stream);
+        parameters.for_gradients(slice, [&](const Gradient* x, size_t n) { clip.add(x, n, stream); });
+    }
 
     static int padded_vocabulary(const GPTConfig& config) { return (config.vocab_size + 15) / 16 * 16; }
 

@@ -134,23 +134,6 @@ void plan_activations(MemoryPlan<Memory>& plan, Activations<Real>& acts, Activat
     plan.add(grads.fc, N * 4 * C);
 }
 
-// Says where a NaN or Inf came from. Searches the weights, then the activations in the order of the forward
-// pass, then the gradients in the order of the backward pass. Returns "" if all are finite.
-//   gradients: null if the model does not train
-template <class Memory, class Gradient>
-std::string first_nonfinite_of(const ParameterTable& table, const float* weights,
-                               const MemoryPlan<Memory>& activations, const Gradient* gradients) {
-    for (const ParameterTensor& t : table.tensors)
-        if (!Memory::finite(weights + t.offset, t.size)) return "weight " + t.name;
-    std::string activation = activations.first_nonfinite();
-    if (!activation.empty()) return "activation " + activation;
-    for (size_t i = gradients ? table.tensors.size() : 0; i-- > 0;) {
-        const ParameterTensor& t = table.tensors[i];
-        if (!Memory::finite(gradients + t.offset, t.size)) return "gradient of " + t.name;
-    }
-    return "";
-}
-
 // Says which flags make a model fit into `free` bytes of memory together with `more` bytes that others will
 // take. Tries, in this order: recomputation (same results), bf16, a smaller batch.
 template <class MakeModel>

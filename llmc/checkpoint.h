@@ -6,6 +6,11 @@
 // does not match its trainer.json (because of a bad disk, or because somebody edited a file) is reported,
 // too, and the checkpoint before it is used.
 //
+// If several ranks share the optimizer's arrays (llmc/sharding.h), each writes its pieces into a file of its
+// own, such as optimizer-00002-of-00004.safetensors. A tensor that is cut has its pieces there, as
+// "m.wte.weight[480:960]": elements 480 to 959, as a vector. Any number of ranks can load any number of such
+// files.
+//
 // A folder without trainer.json is a model, such as Hugging Face's GPT-2. It has config.json, and either
 // model.safetensors or its shards and their index.
 //
@@ -21,6 +26,7 @@
 #include <climits>
 #include <cstdio>
 #include <cstring>
+#include <exception>
 #include <filesystem>
 #include <map>
 #include <memory>
@@ -32,6 +38,7 @@
 #include <utility>
 #include <vector>
 
+#include "llmc/communicator.h"
 #include "llmc/config_json.h"
 #include "llmc/error.h"
 #include "llmc/files.h"
@@ -83,26 +90,60 @@ struct Written {
     uint32_t crc;
 };
 
-// Writes the tensors of the table once for each prefix, which is put before their names. read(i, tensor, out)
-// gives the values for the i-th prefix.
+// The name of a piece of a tensor in a file, and its shape. The elements are counted from the tensor's begin.
+inline TensorSpec piece_spec(const std::string& prefix, const ParameterTensor& t, Slice piece) {
+    if (piece.size() == t.size) return {prefix + t.name, DType::F32, t.shape};
+    return {str(prefix, t.name, "[", piece.begin, ":", piece.end, "]"), DType::F32, {(int64_t)piece.size()}};
+}
+
+// Writes what the slices have of the tensors of the table, once for each prefix, which is put before their
+// names. read(i, tensor, piece, out) gives the values of a piece for the i-th prefix. It is called for every
+// piece, even if nothing can be written, because other ranks may take part in it.
+//   writes: whether this rank writes the file
 template <class Read>
-Written write_tensors(const std::string& folder, const std::string& name, const ParameterTable& table,
-                      const std::vector<std::string>& prefixes, Read read) {
+std::optional<Written> write_tensors(bool writes, const std::string& folder, const std::string& name,
+                                     const ParameterTable& table, const std::vector<Slice>& slices,
+                                     const std::vector<std::string>& prefixes, Read read) {
+    struct Piece {
+        size_t prefix;
+        const ParameterTensor* tensor;
+        Slice elements;  // of the array
+    };
+    std::vector<Piece> pieces;
     std::vector<TensorSpec> infos;
-    for (const std::string& prefix : prefixes)
-        for (const ParameterTensor& t : table.tensors)
-            infos.push_back({prefix + t.name, DType::F32, t.shape});
-    FileWriter file(join_path(folder, name));
-    SafetensorsWriter writer(file, infos, {{"format", "pt"}});
-    std::vector<float> values;
     for (size_t i = 0; i < prefixes.size(); i++)
-        for (const ParameterTensor& t : table.tensors) {
-            values.resize(t.size);
-            read(i, t, values.data());
-            writer.append(values.data(), values.size() * sizeof(float));
+        for (const ParameterTensor& t : table.tensors)
+            for (Slice slice : slices) {
+                const Slice piece = overlap(slice, t.slice());
+                if (piece.size() == 0) continue;
+                pieces.push_back({i, &t, piece});
+                infos.push_back(piece_spec(prefixes[i], t, {piece.begin - t.offset, piece.end - t.offset}));
+            }
+    std::exception_ptr failure;
+    auto attempt = [&](auto action) {
+        if (!writes || failure) return;
+        try {
+            action();
+        } catch (const Error&) {
+            failure = std::current_exception();
         }
-    writer.close();
-    return {name, file.size(), file.crc32()};
+    };
+    std::optional<FileWriter> file;
+    std::optional<SafetensorsWriter> writer;
+    attempt([&] {
+        file.emplace(join_path(folder, name));
+        writer.emplace(*file, infos);
+    });
+    std::vector<float> values;
+    for (const Piece& piece : pieces) {
+        values.resize(piece.elements.size());
+        read(piece.prefix, *piece.tensor, piece.elements, values.data());
+        attempt([&] { writer->append(values.data(), values.size() * sizeof(float)); });
+    }
+    attempt([&] { writer->close(); });
+    if (failure) std::rethrow_exception(failure);
+    if (!writes) return std::nullopt;
+    return Written{name, file->size(), file->crc32()};
 }
 
 // The checksum of trainer.json that is in it. It covers the object without that key, with sorted keys.
@@ -110,6 +151,13 @@ inline uint32_t json_crc32(nlohmann::json json) {
     json.erase("crc32");
     std::string text = json.dump();
     return crc32_of(reinterpret_cast<const std::byte*>(text.data()), text.size());
+}
+
+// The name of the file of one of several ranks.
+inline std::string optimizer_file(int rank, int ranks) {
+    char name[64];
+    snprintf(name, sizeof(name), "optimizer-%05d-of-%05d.safetensors", rank + 1, ranks);
+    return name;
 }
 
 inline Written write_file(const std::string& folder, const std::string& name, const std::string& text) {
@@ -122,41 +170,76 @@ inline Written write_file(const std::string& folder, const std::string& name, co
 }  // namespace checkpoint_detail
 
 // Writes OUT/step_<step>. `tokenizer` is the text of tokenizer.json, empty if there is none. A failure leaves
-// the folder OUT as it was before.
+// the folder OUT as it was before. All ranks must call this. Rank 0 writes everything, except that each rank
+// writes its pieces of the optimizer's arrays if it has only pieces.
 inline std::string write_checkpoint(const std::string& out, const Model& model, const Optimizer& optimizer,
-                                    const TrainerState& state, const std::string& tokenizer) {
+                                    const TrainerState& state, const std::string& tokenizer,
+                                    Communicator& communicator) {
     namespace fs = std::filesystem;
     using namespace checkpoint_detail;
     std::string folder = join_path(out, checkpoint_name(state.step)), temporary = folder + ".tmp";
     std::error_code ignored;
+    const bool is_root = communicator.rank == 0, is_sharded = model.sharding.level > 0;
     try {
-        fs::remove_all(temporary, ignored);
-        std::error_code error;
-        fs::create_directories(temporary, error);
-        if (error) fail(temporary, ": cannot create: ", error.message());
-        std::vector<Written> files;
-        files.push_back(write_file(temporary, "config.json", config_to_json(model.config).dump(2) + "\n"));
-        files.push_back(write_tensors(
-            temporary, "model.safetensors", model.table, {""},
-            [&](size_t, const ParameterTensor& t, float* out) { model.read(Store::weights, t, out); }));
-        if (!tokenizer.empty()) files.push_back(write_file(temporary, "tokenizer.json", tokenizer));
-        std::vector<std::string> prefixes;
-        for (const std::string& array : optimizer.arrays()) prefixes.push_back(array + ".");
-        files.push_back(write_tensors(
-            temporary, "optimizer.safetensors", model.table, prefixes,
-            [&](size_t array, const ParameterTensor& t, float* out) { optimizer.read(array, t, out); }));
-        nlohmann::json trainer = {{"version", kCheckpointVersion},
-                                  {"step", state.step},
-                                  {"samples", state.samples},
-                                  {"options", state.options},
-                                  {"program", state.program}};
-        for (const Written& f : files) trainer["files"][f.name] = {{"size", f.size}, {"crc32", f.crc}};
-        trainer["crc32"] = json_crc32(trainer);
-        write_file(temporary, "trainer.json", trainer.dump(2) + "\n");
-        sync_folder(temporary);
-        rename_synced(temporary, folder);
+        together(communicator, [&] {
+            if (!is_root) return;
+            fs::remove_all(temporary, ignored);
+            std::error_code error;
+            fs::create_directories(temporary, error);
+            if (error) fail(temporary, ": cannot create: ", error.message());
+        });
+        nlohmann::json files = nlohmann::json::object();
+        together(communicator, [&] {
+            auto add = [&](const std::optional<Written>& f) {
+                if (f) files[f->name] = {{"size", f->size}, {"crc32", f->crc}};
+            };
+            add(write_tensors(is_root, temporary, "model.safetensors", model.table, {model.table.all()}, {""},
+                              [&](size_t, const ParameterTensor& t, Slice, float* out) {
+                                  model.gather(communicator, t, out);
+                              }));
+            if (is_root) {
+                add(write_file(temporary, "config.json", config_to_json(model.config).dump(2) + "\n"));
+                if (!tokenizer.empty()) add(write_file(temporary, "tokenizer.json", tokenizer));
+            }
+            if (!is_root && !is_sharded) return;
+            std::string name = "optimizer.safetensors";
+            if (is_sharded) name = optimizer_file(communicator.rank, communicator.ranks);
+            // All ranks keep the vectors, so only rank 0 writes them.
+            std::vector<Slice> slices = model.sharding.counted;
+            std::vector<std::string> prefixes;
+            for (const std::string& array : optimizer.arrays()) prefixes.push_back(array + ".");
+            add(write_tensors(true, temporary, name, model.table, slices, prefixes,
+                              [&](size_t array, const ParameterTensor&, Slice piece, float* out) {
+                                  optimizer.read(array, piece, out);
+                              }));
+        });
+        const std::vector<std::string> written = communicator.gather(files.dump());
+        together(communicator, [&] {
+            if (!is_root) return;
+            nlohmann::json trainer = {{"version", kCheckpointVersion},
+                                      {"step", state.step},
+                                      {"samples", state.samples},
+                                      {"options", state.options},
+                                      {"program", state.program}};
+            for (int rank = 0; rank < communicator.ranks; rank++) {
+                const nlohmann::json of_rank = nlohmann::json::parse(written[rank]);
+                for (const auto& [name, file] : of_rank.items()) {
+                    const std::string path = join_path(temporary, name);
+                    std::error_code error;
+                    if (fs::file_size(path, error) != file.at("size") || error)
+                        fail(path, ": rank ", rank,
+                             " has written it, but rank 0 does not see it: expected --out in a file system "
+                             "that all ranks share");
+                    trainer["files"][name] = file;
+                }
+            }
+            trainer["crc32"] = json_crc32(trainer);
+            write_file(temporary, "trainer.json", trainer.dump(2) + "\n");
+            sync_folder(temporary);
+            rename_synced(temporary, folder);
+        });
     } catch (...) {
-        fs::remove_all(temporary, ignored);
+        if (is_root) fs::remove_all(temporary, ignored);
         throw;
     }
     return folder;
@@ -230,7 +313,7 @@ class Checkpoint {
             });
         else
             fail(folder, ": neither model.safetensors nor model.safetensors.index.json is in this folder");
-        if (trainer) files_->optimizer.emplace(SafetensorsFile(take("optimizer.safetensors")));
+        for (const std::string& name : optimizer_names_) files_->optimizer.emplace_back(take(name));
         if (has("tokenizer.json")) open("tokenizer.json");
         config = config_from_json(parse_json(config_file.text(), config_file.path()), config_file.path());
         check_tensors();
@@ -249,9 +332,15 @@ class Checkpoint {
     }
 
     void load_optimizer(const Model& model, Optimizer& optimizer) const {
+        std::vector<float> values;
         for (size_t array = 0; array < optimizer.arrays().size(); array++)
-            load(model.table, *files_->optimizer, optimizer.arrays()[array] + ".",
-                 [&](const ParameterTensor& t, const float* in) { optimizer.write(array, t, in); });
+            for (const ParameterTensor& t : model.table.tensors) {
+                values.resize(t.size);
+                for (const Piece& piece : files_->pieces.at(optimizer.arrays()[array] + "." + t.name))
+                    piece.file->read_floats(piece.spec.name, piece.spec.shape,
+                                            values.data() + piece.elements.begin);
+                optimizer.write(array, t.slice(), values.data());
+            }
     }
 
     // Closes the files, after which nothing can be loaded. A deleted file takes space on the disk as long as
@@ -259,13 +348,20 @@ class Checkpoint {
     void close() const { *files_ = {}; }
 
   private:
+    struct Piece {
+        Slice elements;  // of the tensor
+        TensorSpec spec;
+        const SafetensorsFile* file;
+    };
     struct Files {
         std::map<std::string, MappedFile> opened;  // by name
         std::optional<SafetensorsSet> weights;
-        std::optional<SafetensorsFile> optimizer;  // present if `trainer` is
-        std::string prefix;                        // stands before the names of the weights
+        std::vector<SafetensorsFile> optimizer;            // one or more if there is a `trainer`
+        std::map<std::string, std::vector<Piece>> pieces;  // of the optimizer's tensors, which they cover
+        std::string prefix;                                // stands before the names of the weights
     };
-    std::shared_ptr<Files> files_;  // all copies of this object share it
+    std::shared_ptr<Files> files_;              // all copies of this object share it
+    std::vector<std::string> optimizer_names_;  // of the files; none without a `trainer`
 
     MappedFile& open(const std::string& name) const {
         const auto found = files_->opened.find(name);
@@ -316,11 +412,42 @@ class Checkpoint {
         if (!trainer) return;
         known.clear();
         for (const std::string array : kAdamWArrays)
-            for (const ParameterTensor& t : table.tensors) {
-                files_->optimizer->expect(array + "." + t.name, t.shape);
-                known.insert(array + "." + t.name);
+            for (const ParameterTensor& t : table.tensors) find_pieces(array + ".", t, known);
+        for (const SafetensorsFile& file : files_->optimizer) check_known(file, known);
+    }
+
+    // Finds the pieces of a tensor of the optimizer in its files, checks that they cover it, and adds their
+    // names to `known`.
+    void find_pieces(const std::string& prefix, const ParameterTensor& t,
+                     std::unordered_set<std::string>& known) const {
+        const std::string name = prefix + t.name;
+        std::vector<Piece>& pieces = files_->pieces[name];
+        auto add = [&](Slice elements, const SafetensorsFile& file) {
+            const TensorSpec spec = checkpoint_detail::piece_spec(prefix, t, elements);
+            file.expect(spec.name, spec.shape);
+            known.insert(spec.name);
+            pieces.push_back({elements, spec, &file});
+        };
+        if (files_->optimizer.size() == 1) return add({0, t.size}, files_->optimizer[0]);
+        for (const SafetensorsFile& file : files_->optimizer)
+            for (const TensorView& tensor : file.tensors()) {
+                Slice elements = {0, t.size};
+                if (tensor.name != name &&
+                    (!tensor.name.starts_with(name + "[") ||
+                     sscanf(tensor.name.c_str() + name.size(), "[%zu:%zu]", &elements.begin, &elements.end) !=
+                         2 ||
+                     elements.begin >= elements.end || elements.end > t.size ||
+                     tensor.name != checkpoint_detail::piece_spec(prefix, t, elements).name))
+                    continue;
+                add(elements, file);
             }
-        check_known(*files_->optimizer, known);
+        std::sort(pieces.begin(), pieces.end(),
+                  [](const Piece& a, const Piece& b) { return a.elements.begin < b.elements.begin; });
+        size_t end = 0;
+        for (const Piece& piece : pieces)
+            if (piece.elements.begin <= end) end = std::max(end, piece.elements.end);
+        if (end != t.size)
+            fail(folder, ": the files of the optimizer lack ", name, " from element ", end, " on");
     }
 
     void check_known(const SafetensorsFile& file, const std::unordered_set<std::string>& known) const {
@@ -355,6 +482,9 @@ class Checkpoint {
             if (crc32_of(found.data(), found.size()) != json_integer(expected, "crc32", 0, UINT32_MAX, path))
                 fail(found.path(), ": its checksum is not the one in trainer.json: the file is damaged");
         }
+        for (const auto& [name, expected] : files.items())
+            if (name.starts_with("optimizer-")) optimizer_names_.push_back(name);
+        if (optimizer_names_.empty()) optimizer_names_ = {"optimizer.safetensors"};
         trainer.emplace();
         trainer->step = (int)json_integer(json, "step", 0, INT_MAX, path);
         trainer->samples = json_integer(json, "samples", 0, INT64_MAX, path);

@@ -8,11 +8,13 @@
 // has queued before that call, and after the collectives before it, while the model goes on. So the arrays
 // of a collective must stay as they are until wait() or join().
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
 
+#include "llmc/error.h"
 #include "llmc/slice.h"
 
 class Communicator {
@@ -51,3 +53,27 @@ class Communicator {
     // Ends the processes of all other ranks, in the middle of whatever they do.
     virtual void abort(int /*status*/) {}
 };
+
+// A failure that all ranks know of.
+struct AgreedError : Error {
+    using Error::Error;
+};
+
+// Calls f() on every rank. If it fails on one, all ranks end with the error of the first rank that failed. So
+// f must do all of its collectives even if it fails.
+template <class F>
+void together(Communicator& communicator, F f) {
+    if (communicator.ranks == 1) return f();
+    std::string error;
+    try {
+        f();
+    } catch (const Error& e) {
+        error = str((char)e.status, e.what());
+    }
+    const std::vector<std::string> errors = communicator.gather(error);
+    for (int rank = 0; rank < communicator.ranks; rank++) {
+        if (errors[rank].empty()) continue;
+        const bool all = std::count(errors.begin(), errors.end(), errors[rank]) == communicator.ranks;
+        throw AgreedError(errors[rank][0], (all ? "" : str("rank ", rank, ": ")) + errors[rank].substr(1));
+    }
+}

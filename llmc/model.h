@@ -13,6 +13,7 @@
 #include "llmc/launch.h"
 #include "llmc/optimizer.h"
 #include "llmc/parameters.h"
+#include "llmc/sharding.h"
 
 struct AttentionNorms;  // llmc/norms.h
 
@@ -54,6 +55,7 @@ struct ModelOptions {
     bool cuda_graph = false;                // launch forward and backward passes as graphs
     bool stochastic_rounding = false;       // round the bf16 copy of the weights at random
     uint64_t seed = 1;                      // for stochastic_rounding
+    ShardOptions sharding = {};
 };
 
 // decode() takes a prompt in pieces of at most this many tokens.
@@ -85,14 +87,22 @@ struct Pass {
     }
 };
 
-// The model calls this once for each bucket of ParameterTable::buckets(), in that order and with its index,
-// when the gradients of the bucket are complete.
-using ReadyFunction = std::function<void(int bucket)>;
+// What a pass calls for each bucket of ParameterTable::buckets(), with its index. Some may be empty.
+using BucketHook = std::function<void(int bucket)>;
+struct BucketHooks {
+    BucketHook before_forward;   // before it reads the weights
+    BucketHook before_backward;  // before it writes gradients
+    BucketHook ready;            // when it has written them all; in the order of the buckets
+};
+inline void call(const BucketHook& hook, int bucket) {
+    if (hook) hook(bucket);
+}
 
 class Model {
   public:
     const GPTConfig config;
     const ParameterTable table;
+    const Sharding sharding;
 
     virtual ~Model() = default;
     Model(const Model&) = delete;
@@ -105,8 +115,8 @@ class Model {
     virtual void allocate(size_t more = 0) = 0;
 
     // Runs a forward pass, and a backward pass if pass.backward is set. It may return before the work is
-    // done. In the last pass of a step, the backward pass calls `ready`.
-    virtual void run(const Batch& batch, const Pass& pass, const ReadyFunction& ready = {}) = 0;
+    // done.
+    virtual void run(const Batch& batch, const Pass& pass, const BucketHooks& hooks = {}) = 0;
     // Waits for all passes and returns the sum of their mean losses since the last call.
     virtual double take_loss() = 0;
     double loss(const Batch& batch, const Pass& pass = {}) {
@@ -114,21 +124,33 @@ class Model {
         return take_loss();
     }
 
-    // Queues the sum over all ranks of the gradients of a slice, which must be complete.
-    virtual void reduce_gradients(Communicator& communicator, Slice slice) = 0;
-    // The norm of the gradients of a slice.
+    // Where a pass writes the gradients of a bucket, and what other ranks need if its weights have changed.
+    // They are in the memory of the backend, for a Communicator.
+    virtual Span gradients_span(int bucket) const = 0;
+    virtual Span weights_span(int bucket) const = 0;
+    // For level 2 of sharding: keeps this rank's part of the gradients of a bucket. `add` says whether they
+    // are added to what is kept already.
+    virtual void keep_gradients(int bucket, bool add) = 0;
+
+    // The norm of the gradients of a slice. With sharding it is that of the ones that this rank counts.
     virtual double gradient_norm(Slice slice) const = 0;
-    // Sets the factor by which the optimizer multiplies the gradients, so that their norm is at most max_norm
-    // (0: no limit). The factor is NaN if the norm is not finite.
-    virtual void clip_gradients(double max_norm) = 0;
+    // Sets the factor by which the optimizer multiplies the gradients, so that the norm of all of them is at
+    // most max_norm (0: no limit). The factor is NaN if the norm is not finite.
+    virtual void clip_gradients(double max_norm, Communicator& communicator) = 0;
+    void clip_gradients(double max_norm) {
+        Communicator alone;
+        clip_gradients(max_norm, alone);
+    }
     // The norm that clip_gradients() found. Waits for it, and for an optimizer's step after it.
     virtual double clipped_norm() = 0;
     // Makes an optimizer for this model's weights and gradients. The model must outlive it.
     virtual std::unique_ptr<Optimizer> make_optimizer(const AdamW& adamw) = 0;
 
-    // read() copies a tensor of the table to the host, write() copies one from there.
+    // read() copies a tensor of the table to the host, write() copies one from there. With sharding, only
+    // gather() can read weights, all ranks must call it, and gradients cannot be read.
     virtual void read(Store store, const ParameterTensor& tensor, float* out) const = 0;
     virtual void write(Store store, const ParameterTensor& tensor, const float* in) = 0;
+    virtual void gather(Communicator& communicator, const ParameterTensor& tensor, float* out) const = 0;
 
     // Returns the logits (V) of the token after `tokens` (n). `tokens` continue what earlier calls since
     // clear_cache() were given.
@@ -141,7 +163,8 @@ class Model {
     virtual std::string first_nonfinite() const = 0;
 
   protected:
-    Model(const GPTConfig& config, int Vp) : config(config), table(config, Vp) {}
+    Model(const GPTConfig& config, int Vp, const ShardOptions& sharding)
+        : config(config), table(config, Vp), sharding(table, sharding) {}
 };
 
 // What a backend has beyond what all backends have. options.h refuses flags that ask for anything else.

@@ -1,8 +1,9 @@
 // An optimizer turns gradients into new weights. Each backend has the algorithm (llmc/cpu/adamw.h,
 // llmc/cuda/adamw.h). This file has the interface through which the training loop and checkpoints use it.
 //
-// An optimizer keeps arrays of float32. Each one has the layout of the parameters (llmc/parameters.h). The
-// name of an array is the prefix of its tensors in a checkpoint: the array "m" has "m.wte.weight" and so on.
+// An optimizer keeps arrays of float32. Each one has the layout of the parameters (llmc/parameters.h), or of
+// the pieces of them that this rank keeps (llmc/sharding.h). The name of an array is the prefix of its
+// tensors in a checkpoint: the array "m" has "m.wte.weight" and so on.
 #pragma once
 #include <cstddef>
 #include <iterator>
@@ -12,6 +13,7 @@
 
 #include "llmc/memory_plan.h"
 #include "llmc/parameters.h"
+#include "llmc/sharding.h"
 
 // Settings of AdamW (arXiv 1711.05101).
 struct AdamW {
@@ -32,14 +34,15 @@ class Optimizer {
     virtual size_t bytes() const = 0;                            // size of what allocate() takes
     virtual void allocate() = 0;                                 // sets the arrays to zero
 
-    // Does one step for the elements of a slice, whose gradients must be complete. It multiplies them by the
-    // model's clip factor and changes nothing if that is NaN. `step` counts from 1. It may return before the
-    // work is done.
+    // Does one step for the elements of a slice that are kept here. Their gradients must be complete. It
+    // multiplies them by the model's clip factor and changes nothing if that is NaN. `step` counts from 1. It
+    // may return before the work is done.
     virtual void step(Slice slice, double learning_rate, int step) = 0;
 
-    // read() copies a tensor of one of the arrays to the host, write() copies one from there.
-    virtual void read(size_t array, const ParameterTensor& tensor, float* out) const = 0;
-    virtual void write(size_t array, const ParameterTensor& tensor, const float* in) = 0;
+    // read() copies a slice of one of the arrays to the host, write() copies one from there. Both skip what
+    // is not kept here.
+    virtual void read(size_t array, Slice slice, float* out) const = 0;
+    virtual void write(size_t array, Slice slice, const float* in) = 0;
 
     // The first tensor that has a NaN or Inf in one of the arrays, as "m of wte.weight"; "" if all are
     // finite.
@@ -53,39 +56,59 @@ struct ParameterArrays {
     Real* copy;      // (table.size): the weights in the type of the matrix products; null if that is float
     Gradient* gradients;       // (table.size)
     const float* clip_factor;  // (1)
+    // Whether these arrays have only the pieces that this rank keeps.
+    bool weights_are_kept = false, gradients_are_kept = false;
+
+    // The address of element `begin` of the table, which is element `place` of an array of what is kept.
+    float* weights_at(size_t begin, size_t place) const {
+        return weights + (weights_are_kept ? place : begin);
+    }
+    Gradient* gradients_at(size_t begin, size_t place) const {
+        return gradients + (gradients_are_kept ? place : begin);
+    }
 };
 
 // Keeps the arrays of an optimizer in the memory of a backend.
 template <class Memory>
 class OptimizerState : public Optimizer {
   public:
-    OptimizerState(const ParameterTable& table, std::vector<std::string> names)
-        : table_(table), names_(std::move(names)), values_(names_.size()) {
-        for (float*& values : values_) plan_.add(values, table_.size);
+    OptimizerState(const ParameterTable& table, const Kept& kept, std::vector<std::string> names)
+        : table_(table), kept_(kept), names_(std::move(names)), values_(names_.size()) {
+        for (float*& values : values_) plan_.add(values, kept.size());
     }
 
     const std::vector<std::string>& arrays() const override { return names_; }
     size_t bytes() const override { return plan_.bytes(); }
     void allocate() override {
         plan_.allocate();
-        for (float* values : values_) Memory::zero(values, table_.size);
+        for (float* values : values_) Memory::zero(values, kept_.size());
     }
-    void read(size_t array, const ParameterTensor& tensor, float* out) const override {
-        Memory::read(out, values_[array] + tensor.offset, tensor.size);
+    void read(size_t array, Slice slice, float* out) const override {
+        kept_.for_each(slice, [&](Slice piece, size_t place) {
+            Memory::read(out + (piece.begin - slice.begin), values_[array] + place, piece.size());
+        });
     }
-    void write(size_t array, const ParameterTensor& tensor, const float* in) override {
-        Memory::write(values_[array] + tensor.offset, in, tensor.size);
+    void write(size_t array, Slice slice, const float* in) override {
+        kept_.for_each(slice, [&](Slice piece, size_t place) {
+            Memory::write(values_[array] + place, in + (piece.begin - slice.begin), piece.size());
+        });
     }
     std::string first_nonfinite() const override {
         for (const ParameterTensor& t : table_.tensors)
-            for (size_t i = 0; i < names_.size(); i++)
-                if (!Memory::finite(values_[i] + t.offset, t.size)) return names_[i] + " of " + t.name;
+            for (size_t i = 0; i < names_.size(); i++) {
+                bool finite = true;
+                kept_.for_each(t.slice(), [&](Slice piece, size_t place) {
+                    finite = finite && Memory::finite(values_[i] + place, piece.size());
+                });
+                if (!finite) return names_[i] + " of " + t.name;
+            }
         return "";
     }
 
   protected:
     const ParameterTable& table_;
-    float* values(size_t array) const { return values_[array]; }  // (table.size)
+    const Kept& kept_;
+    float* values(size_t array) const { return values_[array]; }  // (kept_.size())
 
   private:
     std::vector<std::string> names_;

@@ -101,7 +101,8 @@ struct TrainOptions {
     ComputeFlags compute;
     std::string recompute = "none", gradients = "fp32";
     bool cuda_graph = false, stochastic_rounding = false;
-    int threads = 0;  // 0: all
+    int threads = 0;         // 0: all
+    int zero = 0;            // what ranks divide among them: Sharding::level
     int comm_timeout = 600;  // seconds
     int val_every = 100, val_batches = 20, sample_every = 500, sample_tokens = 128, checkpoint_every = 500;
     int norms_every = 0;
@@ -230,6 +231,8 @@ inline void require_supported(const Backend& backend, const GPTConfig& config, c
         usage_error("--stochastic-rounding: it works only with --dtype bf16");
     if (options.gradients == Precision::bf16 && options.precision != Precision::bf16)
         usage_error("--gradients bf16: it works only with --dtype bf16");
+    if (options.cuda_graph && options.sharding.level == 2 && options.sharding.ranks > 1)
+        usage_error("--zero 2: it does not work with --cuda-graph, because it sends gradients during a pass");
     if (config.head_size() > can.largest_head)
         usage_error("heads of ", config.head_size(), " channels: ", can.program, " has kernels for at most ",
                     can.largest_head);
@@ -456,6 +459,15 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
         ->capture_default_str()
         ->check(integer_in(0, 4096));
 
+    remember(
+        app.add_option("--zero", o.zero,
+                       "what ranks divide among them instead of keeping it all (with several ranks); 0: "
+                       "nothing, 1: the optimizer's moments, and the float32 weights with --dtype bf16, 2: "
+                       "also the gradients")
+            ->group("Run")
+            ->capture_default_str()
+            ->check(integer_in(0, 2)),
+        o.zero, false);
     app.add_option("--comm-timeout", o.comm_timeout,
                    "seconds after which a rank that waits for the others gives up (with several ranks)")
         ->group("Run")

@@ -5,6 +5,9 @@
 // gradients and each moment of the optimizer lie in arrays of the same layout. A Tensors object gives the
 // tensors of such an array by name. Tensors start at multiples of 16 elements, and the gaps are zero. The
 // vocabulary is padded to Vp rows; the last Vp-V of them are zero and are never in a file.
+//
+// The array begins with the embeddings, then come the matrices of block 0, of block 1 and so on. All vectors
+// are at its end: they are less than 1 % of the parameters, so ranks that share the rest all keep them.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -18,28 +21,16 @@
 #include "llmc/rng.h"
 #include "llmc/slice.h"
 
-// The kind of a tensor. It alone decides how the tensor is treated: whether weight decay applies, in which
-// type its gradient is stored, and whether a matrix product assigns that gradient or a layer adds to it.
+// The kind of a tensor. It decides how the tensor is treated. A matrix product assigns the gradient of a
+// matrix or an embedding in the first backward pass of a step; layers add to all others, so those must be
+// zero before that pass. Vectors have no weight decay, and with --gradients bf16 their gradients are still
+// added up in float32.
 enum class TensorKind {
     matrix,     // the weight of a linear layer
     embedding,  // wte, which is also the output projection
     position,   // wpe
     vector      // all others: biases, gains, LayerNorms' weights, decays, weights of the short convolution
 };
-
-// Weight decay applies to the tensors that are multiplied with activations, and to the positions.
-constexpr bool has_weight_decay(TensorKind kind) {
-    return kind != TensorKind::vector;
-}
-// The first backward pass of a step assigns these gradients, because a matrix product writes them. Layers
-// add to all others, so those must be zero before that pass.
-constexpr bool gradient_is_assigned(TensorKind kind) {
-    return kind == TensorKind::matrix || kind == TensorKind::embedding;
-}
-// With --gradients bf16, only the large gradients are added up in bf16. These ones stay in float32.
-constexpr bool has_small_gradient(TensorKind kind) {
-    return kind == TensorKind::vector;
-}
 
 // The tensors of one block, by name. A tensor that the model does not have is null. Vectors have a type of
 // their own because --gradients bf16 keeps their gradients in float32.
@@ -84,6 +75,7 @@ struct ParameterTensor {
     size_t size;    // product of shape
     Init init;
     double std;  // standard deviation, for Init::normal
+    Slice slice() const { return {offset, offset + size}; }
 };
 
 struct ParameterTable {
@@ -92,54 +84,62 @@ struct ParameterTable {
     size_t count = 0;  // parameters of the model
 
     ParameterTable(const GPTConfig& config, int Vp) : config_(config), Vp_(Vp) {
-        layers_.resize(config.layers, {SIZE_MAX, 0});
         Tensors<float> unused;
         walk(unused, [&](auto*&, const std::string& name, TensorKind kind, int layer, const Shape& shape,
                          Init init, double std) {
             size_t elements = 1;
             for (int64_t s : shape) elements *= s;
-            tensors.push_back({name, kind, layer, shape, size, elements, init, std});
-            if (layer >= 0) layers_[layer].begin = std::min(layers_[layer].begin, size);
+            tensors.push_back({name, kind, layer, shape, 0, elements, init, std});
             count += elements;
-            size += padded_size(kind, elements);
-            if (layer >= 0) layers_[layer].end = size;
         });
+        blocks_.resize(config.layers, {SIZE_MAX, 0});
+        vectors_of_blocks_ = blocks_;
+        place([](TensorKind kind) { return kind != TensorKind::vector; }, blocks_);
+        vectors_.begin = size;
+        place([](TensorKind kind) { return kind == TensorKind::vector; }, vectors_of_blocks_);
+        vectors_.end = size;
     }
 
     Slice all() const { return {0, size}; }
-    // The elements of one block's tensors, which lie together.
-    Slice range(int layer) const { return layers_[layer]; }
+    Slice embeddings() const { return {0, blocks_[0].begin}; }
+    Slice block(int layer) const { return blocks_[layer]; }  // its matrices
+    Slice vectors() const { return vectors_; }               // of the whole model
+    Slice vectors_of(int layer) const { return vectors_of_blocks_[layer]; }
 
-    // Cuts the array into pieces, in the order in which the backward pass finishes them: first the last block
-    // with everything that follows it, then the other blocks down to block 0, then the embeddings.
+    // Cuts the array into buckets, in the order in which the backward pass finishes them: the last block, the
+    // other blocks down to block 0, the embeddings, the vectors.
     std::vector<Slice> buckets() const {
-        std::vector<Slice> slices;
-        for (size_t l = layers_.size(), end = size; l-- > 0; end = layers_[l].begin)
-            slices.push_back({layers_[l].begin, end});
-        slices.push_back({0, layers_[0].begin});
+        std::vector<Slice> slices(blocks_.rbegin(), blocks_.rend());
+        slices.push_back(embeddings());
+        slices.push_back(vectors());
         return slices;
+    }
+    int bucket_of_block(int layer) const { return (int)blocks_.size() - 1 - layer; }
+    int bucket_of_embeddings() const { return (int)blocks_.size(); }
+    int bucket_of_vectors() const { return (int)blocks_.size() + 1; }
+    int bucket_of(const ParameterTensor& t) const {
+        if (t.kind == TensorKind::vector) return bucket_of_vectors();
+        return t.layer < 0 ? bucket_of_embeddings() : bucket_of_block(t.layer);
     }
 
     // The tensors of an array of `size` elements that has the layout of this table.
     template <class T>
     Tensors<T> view(T* array) const {
-        Tensors<T> view = {};
-        auto next = tensors.begin();
-        walk(view, [&](T*& slot, auto&&...) { slot = array + next++->offset; });
-        return view;
+        auto at = [&](const ParameterTensor& t) { return array + t.offset; };
+        return view<T, T>(at, at);
     }
-    // The same, but vectors do not lie in `array`: vector_at(ParameterTensor) says where each one is.
-    template <class Matrix, class Vector, class VectorAt>
-    Tensors<Matrix, Vector> view(Matrix* array, VectorAt vector_at) const {
-        static_assert(!std::is_same_v<Matrix, Vector>);
+    // The same for tensors that lie elsewhere: vector_at(ParameterTensor) says where a vector is, and
+    // matrix_at(ParameterTensor) where any other tensor is.
+    template <class Matrix, class Vector, class MatrixAt, class VectorAt>
+    Tensors<Matrix, Vector> view(MatrixAt matrix_at, VectorAt vector_at) const {
         Tensors<Matrix, Vector> view = {};
         auto next = tensors.begin();
-        walk(view, [&](auto*& slot, auto&&...) {
+        walk(view, [&]<class T>(T*& slot, auto&&...) {
             const ParameterTensor& t = *next++;
-            if constexpr (std::is_same_v<decltype(slot), Vector*&>) {
-                slot = vector_at(t);
+            if (t.kind == TensorKind::vector) {
+                if constexpr (std::is_same_v<T, Vector>) slot = vector_at(t);
             } else {
-                slot = array + t.offset;
+                if constexpr (std::is_same_v<T, Matrix>) slot = matrix_at(t);
             }
         });
         return view;
@@ -148,7 +148,23 @@ struct ParameterTable {
   private:
     GPTConfig config_;
     int Vp_;
-    std::vector<Slice> layers_;  // (L)
+    std::vector<Slice> blocks_, vectors_of_blocks_;  // (L)
+    Slice vectors_;
+
+    // Gives the tensors of the chosen kinds their places, at the end of what has been placed, and notes which
+    // elements each block has.
+    template <class Chosen>
+    void place(Chosen chosen, std::vector<Slice>& of_blocks) {
+        for (ParameterTensor& t : tensors) {
+            if (!chosen(t.kind)) continue;
+            t.offset = size;
+            size += padded_size(t.kind, t.size);
+            if (t.layer < 0) continue;
+            Slice& block = of_blocks[t.layer];
+            block.begin = std::min(block.begin, t.offset);
+            block.end = size;
+        }
+    }
 
     size_t padded_size(TensorKind kind, size_t elements) const {
         if (kind == TensorKind::embedding) elements = (size_t)Vp_ * config_.channels;

@@ -21,6 +21,7 @@
 
 #include "llmc/checkpoint.h"
 #include "llmc/communicator.h"
+#include "llmc/data_parallel.h"
 #include "llmc/dataloader.h"
 #include "llmc/inference.h"
 #include "llmc/launch.h"
@@ -79,11 +80,12 @@ class Trainer {
         int status = kExitFailure;
         try {
             return train(launch);
-        } catch (const Error& e) {
+        } catch (const AgreedError& e) {
             // It is printed before MPI ends, because mpirun kills the other ranks when one has ended with an
             // error.
-            if (agreed && is_root()) fprintf(stderr, "%s: error: %s\n", backend.can.program, e.what());
-            if (agreed) throw Error(e.status, "");
+            if (is_root()) fprintf(stderr, "%s: error: %s\n", backend.can.program, e.what());
+            throw Error(e.status, "");
+        } catch (const Error& e) {
             what = e.what(), status = e.status;
         } catch (const std::exception& e) {
             what = e.what();
@@ -113,9 +115,12 @@ class Trainer {
             GPTConfig config = choose_model(initial, resumed.has_value());
             try {
                 settle_sizes(config);
-                require_supported(backend, config, o.model_options());
-                model = backend.make_model(config, o.model_options());
+                ModelOptions model_options = o.model_options();
+                model_options.sharding = {o.zero, comm->rank, comm->ranks};
+                require_supported(backend, config, model_options);
+                model = backend.make_model(config, model_options);
                 optimizer = model->make_optimizer(o.adamw);
+                parallel.emplace(*comm, *model, *optimizer);
             } catch (const Error& e) {
                 if (!resumed || e.status != kExitUsage) throw;
                 usage_error(e.what(), " (flags that are not given have the values in ",
@@ -138,6 +143,7 @@ class Trainer {
             optimizer->allocate();
             load_weights(initial, resumed.has_value());
         });
+        if (comm->ranks > 1) alone_ms = parallel->measure(micro_batches());
         together([&] {
             if (!is_root()) return;
             if (o.resume) delete_leftovers(o.out);
@@ -155,12 +161,15 @@ class Trainer {
             bool validates = val_data && due(o.val_every);
             bool samples = tokenizer && o.sample_tokens > 0 && due(o.sample_every);
             bool saves = due(o.checkpoint_every);
+            if (validates || samples || saves || last) parallel->settle();
             if (validates || samples || saves) check_finite();  // a finite loss can still make NaN weights
             if (validates) validate(*val_data);
             if (samples) sample();
             if (saves) checkpoint();
         }
+        print_communication();
         if (state.step < o.steps) {
+            parallel->settle();
             bool saved = last_checkpoint == join_path(o.out, checkpoint_name(state.step));
             if (o.checkpoint_every > 0 && state.step > 0 && !saved) {
                 check_finite();
@@ -180,9 +189,11 @@ class Trainer {
     TrainOptions& o;
     TrainerState state;
     std::unique_ptr<Communicator> comm;
-    bool agreed = false;  // all ranks know the error that ends the training
     std::unique_ptr<Model> model;
     std::unique_ptr<Optimizer> optimizer;
+    std::optional<DataParallel> parallel;
+    double alone_ms = 0,
+           exposed_ms = 0;  // the communication of a step on its own; what all steps waited for it
     std::optional<MetricsLog> metrics;  // only rank 0 has it
     std::string tokenizer_text;         // text of tokenizer.json, which every checkpoint gets a copy of
     std::optional<Tokenizer> tokenizer;
@@ -190,31 +201,21 @@ class Trainer {
     std::string last_checkpoint;
     std::optional<Peak> peak;
     double seconds_a_step = 0;
+    int measured_steps = 0;  // that exposed_ms is the sum of
     bool terminal = isatty(STDOUT_FILENO);
 
     bool is_root() const { return comm->rank == 0; }
+
+    // The micro-batches of a step, at each rank.
+    int micro_batches() const { return (int)(o.total_batch / ((int64_t)o.batch * o.seq * comm->ranks)); }
 
     void log(const nlohmann::ordered_json& line) {
         if (metrics) metrics->write(line);
     }
 
-    // Runs f on every rank. If it fails on one, all ranks end with the error of the first rank that failed.
     template <class F>
     void together(F f) {
-        if (comm->ranks == 1) return f();
-        std::string error;
-        try {
-            f();
-        } catch (const Error& e) {
-            error = str((char)e.status, e.what());
-        }
-        std::vector<std::string> errors = comm->gather(error);
-        for (int rank = 0; rank < comm->ranks; rank++) {
-            if (errors[rank].empty()) continue;
-            agreed = true;
-            bool all = std::count(errors.begin(), errors.end(), errors[rank]) == comm->ranks;
-            throw Error(errors[rank][0], (all ? "" : str("rank ", rank, ": ")) + errors[rank].substr(1));
-        }
+        ::together(*comm, f);
     }
 
     // Ranks on one machine share its cores, unless the launcher has given cores to each of them.
@@ -243,9 +244,8 @@ class Trainer {
             nlohmann::json other = nlohmann::json::parse(texts[rank]);
             for (const auto& [key, value] : first.items()) {
                 if (other[key] == value) continue;
-                agreed = true;
-                usage_error("the ranks disagree on ", key, ": rank 0 has ", brief(value), ", rank ", rank,
-                            " has ", brief(other[key]));
+                throw AgreedError(kExitUsage, str("the ranks disagree on ", key, ": rank 0 has ",
+                                                  brief(value), ", rank ", rank, " has ", brief(other[key])));
             }
         }
     }
@@ -392,8 +392,9 @@ class Trainer {
                (long long)o.total_batch, (long long)(o.total_batch / ((int64_t)o.batch * o.seq)), o.batch,
                o.seq, (long long)steps_an_epoch);
         if (comm->ranks > 1)
-            printf("ranks      %d, started by %s; %d threads at rank 0\n", comm->ranks,
-                   launch.launcher.c_str(), o.threads);
+            printf("ranks      %d, started by %s; %d threads at rank 0; --zero %d; %.1f MB sent a step\n",
+                   comm->ranks, launch.launcher.c_str(), o.threads, o.zero,
+                   parallel->bytes_a_step(micro_batches()) / 1e6);
         printf("training   %d steps, %s schedule to %g after %d steps of warm-up, %s\n", o.steps,
                o.schedule.c_str(), o.learning_rate, o.warmup, o.compute.dtype.c_str());
         size_t total = 0;
@@ -410,37 +411,27 @@ class Trainer {
 
     void step(DataLoader& loader) {
         auto start = std::chrono::steady_clock::now();
-        int ranks = comm->ranks;
-        int micro_batches = (int)(o.total_batch / ((int64_t)o.batch * o.seq * ranks));  // of each rank
-        std::vector<AttentionNorms> norms;  // (L,H), of the first micro-batch; empty if not wanted
-        if (is_root() && o.norms_every > 0 && (state.step == 0 || (state.step + 1) % o.norms_every == 0))
-            norms.resize((size_t)model->config.layers * model->config.heads);
-        std::vector<Slice> buckets = model->table.buckets();
-        ReadyFunction reduce = [&](int bucket) {
-            comm->progress();
-            model->reduce_gradients(*comm, buckets[bucket]);
-        };
-        for (int i = 0; i < micro_batches; i++) {
+        int ranks = comm->ranks, passes = micro_batches();
+        std::vector<AttentionNorms> norms;  // (L,H), of the first micro-batch; rank 0 has them, if wanted
+        bool wants_norms = o.norms_every > 0 && (state.step == 0 || (state.step + 1) % o.norms_every == 0);
+        if (is_root() && wants_norms) norms.resize((size_t)model->config.layers * model->config.heads);
+        comm->set_step(state.step);
+        for (int i = 0; i < passes; i++) {
             loader.batch(state.samples + ((int64_t)i * ranks + comm->rank) * o.batch, o.batch, inputs.data(),
                          targets.data());
-            bool first = i == 0, last = i + 1 == micro_batches;
-            model->run({inputs.data(), targets.data(), o.batch, o.seq},
-                       Pass::training(1.0f / (micro_batches * ranks), first, last,
-                                      first && !norms.empty() ? norms.data() : nullptr),
-                       ranks > 1 ? reduce : ReadyFunction());
+            Pass pass = Pass::training(1.0f / (passes * ranks), i == 0, i + 1 == passes,
+                                       i == 0 && !norms.empty() ? norms.data() : nullptr);
+            model->run({inputs.data(), targets.data(), o.batch, o.seq}, pass, parallel->hooks(pass));
         }
-        // What is still to do now is not hidden behind the backward pass.
-        comm->join();
         int step = state.step + 1;
         double rate =
             learning_rate_at(o.schedule, step, o.steps, o.warmup, o.learning_rate, o.final_lr_fraction);
-        model->clip_gradients(o.grad_clip);
-        optimizer->step(model->table.all(), rate, step);
-        double norm = model->clipped_norm(), loss = comm->sum(model->take_loss()) / (micro_batches * ranks);
+        parallel->step(o.grad_clip, rate, step);
+        double norm = model->clipped_norm(), loss = comm->sum(model->take_loss()) / (passes * ranks);
         if (!std::isfinite(loss)) diverged(step, str("the loss is ", loss));
         if (!std::isfinite(norm)) diverged(step, str("the gradient norm is ", norm));
         state.step = step;
-        state.samples += (int64_t)micro_batches * ranks * o.batch;
+        state.samples += (int64_t)passes * ranks * o.batch;
 
         double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
         double tokens_per_second = o.total_batch / seconds;
@@ -451,49 +442,67 @@ class Trainer {
                                        {"tokens", step * o.total_batch},
                                        {"ms", seconds * 1e3},
                                        {"tokens_per_second", tokens_per_second}};
-        if (ranks > 1) line["exposed_comm_ms"] = comm->take_exposed_ms();
+        std::string communication;
+        if (ranks > 1) {
+            double exposed = comm->take_exposed_ms();
+            exposed_ms += exposed, measured_steps++;
+            line["exposed_comm_ms"] = exposed;
+            char text[64];
+            snprintf(text, sizeof text, " (%.1f waiting)", exposed);
+            communication = text;
+        }
         log(line);
-        if (!norms.empty()) write_norms(norms);
+        if (wants_norms) write_norms(norms);
         // A running mean, so that one slow step does not change the remaining time much.
         seconds_a_step = seconds_a_step == 0 ? seconds : 0.9 * seconds_a_step + 0.1 * seconds;
-        double share = peak->share(operations_per_token(model->config, o.seq) * tokens_per_second);
+        double share = peak->share(operations_per_token(model->config, o.seq) * tokens_per_second / ranks);
         printf(
-            "step %*d/%d | loss %s%.4f%s | norm %.3f | lr %.2e | %.1f ms | %.0f tok/s | %.0f%% of peak | %s "
+            "step %*d/%d | loss %s%.4f%s | norm %.3f | lr %.2e | %.1f ms%s | %.0f tok/s | %.0f%% of peak | "
+            "%s "
             "left\n",
             (int)std::to_string(o.steps).size(), step, o.steps, terminal ? "\033[1m" : "", loss,
-            terminal ? "\033[0m" : "", norm, rate, seconds * 1e3, tokens_per_second, 100 * share,
-            duration_text(seconds_a_step * (o.steps - step)).c_str());
+            terminal ? "\033[0m" : "", norm, rate, seconds * 1e3, communication.c_str(), tokens_per_second,
+            100 * share, duration_text(seconds_a_step * (o.steps - step)).c_str());
+        fflush(stdout);
+    }
+
+    // Says how much of the communication was hidden behind the computing.
+    void print_communication() const {
+        if (comm->ranks == 1 || measured_steps == 0) return;
+        double exposed = exposed_ms / measured_steps;
+        printf("communication  %.1f ms a step on its own, %.1f ms in the training: %.0f%% hidden\n", alone_ms,
+               exposed, 100 * std::clamp(1 - exposed / alone_ms, 0.0, 1.0));
         fflush(stdout);
     }
 
     // Writes the norms of the step that was just done: a line for each head, and one for the gradient of each
-    // layer.
+    // layer. All ranks must call it; only rank 0 has the heads' norms.
     void write_norms(const std::vector<AttentionNorms>& norms) {
         const GPTConfig& config = model->config;
         for (int l = 0; l < config.layers; l++) {
-            for (int h = 0; h < config.heads; h++) {
+            for (int h = 0; h < config.heads && is_root(); h++) {
                 nlohmann::ordered_json line = {{"step", state.step}, {"layer", l}, {"head", h}};
                 append_norms(line, norms[(size_t)l * config.heads + h], config.attention());
                 log(line);
             }
-            log({{"step", state.step},
-                 {"layer", l},
-                 {"gradient_norm", model->gradient_norm(model->table.range(l))}});
+            double norm = std::hypot(parallel->gradient_norm(model->table.block(l)),
+                                     parallel->gradient_norm(model->table.vectors_of(l)));
+            log({{"step", state.step}, {"layer", l}, {"gradient_norm", norm}});
         }
     }
 
     // All ranks must call this, because a NaN may be at one of them only.
     [[noreturn]] void diverged(int step, const std::string& what) {
+        parallel->settle();
         std::string tensor;
         std::vector<std::string> tensors = comm->gather(first_nonfinite());
         for (int rank = 0; rank < comm->ranks && tensor.empty(); rank++)
             if (!tensors[rank].empty())
                 tensor = tensors[rank] + (comm->ranks > 1 ? str(" at rank ", rank) : "");
-        agreed = true;
-        throw Error(kExitDiverged,
-                    str("training diverged at step ", step, ": ", what, ", first in ",
-                        tensor.empty() ? std::string("their sum") : tensor,
-                        "; last checkpoint: ", last_checkpoint.empty() ? "none" : last_checkpoint));
+        throw AgreedError(kExitDiverged,
+                          str("training diverged at step ", step, ": ", what, ", first in ",
+                              tensor.empty() ? std::string("their sum") : tensor,
+                              "; last checkpoint: ", last_checkpoint.empty() ? "none" : last_checkpoint));
     }
 
     std::string first_nonfinite() const {
@@ -559,12 +568,10 @@ class Trainer {
         state.options = o.remembered();
         state.program = o.program;
         together([&] {
-            if (!is_root()) return;
-            metrics->sync();
-            write_checkpoint(o.out, *model, *optimizer, state, tokenizer_text);
-            delete_old_checkpoints(o.out, o.keep_checkpoints);
+            if (metrics) metrics->sync();
         });
-        last_checkpoint = join_path(o.out, checkpoint_name(state.step));
+        last_checkpoint = write_checkpoint(o.out, *model, *optimizer, state, tokenizer_text, *comm);
+        if (is_root()) delete_old_checkpoints(o.out, o.keep_checkpoints);
         printf("wrote %s\n", printable(last_checkpoint).c_str());
         fflush(stdout);
     }

@@ -251,9 +251,11 @@ class Bench {
         double rows = (double)std::set<int>(ids.begin(), ids.end()).size();
         auto tokens = on_device(ids);
         auto wte = random<float>((size_t)V * C), wpe = random<float>((size_t)T * C);
+        auto wte_real = random<Real>((size_t)V * C), wpe_real = random<Real>((size_t)T * C);
         auto out = random<float>((size_t)N * C);
-        measure("embedding forward", kFloat * (N + C * (rows + T + N)), 0,
-                [&] { embedding_forward(out.get(), tokens.get(), wte.get(), wpe.get(), B, T, C, nullptr); });
+        measure("embedding forward", kFloat * (N + C * N) + kReal * C * (rows + T), 0, [&] {
+            embedding_forward(out.get(), tokens.get(), wte_real.get(), wpe_real.get(), B, T, C, nullptr);
+        });
         DeviceArray<float> scratch(embedding_backward_scratch(B, T, C));
         measure("embedding backward", kFloat * (N + C * (N + 2 * rows + 2.0 * T)), 0, [&] {
             embedding_backward(wte.get(), wpe.get(), scratch.get(), out.get(), tokens.get(), B, T, C, V,
@@ -340,11 +342,9 @@ class Bench {
                                          weight.get(), from_gelu ? pre_gelu.get() : nullptr, false, N, IC, OC,
                                          context, nullptr);
                 });
-        measure("bias gradient of " + name, kReal * out, 0,
-                [&] {
-                    add_column_sums(dbias.get(), context.scratch<kColumnSumsScratch>(), result.get(), N, OC,
-                                    nullptr);
-                });
+        measure("bias gradient of " + name, kReal * out, 0, [&] {
+            add_column_sums(dbias.get(), context.scratch<kColumnSumsScratch>(), result.get(), N, OC, nullptr);
+        });
     }
 
     void gelu() {
@@ -462,7 +462,6 @@ class Bench {
         config.context = T;
         ParameterTable table(config, Vp);
         size_t n = table.size;
-        auto ranges = on_device(decay_ranges(table, 0.1f));
         auto param = random<float>(n), grad = random<float>(n, 1e-3f), m = random<float>(n, 1e-3f);
         auto v = on_device(std::vector<float>(n, 1e-6f));
         auto scale = on_device(std::vector<float>(1, 1.0f));
@@ -478,8 +477,8 @@ class Bench {
             measure(stochastic ? "AdamW, rounded stochastically" : "AdamW",
                     n * (7 * kFloat + kCopies * kReal), 0, [&] {
                         adamw_update(param.get(), kCopies ? copy.get() : nullptr, grad.get(), m.get(),
-                                     v.get(), Slice{0, n}, 1e-4f, 0.9f, 0.95f, 1e-8f, ranges.get(),
-                                     (int)ranges.size(), scale.get(), 10, stochastic, 1, nullptr);
+                                     v.get(), n, 0, table.vectors().begin, 1e-4f, 0.9f, 0.95f, 1e-8f, 0.1f,
+                                     scale.get(), 10, stochastic, 1, nullptr);
                     });
         }
     }

@@ -64,6 +64,14 @@ inline double sum_of_squares(const float* x, size_t n) {
     return total;
 }
 
+// Assigns gradients, or adds them, to another array.
+inline void move_gradients(float* to,          // (n) =, or += if `add` is set
+                           const float* from,  // (n)
+                           size_t n, bool add) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < n; i++) to[i] = add ? to[i] + from[i] : from[i];
+}
+
 // The factor by which gradients of this norm must be multiplied so that their norm is at most max_norm (0: no
 // limit). It is NaN if the norm is not finite.
 inline float clip_factor(double norm, double max_norm) {
@@ -74,29 +82,36 @@ inline float clip_factor(double norm, double max_norm) {
 template <class Real>
 class AdamWOptimizer : public OptimizerState<HostMemory> {
   public:
-    AdamWOptimizer(const ParameterTable& table, const ParameterArrays<Real, float>& model,
+    AdamWOptimizer(const ParameterTable& table, const Kept& kept, const ParameterArrays<Real, float>& model,
                    const AdamW& settings)
-        : OptimizerState(table, {std::begin(kAdamWArrays), std::end(kAdamWArrays)}),
+        : OptimizerState(table, kept, {std::begin(kAdamWArrays), std::end(kAdamWArrays)}),
           model_(model),
           settings_(settings) {}
 
     void step(Slice slice, double learning_rate, int step) override {
         if (std::isnan(*model_.clip_factor)) return;
 #pragma omp parallel
-        for (const ParameterTensor& t : table_.tensors) {
-            size_t begin = std::max(t.offset, slice.begin), end = std::min(t.offset + t.size, slice.end);
-            if (begin >= end) continue;
-            double weight_decay = has_weight_decay(t.kind) ? settings_.weight_decay : 0;
-            adamw_update(model_.weights + begin, model_.copy ? model_.copy + begin : nullptr,
-                         model_.gradients + begin, values(0) + begin, values(1) + begin, end - begin,
-                         (float)learning_rate, (float)settings_.beta1, (float)settings_.beta2,
-                         (float)settings_.eps, (float)weight_decay, *model_.clip_factor, step);
+        {
+            update({slice.begin, std::min(slice.end, table_.vectors().begin)}, settings_.weight_decay,
+                   learning_rate, step);
+            update({std::max(slice.begin, table_.vectors().begin), slice.end}, 0, learning_rate, step);
         }
     }
 
   private:
     const ParameterArrays<Real, float>& model_;
     AdamW settings_;
+
+    // All threads of a parallel region must call it.
+    void update(Slice slice, double weight_decay, double learning_rate, int step) {
+        kept_.for_each(slice, [&](Slice piece, size_t place) {
+            adamw_update(model_.weights_at(piece.begin, place),
+                         model_.copy ? model_.copy + piece.begin : nullptr,
+                         model_.gradients_at(piece.begin, place), values(0) + place, values(1) + place,
+                         piece.size(), (float)learning_rate, (float)settings_.beta1, (float)settings_.beta2,
+                         (float)settings_.eps, (float)weight_decay, *model_.clip_factor, step);
+        });
+    }
 };
 
 }  // namespace cpu

@@ -6,20 +6,21 @@
 
 namespace cpu::inline LLMC_ISA {
 
+template <class Real>
 inline void embedding_forward(float* out,         // (B,T,C)
                               const int* tokens,  // (B,T)
-                              const float* wte,   // (V,C)
-                              const float* wpe,   // (at least T,C), or null: no position table
+                              const Real* wte,    // (V,C)
+                              const Real* wpe,    // (at least T,C), or null: no position table
                               int B, int T, int C) {
 #pragma omp parallel for schedule(static)
     for (int bt = 0; bt < B * T; bt++) {
         float* o = out + (size_t)bt * C;
-        const float* token = wte + (size_t)tokens[bt] * C;
+        const Real* token = wte + (size_t)tokens[bt] * C;
         if (wpe) {
-            const float* position = wpe + (size_t)(bt % T) * C;
-            for (int c = 0; c < C; c++) o[c] = token[c] + position[c];
+            const Real* position = wpe + (size_t)(bt % T) * C;
+            for (int c = 0; c < C; c++) o[c] = (float)token[c] + (float)position[c];
         } else {
-            for (int c = 0; c < C; c++) o[c] = token[c];
+            for (int c = 0; c < C; c++) o[c] = (float)token[c];
         }
     }
 }

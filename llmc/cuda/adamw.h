@@ -14,22 +14,6 @@
 
 namespace gpu {
 
-// The weight decay of the elements from `begin`, a multiple of 4, to where the next range begins.
-struct DecayRange {
-    size_t begin;
-    float weight_decay;
-};
-
-// The weight decay of a whole array. Neighbours with the same decay share a range; the first begins at 0.
-inline std::vector<DecayRange> decay_ranges(const ParameterTable& table, float weight_decay) {
-    std::vector<DecayRange> ranges;
-    for (const ParameterTensor& t : table.tensors) {
-        float decay = has_weight_decay(t.kind) ? weight_decay : 0.0f;
-        if (ranges.empty() || ranges.back().weight_decay != decay) ranges.push_back({t.offset, decay});
-    }
-    return ranges;
-}
-
 // Adds 16 random bits to the lower half of x's bits and keeps the upper half. The result is one of the two
 // neighbours of x in bf16, with the probabilities that make the mean x.
 __device__ inline bf16 round_stochastically(float x, uint32_t random16) {
@@ -39,7 +23,7 @@ __device__ inline bf16 round_stochastically(float x, uint32_t random16) {
 }
 
 struct AdamwStep {
-    float learning_rate, beta1, beta2, eps, step_size, v_scale;
+    float learning_rate, beta1, beta2, eps, weight_decay, step_size, v_scale;
     bool stochastic;
     uint64_t seed, step;
 };
@@ -50,31 +34,19 @@ constexpr int kAdamwTile = kAdamwThreads * 4 * kAdamwTurns;
 template <class Real, class Gradient>
 __global__ void __launch_bounds__(kAdamwThreads)
     adamw_kernel(float* __restrict__ param, Real* __restrict__ copy, const Gradient* __restrict__ grad,
-                 float* __restrict__ m, float* __restrict__ v, size_t first, size_t n,
-                 const DecayRange* __restrict__ ranges, int range_count, const float* __restrict__ grad_scale,
-                 AdamwStep o) {
-    size_t begin = first + (size_t)blockIdx.x * kAdamwTile;
-    int range = 0;  // the last one that begins at or before `begin`
-    for (int end = range_count; range + 1 < end;) {
-        int middle = (range + end) / 2;
-        (ranges[middle].begin <= begin ? range : end) = middle;
-    }
-    float decay = ranges[range].weight_decay, scale = *grad_scale;
+                 float* __restrict__ m, float* __restrict__ v, size_t n, size_t index, size_t decayed,
+                 const float* __restrict__ grad_scale, AdamwStep o) {
+    size_t begin = (size_t)blockIdx.x * kAdamwTile;
+    float scale = *grad_scale;
     if (isnan(scale)) return;
-    size_t next = range + 1 < range_count ? ranges[range + 1].begin : n;
 #pragma unroll 1
     for (int turn = 0; turn < kAdamwTurns; turn++) {
         size_t i = begin + (turn * kAdamwThreads + threadIdx.x) * 4;
         if (i >= n) return;
-        while (i >= next) {
-            range++;
-            decay = ranges[range].weight_decay;
-            next = range + 1 < range_count ? ranges[range + 1].begin : n;
-        }
         size_t count = n - i;
         Vec<4> p = load_vec<4>(param + i, count), g = load_vec<4>(grad + i, count);
         Vec<4> mi = load_vec<4>(m + i, count), vi = load_vec<4>(v + i, count);
-        float keep = 1.0f - o.learning_rate * decay;
+        float keep = i < decayed ? 1.0f - o.learning_rate * o.weight_decay : 1.0f;
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             float gk = g[k] * scale;
@@ -87,7 +59,7 @@ __global__ void __launch_bounds__(kAdamwThreads)
         store_vec(v + i, vi, count);
         if constexpr (!std::is_same_v<Real, float>) {
             if (o.stochastic) {
-                PhiloxBlock random = random_block(o.seed, o.step, i / 4);
+                PhiloxBlock random = random_block(o.seed, o.step, (index + i) / 4);
 #pragma unroll
                 for (int k = 0; k < 4; k++) p[k] = to_float(round_stochastically(p[k], random[k] >> 16));
             }
@@ -96,29 +68,30 @@ __global__ void __launch_bounds__(kAdamwThreads)
     }
 }
 
-// Takes one step with the elements of a slice, which begins at a multiple of 4, in one pass over memory. m
-// and v are the moving averages of the gradient times *grad_scale (the clip factor) and of its square. Both
-// are corrected for their bias by `step`, which counts from 1. Weight decay is decoupled. Nothing changes if
-// the factor is NaN. The bf16 copy is rounded to nearest, or stochastically with bits that depend on seed,
-// step and index alone.
+// Takes one step with n elements in one pass over memory. m and v are the moving averages of the gradient
+// times *grad_scale (the clip factor) and of its square. Both are corrected for their bias by `step`, which
+// counts from 1. Weight decay is decoupled. Nothing changes if the factor is NaN. The bf16 copy is rounded to
+// nearest, or stochastically with bits that depend on seed, step and the element's index alone.
 template <class Real, class Gradient>
-void adamw_update(float* param,          // (table.size)
-                  Real* copy,            // (table.size): the new param in bf16, or null where Real is float
-                  const Gradient* grad,  // (table.size)
-                  float* m,              // (table.size)
-                  float* v,              // (table.size)
-                  Slice slice, float learning_rate, float beta1, float beta2, float eps,
-                  const DecayRange* ranges,  // (range_count), on the device
-                  int range_count,
+void adamw_update(float* param,          // (n)
+                  Real* copy,            // (n): the new param in bf16, or null where Real is float
+                  const Gradient* grad,  // (n)
+                  float* m,              // (n)
+                  float* v,              // (n)
+                  size_t n,
+                  size_t index,    // of the first element in the whole model, a multiple of 4
+                  size_t decayed,  // how many elements have weight decay, a multiple of 4 or at least n
+                  float learning_rate, float beta1, float beta2, float eps, float weight_decay,
                   const float* grad_scale,  // (1), on the device
                   int step, bool stochastic, uint64_t seed, cudaStream_t stream) {
+    if (n == 0) return;
     float step_size = (float)(learning_rate / (1 - std::pow((double)beta1, step)));
     float v_scale = (float)(1 / std::sqrt(1 - std::pow((double)beta2, step)));
-    AdamwStep o{learning_rate, beta1, beta2, eps, step_size, v_scale, stochastic, seed, (uint64_t)step};
-    if (slice.size() == 0) return;
-    unsigned blocks = (unsigned)ceil_div(slice.size(), (size_t)kAdamwTile);
-    adamw_kernel<<<blocks, kAdamwThreads, 0, stream>>>(param, copy, grad, m, v, slice.begin, slice.end,
-                                                       ranges, range_count, grad_scale, o);
+    AdamwStep o{learning_rate, beta1,   beta2,      eps,  weight_decay,
+                step_size,     v_scale, stochastic, seed, (uint64_t)step};
+    unsigned blocks = (unsigned)ceil_div(n, (size_t)kAdamwTile);
+    adamw_kernel<<<blocks, kAdamwThreads, 0, stream>>>(param, copy, grad, m, v, n, index, decayed, grad_scale,
+                                                       o);
     check_launch();
 }
 
@@ -156,20 +129,19 @@ static __global__ void __launch_bounds__(kSquaresAddThreads)
     __shared__ double shared[kSquaresAddThreads / kWarp];
     double total = (int)threadIdx.x < parts ? partial[threadIdx.x] : 0.0;
     total = block_sum_in_order<kSquaresAddThreads>(total, shared);
-    if (threadIdx.x == 0) *sum = total;
+    if (threadIdx.x == 0) *sum += total;
 }
 
 // The sum is in double. A fixed number of blocks sum first, and then their sums are added.
 template <class T>
-void sum_of_squares(double* sum,      // (1), on the device
+void sum_of_squares(double* sum,      // (1), on the device: +=
                     double* scratch,  // (kSquaresBlocks)
                     const T* x,       // (n)
                     size_t n, cudaStream_t stream) {
+    if (n == 0) return;
     int blocks = (int)std::min(ceil_div(n, (size_t)kSquaresTile), (size_t)kSquaresBlocks);
-    if (blocks > 0) {
-        sum_of_squares_kernel<<<blocks, kSquaresThreads, 0, stream>>>(scratch, x, n);
-        check_launch();
-    }
+    sum_of_squares_kernel<<<blocks, kSquaresThreads, 0, stream>>>(scratch, x, n);
+    check_launch();
     add_squares_kernel<<<1, kSquaresAddThreads, 0, stream>>>(sum, scratch, blocks);
     check_launch();
 }
@@ -199,16 +171,18 @@ class GradientClip {
         plan.add(squares_, 1 + kSquaresBlocks);
         plan.add(factor, 1);
     }
-    void set_factor(const Gradient* gradients, size_t n, double max_norm, cudaStream_t stream) const {
+    // These add up the squares of arrays: start(), then add() for each array.
+    void start(cudaStream_t stream) const { check(cudaMemsetAsync(squares_, 0, sizeof(double), stream)); }
+    void add(const Gradient* gradients, size_t n, cudaStream_t stream) const {
         sum_of_squares(squares_, squares_ + 1, gradients, n, stream);
+    }
+    Span sum() const { return {squares_, 1}; }
+    // Sets the factor that follows from the sum.
+    void set_factor(double max_norm, cudaStream_t stream) const {
         clip_factor(factor, squares_, max_norm, stream);
     }
-    double norm(const Gradient* gradients, size_t n, cudaStream_t stream) const {
-        sum_of_squares(squares_, squares_ + 1, gradients, n, stream);
-        return last_norm(stream);
-    }
-    // The norm that the last of the calls above has computed. Waits for it.
-    double last_norm(cudaStream_t stream) const {
+    // The norm that follows from the sum. Waits for it.
+    double norm(cudaStream_t stream) const {
         double total;
         copy_to_host(&total, squares_, 1, stream);
         return std::sqrt(total);
@@ -223,27 +197,26 @@ class GradientClip {
 template <class Real, class Gradient>
 class AdamWOptimizer : public OptimizerState<DeviceMemory> {
   public:
-    AdamWOptimizer(const ParameterTable& table, const ParameterArrays<Real, Gradient>& model,
-                   const AdamW& settings, bool stochastic_rounding, uint64_t seed, cudaStream_t& stream)
-        : OptimizerState(table, {std::begin(kAdamWArrays), std::end(kAdamWArrays)}),
+    AdamWOptimizer(const ParameterTable& table, const Kept& kept,
+                   const ParameterArrays<Real, Gradient>& model, const AdamW& settings,
+                   bool stochastic_rounding, uint64_t seed, cudaStream_t& stream)
+        : OptimizerState(table, kept, {std::begin(kAdamWArrays), std::end(kAdamWArrays)}),
           model_(model),
           settings_(settings),
           stochastic_rounding_(stochastic_rounding),
           seed_(seed),
           stream_(stream) {}
 
-    void allocate() override {
-        OptimizerState::allocate();
-        std::vector<DecayRange> ranges = decay_ranges(table_, (float)settings_.weight_decay);
-        ranges_ = DeviceArray<DecayRange>(ranges.size());
-        DeviceMemory::write(ranges_.get(), ranges.data(), ranges.size());
-    }
-
     void step(Slice slice, double learning_rate, int step) override {
-        adamw_update(model_.weights, model_.copy, model_.gradients, values(0), values(1), slice,
-                     (float)learning_rate, (float)settings_.beta1, (float)settings_.beta2,
-                     (float)settings_.eps, ranges_.get(), (int)ranges_.size(), model_.clip_factor, step,
-                     stochastic_rounding_, seed_, stream_);
+        const Slice decayed = {0, table_.vectors().begin};
+        kept_.for_each(slice, [&](Slice piece, size_t place) {
+            adamw_update(
+                model_.weights_at(piece.begin, place), model_.copy ? model_.copy + piece.begin : nullptr,
+                model_.gradients_at(piece.begin, place), values(0) + place, values(1) + place, piece.size(),
+                piece.begin, overlap(piece, decayed).size(), (float)learning_rate, (float)settings_.beta1,
+                (float)settings_.beta2, (float)settings_.eps, (float)settings_.weight_decay,
+                model_.clip_factor, step, stochastic_rounding_, seed_, stream_);
+        });
     }
 
   private:
@@ -252,7 +225,6 @@ class AdamWOptimizer : public OptimizerState<DeviceMemory> {
     bool stochastic_rounding_;
     uint64_t seed_;
     cudaStream_t& stream_;  // the model's
-    DeviceArray<DecayRange> ranges_;
 };
 
 }  // namespace gpu

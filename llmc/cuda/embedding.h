@@ -1,5 +1,4 @@
-// Token embedding plus learned positions. The residual stream and these weights are float. Gradient is float
-// or bf16.
+// Token embedding plus learned positions. The residual stream is float. Real and Gradient are float or bf16.
 #pragma once
 #include <algorithm>
 
@@ -11,10 +10,10 @@ namespace gpu {
 constexpr int kEmbeddingColumns = 4 * kWarp;
 constexpr int kEmbeddingBatch = 8;  // sequences that share one read of the positions
 
-template <bool kPacked>
+template <class Real, bool kPacked>
 __global__ void __launch_bounds__(kWarp)
     embedding_forward_kernel(float* __restrict__ out, const int* __restrict__ tokens,
-                             const float* __restrict__ wte, const float* __restrict__ wpe, int B, int T,
+                             const Real* __restrict__ wte, const Real* __restrict__ wpe, int B, int T,
                              int C) {
     Columns<4, kPacked> columns{(int)threadIdx.x, kWarp, C};
     int t = blockIdx.x, tile = blockIdx.y, b0 = blockIdx.z * kEmbeddingBatch;
@@ -31,13 +30,14 @@ __global__ void __launch_bounds__(kWarp)
     }
 }
 
-inline void embedding_forward(float* out,         // (B,T,C)
-                              const int* tokens,  // (B,T)
-                              const float* wte,   // (V,C)
-                              const float* wpe,   // (at least T,C), or null: no position table
-                              int B, int T, int C, cudaStream_t stream) {
+template <class Real>
+void embedding_forward(float* out,         // (B,T,C)
+                       const int* tokens,  // (B,T)
+                       const Real* wte,    // (V,C)
+                       const Real* wpe,    // (at least T,C), or null: no position table
+                       int B, int T, int C, cudaStream_t stream) {
     dim3 grid(T, ceil_div(C, kEmbeddingColumns), ceil_div(B, kEmbeddingBatch));
-    auto kernel = C % 4 == 0 ? embedding_forward_kernel<true> : embedding_forward_kernel<false>;
+    auto kernel = C % 4 == 0 ? embedding_forward_kernel<Real, true> : embedding_forward_kernel<Real, false>;
     kernel<<<grid, kWarp, 0, stream>>>(out, tokens, wte, wpe, B, T, C);
     check_launch();
 }

@@ -138,6 +138,17 @@ TEST_CASE_TEMPLATE("matmul: the linear layer", Real, float, bf16) {
 
 namespace {
 
+template <class Real>
+void check_embedding_forward(const std::vector<int>& tokens, const Floats& wte, const Floats& wpe, int B,
+                             int T, int C) {
+    const auto rows = convert<Real>(wte), places = convert<Real>(wpe);
+    Vector out = embedding_forward(tokens, to_double(rows), to_double(places), B, T, C);
+    check_layer({tokens, wte, wpe}, {{"out", Output::overwritten, out}}, [&](auto& o) {
+        cpu::embedding_forward(o["out"], tokens.data(), rows.data(), wpe.empty() ? nullptr : places.data(), B,
+                               T, C);
+    });
+}
+
 void check_embedding(int T, int C, int V, bool has_wpe) {
     CAPTURE(T);
     CAPTURE(C);
@@ -148,10 +159,8 @@ void check_embedding(int T, int C, int V, bool has_wpe) {
     tokens[0] = V - 1;
     Floats wte = normal((size_t)V * C, 2), wpe = normal(has_wpe ? positions * C : 0, 3);
     Floats dout = normal((size_t)B * T * C, 4);
-    Vector out = embedding_forward(tokens, to_double(wte), to_double(wpe), B, T, C);
-    check_layer({tokens, wte, wpe}, {{"out", Output::overwritten, out}}, [&](auto& o) {
-        cpu::embedding_forward(o["out"], tokens.data(), wte.data(), has_wpe ? wpe.data() : nullptr, B, T, C);
-    });
+    check_embedding_forward<float>(tokens, wte, wpe, B, T, C);
+    check_embedding_forward<cpu::bf16>(tokens, wte, wpe, B, T, C);
     EmbeddingGradients d = embedding_backward(to_double(dout), tokens, B, T, C, V, positions);
     std::vector<Output> outputs = {{"dwte", Output::added_to, d.dwte}};
     if (has_wpe) outputs.push_back({"dwpe", Output::added_to, d.dwpe});

@@ -133,11 +133,11 @@ TEST_CASE("bf16: loss and gradients are those of float32 but for rounding") {
             difference += squares(gradient.data(), t.size);
             norm += squares(wanted.data(), t.size);
         }
-        // Most are under 1e-2. High powers raise what was rounded; and `sum` with a decay divides by a sum of
-        // a few scores, which rounding changes much where they are small.
+        // Most are under 1e-2. High powers raise what was rounded, which begins with the embedding; and `sum`
+        // with a decay divides by a sum of a few scores, which rounding changes much where they are small.
         const bool few_terms =
             golden.config.attention().has_row_sum() && golden.config.decay != DecayKind::none;
-        CHECK(std::sqrt(difference / norm) < (few_terms ? 0.12 : 6e-2));
+        CHECK(std::sqrt(difference / norm) < (few_terms ? 0.13 : 0.1));
     }
 }
 
@@ -167,8 +167,8 @@ TEST_CASE("recomputing less or more gives the same bits, in less memory") {
                 }
                 if (recompute == Recompute::none) expected = got;
                 CHECK(memcmp(got.data(), expected.data(), got.size() * sizeof(float)) == 0);
-                CHECK(model->memory()[1].bytes < bytes);
-                bytes = model->memory()[1].bytes;
+                CHECK(model->memory()[2].bytes < bytes);
+                bytes = model->memory()[2].bytes;
             }
         }
     };
@@ -332,8 +332,8 @@ TEST_CASE("a new model has RoPE and qk-norm, unless its attention is softmax or 
 TEST_CASE("a kind of attention without a linear form is refused where that is asked for") {
     GPTConfig config;
     config.layers = 1, config.heads = 2, config.channels = 128, config.context = 8, config.vocab_size = 10;
-    const Backend backend{
-        "CPU", {.program = "train_gpt"}, cpu::make_model, cpu::set_threads, cpu::connect, cpu::measured_peak};
+    const Backend backend{"CPU",        {.program = "train_gpt"}, cpu::make_model, cpu::set_threads,
+                          cpu::connect, cpu::measured_peak};
     auto make = [&](AttentionKind kind, const char* scale, AttentionKernel kernel, CacheKind cache) {
         config.attention_kind = kind, config.attention_scale = scale;
         ModelOptions options{Purpose::inference, 1, 8};
@@ -387,7 +387,7 @@ TEST_CASE("validation leaves gradients alone, an inference model gives the same 
     for (const ParameterTensor& t : inference.table.tensors)
         inference.write(Store::weights, t, floats(*params.find(t.name)).data());
     CHECK(inference.loss({inputs.data(), targets.data(), kBatch, kSeq}) == loss);
-    CHECK(inference.memory()[1].bytes < model->memory()[1].bytes);
+    CHECK(inference.memory()[2].bytes < model->memory()[2].bytes);
 }
 
 TEST_CASE("the first tensor with a NaN is found where it arose") {
@@ -425,7 +425,7 @@ TEST_CASE("the gradient is clipped to the norm that is given, and by 0 not at al
         CHECK(norm > 1);
         for (const ParameterTensor& t : model->table.tensors) {
             std::vector<float> m(t.size);
-            optimizer->read(0, t, m.data());
+            optimizer->read(0, t.slice(), m.data());
             moment += squares(m.data(), t.size);
         }
         double expected = 0.25 * (max_norm == 0.5 ? 0.5 : norm);
@@ -465,22 +465,22 @@ TEST_CASE("training learns a repeated sequence, for every attention") {
     }
 }
 
-TEST_CASE("buckets are announced in order, complete, in the last pass of a step alone") {
+TEST_CASE("hooks of buckets: in order, before weights are read, before gradients are written, and after") {
     SafetensorsFile params(kGolden + "params.safetensors");
     std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
     auto model = golden_model(golden_cases()[1].config, params, {Purpose::training, kBatch, kSeq});
-    const std::vector<Slice> buckets = model->table.buckets();
-    // The buckets cover the array from its end to its start. Each has one block, and the last has the
-    // embeddings.
-    REQUIRE((int)buckets.size() == model->L + 1);
-    size_t end = model->table.size;
-    for (const Slice& bucket : buckets) {
-        CHECK(bucket.end == end);
-        CHECK(bucket.begin < bucket.end);
-        end = bucket.begin;
+    const ParameterTable& table = model->table;
+    const std::vector<Slice> buckets = table.buckets();
+    const int L = model->L, embeddings = table.bucket_of_embeddings(), vectors = table.bucket_of_vectors();
+    // The buckets cover the array: the blocks from its middle to its start, the embeddings, the vectors.
+    REQUIRE((int)buckets.size() == L + 2);
+    CHECK(buckets[embeddings].begin == 0);
+    CHECK(buckets[embeddings].end == buckets[L - 1].begin);
+    for (int l = 0; l < L; l++) {
+        CHECK(table.block(l).begin == buckets[table.bucket_of_block(l)].begin);
+        CHECK(table.block(l).end == (l + 1 < L ? table.block(l + 1) : table.vectors()).begin);
     }
-    CHECK(end == 0);
-    for (int l = 0; l < model->L; l++) CHECK(model->table.range(l).begin == buckets[model->L - 1 - l].begin);
+    CHECK(buckets[vectors].end == table.size);
 
     auto gradients = [&](const Slice& slice) {
         std::vector<float> all;
@@ -491,21 +491,36 @@ TEST_CASE("buckets are announced in order, complete, in the last pass of a step 
         }
         return all;
     };
-    std::vector<std::vector<float>> announced;
-    std::vector<int> order;
-    auto ready = [&](int bucket) {
-        order.push_back(bucket);
-        announced.push_back(gradients(buckets[bucket]));
+    std::vector<std::string> calls;
+    std::vector<std::vector<float>> announced(buckets.size()), before(buckets.size());
+    BucketHooks hooks;
+    hooks.before_forward = [&](int bucket) { calls.push_back(str("forward ", bucket)); };
+    hooks.before_backward = [&](int bucket) {
+        calls.push_back(str("backward ", bucket));
+        before[bucket] = gradients(buckets[bucket]);
+    };
+    hooks.ready = [&](int bucket) {
+        calls.push_back(str("ready ", bucket));
+        announced[bucket] = gradients(buckets[bucket]);
     };
     Batch batch{inputs.data(), targets.data(), kBatch, kSeq};
-    model->run(batch, Pass::training(0.5f, true, false), ready);
-    model->run(batch, Pass::forward_only(), ready);
-    CHECK(order.empty());
-    model->run(batch, Pass::training(0.5f, false, true), ready);
-    REQUIRE(order.size() == buckets.size());
-    for (size_t i = 0; i < buckets.size(); i++) {
-        CHECK(order[i] == (int)i);
-        CHECK(announced[i] == gradients(buckets[i]));  // the bucket has not changed after it was announced
+    REQUIRE(L == 2);
+    model->run(batch, Pass::forward_only(), hooks);
+    CHECK(calls == std::vector<std::string>{"forward 2", "forward 1", "forward 0"});
+    for (bool first : {true, false}) {
+        std::vector<std::vector<float>> earlier;
+        for (const Slice& bucket : buckets) earlier.push_back(gradients(bucket));
+        calls.clear();
+        model->run(batch, Pass::training(0.5f, first, !first), hooks);
+        CHECK(calls == std::vector<std::string>{"forward 2", "forward 1", "forward 0", "backward 2",
+                                                "backward 0", "ready 0", "backward 1", "ready 1", "ready 2",
+                                                "ready 3"});
+        for (int bucket = 0; bucket <= vectors; bucket++) {
+            CAPTURE(bucket);
+            if (bucket != vectors) CHECK(before[bucket] == earlier[bucket]);  // nothing was written before
+            CHECK(announced[bucket] == gradients(buckets[bucket]));           // nothing has changed since
+            CHECK(announced[bucket] != earlier[bucket]);
+        }
     }
 }
 
@@ -535,7 +550,7 @@ TEST_CASE("an optimizer's step over slices is that over the whole, and not finit
             all.resize(all.size() + 3 * t.size);
             model->read(Store::weights, t, &all[all.size() - 3 * t.size]);
             for (size_t array = 0; array < 2; array++)
-                optimizer->read(array, t, &all[all.size() - (2 - array) * t.size]);
+                optimizer->read(array, t.slice(), &all[all.size() - (2 - array) * t.size]);
         }
         return all;
     };
@@ -552,6 +567,6 @@ TEST_CASE("a NaN in the optimizer's arrays is found by name") {
     const ParameterTensor& t = model->table.tensors[3];
     std::vector<float> values(t.size, 1.0f);
     values.back() = NAN;
-    optimizer->write(1, t, values.data());
+    optimizer->write(1, t.slice(), values.data());
     CHECK(optimizer->first_nonfinite() == "v of " + t.name);
 }

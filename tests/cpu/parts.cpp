@@ -20,8 +20,7 @@
 
 TEST_CASE("Philox4x32-10 gives its authors' known answers") {
     CHECK(random_block(0, 0, 0) == PhiloxBlock{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8});
-    CHECK(random_block(~0ull, ~0ull, ~0ull) ==
-          PhiloxBlock{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd});
+    CHECK(random_block(~0ull, ~0ull, ~0ull) == PhiloxBlock{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd});
     CHECK(random_block(0x299f31d0a4093822, 0x0370734413198a2e, 0x85a308d3243f6a88) ==
           PhiloxBlock{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
 }
@@ -77,17 +76,23 @@ TEST_CASE("the table has GPT-2's tensors and numbers of parameters") {
     config.qk_norm = true, config.decay = DecayKind::learned, config.short_conv = 3;
     ParameterTable table(config, 32);
     std::set<std::string> names;
-    size_t end = 0;
+    std::vector<Slice> slices;
     for (const ParameterTensor& t : table.tensors) {
         CAPTURE(t.name);
         CHECK(names.insert(t.name).second);
         CHECK(t.offset % 16 == 0);
-        CHECK(t.offset >= end);
-        end = t.offset + t.size;
+        slices.push_back(t.slice());
         bool matrix = t.shape.size() == 2 && !t.name.ends_with("conv.weight");
-        CHECK(has_weight_decay(t.kind) == matrix);
+        CHECK((t.kind != TensorKind::vector) == matrix);
+        CHECK((t.offset < table.vectors().begin) == matrix);
+        if (t.layer >= 0) {
+            Slice of_layer = matrix ? table.block(t.layer) : table.vectors_of(t.layer);
+            CHECK(overlap(t.slice(), of_layer).size() == t.size);
+        }
     }
-    CHECK(table.size >= end);
+    std::sort(slices.begin(), slices.end(), [](Slice a, Slice b) { return a.begin < b.begin; });
+    for (size_t i = 0; i < slices.size(); i++)
+        CHECK(slices[i].end <= (i + 1 < slices.size() ? slices[i + 1].begin : table.size));
     std::vector<float> array(table.size);
     Tensors<float> view = table.view(array.data());
     for (const ParameterTensor& t : table.tensors) {

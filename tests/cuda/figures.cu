@@ -162,13 +162,11 @@ void check_bytes() {
         Zeros<float> param(n), grad(n), m(n), v(n), scale(1);
         Zeros<Real> copy(n);
         Zeros<double> squares(1 + gpu::kSquaresBlocks);
-        Device<gpu::DecayRange> ranges(std::vector<gpu::DecayRange>{{0, 0.1f}, {n / 2, 0.0f}});
         check_moved("sum_of_squares", 4.0 * n + 8,
                     [&] { gpu::sum_of_squares(squares.get(), squares.get() + 1, grad.get(), n, nullptr); });
         check_moved("adamw_update", (7 * 4 + copies) * n, [&] {
-            gpu::adamw_update(param.get(), copies > 0 ? copy.get() : nullptr, grad.get(), m.get(), v.get(),
-                              Slice{0, n}, 1e-3f, 0.9f, 0.95f, 1e-8f, ranges.get(), 2, scale.get(), 1, false,
-                              1, nullptr);
+            gpu::adamw_update(param.get(), copies > 0 ? copy.get() : nullptr, grad.get(), m.get(), v.get(), n,
+                              0, n / 2, 1e-3f, 0.9f, 0.95f, 1e-8f, 0.1f, scale.get(), 1, false, 1, nullptr);
         });
     }
 }

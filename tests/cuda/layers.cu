@@ -27,17 +27,24 @@ void check_embedding(int B, int T, int C, int V, const std::vector<int>& tokens)
     Floats wte = reference::normal((size_t)V * C, 1), wpe = reference::normal((size_t)positions * C, 2);
     Floats dout = reference::normal((size_t)B * T * C, 3);
     Device<int> tokens_device(tokens);
-    Device<float> wte_device(wte), wpe_device(wpe), dout_device(dout);
+    Device<float> dout_device(dout);
     Device<float> scratch(gpu::embedding_backward_scratch(B, T, C));
     auto backward = reference::embedding_backward(to_double(dout), tokens, B, T, C, V, positions);
     for (bool learned : {true, false}) {
         CAPTURE(learned);
-        Vector out = reference::embedding_forward(tokens, to_double(wte), learned ? to_double(wpe) : Vector(),
-                                                  B, T, C);
-        check_layer({expect<float>("out", out)}, [&](auto& o) {
-            gpu::embedding_forward(o["out"], tokens_device.get(), wte_device.get(),
-                                   learned ? wpe_device.get() : nullptr, B, T, C, 0);
-        });
+        auto check_forward = [&](auto type) {
+            using Real = decltype(type);
+            const auto rows = convert<Real>(wte), places = convert<Real>(wpe);
+            Device<Real> wte_device(rows), wpe_device(places);
+            Vector out = reference::embedding_forward(tokens, to_double(rows),
+                                                      learned ? to_double(places) : Vector(), B, T, C);
+            check_layer({expect<float>("out", out)}, [&](auto& o) {
+                gpu::embedding_forward(o["out"], tokens_device.get(), wte_device.get(),
+                                       learned ? wpe_device.get() : nullptr, B, T, C, 0);
+            });
+        };
+        check_forward(float());
+        if (T <= 1500 && V < 300) check_forward(gpu::bf16());
         auto check_backward = [&](auto type) {
             using Gradient = decltype(type);
             std::vector<Expected> outputs = {expect<Gradient>("dwte", backward.dwte, 0, true)};
