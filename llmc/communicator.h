@@ -29,7 +29,8 @@ class Communicator {
     // They work in place. Part r of x belongs to rank r; the parts follow one another and cover x, and some
     // may be empty.
     virtual void all_reduce(Span /*x*/) {}  // x becomes the sum over all ranks
-    // The own part becomes the sum over all ranks. The other parts have no particular values then.
+    // The own part becomes the sum over all ranks. Elements of the other parts become a sum over some of the
+    // ranks, so that zeros everywhere stay zeros.
     virtual void reduce_scatter(Span /*x*/, const std::vector<Slice>& /*parts*/) {}
     virtual void all_gather(Span /*x*/, const std::vector<Slice>& /*parts*/) {}  // every rank gets all parts
 
