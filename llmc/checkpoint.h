@@ -47,6 +47,7 @@
 #include "llmc/safetensors.h"
 
 constexpr int kCheckpointVersion = 1;
+constexpr const char* kOptimizerFile = "optimizer.safetensors";  // if one rank has written all of it
 
 inline std::string join_path(const std::string& folder, const std::string& name) {
     return (std::filesystem::path(folder) / name).string();
@@ -202,7 +203,7 @@ inline std::string write_checkpoint(const std::string& out, const Model& model, 
                 if (!tokenizer.empty()) add(write_file(temporary, "tokenizer.json", tokenizer));
             }
             if (!is_root && !is_sharded) return;
-            std::string name = "optimizer.safetensors";
+            std::string name = kOptimizerFile;
             if (is_sharded) name = optimizer_file(communicator.rank, communicator.ranks);
             // All ranks keep the vectors, so only rank 0 writes them.
             std::vector<Slice> slices = model.sharding.counted;
@@ -428,7 +429,7 @@ class Checkpoint {
             known.insert(spec.name);
             pieces.push_back({elements, spec, &file});
         };
-        if (files_->optimizer.size() == 1) return add({0, t.size}, files_->optimizer[0]);
+        if (optimizer_names_[0] == kOptimizerFile) return add({0, t.size}, files_->optimizer[0]);
         for (const SafetensorsFile& file : files_->optimizer)
             for (const TensorView& tensor : file.tensors()) {
                 Slice elements = {0, t.size};
@@ -484,7 +485,7 @@ class Checkpoint {
         }
         for (const auto& [name, expected] : files.items())
             if (name.starts_with("optimizer-")) optimizer_names_.push_back(name);
-        if (optimizer_names_.empty()) optimizer_names_ = {"optimizer.safetensors"};
+        if (optimizer_names_.empty()) optimizer_names_ = {kOptimizerFile};
         trainer.emplace();
         trainer->step = (int)json_integer(json, "step", 0, INT_MAX, path);
         trainer->samples = json_integer(json, "samples", 0, INT64_MAX, path);

@@ -275,7 +275,8 @@ inline std::vector<Json> read_metrics(const std::string& out) {
 // The metrics without the values that depend on the clock.
 inline std::vector<Json> timeless_metrics(const std::string& out) {
     std::vector<Json> entries = read_metrics(out);
-    for (Json& entry : entries) entry.erase("ms"), entry.erase("tokens_per_second");
+    for (Json& entry : entries)
+        for (const char* key : {"ms", "tokens_per_second", "exposed_comm_ms"}) entry.erase(key);
     return entries;
 }
 

@@ -1,0 +1,103 @@
+// For tests that start several ranks: `mpirun -n N train_gpt`. One rank is what several are compared with.
+#pragma once
+#include <cmath>
+
+#include "tests/cli/cli.h"
+
+namespace ranks_test {
+
+using namespace cli;
+namespace fs = std::filesystem;
+
+inline bool find_mpi() {
+    Run run;
+    run.program = "/usr/bin/env";
+    bool found =
+        train_gpt("mpirun --version", {}, run).status == 0 && !contains(train_gpt("--version").out, "no MPI");
+    if (!found) MESSAGE("skipped: there is no mpirun, or train_gpt has no MPI");
+    return found;
+}
+
+inline bool has_mpi() {
+    static const bool has = find_mpi();
+    return has;
+}
+
+inline std::string program() {
+    return environment("LLMC_TRAIN_GPT", "./train_gpt");
+}
+
+inline Run mpi_run(const std::string& program, int sigkill_timeout) {
+    Run run;
+    run.program = program;
+    run.stdin_from = "/dev/null";
+    run.environment = {"OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
+                       "OMPI_MCA_hwloc_base_binding_policy=none",
+                       str("OMPI_MCA_odls_base_sigkill_timeout=", sigkill_timeout)};
+    return run;
+}
+
+// `line` is what mpirun runs on every rank. A colon in it begins another program, for other ranks.
+// If one rank ends, mpirun gives the others twice sigkill_timeout. Its own default is one second.
+inline Result on_ranks(int ranks, const std::string& line, int sigkill_timeout = 0) {
+    const Run run = mpi_run("/usr/bin/env", sigkill_timeout);
+    return train_gpt(str("mpirun -q --oversubscribe -n ", ranks, " ", line), {}, run);
+}
+
+// Sizes that the numbers of ranks do not divide.
+struct Fixture {
+    TempFolder folder;
+    const std::string data = folder / "data", one = folder / "one";
+    Fixture() {
+        write_dataset(data, 257, random_tokens(900, 257, 1), random_tokens(90, 257, 2));
+        check_done(train_gpt(train(one, 24)));
+    }
+    std::string train(const std::string& out, int batch, int steps = 8, int every = 4,
+                      const std::string& more = "") const {
+        return str("train --data ", data, " --out ", out, " --batch ", batch, " --steps ", steps,
+                   " --layers 2 --heads 3 --channels 60 --context 7 --total-batch 168 --threads 1 --lr 3e-3 "
+                   "--attention poly3 --decay learned --val-batches 12 --val-every ",
+                   every, " --checkpoint-every ", every, " ", more);
+    }
+};
+
+inline const Fixture& fixture() {
+    static const Fixture fixture;
+    return fixture;
+}
+
+// ||weights - those of the other checkpoint|| / ||those||
+inline double weights_error(const std::string& checkpoint, const std::string& other) {
+    const Safetensors found(checkpoint + "/model.safetensors"), expected(other + "/model.safetensors");
+    double difference = 0, norm = 0;
+    for (const auto& [name, tensor] : expected.header.items()) {
+        if (name == "__metadata__") continue;
+        const std::vector<float> x = expected.values(name), y = found.values(name);
+        REQUIRE(x.size() == y.size());
+        for (size_t i = 0; i < x.size(); i++)
+            difference += std::pow((double)x[i] - y[i], 2), norm += (double)x[i] * x[i];
+    }
+    return std::sqrt(difference / norm);
+}
+
+// Compares losses and norms, and the last checkpoint's weights, with those of one rank.
+inline void check_like_one(const std::string& out) {
+    const std::vector<Json> one = timeless_metrics(fixture().one), many = timeless_metrics(out);
+    REQUIRE(one.size() == many.size());
+    for (size_t i = 0; i < one.size(); i++)
+        for (const char* key : {"loss", "val_loss", "grad_norm"})
+            if (one[i].contains(key)) {
+                CAPTURE(i);
+                CAPTURE(key);
+                const double expected = one[i].at(key), found = many[i].at(key);
+                CHECK(std::abs(found - expected) < 1e-5 * expected);
+            }
+    CHECK(weights_error(out + "/step_00000008", fixture().one + "/step_00000008") < 1e-5);
+}
+
+// Whether the tests run that take long (make test-distributed).
+inline bool is_thorough() {
+    return getenv("LLMC_THOROUGH");
+}
+
+}  // namespace ranks_test
