@@ -5,7 +5,8 @@
 Every row of the table is a model (cases.py). All programs start from the same weights and train on the same
 batch with the same settings. They take turns, each time in a new process (programs.py). Their losses must
 agree, which shows that they did the same work. After that, attention alone is measured at several sequence
-lengths (curve.py). Writes bench.md, bench.json with every number, and attention.png.
+lengths (curve.py), and two ranks are compared with two threads (ranks.py). Writes bench.md, bench.json with
+every number, and attention.png.
 """
 import argparse
 import importlib.util
@@ -20,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import curve
+import ranks
 import report
 from cases import CASES, QUICK
 from programs import LEARNING_RATE, Bench, Failure
@@ -100,6 +102,7 @@ class Results:
         self.gflops: dict[str, float] = {}  # dtype -> the rate of a large matrix product
         self.rows: list[dict] = []
         self.attention: dict[str, dict[int, float]] = {}
+        self.ranks: list[dict] = []
         self.failures: list[str] = []
 
     def measure_rate(self, dtype: str) -> None:
@@ -113,11 +116,11 @@ class Results:
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {"machine": self.machine, "matmul_gflops": self.gflops, "rows": self.rows,
                    "geometric_mean": report.mean_ratio(self.rows),
-                   "attention_ms": self.attention, "failures": self.failures,
+                   "attention_ms": self.attention, "ranks": self.ranks, "failures": self.failures,
                    "crossings": curve.crossings(self.attention) if self.attention else []}
         (self.folder / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
         (self.folder / "bench.md").write_text(
-            report.markdown(self.machine, self.gflops, self.rows, self.attention, self.failures))
+            report.markdown(self.machine, self.gflops, self.rows, self.attention, self.ranks, self.failures))
         if self.attention:
             curve.plot(self.attention, self.folder / "attention.png")
 
@@ -130,9 +133,9 @@ def main() -> int:
     args = parse_arguments()
     cases, only = QUICK if args.quick else CASES, (args.only or "").lower()
     chosen = [case for case in cases if only in case.name.lower()]
-    with_curve = only in CURVE.lower()
-    if not chosen and not with_curve:
-        names = ", ".join([*(case.name for case in cases), CURVE])
+    with_curve, with_ranks = only in CURVE.lower(), only in ranks.NAME.lower()
+    if not chosen and not with_curve and not with_ranks:
+        names = ", ".join([*(case.name for case in cases), CURVE, ranks.NAME])
         print(f"bench.py: --only {args.only}: no row has it in its name; expected a part of: {names}",
               file=sys.stderr)
         return 2
@@ -164,6 +167,14 @@ def main() -> int:
             results.attention = curve.measure(str(args.attention), lengths, rounds, args.threads)
         except (subprocess.CalledProcessError, OSError, ValueError) as error:
             results.failed(CURVE, error)
+        results.write()
+    if with_ranks and not args.quick:
+        try:
+            results.ranks = ranks.measure(str(args.train_gpt), args.rounds or 3)
+        except ranks.Absent as reason:
+            print(f"bench.py: {ranks.NAME}: skipped: {reason}", file=sys.stderr)
+        except (subprocess.CalledProcessError, OSError, ValueError) as error:
+            results.failed(ranks.NAME, error)
         results.write()
     print((args.out / "bench.md").read_text())
     return 1 if results.failures else 0

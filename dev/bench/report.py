@@ -2,6 +2,7 @@
 from statistics import geometric_mean, median
 
 import curve
+import ranks
 from cases import Case
 from programs import COMPARED_STEPS, COMPILED, EAGER, LLMC, TRAINER, Run, largest_loss_difference
 
@@ -60,7 +61,7 @@ def mean_ratio(rows: list[dict]) -> float | None:
 
 
 def markdown(machine: dict, gflops: dict[str, float], rows: list[dict],
-             attention: dict[str, dict[int, float]], failures: list[str]) -> str:
+             attention: dict[str, dict[int, float]], of_ranks: list[dict], failures: list[str]) -> str:
     lines = ["# Benchmark", "", *(f"- {key}: {value}" for key, value in machine.items()),
              *(f"- a matrix product of 2048^3 by oneDNN, {dtype}: {rate:.0f} GFLOP/s"
                for dtype, rate in gflops.items()), ""]
@@ -86,5 +87,7 @@ def markdown(machine: dict, gflops: dict[str, float], rows: list[dict],
         lines += [f"## Attention alone, {curve.DTYPE}, forward and backward", "", "![](attention.png)", "",
                   *attention_table(attention), "",
                   f"T from which linear takes less time than tiled: {crossings}.", ""]
+    if of_ranks:
+        lines += ranks.markdown(of_ranks)
     lines += [f"FAILED: {failure}\n" for failure in failures]
     return "\n".join(lines)
