@@ -67,7 +67,7 @@ class Step:
     memory: float      # passes over activations
     optimizer: float
     exposed: float     # communication during which nothing is computed
-    hidden: float      # communication during the backward pass
+    hidden: float      # communication while something is computed
     state: float       # bytes on a GPU: weights, gradients, master weights and moments
 
     @property
@@ -105,14 +105,21 @@ def step_time(model: Model, gpu: Gpu, gpus: int, total_batch: int, batch: int, z
     backward = (compute + memory) / micro_steps * 2 / 3
     hidden = min(blocks, backward)
     reductions = micro_steps if zero == 2 else 1  # with 2, no rank keeps whole gradients between micro-steps
-    gathered = 2 * model.parameters / bandwidth * share + (model.layers + 1) * ring if zero else 0
-    exposed = reductions * (blocks - hidden + embedding) + gathered
+    exposed = reductions * (blocks - hidden + embedding)
+    hidden *= reductions
+    if zero:  # the new weights of a block are gathered while the blocks before it do their forward pass
+        blocks = 2 * model.block_parameters / bandwidth * share + model.layers * ring
+        forward = min(blocks, (compute + memory) / micro_steps / 3)
+        exposed += blocks - forward + 2 * model.embedding_parameters / bandwidth * share + ring
+        hidden += forward
 
     sharded = model.parameters / (gpus if zero else 1)
     optimizer = sharded * (gradient_bytes + 26) / gpu.memory
     state = 2 * model.parameters + 12 * sharded
     state += gradient_bytes * model.parameters / (gpus if zero == 2 else 1)
-    return Step(compute, memory, optimizer, exposed, reductions * hidden, state)
+    if zero == 2:  # the buffers of two blocks and of the embedding
+        state += gradient_bytes * (2 * model.block_parameters / model.layers + model.embedding_parameters)
+    return Step(compute, memory, optimizer, exposed, hidden, state)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -31,8 +31,9 @@ class StepTimeTest(unittest.TestCase):
         self.assertEqual([m.parameters for m in MODELS.values()], [124439808, 354823168, 774030080, 1557611200])
 
     def test_what_sharding_saves(self) -> None:
-        N = MODELS["124M"].parameters
-        for zero, state in enumerate([18 * N, 6 * N + 12 * N / 8, 2 * N + 16 * N / 8]):
+        model = MODELS["124M"]
+        N, buffers = model.parameters, model.embedding_parameters + 2 * model.block_parameters / model.layers
+        for zero, state in enumerate([18 * N, 6 * N + 12 * N / 8, 2 * N + 16 * N / 8 + 4 * buffers]):
             self.assertAlmostEqual(self.step("124M", "h100", 8, 1 << 19, 64, zero).state / state, 1)
 
     def test_one_gpu_does_not_communicate(self) -> None:
