@@ -232,6 +232,7 @@ class Trainer {
         loader.batch(state.samples, 1, inputs.data(), targets.data());
         nlohmann::json mine = o.remembered();
         mine["the program"] = o.program;
+        mine["the processor"] = backend.name;  // another instruction set rounds otherwise, and weights drift apart
         mine["--out"] = json_of_path(o.out);
         mine["the model's config"] = config_to_json(model->config).dump();
         mine["the step to start from"] = state.step;
