@@ -265,3 +265,9 @@ inline Launch launch_from(const Environment& environment, bool terminal) {
         launch.port += launch.port < 65535 ? 1 : -1;
     return launch;
 }
+
+// Ends a program that cannot be one of several ranks. Only rank 0 says why, because all others say the same.
+[[noreturn]] inline void refuse_ranks(const Launch& launch, const std::string& why) {
+    if (launch.rank > 0) throw Error(kExitFailure, "");
+    fail(launch.launcher, " has started ", launch.ranks, " ranks, but ", why);
+}

@@ -37,12 +37,20 @@
 // The first Ctrl-C or SIGTERM sets this. A second one ends the program at once.
 inline volatile sig_atomic_t g_stop_requested = 0;
 
-inline void catch_stop_signals() {
+inline void catch_stop_signals(bool mpirun) {
     struct sigaction action = {};
     action.sa_handler = [](int) { g_stop_requested = 1; };
     action.sa_flags = SA_RESETHAND | SA_RESTART;
     sigaction(SIGINT, &action, nullptr);
     sigaction(SIGTERM, &action, nullptr);
+    if (!mpirun) return;
+    // After Ctrl-C, mpirun sends SIGCONT at once, SIGTERM after a second and SIGKILL after another
+    // (odls_base_sigkill_timeout). So its SIGCONT is the request, and everybody else's is not.
+    action.sa_sigaction = [](int, siginfo_t* info, void*) {
+        if (info->si_pid == getppid()) g_stop_requested = 1;
+    };
+    action.sa_flags = SA_SIGINFO | SA_RESTART;
+    sigaction(SIGCONT, &action, nullptr);
 }
 
 // Operations of the forward and backward pass for one token. In the forward pass each weight of a matrix
@@ -90,8 +98,9 @@ class Trainer {
         } catch (const std::exception& e) {
             what = e.what();
         }
-        fprintf(stderr, "%s: error: rank %d of %d, after step %d: %s\n", backend.can.program, comm->rank,
-                comm->ranks, state.step, printable(what).c_str());
+        if (!what.empty())  // otherwise another rank has said it
+            fprintf(stderr, "%s: error: rank %d of %d, after step %d: %s\n", backend.can.program, comm->rank,
+                    comm->ranks, state.step, printable(what).c_str());
         comm->abort(status);
         throw Error(status, "");
     }
@@ -152,7 +161,7 @@ class Trainer {
             folder->keep();
         });
 
-        catch_stop_signals();
+        catch_stop_signals(launch.launcher == "mpirun");
         if (state.step == 0 && val_data) validate(*val_data);
         while (state.step < o.steps && !comm->any(g_stop_requested)) {
             step(loader);

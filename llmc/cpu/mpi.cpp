@@ -1,11 +1,16 @@
 #include "llmc/cpu/mpi.h"
 
+#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <climits>
+#include <filesystem>
+#include <fstream>
 #include <list>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,8 +20,12 @@
 #ifdef LLMC_MPI
 #include <mpi.h>
 
+#include "llmc/rendezvous.h"
+
 namespace cpu {
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 MPI_Datatype type_of(Element type) {
     return type == Element::f32 ? MPI_FLOAT : type == Element::f64 ? MPI_DOUBLE : MPI_UINT16_T;
@@ -43,12 +52,191 @@ void add(T* __restrict__ x, const T* __restrict__ y, size_t n) {
     for (size_t i = 0; i < n; i++) x[i] += y[i];
 }
 
+// Ends this process if MPI itself waits for another rank for too long, at its start or its end. These are the
+// only calls that block.
+class Alarm {
+  public:
+    // Rank 0 is first, so that only one says it. Small values of --comm-timeout are not meant for the start.
+    Alarm(int rank, int timeout, const std::string& what) {
+        timeout = std::max(timeout, 10);
+        text() = str("train_gpt: error: rank ", rank, ": MPI did not ", what, " within ", timeout,
+                     " seconds (--comm-timeout), because another rank does not answer\n");
+        signal(SIGALRM, [](int) {
+            if (write(STDERR_FILENO, text().data(), text().size()) >= 0) _exit(kExitFailure);
+            _exit(kExitFailure);
+        });
+        alarm(timeout + (rank > 0 ? 2 : 0));
+    }
+    ~Alarm() { alarm(0); }
+
+  private:
+    static std::string& text() {
+        static std::string text;
+        return text;
+    }
+};
+
+// Finds out which rank is lost when another one waits.
+//
+// A rank that has been waiting for half of --comm-timeout calls the roll, and those that wait as well answer.
+// After the other half it knows which ranks hang. The lowest rank that is left prints it and ends all. The
+// others only tell it, so that there is one message.
+//
+// A rank that has died on the same machine is noticed at once, because mpirun leaves no time: it sends
+// SIGCONT to the others when one has died, SIGTERM after a second and SIGKILL after another
+// (odls_base_sigkill_timeout).
+class RollCall {
+  public:
+    RollCall(int rank, int ranks, int timeout)
+        : rank_(rank), timeout_(timeout), processes_(ranks, 0), present_(ranks) {
+        MPI_Comm_dup(MPI_COMM_WORLD, &comm_);
+        MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);  // a rank may be dead
+    }
+
+    // What tells the other ranks where this process is: the machine, the processes that it sees, and its
+    // number.
+    static std::string place() {
+        std::string machine;
+        std::getline(std::ifstream("/proc/sys/kernel/random/boot_id"), machine);
+        std::error_code none;
+        return str(machine, " ", std::filesystem::read_symlink("/proc/self/ns/pid", none).string(), " ",
+                   getpid());
+    }
+    void set_places(const std::vector<std::string>& places) {
+        auto machine = [](const std::string& place) { return place.substr(0, place.rfind(' ')); };
+        for (size_t r = 0; r < places.size(); r++)
+            if (machine(places[r]) == machine(places[rank_]))
+                processes_[r] = std::stoi(places[r].substr(places[r].rfind(' ')));
+    }
+
+    void begin() {
+        begin_ = Clock::now();
+        called_ = {};
+    }
+
+    // To be called often between begin() and the end of waiting. It is an error if another rank is lost; if
+    // another rank says so, the error has no text.
+    void look() {
+        receive();
+        if (looks_++ % 256 == 0) look_for_dead();
+        const auto now = Clock::now();
+        const auto half = std::chrono::milliseconds(500 * timeout_);
+        if (!called_) {
+            if (now - begin_ > half) call();
+        } else if (now - *called_ > half) {
+            std::vector<int> lost;
+            for (int r = 0; r < (int)present_.size(); r++)
+                if (r != rank_ && !present_[r]) lost.push_back(r);
+            give_up(lost, lost.size() == 1 ? " has" : " have",
+                    str(" not answered for ", timeout_, " seconds (--comm-timeout)"));
+        }
+    }
+
+    void look_for_dead() {
+        std::vector<int> dead;
+        for (int r = 0; r < (int)processes_.size(); r++)
+            if (processes_[r] && kill(processes_[r], 0) != 0 && errno == ESRCH) dead.push_back(r);
+        if (dead.empty()) return;
+        receive();  // it may have said why it ends
+        give_up(dead, dead.size() == 1 ? " has" : " have", " died");
+    }
+
+    // Tells all other ranks that this one has said why all end.
+    void said() {
+        for (int r = 0; r < (int)present_.size(); r++)
+            if (r != rank_) send(r, error);
+        const auto begin = Clock::now();
+        while (!all_sent() && Clock::now() - begin < std::chrono::milliseconds(200)) usleep(100);
+    }
+
+  private:
+    enum Kind : int { call_, answer, error };
+    struct Message {
+        std::string text;
+        MPI_Request request;
+    };
+
+    int rank_, timeout_;  // seconds
+    MPI_Comm comm_;
+    std::vector<pid_t> processes_;  // of each rank on this machine; otherwise 0
+    unsigned looks_ = 0;
+    Clock::time_point begin_;                  // of waiting
+    std::optional<Clock::time_point> called_;  // when this wait's roll was called
+    int roll_ = 0;                             // its number
+    std::vector<bool> present_;                // who has answered it
+    std::list<Message> messages_;              // that are being sent
+
+    void send(int to, Kind kind, const std::string& text = "") {
+        Message& message = messages_.emplace_back(Message{text, MPI_REQUEST_NULL});
+        MPI_Isend(message.text.data(), (int)text.size(), MPI_CHAR, to, kind, comm_, &message.request);
+    }
+
+    bool all_sent() {
+        messages_.remove_if([](Message& message) {
+            int done;
+            return MPI_Test(&message.request, &done, MPI_STATUS_IGNORE) != MPI_SUCCESS || done;
+        });
+        return messages_.empty();
+    }
+
+    void call() {
+        called_ = Clock::now();
+        roll_++;
+        present_.assign(present_.size(), false);
+        for (int r = 0; r < (int)present_.size(); r++)
+            if (r != rank_) send(r, call_, std::to_string(roll_));
+    }
+
+    // Takes what the other ranks have sent.
+    void receive() {
+        std::optional<std::string> failure;
+        for (;;) {
+            int found = 0, size;
+            MPI_Status status;
+            if (MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, comm_, &found, &status) != MPI_SUCCESS || !found)
+                break;
+            MPI_Get_count(&status, MPI_CHAR, &size);
+            std::string text(size, ' ');
+            MPI_Recv(text.data(), size, MPI_CHAR, status.MPI_SOURCE, status.MPI_TAG, comm_,
+                     MPI_STATUS_IGNORE);
+            if (status.MPI_TAG == call_) {
+                all_sent();
+                send(status.MPI_SOURCE, answer, text);
+            } else if (status.MPI_TAG == answer) {
+                if (text == std::to_string(roll_)) present_[status.MPI_SOURCE] = true;
+            } else if (!failure || text.empty()) {
+                failure = text;
+            }
+        }
+        if (failure) throw Error(kExitFailure, *failure);
+    }
+
+    [[noreturn]] void give_up(const std::vector<int>& lost, const char* have, const std::string& what) {
+        const std::string text = lost.empty() ? str("all ranks wait, but nothing has come for ", timeout_,
+                                                    " seconds (--comm-timeout)")
+                                              : rendezvous_detail::ranks_text(lost) + have + what;
+        int first = 0;
+        while (std::find(lost.begin(), lost.end(), first) != lost.end()) first++;
+        if (first != rank_) {
+            send(first, error, text);
+            const auto begin = Clock::now();
+            while (Clock::now() - begin < std::chrono::seconds(1)) receive(), usleep(100);
+        }
+        fail(text);
+    }
+};
+
 class Mpi : public Communicator {
   public:
-    Mpi(int rank, int ranks, int timeout) : Communicator(rank, ranks), timeout_(timeout) {}
+    Mpi(int rank, int ranks, int timeout)
+        : Communicator(rank, ranks), timeout_(timeout), roll_call_(rank, ranks, timeout) {}
     ~Mpi() override {
-        if (!aborted_) MPI_Finalize();
+        if (aborted_) return;
+        Alarm alarm(rank, timeout_, "end");
+        MPI_Finalize();
     }
+
+    void meet() { roll_call_.set_places(gather(RollCall::place())); }
 
     // Cut in pieces, because a count of MPI is an int.
     void all_reduce(Span x) override {
@@ -91,6 +279,7 @@ class Mpi : public Communicator {
     }
 
     void progress() override {
+        roll_call_.look_for_dead();
         while (!queue_.empty() && queue_.front().test()) finish();
     }
 
@@ -136,12 +325,11 @@ class Mpi : public Communicator {
 
     void abort(int status) override {
         aborted_ = true;
+        roll_call_.said();
         MPI_Abort(MPI_COMM_WORLD, status);
     }
 
   private:
-    using Clock = std::chrono::steady_clock;
-
     // Like everything that MPI has been given, it must not move until it is done.
     struct Collective {
         std::vector<MPI_Request> requests;
@@ -158,6 +346,7 @@ class Mpi : public Communicator {
 
     int timeout_;  // seconds
     bool aborted_ = false;
+    RollCall roll_call_;
     std::list<Collective> queue_;
     int64_t finished_ = 0;
     Clock::duration exposed_{};
@@ -174,7 +363,7 @@ class Mpi : public Communicator {
         finished_++;
     }
 
-    void wait_for(MPI_Request& request) const {
+    void wait_for(MPI_Request& request) {
         wait_for([&] {
             int done;
             MPI_Test(&request, &done, MPI_STATUS_IGNORE);
@@ -184,13 +373,12 @@ class Mpi : public Communicator {
 
     // Waits until done() says so. MPI itself would wait for ever for a rank that hangs.
     template <class Done>
-    void wait_for(Done done) const {
-        auto start = Clock::now();
+    void wait_for(Done done) {
+        roll_call_.begin();
         for (long attempt = 0; !done(); attempt++) {
             if (attempt < 2000) continue;  // an answer usually comes soon, and sleeping takes longer
             usleep(20);
-            if (Clock::now() - start > std::chrono::seconds(timeout_))
-                fail("another rank has not answered for ", timeout_, " seconds (--comm-timeout)");
+            roll_call_.look();
         }
     }
 };
@@ -200,14 +388,19 @@ class Mpi : public Communicator {
 std::unique_ptr<Communicator> connect(const Launch& launch, int timeout) {
     if (launch.ranks == 1) return std::make_unique<Communicator>();
     int provided, rank, ranks;
-    MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
-    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &ranks);
-    auto communicator = std::make_unique<Mpi>(rank, ranks, timeout);
+    std::unique_ptr<Mpi> communicator;
+    {
+        Alarm alarm(launch.rank, timeout, "start");
+        MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
+        MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+        MPI_Comm_size(MPI_COMM_WORLD, &ranks);
+        communicator = std::make_unique<Mpi>(rank, ranks, timeout);
+    }
     if (rank != launch.rank || ranks != launch.ranks)
         fail("the environment says rank ", launch.rank, " of ", launch.ranks, " (", launch.launcher,
              "), but MPI says rank ", rank, " of ", ranks,
              ": expected a start by mpirun of the same MPI, or by srun --mpi=pmix");
+    communicator->meet();
     return communicator;
 }
 
@@ -226,8 +419,7 @@ namespace cpu {
 
 std::unique_ptr<Communicator> connect(const Launch& launch, int) {
     if (launch.ranks > 1)
-        fail(launch.launcher, " has started ", launch.ranks,
-             " ranks, but this train_gpt was built without MPI: expected libopenmpi-dev and a new build");
+        refuse_ranks(launch, "this train_gpt was built without MPI: expected libopenmpi-dev and a new build");
     return std::make_unique<Communicator>();
 }
 
