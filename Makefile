@@ -87,14 +87,14 @@ on_sim   := $(addprefix $(BUILD)/ptx/,$(objects))
 cutests  := $(patsubst tests/%.cu,$(BUILD)/test/%.o,$(wildcard tests/cuda/*.cu tests/ptxsim/*.cu))
 hosttests := $(patsubst tests/%.cpp,$(BUILD)/test/%.o,$(wildcard tests/cuda/*.cpp tests/ptxsim/*.cpp))
 
-.PHONY: all quickstart test test-thorough compare resources bench bench-quick gpu-test gpu-check ptxsim-bench docs format clean help
+.PHONY: all quickstart test test-thorough test-distributed compare resources bench bench-quick gpu-test gpu-check ptxsim-bench docs format clean help
 all: train_gpt
 
 # The order matters: the linker uses the first copy of an inline function that several objects have, and this one must run
 # on all processors.
 train_gpt: $(BUILD)/train_gpt_main.o $(BUILD)/run.o $(BUILD)/version.o $(models)
 $(BUILD)/train_gpt: $(BUILD)/train_gpt_main.o $(BUILD)/run.o $(BUILD)/version.o $(tested)
-train_gpt $(BUILD)/train_gpt:
+train_gpt $(BUILD)/train_gpt $(BUILD)/train_gpt_other:
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 $(BUILD)/train_gpt.o: train_gpt.cpp $(BUILD)/flags
@@ -114,6 +114,10 @@ $(BUILD)/mpi.o: llmc/cpu/mpi.cpp $(BUILD)/flags
 commit   := $(if $(wildcard .git),$(shell git describe --always --dirty --abbrev=12 --exclude '*' 2>/dev/null))
 $(BUILD)/version.o: llmc/version.cpp $(BUILD)/commit $(BUILD)/flags
 	$(CXX) $(flags) -DLLMC_COMMIT='"$(commit)"' -c $< -o $@
+# The same program from another commit, for tests of several ranks.
+$(BUILD)/train_gpt_other: $(BUILD)/train_gpt_main.o $(BUILD)/run.o $(BUILD)/version_other.o $(tested)
+$(BUILD)/version_other.o: llmc/version.cpp $(BUILD)/flags
+	$(CXX) $(flags) -DLLMC_COMMIT='"another"' -c $< -o $@
 $(BUILD)/commit: FORCE
 	@mkdir -p $(BUILD)
 	@echo '$(commit)' | cmp -s - $@ || echo '$(commit)' > $@
@@ -234,14 +238,24 @@ test: ## set up, build and run all tests
 test-thorough: ## the same tests, also with the kinds, sizes and branches of kernels that `make test` leaves out; 15 minutes
 	@LLMC_THOROUGH=1 $(MAKE) --no-print-directory test
 
+test-distributed: ## the tests of several ranks alone, also those that take long; 5 minutes
+	@dev/setup.sh cuda
+	@$(MAKE) --no-print-directory -j$$(nproc) run-distributed
+
+# The programs that the tests start, and the tests.
+trainers := $(BUILD)/train_gpt $(BUILD)/train_gpt_other $(if $(NVCC),train_gptcu_sim)
 programs := $(BUILD)/tests $(lesser:%=$(BUILD)/%/tests) $(if $(NVCC),$(BUILD)/ptxsim/tests)
 # What takes longest is built first, so that no core waits for it at the end.
 long     := $(if $(NVCC),$(on_sim))
-.PHONY: build-tests run-tests
-build-tests: $(long) $(BUILD)/train_gpt $(if $(NVCC),train_gptcu_sim $(BUILD)/cuda_layers_sim) $(programs) $(BUILD)/fault_preload.so
+.PHONY: build-tests run-tests run-distributed
+build-tests: $(long) $(trainers) $(if $(NVCC),$(BUILD)/cuda_layers_sim) $(programs) $(BUILD)/fault_preload.so
 run-tests:
 	$(if $(NVCC),,@echo 'skipped: the tests of CUDA code, because there is no nvcc')
 	@tests/run.sh $(programs)
+
+run-distributed: $(trainers) $(BUILD)/tests $(BUILD)/fault_preload.so
+	OMP_WAIT_POLICY=passive LLMC_THOROUGH=1 LLMC_TRAIN_GPT=$(BUILD)/train_gpt LLMC_FAULT_PRELOAD=$(BUILD)/fault_preload.so \
+	    $(if $(NVCC),LLMC_TRAIN_GPTCU=./train_gptcu_sim) $(BUILD)/tests -sf='*tests/dist/*'
 
 gpu-test: ## run the tests of CUDA code on this machine's NVIDIA GPU instead of the simulator
 	@dev/setup.sh

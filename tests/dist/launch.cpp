@@ -229,6 +229,16 @@ TEST_CASE("launch: Slurm's lists of hosts and of tasks") {
         check_error([&] { tasks_on_node("LIST", bad, 1); }, {"LIST is \"", "expected tasks for each node"});
 }
 
+TEST_CASE("launch: only rank 0 says why a program cannot be one of several ranks") {
+    Launch launch;
+    launch.launcher = "mpirun", launch.ranks = 2;
+    check_error([&] { refuse_ranks(launch, "it has no MPI"); },
+                {"mpirun has started 2 ranks, but it has no MPI"});
+    launch.rank = 1;
+    CHECK(error_of([&] { refuse_ranks(launch, "it has no MPI"); }) == "");
+    CHECK_THROWS_AS(refuse_ranks(launch, ""), Error);
+}
+
 TEST_CASE("launch: the environment as a map") {
     std::string variables[] = {"RANK=1", "EMPTY=", "EQUALS=a=b", "odd", "RANK=2"};
     std::vector<char*> pointers;

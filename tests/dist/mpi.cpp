@@ -28,13 +28,20 @@ std::string program() {
     return environment("LLMC_TRAIN_GPT", "./train_gpt");
 }
 
-// `line` is what mpirun runs on every rank. A colon in it begins another program, for other ranks.
-Result on_ranks(int ranks, const std::string& line) {
+Run mpi_run(const std::string& program, int sigkill_timeout) {
     Run run;
-    run.program = "/usr/bin/env";
+    run.program = program;
     run.stdin_from = "/dev/null";
     run.environment = {"OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
-                       "OMPI_MCA_hwloc_base_binding_policy=none", "OMPI_MCA_odls_base_sigkill_timeout=0"};
+                       "OMPI_MCA_hwloc_base_binding_policy=none",
+                       str("OMPI_MCA_odls_base_sigkill_timeout=", sigkill_timeout)};
+    return run;
+}
+
+// `line` is what mpirun runs on every rank. A colon in it begins another program, for other ranks.
+// If one rank ends, mpirun gives the others twice sigkill_timeout. Its own default is one second.
+Result on_ranks(int ranks, const std::string& line, int sigkill_timeout = 0) {
+    const Run run = mpi_run("/usr/bin/env", sigkill_timeout);
     return train_gpt(str("mpirun -q --oversubscribe -n ", ranks, " ", line), {}, run);
 }
 
@@ -140,7 +147,10 @@ TEST_CASE("ranks: what one rank cannot do ends all, with one line") {
     check_failed(with("--data", "absent"), 1, {"rank 1", "absent"});
     std::string other = fixture().folder / "other_data";
     write_dataset(other, 257, random_tokens(900, 257, 3), random_tokens(90, 257, 2));
-    check_failed(with("--data", other), 2, {"disagree on"});
+    check_failed(with("--data", other), 2, {"disagree on --data"});
+    check_failed(on_ranks(1, program() + " " + line + " : -n 1 " +
+                                 environment("LLMC_TRAIN_GPT_OTHER", "build/train_gpt_other") + " " + line),
+                 2, {"disagree on the program", "(commit another)"});
     CHECK(!fs::exists(out));
     check_failed(
         on_ranks(2, program() + " " + fixture().train(out, 6, 50, 50, "--weight-decay 1e6 --warmup 0")), 3,
@@ -152,33 +162,204 @@ TEST_CASE("ranks: what one rank cannot do ends all, with one line") {
                  1, {"MPI says rank 0 of 1"});
 }
 
-TEST_CASE("ranks: a signal at one rank, a killed rank, and one that hangs") {
+// A script that runs the trainer, and does something else before that on one rank.
+std::string script(int rank, const std::string& what) {
+    std::string file = fixture().folder / "rank.sh";
+    put_file(file, str("#!/bin/sh\nif [ $OMPI_COMM_WORLD_RANK = ", rank, " ]; then\n", what,
+                       "\nfi\nexec \"$@\"\n"));
+    fs::permissions(file, fs::perms::owner_all);
+    return file + " " + program() + " ";
+}
+
+// Does something beside the trainer, `delay` seconds after its first line of metrics. There, $$ is the
+// trainer, and $PPID mpirun.
+std::string later(const std::string& out, double delay, const std::string& what) {
+    return str("(until [ -s ", out, "/metrics.jsonl ]; do sleep 0.02; done; sleep ", delay, "; ", what,
+               ") </dev/null >/dev/null 2>&1 &");
+}
+
+// All ranks ended, because a rank was lost, and one line says which and when.
+void check_lost(const Result& result, const std::string& out, const std::string& lost) {
+    CAPTURE(result.err);
+    CHECK(result.status != 0);
+    Strings errors;
+    for (const std::string& line : lines_of(result.err))
+        if (contains(line, "train_gpt: error: ")) errors.push_back(line);
+    REQUIRE(errors.size() == 1);
+    CHECK(contains(errors[0], ", after step "));
+    CHECK(contains(errors[0], ": " + lost));
+    // No process of this run is left.
+    for (const auto& entry : fs::directory_iterator("/proc")) {
+        std::ifstream file(entry.path() / "cmdline", std::ios::binary);
+        const std::string line{std::istreambuf_iterator<char>(file), {}};
+        CHECK_FALSE(contains(line, out));
+    }
+}
+
+TEST_CASE("ranks: a signal at one rank or at mpirun, a killed rank, and one that hangs") {
     if (!has_mpi()) return;
     std::string out = fixture().folder / "stopped";
-    // Rank 1 is a shell that does something to the trainer that it has started.
-    auto ranks = [&](const std::string& what, const std::string& more) {
-        std::string script = fixture().folder / "rank1.sh";
-        put_file(script, "#!/bin/sh\n\"$@\" &\npid=$!\n" + what + "\nwait $pid\nexit $?\n");
-        fs::permissions(script, fs::perms::owner_all);
-        std::string line = fixture().train(out, 6, 1000000, 1000000, more);
-        return on_ranks(1, program() + " " + line + " : -n 1 " + script + " " + program() + " " + line);
+    auto ranks = [&](const std::string& what, const std::string& more = "") {
+        fs::remove_all(out);
+        return on_ranks(2, script(1, later(out, 0.2, what)) + fixture().train(out, 6, 1000000, 1000000, more),
+                        1);
     };
-    const std::string started = str("until [ -s ", out, "/metrics.jsonl ]; do sleep 0.1; done\nsleep 0.2");
-    Result result = ranks(started + "\nkill -TERM $pid", "");
-    CHECK(result.status == 130);
+    for (const char* what : {"kill -TERM $$", "kill -INT $PPID"}) {
+        Result result = ranks(what);
+        CAPTURE(what);
+        CAPTURE(result.err);
+        CHECK(result.status == (contains(what, "PPID") ? 1 : 130));  // mpirun has a status of its own
+        CHECK(contains(result.out, "continue with --resume"));
+        REQUIRE(fs::exists(out));
+        CHECK(names_in(out).size() == 2);  // metrics.jsonl and a checkpoint
+        CHECK(result.err == "");
+    }
+    check_lost(ranks("kill -KILL $$"), out, "rank 1 has died");
+    check_lost(ranks("kill -STOP $$", "--comm-timeout 1"), out,
+               "rank 1 has not answered for 1 seconds (--comm-timeout)");
+}
+
+TEST_CASE("ranks: on two hosts, with MPI between them") {
+    if (!has_mpi()) return;
+    std::string out = fixture().folder / "two_hosts";
+    const Result result = train_gpt(
+        "",
+        {str("mpirun -q --host 10.77.0.1,10.77.0.2 -n 2 --mca plm_rsh_agent \"$REMOTE_SHELL\" --mca "
+             "oob_tcp_if_include 10.77.0.0/24 --mca btl_tcp_if_include 10.77.0.0/24 bash -c 'hostname; exec "
+             "\"$@\"' rank ",
+             fs::absolute(program()).string(), " ", fixture().train(out, 4)),
+         ":"},
+        mpi_run("tests/dist/two_hosts.sh", 0));
+    if (result.status == 77) {
+        MESSAGE(result.out);
+        return;
+    }
+    check_done(result);
+    for (const char* host : {"host1\n", "host2\n"}) CHECK(contains(result.out, host));
+    check_like_one(out);
+}
+
+// ---- `make test-distributed` ----
+
+// A longer run, of which a rank is lost.
+const int kSteps = 300;
+std::string longer(const std::string& out, int ranks, const std::string& more = "") {
+    return fixture().train(out, 12 / ranks, kSteps, 10, "--comm-timeout 2 " + more);
+}
+
+// The metrics of such a run on one rank.
+const std::vector<Json>& longer_metrics() {
+    static const std::vector<Json> metrics = [] {
+        std::string out = fixture().folder / "longer";
+        check_done(train_gpt(longer(out, 1)));
+        return timeless_metrics(out);
+    }();
+    return metrics;
+}
+
+// Resumes a run from its last checkpoint. The steps and their losses must be those of a run that was never
+// stopped; one sample more or less would change them.
+void check_goes_on(const Result& lost, const std::string& out, int ranks) {
+    const Result resumed = on_ranks(ranks, program() + " " + longer(out, ranks, "--resume"));
+    check_done(resumed);
+    // What a checkpoint said before the rank was lost is still true.
+    const size_t wrote = lost.out.rfind("wrote ");
+    if (wrote != std::string::npos) {
+        const std::string step = "resuming from " + out + "/step_";
+        REQUIRE(contains(resumed.out, step));
+        CHECK(number_after(step, resumed.out) >= number_after(out + "/step_", lost.out.substr(wrote)));
+    }
+    const std::vector<Json>&expected = longer_metrics(), found = timeless_metrics(out);
+    REQUIRE(found.size() == expected.size());
+    double difference = 0;
+    for (size_t i = 0; i < found.size(); i++) {
+        CHECK(found[i].at("step") == expected[i].at("step"));
+        const char* loss = expected[i].contains("loss") ? "loss" : "val_loss";
+        const double x = expected[i].at(loss), y = found[i].at(loss);
+        difference = std::max(difference, std::abs(x - y) / x);
+    }
+    CHECK(difference < 1e-3);  // rounding grows from step to step
+    char last[32];
+    snprintf(last, sizeof last, "/step_%08d", kSteps);
+    CHECK(Json::parse(get_file(out + last + "/trainer.json")).at("samples") == kSteps * 24);
+    fs::remove_all(out);
+}
+
+TEST_CASE("ranks: other data at the same place are refused") {
+    if (!thorough() || !has_mpi()) return;
+    Run unshare;
+    unshare.program = "/usr/bin/env";
+    if (train_gpt("unshare --mount true", {}, unshare).status != 0) {
+        MESSAGE("skipped: mounts of a rank's own are not allowed here");
+        return;
+    }
+    const std::string other = fixture().folder / "other_place";
+    for (int seed : {1, 3}) {
+        // The number of tokens differs, or only a token does.
+        write_dataset(other, 257, random_tokens(seed == 1 ? 800 : 900, 257, seed), random_tokens(90, 257, 2));
+        const std::string what = str("exec unshare --mount sh -c 'mount --bind ", other, " ", fixture().data,
+                                     " && exec \"$@\"' rank \"$@\"");
+        check_failed(on_ranks(2, script(1, what) + fixture().train(fixture().folder / "refused", 6)), 2,
+                     {seed == 1 ? "disagree on the number of training tokens: rank 0 has 900, rank 1 has 800"
+                                : "disagree on the checksum of the first sequence"});
+    }
+}
+
+TEST_CASE("ranks: one is killed at a random moment, and the run goes on") {
+    if (!thorough() || !has_mpi()) return;
+    std::mt19937 random(1);
+    for (int i = 0; i < 20; i++) {
+        const int ranks = 2 + (int)(random() % 3);
+        const bool writing = i % 2;
+        const int victim = writing ? 0 : (int)(random() % ranks);
+        const double delay = random() % 1000 * 0.6e-3;
+        const int call = 1 + (int)(random() % 400);
+        const std::string out = fixture().folder / str("killed", i);
+        std::string what = later(out, delay, "kill -KILL $$");
+        if (writing) {
+            what.clear();
+            for (const std::string& variable : fault(out, call, "signal", SIGKILL).environment)
+                what += "export " + variable + "\n";
+        }
+        CAPTURE(i);
+        CAPTURE(ranks);
+        CAPTURE(what);
+        const Result result = on_ranks(ranks, script(victim, what) + longer(out, ranks), 1);
+        check_lost(result, out, str("rank ", victim, " has died"));
+        check_goes_on(result, out, 1 + (int)(random() % 4));
+    }
+}
+
+TEST_CASE("ranks: any rank that hangs is named, and the run goes on") {
+    if (!thorough() || !has_mpi()) return;
+    for (int rank : {0, 1, 2}) {
+        const std::string out = fixture().folder / str("hangs", rank);
+        const Result result = on_ranks(3, script(rank, later(out, 0.1, "kill -STOP $$")) + longer(out, 3), 1);
+        check_lost(result, out, str("rank ", rank, " has not answered for 2 seconds (--comm-timeout)"));
+        check_goes_on(result, out, 3);
+    }
+    // Two of four.
+    const std::string out = fixture().folder / "hang", file = script(0, later(out, 0.1, "kill -STOP $$"));
+    std::string both = get_file(file.substr(0, file.find(' ')));
+    both.replace(both.find("= 0"), 3, "!= 1 -a $OMPI_COMM_WORLD_RANK != 3");
+    put_file(file.substr(0, file.find(' ')), both);
+    check_lost(on_ranks(4, file + longer(out, 4), 1), out, "ranks 0, 2 have not answered for 2 seconds");
+    // Before MPI has started.
+    const Result result = on_ranks(2, script(1, "exec sleep 100") + longer(out, 2, "--resume"));
+    check_failed(result, 1, {"rank 0: MPI did not start within 10 seconds (--comm-timeout)"});
+}
+
+TEST_CASE("ranks: a pause that is shorter than --comm-timeout changes nothing, SIGTERM at mpirun stops") {
+    if (!thorough() || !has_mpi()) return;
+    std::string out = fixture().folder / "pause";
+    const std::string pause = later(out, 0.1, "kill -STOP $$; sleep 0.7; kill -CONT $$");
+    check_done(on_ranks(3, script(1, pause) + longer(out, 3)));
+    CHECK(timeless_metrics(out).size() == longer_metrics().size());
+    fs::remove_all(out);
+    const Result result = on_ranks(
+        3, script(1, later(out, 0.1, "kill -TERM $PPID")) + longer(out, 3, "--checkpoint-every 1000"), 1);
     CHECK(contains(result.out, "continue with --resume"));
-    REQUIRE(!names_in(out).empty());
-    CHECK(result.err == "");
-    fs::remove_all(out);
-
-    CHECK(ranks(started + "\nkill -KILL $pid", "").status != 0);
-    fs::remove_all(out);
-
-    result = ranks(started + "\nkill -STOP $pid\n(sleep 5; kill -KILL $pid) >/dev/null 2>&1 &",
-                   "--comm-timeout 1");
-    CHECK(result.status != 0);
-    CHECK(contains(result.err, "rank 0 of 2"));
-    CHECK(contains(result.err, "has not answered for 1 seconds"));
+    CHECK(names_in(out).size() == 2);
 }
 
 }  // namespace
