@@ -162,11 +162,11 @@ TEST_CASE("ranks: what one rank cannot do ends all, with one line") {
                  1, {"MPI says rank 0 of 1"});
 }
 
-// A script that runs the trainer, and does something else before that on one rank.
-std::string script(int rank, const std::string& what) {
+// A script that runs the trainer, and before that does something else on some ranks, such as "0|2".
+std::string script(const std::string& ranks, const std::string& what) {
     std::string file = fixture().folder / "rank.sh";
-    put_file(file, str("#!/bin/sh\nif [ $OMPI_COMM_WORLD_RANK = ", rank, " ]; then\n", what,
-                       "\nfi\nexec \"$@\"\n"));
+    put_file(file,
+             "#!/bin/sh\ncase $OMPI_COMM_WORLD_RANK in\n" + ranks + ")\n" + what + "\nesac\nexec \"$@\"\n");
     fs::permissions(file, fs::perms::owner_all);
     return file + " " + program() + " ";
 }
@@ -201,8 +201,8 @@ TEST_CASE("ranks: a signal at one rank or at mpirun, a killed rank, and one that
     std::string out = fixture().folder / "stopped";
     auto ranks = [&](const std::string& what, const std::string& more = "") {
         fs::remove_all(out);
-        return on_ranks(2, script(1, later(out, 0.2, what)) + fixture().train(out, 6, 1000000, 1000000, more),
-                        1);
+        return on_ranks(
+            2, script("1", later(out, 0.2, what)) + fixture().train(out, 6, 1000000, 1000000, more), 1);
     };
     for (const char* what : {"kill -TERM $$", "kill -INT $PPID"}) {
         Result result = ranks(what);
@@ -243,8 +243,11 @@ TEST_CASE("ranks: on two hosts, with MPI between them") {
 
 // A longer run, of which a rank is lost.
 const int kSteps = 300;
-std::string longer(const std::string& out, int ranks, const std::string& more = "") {
-    return fixture().train(out, 12 / ranks, kSteps, 10, "--comm-timeout 2 " + more);
+std::string longer(const std::string& out, int ranks, const std::string& more = "--checkpoint-every 10") {
+    return str("train --data ", fixture().data, " --out ", out, " --batch ", 12 / ranks, " --steps ", kSteps,
+               " --layers 2 --heads 3 --channels 60 --context 7 --total-batch 168 --threads 1 --lr 1e-4 "
+               "--val-every 0 --comm-timeout 2 ",
+               more);
 }
 
 // The metrics of such a run on one rank.
@@ -260,8 +263,10 @@ const std::vector<Json>& longer_metrics() {
 // Resumes a run from its last checkpoint. The steps and their losses must be those of a run that was never
 // stopped; one sample more or less would change them.
 void check_goes_on(const Result& lost, const std::string& out, int ranks) {
-    const Result resumed = on_ranks(ranks, program() + " " + longer(out, ranks, "--resume"));
-    check_done(resumed);
+    const Result resumed =
+        on_ranks(ranks, program() + " " + longer(out, ranks, "--checkpoint-every 10 --resume"));
+    CAPTURE(resumed.err);
+    CHECK(resumed.status == 0);
     // What a checkpoint said before the rank was lost is still true.
     const size_t wrote = lost.out.rfind("wrote ");
     if (wrote != std::string::npos) {
@@ -274,11 +279,10 @@ void check_goes_on(const Result& lost, const std::string& out, int ranks) {
     double difference = 0;
     for (size_t i = 0; i < found.size(); i++) {
         CHECK(found[i].at("step") == expected[i].at("step"));
-        const char* loss = expected[i].contains("loss") ? "loss" : "val_loss";
-        const double x = expected[i].at(loss), y = found[i].at(loss);
+        const double x = expected[i].at("loss"), y = found[i].at("loss");
         difference = std::max(difference, std::abs(x - y) / x);
     }
-    CHECK(difference < 1e-3);  // rounding grows from step to step
+    CHECK(difference < 1e-4);  // rounding grows from step to step
     char last[32];
     snprintf(last, sizeof last, "/step_%08d", kSteps);
     CHECK(Json::parse(get_file(out + last + "/trainer.json")).at("samples") == kSteps * 24);
@@ -294,15 +298,11 @@ TEST_CASE("ranks: other data at the same place are refused") {
         return;
     }
     const std::string other = fixture().folder / "other_place";
-    for (int seed : {1, 3}) {
-        // The number of tokens differs, or only a token does.
-        write_dataset(other, 257, random_tokens(seed == 1 ? 800 : 900, 257, seed), random_tokens(90, 257, 2));
-        const std::string what = str("exec unshare --mount sh -c 'mount --bind ", other, " ", fixture().data,
-                                     " && exec \"$@\"' rank \"$@\"");
-        check_failed(on_ranks(2, script(1, what) + fixture().train(fixture().folder / "refused", 6)), 2,
-                     {seed == 1 ? "disagree on the number of training tokens: rank 0 has 900, rank 1 has 800"
-                                : "disagree on the checksum of the first sequence"});
-    }
+    write_dataset(other, 257, random_tokens(900, 257, 3), random_tokens(90, 257, 2));
+    const std::string what = str("exec unshare --mount sh -c 'mount --bind ", other, " ", fixture().data,
+                                 " && exec \"$@\"' rank \"$@\"");
+    check_failed(on_ranks(2, script("1", what) + fixture().train(fixture().folder / "refused", 6)), 2,
+                 {"disagree on the checksum of the first sequence"});
 }
 
 TEST_CASE("ranks: one is killed at a random moment, and the run goes on") {
@@ -324,7 +324,7 @@ TEST_CASE("ranks: one is killed at a random moment, and the run goes on") {
         CAPTURE(i);
         CAPTURE(ranks);
         CAPTURE(what);
-        const Result result = on_ranks(ranks, script(victim, what) + longer(out, ranks), 1);
+        const Result result = on_ranks(ranks, script(str(victim), what) + longer(out, ranks), 1);
         check_lost(result, out, str("rank ", victim, " has died"));
         check_goes_on(result, out, 1 + (int)(random() % 4));
     }
@@ -334,18 +334,16 @@ TEST_CASE("ranks: any rank that hangs is named, and the run goes on") {
     if (!thorough() || !has_mpi()) return;
     for (int rank : {0, 1, 2}) {
         const std::string out = fixture().folder / str("hangs", rank);
-        const Result result = on_ranks(3, script(rank, later(out, 0.1, "kill -STOP $$")) + longer(out, 3), 1);
+        const Result result =
+            on_ranks(3, script(str(rank), later(out, 0.1, "kill -STOP $$")) + longer(out, 3), 1);
         check_lost(result, out, str("rank ", rank, " has not answered for 2 seconds (--comm-timeout)"));
         check_goes_on(result, out, 3);
     }
-    // Two of four.
-    const std::string out = fixture().folder / "hang", file = script(0, later(out, 0.1, "kill -STOP $$"));
-    std::string both = get_file(file.substr(0, file.find(' ')));
-    both.replace(both.find("= 0"), 3, "!= 1 -a $OMPI_COMM_WORLD_RANK != 3");
-    put_file(file.substr(0, file.find(' ')), both);
-    check_lost(on_ranks(4, file + longer(out, 4), 1), out, "ranks 0, 2 have not answered for 2 seconds");
+    const std::string out = fixture().folder / "hang";
+    check_lost(on_ranks(4, script("0|2", later(out, 0.1, "kill -STOP $$")) + longer(out, 4), 1), out,
+               "ranks 0, 2 have not answered for 2 seconds (--comm-timeout)");
     // Before MPI has started.
-    const Result result = on_ranks(2, script(1, "exec sleep 100") + longer(out, 2, "--resume"));
+    const Result result = on_ranks(2, script("1", "exec sleep 100") + longer(out, 2, "--resume"));
     check_failed(result, 1, {"rank 0: MPI did not start within 10 seconds (--comm-timeout)"});
 }
 
@@ -353,11 +351,11 @@ TEST_CASE("ranks: a pause that is shorter than --comm-timeout changes nothing, S
     if (!thorough() || !has_mpi()) return;
     std::string out = fixture().folder / "pause";
     const std::string pause = later(out, 0.1, "kill -STOP $$; sleep 0.7; kill -CONT $$");
-    check_done(on_ranks(3, script(1, pause) + longer(out, 3)));
+    check_done(on_ranks(3, script("1", pause) + longer(out, 3)));
     CHECK(timeless_metrics(out).size() == longer_metrics().size());
     fs::remove_all(out);
     const Result result = on_ranks(
-        3, script(1, later(out, 0.1, "kill -TERM $PPID")) + longer(out, 3, "--checkpoint-every 1000"), 1);
+        3, script("1", later(out, 0.1, "kill -TERM $PPID")) + longer(out, 3, "--checkpoint-every 1000"), 1);
     CHECK(contains(result.out, "continue with --resume"));
     CHECK(names_in(out).size() == 2);
 }
