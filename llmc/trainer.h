@@ -45,7 +45,8 @@ inline void catch_stop_signals(bool mpirun) {
     sigaction(SIGTERM, &action, nullptr);
     if (!mpirun) return;
     // After Ctrl-C, mpirun sends SIGCONT at once, SIGTERM after a second and SIGKILL after another
-    // (odls_base_sigkill_timeout). So its SIGCONT is the request, and everybody else's is not.
+    // (odls_base_sigkill_timeout). Meanwhile it reads nothing, so a rank that goes on printing soon blocks.
+    // That is why its SIGCONT is the request to stop. Everybody else's is none.
     action.sa_sigaction = [](int, siginfo_t* info, void*) {
         if (info->si_pid == getppid()) g_stop_requested = 1;
     };

@@ -62,7 +62,7 @@ class Alarm {
         text() = str("train_gpt: error: rank ", rank, ": MPI did not ", what, " within ", timeout,
                      " seconds (--comm-timeout), because another rank does not answer\n");
         signal(SIGALRM, [](int) {
-            if (write(STDERR_FILENO, text().data(), text().size()) >= 0) _exit(kExitFailure);
+            [[maybe_unused]] ssize_t written = write(STDERR_FILENO, text().data(), text().size());
             _exit(kExitFailure);
         });
         alarm(timeout + (rank > 0 ? 2 : 0));

@@ -350,7 +350,7 @@ TEST_CASE("ranks: any rank that hangs is named, and the run goes on") {
 TEST_CASE("ranks: a pause that is shorter than --comm-timeout changes nothing, SIGTERM at mpirun stops") {
     if (!thorough() || !has_mpi()) return;
     std::string out = fixture().folder / "pause";
-    const std::string pause = later(out, 0.1, "kill -STOP $$; sleep 0.7; kill -CONT $$");
+    const std::string pause = later(out, 0.1, "kill -STOP $$; sleep 1.4; kill -CONT $$");
     check_done(on_ranks(3, script("1", pause) + longer(out, 3)));
     CHECK(timeless_metrics(out).size() == longer_metrics().size());
     fs::remove_all(out);
