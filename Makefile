@@ -235,7 +235,7 @@ test: ## set up, build and run all tests
 	@$(MAKE) --no-print-directory -j$$(nproc) build-tests
 	@$(MAKE) --no-print-directory run-tests
 
-test-thorough: ## the same tests, also with the kinds, sizes and branches of kernels that `make test` leaves out; 15 minutes
+test-thorough: ## the same tests, also with the kinds, sizes and branches of kernels that `make test` leaves out; 20 minutes
 	@LLMC_THOROUGH=1 $(MAKE) --no-print-directory test
 
 test-distributed: ## the tests of several ranks alone, also those that take long; 5 minutes

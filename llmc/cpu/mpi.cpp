@@ -7,8 +7,10 @@
 #include <cerrno>
 #include <chrono>
 #include <climits>
+#include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <list>
 #include <optional>
 #include <string>
@@ -82,7 +84,7 @@ class Alarm {
 // After the other half it knows which ranks hang. The lowest rank that is left prints it and ends all. The
 // others only tell it, so that there is one message.
 //
-// A rank that has died on the same machine is noticed at once, because mpirun leaves no time: it sends
+// A rank on the same machine that has died is noticed at once, because mpirun leaves no time: it sends
 // SIGCONT to the others when one has died, SIGTERM after a second and SIGKILL after another
 // (odls_base_sigkill_timeout).
 class RollCall {
@@ -91,22 +93,16 @@ class RollCall {
         : rank_(rank), timeout_(timeout), processes_(ranks, 0), present_(ranks) {
         MPI_Comm_dup(MPI_COMM_WORLD, &comm_);
         MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);  // a rank may be dead
-    }
-
-    // What tells the other ranks where this process is: the machine, the processes that it sees, and its
-    // number.
-    static std::string place() {
+        // Processes can see each other if they are on one machine and in one container.
         std::string machine;
-        std::getline(std::ifstream("/proc/sys/kernel/random/boot_id"), machine);
+        const bool known{std::getline(std::ifstream("/proc/sys/kernel/random/boot_id"), machine)};
         std::error_code none;
-        return str(machine, " ", std::filesystem::read_symlink("/proc/self/ns/pid", none).string(), " ",
-                   getpid());
-    }
-    void set_places(const std::vector<std::string>& places) {
-        auto machine = [](const std::string& place) { return place.substr(0, place.rfind(' ')); };
-        for (size_t r = 0; r < places.size(); r++)
-            if (machine(places[r]) == machine(places[rank_]))
-                processes_[r] = std::stoi(places[r].substr(places[r].rfind(' ')));
+        machine += std::filesystem::read_symlink("/proc/self/ns/pid", none).string();
+        const int64_t mine[2] = {(int64_t)std::hash<std::string>()(machine), getpid()};
+        std::vector<int64_t> all(2 * ranks);
+        MPI_Allgather(mine, 2, MPI_INT64_T, all.data(), 2, MPI_INT64_T, MPI_COMM_WORLD);
+        for (int r = 0; r < ranks; r++)
+            if (known && all[2 * r] == mine[0]) processes_[r] = (pid_t)all[2 * r + 1];
     }
 
     void begin() {
@@ -158,7 +154,7 @@ class RollCall {
 
     int rank_, timeout_;  // seconds
     MPI_Comm comm_;
-    std::vector<pid_t> processes_;  // of each rank on this machine; otherwise 0
+    std::vector<pid_t> processes_;  // of each rank that this one can see; otherwise 0
     unsigned looks_ = 0;
     Clock::time_point begin_;                  // of waiting
     std::optional<Clock::time_point> called_;  // when this wait's roll was called
@@ -235,8 +231,6 @@ class Mpi : public Communicator {
         Alarm alarm(rank, timeout_, "end");
         MPI_Finalize();
     }
-
-    void meet() { roll_call_.set_places(gather(RollCall::place())); }
 
     // Cut in pieces, because a count of MPI is an int.
     void all_reduce(Span x) override {
@@ -400,7 +394,6 @@ std::unique_ptr<Communicator> connect(const Launch& launch, int timeout) {
         fail("the environment says rank ", launch.rank, " of ", launch.ranks, " (", launch.launcher,
              "), but MPI says rank ", rank, " of ", ranks,
              ": expected a start by mpirun of the same MPI, or by srun --mpi=pmix");
-    communicator->meet();
     return communicator;
 }
 
