@@ -202,7 +202,7 @@ TEST_CASE("ranks: a signal at one rank or at mpirun, a killed rank, and one that
     auto ranks = [&](const std::string& what, const std::string& more = "") {
         fs::remove_all(out);
         return on_ranks(
-            2, script("1", later(out, 0.2, what)) + fixture().train(out, 6, 1000000, 1000000, more), 1);
+            3, script("1", later(out, 0.2, what)) + fixture().train(out, 4, 1000000, 1000000, more), 1);
     };
     for (const char* what : {"kill -TERM $$", "kill -INT $PPID"}) {
         Result result = ranks(what);
@@ -215,8 +215,8 @@ TEST_CASE("ranks: a signal at one rank or at mpirun, a killed rank, and one that
         CHECK(result.err == "");
     }
     check_lost(ranks("kill -KILL $$"), out, "rank 1 has died");
-    check_lost(ranks("kill -STOP $$", "--comm-timeout 1"), out,
-               "rank 1 has not answered for 1 seconds (--comm-timeout)");
+    check_lost(ranks("kill -STOP $$", "--comm-timeout 2"), out,
+               "rank 1 has not answered for 2 seconds (--comm-timeout)");
 }
 
 TEST_CASE("ranks: on two hosts, with MPI between them") {
