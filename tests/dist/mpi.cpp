@@ -1,132 +1,13 @@
-// Training on several ranks: `mpirun -n N train_gpt`. One rank is what several are compared with.
-#include <cmath>
+// What ends a training on several ranks: flags, data and builds that differ, signals, ranks that die or hang.
+// The tests that take long run with `make test-distributed`.
 #include <csignal>
 #include <thread>
 
-#include "tests/cli/cli.h"
+#include "tests/dist/ranks.h"
 
 namespace {
 
-using namespace cli;
-namespace fs = std::filesystem;
-
-bool find_mpi() {
-    Run run;
-    run.program = "/usr/bin/env";
-    bool found =
-        train_gpt("mpirun --version", {}, run).status == 0 && !contains(train_gpt("--version").out, "no MPI");
-    if (!found) MESSAGE("skipped: there is no mpirun, or train_gpt has no MPI");
-    return found;
-}
-
-bool has_mpi() {
-    static const bool has = find_mpi();
-    return has;
-}
-
-std::string program() {
-    return environment("LLMC_TRAIN_GPT", "./train_gpt");
-}
-
-Run mpi_run(const std::string& program, int sigkill_timeout) {
-    Run run;
-    run.program = program;
-    run.stdin_from = "/dev/null";
-    run.environment = {"OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
-                       "OMPI_MCA_hwloc_base_binding_policy=none",
-                       str("OMPI_MCA_odls_base_sigkill_timeout=", sigkill_timeout)};
-    return run;
-}
-
-// `line` is what mpirun runs on every rank. A colon in it begins another program, for other ranks.
-// If one rank ends, mpirun gives the others twice sigkill_timeout. Its own default is one second.
-Result on_ranks(int ranks, const std::string& line, int sigkill_timeout = 0) {
-    const Run run = mpi_run("/usr/bin/env", sigkill_timeout);
-    return train_gpt(str("mpirun -q --oversubscribe -n ", ranks, " ", line), {}, run);
-}
-
-// Sizes that the numbers of ranks do not divide.
-struct Fixture {
-    TempFolder folder;
-    const std::string data = folder / "data", one = folder / "one";
-    Fixture() {
-        write_dataset(data, 257, random_tokens(900, 257, 1), random_tokens(90, 257, 2));
-        check_done(train_gpt(train(one, 24)));
-    }
-    std::string train(const std::string& out, int batch, int steps = 8, int every = 4,
-                      const std::string& more = "") const {
-        return str("train --data ", data, " --out ", out, " --batch ", batch, " --steps ", steps,
-                   " --layers 2 --heads 3 --channels 60 --context 7 --total-batch 168 --threads 1 --lr 3e-3 "
-                   "--attention poly3 --decay learned --val-batches 12 --val-every ",
-                   every, " --checkpoint-every ", every, " ", more);
-    }
-};
-
-const Fixture& fixture() {
-    static const Fixture fixture;
-    return fixture;
-}
-
-// Compares losses, and the last checkpoint's weights and moments, with those of one rank.
-void check_like_one(const std::string& out) {
-    std::vector<Json> one = timeless_metrics(fixture().one), many = timeless_metrics(out);
-    REQUIRE(one.size() == many.size());
-    for (size_t i = 0; i < one.size(); i++)
-        for (const char* key : {"loss", "val_loss", "grad_norm"})
-            if (one[i].contains(key)) {
-                CAPTURE(i);
-                CAPTURE(key);
-                double expected = one[i].at(key), found = many[i].at(key);
-                CHECK(std::abs(found - expected) < 1e-5 * expected);
-            }
-    Safetensors expected(fixture().one + "/step_00000008/model.safetensors"),
-        found(out + "/step_00000008/model.safetensors");
-    double difference = 0, norm = 0;
-    for (const auto& [name, tensor] : expected.header.items()) {
-        if (name == "__metadata__") continue;
-        std::vector<float> x = expected.values(name), y = found.values(name);
-        REQUIRE(x.size() == y.size());
-        for (size_t i = 0; i < x.size(); i++) difference += std::pow(x[i] - y[i], 2), norm += x[i] * x[i];
-    }
-    CHECK(std::sqrt(difference / norm) < 1e-5);
-}
-
-TEST_CASE("ranks: any number, micro-batch and accumulation give the training of one rank") {
-    if (!has_mpi()) return;
-    struct Layout {
-        int ranks, batch;
-    };
-    for (Layout layout : {Layout{2, 4}, Layout{2, 12}, Layout{3, 4}, Layout{3, 1}, Layout{4, 2}}) {
-        CAPTURE(layout.ranks);
-        CAPTURE(layout.batch);
-        std::string out = fixture().folder / str("ranks", layout.ranks, "_", layout.batch);
-        Result result = on_ranks(layout.ranks, program() + " " + fixture().train(out, layout.batch));
-        check_done(result);
-        CHECK(contains(result.out, str("ranks      ", layout.ranks, ", started by mpirun")));
-        size_t last = result.out.find("step 8/8 | loss ");  // from one rank only
-        CHECK(last != std::string::npos);
-        CHECK(result.out.find("step 8/8 | loss ", last + 1) == std::string::npos);
-        check_like_one(out);
-    }
-    std::string again = fixture().folder / "again";
-    check_done(on_ranks(3, program() + " " + fixture().train(again, 1)));
-    for (const char* file : {"/step_00000008/model.safetensors", "/step_00000008/optimizer.safetensors"})
-        CHECK((get_file(again + file) == get_file(fixture().folder / "ranks3_1" + file)));
-}
-
-TEST_CASE("ranks: a run goes on with another number of ranks, at the very next sample") {
-    if (!has_mpi()) return;
-    std::string out = fixture().folder / "resumed";
-    // As if the run had been stopped after step 4.
-    check_done(on_ranks(4, program() + " " + fixture().train(out, 3)));
-    fs::remove_all(out + "/step_00000008");
-    check_done(on_ranks(3, program() + " train --resume --threads 1 --batch 2 --out " + out));
-    CHECK(Json::parse(get_file(out + "/step_00000008/trainer.json")).at("samples") == 8 * 24);
-    check_like_one(out);
-    fs::remove_all(out + "/step_00000008");
-    check_done(train_gpt("train --resume --threads 1 --batch 4 --out " + out));
-    check_like_one(out);
-}
+using namespace ranks_test;
 
 TEST_CASE("ranks: what one rank cannot do ends all, with one line") {
     if (!has_mpi()) return;

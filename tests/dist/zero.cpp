@@ -13,7 +13,7 @@ struct Layout {
 };
 
 Result train(const Layout& layout, const std::string& out, const std::string& more = "") {
-    return on_ranks(layout.ranks, program() + " " + fixture().train(out, layout.batch, 8, 4, more) +
+    return on_ranks(layout.ranks, program() + " " + fixture().train(out, layout.batch, 20, 10, more) +
                                       str(" --zero ", layout.zero));
 }
 
@@ -21,8 +21,6 @@ Result resume(const Layout& layout, const std::string& out, const std::string& m
     return on_ranks(layout.ranks, str(program(), " train --resume --threads 1 --out ", out, " --batch ",
                                       layout.batch, " --zero ", layout.zero, " ", more));
 }
-
-const std::string kLast = "/step_00000008";
 
 std::string optimizer_file(int rank, int ranks) {
     return str("optimizer-0000", rank + 1, "-of-0000", ranks, ".safetensors");
@@ -42,8 +40,9 @@ void check_same_files(const std::string& out, const std::string& other, int rank
 TEST_CASE("zero: every level, number of ranks and accumulation gives the training of one rank") {
     if (!has_mpi()) return;
     // 24 sequences a step, in 1, 2, 4 or more micro-batches a rank.
-    std::vector<Layout> layouts = {{2, 1, 12}, {2, 2, 6}, {3, 1, 4}, {3, 2, 4}, {4, 2, 3}};
-    if (is_thorough()) {
+    std::vector<Layout> layouts = {{2, 0, 12}, {3, 0, 1}, {2, 1, 12}, {2, 2, 6},
+                                   {3, 1, 4},  {3, 2, 4}, {4, 2, 3}};
+    if (thorough()) {
         layouts.clear();
         for (int ranks : {1, 2, 3, 4})
             for (int zero : {0, 1, 2})
@@ -54,7 +53,14 @@ TEST_CASE("zero: every level, number of ranks and accumulation gives the trainin
         const std::string out = fixture().folder / layout.name();
         const Result result = train(layout, out);
         check_done(result);
-        if (layout.ranks > 1) CHECK(contains(result.out, str("--zero ", layout.zero, ";")));
+        if (layout.ranks > 1) {
+            CHECK(contains(result.out, str("ranks      ", layout.ranks, ", started by mpirun")));
+            CHECK(contains(result.out, str("--zero ", layout.zero, ";")));
+            const size_t last = result.out.find("step 20/20 | loss ");  // from one rank only
+            CHECK(last != std::string::npos);
+            CHECK(result.out.find("step 20/20 | loss ", last + 1) == std::string::npos);
+            CHECK(contains(result.out, "% hidden"));
+        }
         check_like_one(out);
     }
 }
@@ -85,7 +91,7 @@ TEST_CASE("zero: what 4 ranks have written goes on with 1, 2 or 3, at any level,
         const std::string out = fixture().folder / ("resumed_" + layout.name());
         fs::copy(written, out, fs::copy_options::recursive);
         check_done(resume(layout, out));
-        CHECK(Json::parse(get_file(out + kLast + "/trainer.json")).at("samples") == 8 * 24);
+        CHECK(Json::parse(get_file(out + kLast + "/trainer.json")).at("samples") == 20 * 24);
         check_like_one(out);
     }
     if (const char* cuda = getenv("LLMC_TRAIN_GPTCU")) {
@@ -131,11 +137,11 @@ TEST_CASE("zero: a file of the optimizer that is damaged, missing or incomplete 
         fs::remove_all(out);
         fs::copy(written, out, fs::copy_options::recursive);
         damage();
-        const Result result = train_gpt("train --resume --threads 1 --steps 5 --out " + out);
+        const Result result = train_gpt("train --resume --threads 1 --steps 11 --out " + out);
         CHECK(result.status == 0);
         CHECK(contains(result.err, "ignored a broken checkpoint: "));
         CHECK(contains(result.err, why));
-        CHECK(contains(result.out, "step_00000004 after step 4"));
+        CHECK(contains(result.out, kFirst.substr(1) + " after step 10"));
     };
     check_ignored(
         [&] {
@@ -167,9 +173,8 @@ TEST_CASE("zero: a disk that is full at one rank ends all, and nothing is left")
         faults += " -x " + variable;
     const Result result =
         on_ranks(1, program() + " " + line + " : -n 1" + faults + " " + program() + " " + line);
-    check_failed(
-        result, 1,
-        {"rank 1: " + out + "/step_00000004.tmp/" + optimizer_file(1, 2) + ": cannot", "No space left"});
+    check_failed(result, 1,
+                 {"rank 1: " + out + kFirst + ".tmp/" + optimizer_file(1, 2) + ": cannot", "No space left"});
     CHECK(names_in(out) == std::set<std::string>{"metrics.jsonl"});
     check_done(on_ranks(2, program() + " " + line + " --resume"));
     check_like_one(out);
