@@ -71,7 +71,18 @@ CUDA     ?= $(if $(NVCC),$(realpath $(dir $(realpath $(NVCC)))..))
 comma    := ,
 cuda     := -std=c++20 -O3 -lineinfo -I. $(DEPS:%=-isystem %/include) -ccbin $(firstword $(CXX)) -Xcompiler -Wall,-Wextra$(if $(findstring clang,$(CXX)),$(comma)-Wno-unused-function),-fopenmp $(NVCCFLAGS)
 CUDA_LIB ?= $(CUDA)/lib64
-cudalibs := -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcudart -lcublasLt
+# 1: train_gptcu can train on several GPUs (llmc/cuda/nccl.h). The simulator has an NCCL of its own and needs only nccl.h.
+ifndef NCCL
+NCCL     := $(shell printf '\043include <nccl.h>\nint main() { return ncclGetVersion(0); }\n' | \
+              $(CXX) $(DEPS:%=-isystem %/include) -isystem $(CUDA)/include -x c++ - $(DEPS:%=-L%/lib) -L$(CUDA_LIB) \
+              -lnccl -o /dev/null 2>/dev/null && echo 1)
+endif
+ifeq ($(NCCL),1)
+nccl     := -lnccl
+else
+nonccl   := -DLLMC_NO_NCCL
+endif
+cudalibs := -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcudart -lcublasLt $(nccl)
 # Machine code for these GPUs. The PTX of compute_80 is added for the simulator and for newer GPUs.
 GPU_ARCH ?= 80 90
 to_gpu   := $(foreach a,$(GPU_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_80,code=compute_80 \
@@ -176,13 +187,13 @@ $(hosttests): $(BUILD)/test/%.o: tests/%.cpp $(BUILD)/flags
 	@mkdir -p $(@D)
 	$(CXX) $(flags) -O0 $(native) $(dispatch) -isystem $(CUDA)/include -c $< -o $@
 
-$(BUILD)/ptxsim/tests: $(sim) $(on_sim) $(tested) $(BUILD)/test/reference.o $(BUILD)/test/main.o $(cutests) $(hosttests)
+$(BUILD)/ptxsim/tests: $(sim) $(on_sim) $(BUILD)/ptx/nccl.o $(BUILD)/version.o $(tested) $(BUILD)/test/reference.o $(BUILD)/test/main.o $(cutests) $(hosttests)
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 # The same objects on hardware, where the driver compiles their PTX. Tests of the simulator's own reports are left out.
 simulated := $(patsubst %,$(BUILD)/test/%.o,cuda/figures $(addprefix ptxsim/,faults nccl races samples streams))
 $(BUILD)/gpu-tests: $(BUILD)/test/main.o $(BUILD)/test/reference.o $(filter-out $(simulated),$(cutests)) \
-    $(BUILD)/test/cuda/model.o $(on_gpu) $(tested) $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
+    $(BUILD)/test/cuda/model.o $(on_gpu) $(BUILD)/gpu/nccl.o $(BUILD)/version.o $(tested) $(BUILD)/ptxsim/report.o $(BUILD)/ptxsim/options.o
 	$(CXX) $(flags) $^ -o $@ $(libs) $(cudalibs)
 
 # The CUDA trainer for hardware, and for this processor. The latter needs only PTX, which takes half the time to build.
@@ -195,10 +206,15 @@ $(BUILD)/ptx/%.o: %.cu $(BUILD)/flags
 	$(NVCC) $(cuda) $(to_ptx) -MMD -MP -c $< -o $@
 $(BUILD)/ptx/cuda_layers.o: cuda := $(cuda:-O3=-O0)
 
-train_gptcu: $(on_gpu) $(BUILD)/train_gptcu_main.o $(BUILD)/run.o $(BUILD)/version.o
+$(BUILD)/gpu/nccl.o: without := $(nonccl)
+$(BUILD)/gpu/nccl.o $(BUILD)/ptx/nccl.o: llmc/cuda/nccl.cpp $(BUILD)/flags
+	@mkdir -p $(@D)
+	$(CXX) $(flags) -O1 -isystem $(CUDA)/include $(without) -c $< -o $@
+
+train_gptcu: $(on_gpu) $(BUILD)/gpu/nccl.o $(BUILD)/train_gptcu_main.o $(BUILD)/run.o $(BUILD)/version.o
 	$(CXX) $(flags) $^ -o $@ $(libs) $(cudalibs)
 
-train_gptcu_sim: $(on_sim) $(BUILD)/train_gptcu_main.o $(BUILD)/run.o $(BUILD)/version.o $(BUILD)/libptxsim.a
+train_gptcu_sim: $(on_sim) $(BUILD)/ptx/nccl.o $(BUILD)/train_gptcu_main.o $(BUILD)/run.o $(BUILD)/version.o $(BUILD)/libptxsim.a
 	$(CXX) $(flags) $^ -o $@ $(libs)
 
 # Times every kernel on its own, on hardware or on the simulator. The times on the simulator mean nothing.
@@ -220,7 +236,8 @@ $(BUILD)/ptxsim/bench: dev/ptxsim/bench.cu $(BUILD)/libptxsim.a
 # This file changes when the compiler or its flags change, and then everything is built again.
 $(BUILD)/flags: FORCE
 	@mkdir -p $(BUILD)
-	@echo '$(CXX) $(flags) $(mpi) $(model) $(libs)' | cmp -s - $@ || echo '$(CXX) $(flags) $(mpi) $(model) $(libs)' > $@
+	@echo '$(CXX) $(flags) $(mpi) $(model) $(libs) $(nccl)' | cmp -s - $@ || \
+	  echo '$(CXX) $(flags) $(mpi) $(model) $(libs) $(nccl)' > $@
 FORCE:
 
 # Kills a program at its n-th write, fsync or rename, or makes that call fail (tests/cli/resume.cpp).

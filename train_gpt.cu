@@ -82,7 +82,9 @@ struct GPT : Model {
     }
 
     ~GPT() override {
-        if (stream) cudaStreamDestroy(stream);
+        if (!stream) return;
+        if (model_stream == stream) model_stream = nullptr;
+        cudaStreamDestroy(stream);
     }
 
     void run(const Batch& batch, const Pass& pass, const BucketHooks& hooks = {}) override {
@@ -359,6 +361,7 @@ struct GPT : Model {
         if (needed > info.free)
             out_of_memory(needed, info, flags_that_fit(config, options, info.free, more, make_model));
         check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        model_stream = stream;
         parameters.allocate();
         plan.allocate();
         parameters.arrays.clip_factor = clip.factor;

@@ -92,7 +92,17 @@ struct Unpacker {
     }
 };
 
-enum Type : char { greeting = 'g', welcome = 'w', failure = 'f', blob = 'b', texts = 't' };
+// The last three are for llmc/links.h.
+enum Type : char {
+    greeting = 'g',
+    welcome = 'w',
+    failure = 'f',
+    blob = 'b',
+    texts = 't',
+    question = 'q',
+    here = 'h',
+    goodbye = 'l'
+};
 
 struct Message {
     Type type;
@@ -289,6 +299,16 @@ class Rendezvous {
         if (!unpacker.good || !unpacker.left.empty())
             fail(name_of_master(), " sent a list that cannot be read");
         return all;
+    }
+
+    // Hands over the connections (ranks), for what comes after the start (llmc/links.h). Rank 0 has one to each
+    // other rank, and another rank has only the first one, to rank 0.
+    std::vector<std::unique_ptr<rendezvous_detail::Connection>> take_connections() {
+        if (launch.rank > 0) {
+            peers.resize(launch.ranks);
+            peers[0] = std::move(connection);
+        }
+        return std::move(peers);
     }
 
   private:

@@ -1,5 +1,8 @@
 // The one device, an H100 (SXM, 80 GB).
+#include <unistd.h>
+
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 
 #include "dev/ptxsim/memory.h"
@@ -205,6 +208,9 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* out, int device) {
     return api([&] {
         if (!out) return cudaErrorInvalidValue;
         *out = properties();
+        // Devices have different ids. If every process has one of its own, that is another one, too.
+        std::snprintf(out->uuid.bytes, sizeof out->uuid.bytes, "ptxsim-%x",
+                      options().devices > 1 ? (unsigned)device : (unsigned)getpid());
         return check_device(device);
     });
 }

@@ -53,7 +53,7 @@ class Cache {
             if (length)
                 attention_state_of_cache(state_[l].get(), kv_[l].get(), decay((int)l), attention_, length, H_,
                                          D_, stream_);
-            check(cudaStreamSynchronize(stream_));
+            wait_for(stream_);
             kv_[l] = DeviceArray<Real>();
         }
     }
@@ -98,7 +98,7 @@ class Cache {
         gpu::short_conv_forward(convolved.get(), joined.get(), weight, 1, (int)rows, (int)W, (int)K, stream_);
         copy(out, convolved.get() + (K - 1) * W, T);
         copy(conv_history_[l].get(), joined.get() + T * W, K - 1);
-        check(cudaStreamSynchronize(stream_));  // the two arrays are freed at the end of this function
+        wait_for(stream_);  // the two arrays are freed at the end of this function
     }
 
   private:
@@ -126,7 +126,7 @@ class Cache {
                     from_scores ? 1 : (float)row_scale(attention_, t, decay ? log_gamma(delta[h]) : 0, D_));
         row_scale_.grow(scales.size(), stream_);
         copy_to_device(row_scale_.get(), scales.data(), scales.size(), stream_);
-        check(cudaStreamSynchronize(stream_));
+        wait_for(stream_);
     }
 };
 

@@ -11,20 +11,13 @@
 #include <source_location>
 #include <type_traits>
 
-#include "llmc/error.h"
+#include "llmc/cuda/runtime.h"
 
 namespace gpu {
 
 using bf16 = __nv_bfloat16;
 
 constexpr int kWarp = 32;
-
-// Fails with the text of the CUDA error and the place where it was seen.
-inline void check(cudaError_t status, std::source_location where = std::source_location::current()) {
-    if (status == cudaSuccess) return;
-    fail("CUDA: ", cudaGetErrorString(status), " (", cudaGetErrorName(status), ", ", where.file_name(), ":",
-         where.line(), ")");
-}
 
 // Call this after a launch, which may have been refused.
 inline void check_launch(std::source_location where = std::source_location::current()) {

@@ -6,6 +6,7 @@
 
 #include "llmc/cuda/matmul.h"
 #include "llmc/cuda/memory.h"
+#include "llmc/cuda/nccl.h"
 #include "llmc/model.h"
 
 namespace gpu {
@@ -23,14 +24,6 @@ inline int set_threads(int) {
     return 1;
 }
 
-// A communicator for one rank, because several ranks train on CPUs only.
-inline std::unique_ptr<Communicator> connect(const Launch& launch, int) {
-    if (launch.ranks > 1)
-        usage_error(launch.launcher, " has started ", launch.ranks,
-                    " ranks: train_gptcu uses one GPU; train_gpt can use several ranks");
-    return std::make_unique<Communicator>();
-}
-
 // The text of --version about the build. The attribute is there because llmc/cuda/main.cpp, which is no CUDA
 // code, calls this function, and nothing else does.
 [[gnu::used]] inline std::string describe_build() {
@@ -40,7 +33,7 @@ inline std::unique_ptr<Communicator> connect(const Launch& launch, int) {
         architectures += str(architectures.empty() ? "" : ", ", "sm_", architecture / 10);
     return str("for GPUs of ", architectures, " and newer; nvcc ", __CUDACC_VER_MAJOR__, ".",
                __CUDACC_VER_MINOR__, ".", __CUDACC_VER_BUILD__, "; matrix products by cuBLASLt ",
-               cublas / 10000, ".", cublas / 100 % 100, ".", cublas % 100);
+               cublas / 10000, ".", cublas / 100 % 100, ".", cublas % 100, "; ", nccl_version());
 }
 
 // FLOP/s of a large matrix product. The matrices grow until a product takes a millisecond, so the simulator

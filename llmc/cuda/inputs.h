@@ -35,7 +35,7 @@ class Inputs {
         if (!config_.rope() || (start == rope_start_ && T == rope_length_)) return;
         std::vector<float> angles = rope_table(config_, T, start);
         copy_to_device(rope, angles.data(), angles.size(), stream);
-        check(cudaStreamSynchronize(stream));  // before `angles` is freed
+        wait_for(stream);  // before `angles` is freed
         rope_start_ = start, rope_length_ = T;
     }
 

@@ -61,18 +61,18 @@ class DeviceMemory {
     // These wait for all work before them, and their own work is done when they return.
     static bool finite(const auto* x, size_t n) { return all_finite(x, n); }
     static void zero(auto* x, size_t n) {
-        check(cudaDeviceSynchronize());
+        wait_for_device();
         check(cudaMemset(x, 0, n * sizeof *x));
-        check(cudaDeviceSynchronize());
+        wait_for_device();
     }
     static void read(auto* out, const auto* x, size_t n) {
-        check(cudaDeviceSynchronize());
+        wait_for_device();
         check(cudaMemcpy(out, x, n * sizeof *x, cudaMemcpyDeviceToHost));
     }
     static void write(auto* x, const auto* in, size_t n) {
-        check(cudaDeviceSynchronize());
+        wait_for_device();
         check(cudaMemcpy(x, in, n * sizeof *x, cudaMemcpyHostToDevice));
-        check(cudaDeviceSynchronize());  // a copy from memory that is not pinned may still be on its way
+        wait_for_device();  // a copy from memory that is not pinned may still be on its way
     }
 
   private:
@@ -83,7 +83,7 @@ template <class Real>
 bool all_finite(const Real* x, size_t n) {
     DeviceMemory memory;
     int *found = (int*)memory.allocate(sizeof(int)), result = 0;
-    check(cudaDeviceSynchronize());
+    wait_for_device();
     check(cudaMemset(found, 0, sizeof(int)));
     unsigned blocks = (unsigned)std::min<size_t>(ceil_div<size_t>(n, 256), 1024);
     if (n) find_nonfinite_kernel<<<blocks, 256>>>(found, x, n);
@@ -118,7 +118,7 @@ class DeviceArray {
         DeviceArray larger(std::max(n, 2 * size_));
         if (size_)
             check(cudaMemcpyAsync(larger.data_, data_, size_ * sizeof(T), cudaMemcpyDeviceToDevice, stream));
-        check(cudaStreamSynchronize(stream));
+        wait_for(stream);
         *this = std::move(larger);
     }
 
@@ -136,7 +136,7 @@ inline void copy_to_device(T* to, const T* from, size_t n, cudaStream_t stream) 
 template <class T>
 inline void copy_to_host(T* to, const T* from, size_t n, cudaStream_t stream) {
     check(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDeviceToHost, stream));
-    check(cudaStreamSynchronize(stream));
+    wait_for(stream);
 }
 
 }  // namespace gpu
