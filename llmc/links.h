@@ -110,8 +110,12 @@ class Links {
 
     // Tells the others that they must end, because this rank fails.
     void end_others(int status) { tell(rendezvous_detail::failure, std::string(1, (char)status)); }
-    // Tells the others that this rank has done all that they expect of it.
-    void leave() { tell(rendezvous_detail::goodbye, ""); }
+    // Tells the others that this rank has done all that they expect of it. Rank 0 ends first, with what it has
+    // to say, because mpirun kills the other ranks when one has ended with an error.
+    void leave() {
+        tell(rendezvous_detail::goodbye, "");
+        if (rank_ > 0) wait([&] { return left_[0]; }, true);
+    }
 
   private:
     int rank_, ranks_;
@@ -150,12 +154,11 @@ class Links {
     // Sends and takes messages. Waits for one for at most so many milliseconds.
     void look(int ms) {
         std::vector<pollfd> fds;
-        std::vector<int> of;
-        for (int r = 0; r < ranks_; r++)
-            if (peers_[r] && !peers_[r]->closed) fds.push_back(peers_[r]->waits_for()), of.push_back(r);
+        for (const auto& peer : peers_)
+            if (peer && !peer->closed) fds.push_back(peer->waits_for());
         ::poll(fds.data(), fds.size(), ms);
-        for (size_t i = 0; i < fds.size(); i++)
-            if (fds[i].revents) take_from(of[i]);
+        for (int r = 0; r < ranks_; r++)
+            if (peers_[r]) take_from(r);
         for (int r = 0; expects_ && r < ranks_; r++)
             if (left_[r] && !texts_[r]) give_up(str("rank ", r, " has ended"));
     }

@@ -135,8 +135,9 @@ inline void copy_to_device(T* to, const T* from, size_t n, cudaStream_t stream) 
 // Waits for the stream.
 template <class T>
 inline void copy_to_host(T* to, const T* from, size_t n, cudaStream_t stream) {
+    if (waiter) waiter->await(stream);  // because a copy to memory that is not pinned blocks in the driver
     check(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDeviceToHost, stream));
-    wait_for(stream);
+    check(cudaStreamSynchronize(stream));
 }
 
 }  // namespace gpu

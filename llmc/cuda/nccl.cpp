@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 
 #include "llmc/cuda/nccl_communicator.h"
@@ -43,7 +44,10 @@ void agree_on_devices(Links& links, const Launch& launch, const std::string& dev
             fault = str("rank ", rank, ": ", errors[rank]);
         else if (first < rank)
             fault = str("ranks ", first, " and ", rank, " have the same GPU: expected a GPU for each rank");
-        if (!fault.empty()) throw Error(kExitFailure, launch.rank == 0 ? fault : "");
+        if (fault.empty()) continue;
+        if (launch.rank == 0) fprintf(stderr, "train_gptcu: error: %s\n", printable(fault).c_str());
+        links.leave();
+        throw Error(kExitFailure, "");
     }
 }
 
