@@ -64,29 +64,28 @@ class Nccl : public Communicator, public Waiter {
     }
 
     void reduce_scatter(Span x, const std::vector<Slice>& parts) override {
-        const size_t even = even_size(parts);
-        enqueue([&] {
-            ncclGroupStart();
-            if (even) ncclReduceScatter(x.data, x.at(rank * even), even, type_of(x), ncclSum, comm_, stream_);
-            for (int r = 0; r < ranks; r++)
-                if (const Slice rest = beyond(parts, r, even); rest.size())
-                    ncclReduce(x.at(rest.begin), x.at(rest.begin), rest.size(), type_of(x), ncclSum, r, comm_,
-                               stream_);
-            return ncclGroupEnd();
-        });
+        by_parts(
+            parts,
+            [&](size_t even) {
+                return ncclReduceScatter(x.data, x.at(rank * even), even, type_of(x), ncclSum, comm_,
+                                         stream_);
+            },
+            [&](int owner, Slice part) {
+                return ncclReduce(x.at(part.begin), x.at(part.begin), part.size(), type_of(x), ncclSum, owner,
+                                  comm_, stream_);
+            });
     }
 
     void all_gather(Span x, const std::vector<Slice>& parts) override {
-        const size_t even = even_size(parts);
-        enqueue([&] {
-            ncclGroupStart();
-            if (even) ncclAllGather(x.at(rank * even), x.data, even, type_of(x), comm_, stream_);
-            for (int r = 0; r < ranks; r++)
-                if (const Slice rest = beyond(parts, r, even); rest.size())
-                    ncclBroadcast(x.at(rest.begin), x.at(rest.begin), rest.size(), type_of(x), r, comm_,
-                                  stream_);
-            return ncclGroupEnd();
-        });
+        by_parts(
+            parts,
+            [&](size_t even) {
+                return ncclAllGather(x.at(rank * even), x.data, even, type_of(x), comm_, stream_);
+            },
+            [&](int owner, Slice part) {
+                return ncclBroadcast(x.at(part.begin), x.at(part.begin), part.size(), type_of(x), owner,
+                                     comm_, stream_);
+            });
     }
 
     int64_t queued() const override { return queued_; }
@@ -191,9 +190,24 @@ class Nccl : public Communicator, public Waiter {
                 return 0;
         return parts[0].size();
     }
-    // What a part has beyond the elements that all parts have.
-    static Slice beyond(const std::vector<Slice>& parts, int r, size_t even) {
-        return {parts[r].begin + even, parts[r].end};
+
+    // NCCL has calls for equal parts only. What parts have beyond that goes by a call for each owner. They
+    // all run as one.
+    template <class Even, class Part>
+    void by_parts(const std::vector<Slice>& parts, Even equal_parts, Part one_part) {
+        const size_t even = even_size(parts);
+        enqueue([&] {
+            ncclResult_t error = ncclGroupStart();
+            auto call = [&](ncclResult_t result) {
+                if (error == ncclSuccess && result != ncclInProgress) error = result;
+            };
+            if (even) call(equal_parts(even));
+            for (int r = 0; r < ranks; r++)
+                if (const Slice rest{parts[r].begin + even, parts[r].end}; rest.size())
+                    call(one_part(r, rest));
+            const ncclResult_t result = ncclGroupEnd();
+            return error == ncclSuccess ? result : error;
+        });
     }
 
     static bool is_done(cudaError_t status) {
