@@ -110,8 +110,8 @@ class Links {
 
     // Tells the others that they must end, because this rank fails.
     void end_others(int status) { tell(rendezvous_detail::failure, std::string(1, (char)status)); }
-    // Tells the others that this rank has done all that they expect of it. Rank 0 ends first, with what it has
-    // to say, because mpirun kills the other ranks when one has ended with an error.
+    // Tells the others that this rank has done all that they expect of it. Rank 0 ends first, with what it
+    // has to say, because mpirun kills the other ranks when one has ended with an error.
     void leave() {
         tell(rendezvous_detail::goodbye, "");
         if (rank_ > 0) wait([&] { return left_[0]; }, true);

@@ -301,8 +301,8 @@ class Rendezvous {
         return all;
     }
 
-    // Hands over the connections (ranks), for what comes after the start (llmc/links.h). Rank 0 has one to each
-    // other rank, and another rank has only the first one, to rank 0.
+    // Hands over the connections (ranks), for what comes after the start (llmc/links.h). Rank 0 has one to
+    // each other rank, and another rank has only the first one, to rank 0.
     std::vector<std::unique_ptr<rendezvous_detail::Connection>> take_connections() {
         if (launch.rank > 0) {
             peers.resize(launch.ranks);

@@ -8,7 +8,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <source_location>
 #include <type_traits>
 
 #include "llmc/cuda/runtime.h"
@@ -20,8 +19,8 @@ using bf16 = __nv_bfloat16;
 constexpr int kWarp = 32;
 
 // Call this after a launch, which may have been refused.
-inline void check_launch(std::source_location where = std::source_location::current()) {
-    check(cudaGetLastError(), where);
+inline void check_launch(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    check(cudaGetLastError(), file, line);
 }
 
 template <class Int>

@@ -25,6 +25,8 @@ class Inputs {
     }
 
     void place(const Batch& batch, cudaStream_t stream) {
+        // A copy from memory that is not pinned may block in the driver, behind a collective that never ends.
+        if (waiter) waiter->await(stream);
         copy_to_device(targets, batch.targets, (size_t)batch.B * batch.T, stream);
         place(batch.inputs, batch.B, batch.T, 0, stream);
     }

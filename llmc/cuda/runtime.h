@@ -2,17 +2,15 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
-#include <source_location>
-
 #include "llmc/error.h"
 
 namespace gpu {
 
-// Fails with the text of the CUDA error and the place where it was seen.
-inline void check(cudaError_t status, std::source_location where = std::source_location::current()) {
+// Fails with the text of the CUDA error and the place where it was seen. Not std::source_location, which
+// clang 14 does not have.
+inline void check(cudaError_t status, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (status == cudaSuccess) return;
-    fail("CUDA: ", cudaGetErrorString(status), " (", cudaGetErrorName(status), ", ", where.file_name(), ":",
-         where.line(), ")");
+    fail("CUDA: ", cudaGetErrorString(status), " (", cudaGetErrorName(status), ", ", file, ":", line, ")");
 }
 
 // The stream of the model that trains. Collectives come after what is in it.
@@ -31,13 +29,13 @@ class Waiter {
 inline Waiter* waiter = nullptr;  // null: there is one rank
 
 // No other function of train_gptcu may wait for the device while a collective is in flight.
-inline void wait_for(cudaStream_t stream, std::source_location where = std::source_location::current()) {
+inline void wait_for(cudaStream_t stream, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (waiter) waiter->await(stream);
-    check(cudaStreamSynchronize(stream), where);
+    check(cudaStreamSynchronize(stream), file, line);
 }
-inline void wait_for_device(std::source_location where = std::source_location::current()) {
+inline void wait_for_device(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (waiter) waiter->await_all();
-    check(cudaDeviceSynchronize(), where);
+    check(cudaDeviceSynchronize(), file, line);
 }
 
 }  // namespace gpu
