@@ -161,7 +161,6 @@ class Nccl : public Communicator, public Waiter {
         check(cudaEventRecord(ready_, model_stream));
         check(cudaStreamWaitEvent(stream_, ready_));
     }
-    cudaStream_t stream() const { return stream_; }
 
   private:
     using Clock = std::chrono::steady_clock;
