@@ -33,7 +33,7 @@ class Links {
         : rank_(rank),
           ranks_((int)peers.size()),
           timeout_(timeout),
-          patience_(std::min(5.0, timeout / 5)),
+          patience_(std::min(10.0, timeout / 3)),
           peers_(std::move(peers)),
           texts_(ranks_),
           answered_(ranks_),
@@ -119,7 +119,7 @@ class Links {
 
   private:
     int rank_, ranks_;
-    double timeout_, patience_;  // seconds; patience_: how long rank 0 waits for answers
+    double timeout_, patience_;  // seconds; patience_: how long before the timeout a rank asks
     std::vector<std::unique_ptr<Connection>> peers_;
     std::vector<std::optional<std::string>> texts_;  // (ranks): of the exchange
     bool expects_ = false;                           // texts
@@ -203,10 +203,10 @@ class Links {
 
     // Asks or gives up if this rank has waited for so many seconds.
     void judge(double waited) {
-        const double limit = timeout_ - (rank_ == 0 ? patience_ : 2 * patience_);
-        if (waited > limit) ask();
+        if (waited > timeout_ - patience_) ask();
         if (rank_ > 0 && waited > timeout_) give_up(late("rank 0 has"));
-        if (rank_ > 0 || !asked_ || Clock::now() < asked_at_ + std::chrono::duration<double>(patience_))
+        // Rank 0 gives up a little before the timeout of the rank that has asked, which is the first one.
+        if (rank_ > 0 || !asked_ || Clock::now() < asked_at_ + std::chrono::duration<double>(0.9 * patience_))
             return;
         std::vector<int> silent;
         for (int r = 1; r < ranks_; r++)
