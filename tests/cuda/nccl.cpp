@@ -15,6 +15,7 @@
 #include "dev/ptxsim/options.h"
 #include "dev/ptxsim/report.h"
 #include "dev/ptxsim/stream_work.h"
+#include "llmc/data_parallel.h"
 #include "llmc/model.h"
 #include "tests/helpers.h"
 #include "tests/reference.h"
@@ -30,7 +31,7 @@ int number(const char* name) {
     return text ? std::atoi(text) : 0;
 }
 
-// The trainer's communicator, which can omit to wait for the model (DeepSpeed #7898).
+// The trainer's communicator, which can omit to wait for the model.
 class Nccl : public gpu::Nccl {
   public:
     using gpu::Nccl::Nccl;
@@ -136,16 +137,27 @@ void parts() {
 
 // ------------------------------------------------------------------------------------------- the two streams
 
-enum class Planted { nothing, serial, wrong_stream, overwritten, read_early };
+enum class Planted {
+    nothing,
+    serial,        // no fault, but each collective waits for the one before it
+    wrong_stream,  // collectives do not wait for the model (DeepSpeed #7898)
+    overwritten,   // the next pass writes gradients that are being sent (#5545)
+    read_early,    // the norm does not wait for the sums
+    other_buffer,  // a block waits for the buffer of its neighbour (#7805)
+    stale_weights  // a forward pass does not wait for the weights of other ranks
+};
 
 constexpr int B = 2, T = 8;
 
-// A step of the trainer.
-void step(Nccl& comm, Planted fault) {
+// Steps of the trainer. Level 2 has two passes in a step.
+void train(Nccl& comm, int level, int steps, Planted fault) {
     GPTConfig config;
-    config.layers = 2, config.heads = 2, config.channels = 16, config.context = T, config.vocab_size = 50;
-    auto model = gpu::backend().make_model(config, {.purpose = Purpose::training, .batch = B, .seq = T});
+    config.layers = 3, config.heads = 2, config.channels = 16, config.context = T, config.vocab_size = 50;
+    ModelOptions options{.purpose = Purpose::training, .batch = B, .seq = T};
+    options.sharding = {level, comm.rank, comm.ranks};
+    auto model = gpu::backend().make_model(config, options);
     auto optimizer = model->make_optimizer(AdamW());
+    DataParallel parallel(comm, *model, *optimizer);
     model->allocate();
     optimizer->allocate();
     for (const ParameterTensor& t : model->table.tensors) {
@@ -155,22 +167,34 @@ void step(Nccl& comm, Planted fault) {
     }
     const std::vector<int> inputs = reference::random_ints(B * T, config.vocab_size, 10 + comm.rank),
                            targets = reference::random_ints(B * T, config.vocab_size, 20);
-    const std::vector<Slice> buckets = model->table.buckets();
-    auto run = [&] {
-        model->run({inputs.data(), targets.data(), B, T}, Pass::training(), [&](int bucket) {
-            comm.progress();
-            model->reduce_gradients(comm, buckets[bucket]);
-            if (fault == Planted::serial) comm.join();
-        });
+    auto run = [&](bool first, bool last) {
+        const Pass pass = Pass::training(1, first, last);
+        BucketHooks hooks = parallel.hooks(pass);
+        if (fault == Planted::other_buffer)
+            hooks.before_backward = [before = hooks.before_backward](int bucket) { before(bucket ^ 1); };
+        if (fault == Planted::stale_weights) hooks.before_forward = {};
+        if (fault == Planted::serial)
+            hooks.ready = [&comm, ready = hooks.ready](int bucket) {
+                ready(bucket);
+                comm.join();
+            };
+        model->run({inputs.data(), targets.data(), B, T}, pass, hooks);
     };
     comm.follows = fault != Planted::wrong_stream;
-    run();
-    if (fault == Planted::overwritten) run();
-    if (fault != Planted::read_early) comm.join();
-    model->clip_gradients(1);
-    optimizer->step(model->table.all(), 1e-3, 1);
-    if (fault == Planted::read_early) comm.join();
-    model->clipped_norm();
+    for (int step = 1; step <= steps; step++) {
+        if (level > 1) run(true, false);
+        run(level < 2, true);
+        if (fault == Planted::overwritten) run(true, true);
+        if (fault == Planted::read_early) {
+            model->clip_gradients(1, comm);
+            optimizer->step(model->table.all(), 1e-3, step);
+        }
+        parallel.step(1, 1e-3, step);
+        model->clipped_norm();
+    }
+    parallel.settle();
+    comm.follows = true;
+    gpu::wait_for_device();
 }
 
 // A buffer that is freed while it is in flight (DeepSpeed #7965), or after that.
@@ -191,37 +215,42 @@ void free_buffer(Nccl& comm, bool waits) {
 void streams() {
     const struct {
         Planted fault;
+        int level;
         bool seen_eager;            // lazy streams show every one
         std::string first, second;  // in one of the reports
     } all[] = {
-        {Planted::wrong_stream, false, "ptxsim: race", "ncclAllReduce"},
-        {Planted::overwritten, true, "ptxsim: race", "ncclAllReduce"},  // #5545
-        {Planted::read_early, true, "sum_of_squares", "ncclAllReduce"},
+        {Planted::wrong_stream, 0, false, "ptxsim: race", "ncclAllReduce"},
+        {Planted::overwritten, 0, true, "ptxsim: race", "ncclAllReduce"},
+        {Planted::read_early, 0, true, "sum_of_squares", "ncclAllReduce"},
+        {Planted::wrong_stream, 2, false, "ptxsim: race", "nccl"},
+        {Planted::other_buffer, 2, true, "unordered-copy: cublasLtMatmul", "ncclReduceScatter"},
+        {Planted::stale_weights, 1, false, "ptxsim: race", "nccl"},
     };
     auto comm = connect();
     for (bool lazy : {false, true}) {
         CAPTURE(lazy);
         ptxsim::options().lazy = lazy;
-        for (Planted fault : {Planted::nothing, Planted::serial}) {
-            ptxsim::take_overlaps();
-            step(*comm, fault);
-            CHECK(reports() == "");
-            // Two blocks and the embedding. While the gradients of the last block are reduced, those of the
-            // first block are computed, which are more than 10 kernels (DeepSpeed #7804).
-            const auto overlaps = ptxsim::take_overlaps();
-            REQUIRE(overlaps.size() == 3);
-            CHECK(overlaps[0].what.starts_with("ncclAllReduce("));
-            if (fault == Planted::nothing)
-                CHECK(overlaps[0].calls > 10);
-            else
-                CHECK(overlaps[0].calls == 0);
-            CHECK(overlaps[2].calls == 0);
-        }
+        for (int level : {0, 1, 2})
+            for (Planted fault : {Planted::nothing, Planted::serial}) {
+                CAPTURE(level);
+                ptxsim::take_overlaps();
+                train(*comm, level, level > 0 ? 2 : 1, fault);
+                CHECK(reports() == "");
+                // While the gradients of the last block are sent, those of the other blocks are computed,
+                // which are more than 10 kernels (DeepSpeed #7804).
+                const auto overlaps = ptxsim::take_overlaps();
+                REQUIRE(overlaps.size() >= 5);  // three blocks, the embeddings and the vectors
+                CAPTURE(overlaps[0].what);
+                CHECK(overlaps[0].what.find(level > 0 ? "ncclReduce" : "ncclAllReduce") != std::string::npos);
+                if (fault == Planted::nothing)
+                    CHECK(overlaps[0].calls > 10);
+                else
+                    CHECK(overlaps[0].calls == 0);
+            }
         for (const auto& planted : all) {
             CAPTURE((int)planted.fault);
-            step(*comm, planted.fault);
-            comm->join();
-            gpu::wait_for_device();
+            CAPTURE(planted.level);
+            train(*comm, planted.level, 2, planted.fault);
             bool seen = false;
             std::string found;
             for (const ptxsim::Report& report : ptxsim::take_reports()) {
