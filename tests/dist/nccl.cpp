@@ -2,11 +2,10 @@
 // what several are compared with.
 #include <unistd.h>
 
-#include <cmath>
 #include <thread>
 
 #include "llmc/rendezvous.h"
-#include "tests/cli/cli.h"
+#include "tests/dist/ranks.h"
 
 namespace {
 
@@ -76,6 +75,8 @@ void check_one_line(const Result& result, const std::string& expected_statuses, 
     }
 }
 
+const std::string kEnd = "/step_00000004";
+
 // Sizes that the numbers of ranks do not divide.
 struct Fixture {
     TempFolder folder;
@@ -98,77 +99,81 @@ const Fixture& fixture() {
     return fixture;
 }
 
-void check_losses(const std::string& out, double tolerance) {
-    std::vector<Json> one = timeless_metrics(fixture().one), many = timeless_metrics(out);
-    REQUIRE(one.size() == many.size());
-    for (size_t i = 0; i < one.size(); i++)
-        for (const char* key : {"loss", "val_loss", "grad_norm"})
-            if (one[i].contains(key)) {
-                CAPTURE(i);
-                CAPTURE(key);
-                double expected = one[i].at(key), found = many[i].at(key);
-                CHECK(std::abs(found - expected) < tolerance * expected);
-            }
-}
-
-// The last weights, relative to those of one rank.
-double difference_of_weights(const std::string& out) {
-    Safetensors expected(fixture().one + "/step_00000004/model.safetensors"),
-        found(out + "/step_00000004/model.safetensors");
-    double difference = 0, norm = 0;
-    for (const auto& [name, tensor] : expected.header.items()) {
-        if (name == "__metadata__") continue;
-        std::vector<float> x = expected.values(name), y = found.values(name);
-        REQUIRE(x.size() == y.size());
-        for (size_t i = 0; i < x.size(); i++) difference += std::pow(x[i] - y[i], 2), norm += x[i] * x[i];
-    }
-    return std::sqrt(difference / norm);
+void check_like_one(const std::string& out, double tolerance) {
+    ranks_test::check_metrics(out, fixture().one, tolerance);
+    CHECK(ranks_test::weights_error(out + kEnd, fixture().one + kEnd) < tolerance);
 }
 
 }  // namespace
 
-TEST_CASE("nccl: 2 and 3 ranks give the training of one rank, with the same bits every time") {
+TEST_CASE("nccl: 2 and 3 ranks at every level give the training of one rank, with the same bits every time") {
     if (!has_nccl()) return;
     struct Layout {
         int ranks, batch, devices;
-        const char* flags;
+        std::string flags;
     };
     // With one device, every process has one of its own.
-    for (Layout layout : {Layout{2, 3, 3, ""}, Layout{3, 2, 1, "--cuda-graph"}}) {
+    std::vector<Layout> layouts = {
+        {2, 3, 3, ""}, {3, 2, 1, "--cuda-graph --zero 1"}, {2, 6, 3, "--zero 1"}, {3, 1, 3, "--zero 2"}};
+    if (thorough())
+        for (int ranks : {2, 3})
+            for (int zero : {0, 1, 2})
+                for (int passes : {1, 2})
+                    layouts.push_back(
+                        {ranks, 12 / ranks / passes, 3, str("--attention-kernel tiled --zero ", zero)});
+    for (const Layout& layout : layouts) {
         CAPTURE(layout.ranks);
-        const std::string out = fixture().folder / str("ranks", layout.ranks);
-        Result result = on_ranks(
-            layout.ranks, {fixture().train(out, layout.batch, 4, 2, str("--dtype fp32 ", layout.flags))}, "",
-            layout.devices);
+        CAPTURE(layout.batch);
+        CAPTURE(layout.flags);
+        const std::string out = fixture().folder / "many";
+        fs::remove_all(out);
+        Result result =
+            on_ranks(layout.ranks, {fixture().train(out, layout.batch, 4, 2, "--dtype fp32 " + layout.flags)},
+                     "", layout.devices);
         check_ranks_done(result);
         CHECK(contains(result.out, str("ranks      ", layout.ranks, ", started by RANK and WORLD_SIZE")));
-        check_losses(out, 1e-5);
-        CHECK(difference_of_weights(out) < 1e-5);
-        CHECK(Json::parse(get_file(out + "/step_00000004/trainer.json")).at("samples") == 4 * 12);
-        for (const Json& line : read_metrics(out))
-            if (line.contains("loss")) CHECK((double)line.at("exposed_comm_ms") > 0);
+        CHECK(contains(result.out, "% hidden"));
+        check_like_one(out, 1e-5);
+        CHECK(Json::parse(get_file(out + kEnd + "/trainer.json")).at("samples") == 4 * 12);
     }
-    const std::string again = fixture().folder / "again";
+    const std::string again = fixture().folder / "again", flags = "--dtype fp32 --zero 2";
+    const std::string first = fixture().folder / "first", line = fixture().train(again, 3, 4, 2, flags);
+    check_ranks_done(on_ranks(2, {fixture().train(first, 3, 4, 2, flags)}));
     if (fs::exists("/usr/bin/mpirun"))
-        check_done(train_gpt("mpirun -q --oversubscribe -n 2 " + program() + " " + fixture().train(again, 3),
-                             {},
+        check_done(train_gpt("mpirun -q --oversubscribe -n 2 " + program() + " " + line, {},
                              {.environment = {"OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
                                               "PTXSIM=nobounds,nouninit,norace"},
                               .stdin_from = "/dev/null",
                               .program = "/usr/bin/env"}));
     else
-        check_ranks_done(on_ranks(2, {fixture().train(again, 3)}));
-    for (const char* file : {"/step_00000004/model.safetensors", "/step_00000004/optimizer.safetensors"})
-        CHECK((get_file(again + file) == get_file(fixture().folder / "ranks2" + file)));
+        check_ranks_done(on_ranks(2, {line}));
+    for (const std::string file : {"/model.safetensors", "/optimizer-00001-of-00002.safetensors",
+                                   "/optimizer-00002-of-00002.safetensors"})
+        CHECK((get_file(again + kEnd + file) == get_file(first + kEnd + file)));
+    // One rank goes on from what two have written, and three from what that has written.
+    for (const int ranks : {1, 3}) {
+        fs::remove_all(again + kEnd);
+        check_ranks_done(
+            on_ranks(ranks, {str("train --resume --out ", again, " --batch 2 --zero ", ranks == 3 ? 1 : 0)}));
+        check_like_one(again, 1e-5);
+    }
 }
 
-TEST_CASE("nccl: gradients are summed in bf16, too") {
+TEST_CASE("nccl: bf16 at every level, with gradients that are summed in bf16, too") {
     if (!has_nccl()) return;
-    const std::string out = fixture().folder / "bf16";
-    check_ranks_done(on_ranks(2, {fixture().train(out, 3, 4, 2, "--gradients bf16")}));
-    check_losses(out, 0.1);
-    CHECK(difference_of_weights(out) < 0.02);
-    CHECK(difference_of_weights(out) > 1e-5);
+    const std::string one = fixture().folder / "bf16_one";
+    check_done(train_gpt(fixture().train(one, 6, 4, 2, ""), {}, {.program = program()}));
+    for (const std::string flags :
+         {"--gradients bf16", "--gradients bf16 --zero 2", "--zero 1 --stochastic-rounding"}) {
+        CAPTURE(flags);
+        const std::string out = fixture().folder / "bf16";
+        fs::remove_all(out);
+        check_ranks_done(on_ranks(2, {fixture().train(out, 3, 4, 2, flags)}));
+        ranks_test::check_metrics(out, one, 0.1);
+        const double error = ranks_test::weights_error(out + kEnd, one + kEnd);
+        CHECK(error < 0.02);
+        CHECK(error > 1e-5);
+    }
 }
 
 TEST_CASE("nccl: ranks without a GPU of their own, with other options or of another build do not start") {

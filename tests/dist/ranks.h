@@ -82,18 +82,23 @@ inline double weights_error(const std::string& checkpoint, const std::string& ot
     return std::sqrt(difference / norm);
 }
 
-// Compares losses and norms, and the last checkpoint's weights, with those of one rank.
-inline void check_like_one(const std::string& out) {
-    const std::vector<Json> one = timeless_metrics(fixture().one), many = timeless_metrics(out);
-    REQUIRE(one.size() == many.size());
-    for (size_t i = 0; i < one.size(); i++)
-        for (const char* key : {"loss", "val_loss", "grad_norm"})
-            if (one[i].contains(key)) {
+// Compares the losses and norms of two runs. The tolerance is relative.
+inline void check_metrics(const std::string& out, const std::string& other, double tolerance) {
+    const std::vector<Json> found = timeless_metrics(out), expected = timeless_metrics(other);
+    REQUIRE(found.size() == expected.size());
+    for (size_t i = 0; i < found.size(); i++)
+        for (const std::string key : {"loss", "val_loss", "grad_norm"})
+            if (expected[i].contains(key)) {
                 CAPTURE(i);
                 CAPTURE(key);
-                const double expected = one[i].at(key), found = many[i].at(key);
-                CHECK(std::abs(found - expected) < 1e-5 * expected);
+                const double is = found[i].at(key), should_be = expected[i].at(key);
+                CHECK(std::abs(is - should_be) < tolerance * should_be);
             }
+}
+
+// Compares the log, and the last checkpoint's weights, with those of one rank.
+inline void check_like_one(const std::string& out) {
+    check_metrics(out, fixture().one, 1e-5);
     CHECK(weights_error(out + kLast, fixture().one + kLast) < 1e-5);
 }
 
