@@ -91,9 +91,8 @@ namespace gpu {
 
 std::unique_ptr<Communicator> connect(const Launch& launch, int) {
     if (launch.ranks > 1)
-        fail(launch.launcher, " has started ", launch.ranks,
-             " ranks, but this train_gptcu was built without NCCL: expected nccl.h and libnccl, and a new "
-             "build");
+        refuse_ranks(launch,
+                     "this train_gptcu was built without NCCL: expected nccl.h and libnccl, and a new build");
     return std::make_unique<Communicator>();
 }
 

@@ -2,6 +2,7 @@
 // same loss and the same gradient of every tensor.
 #include "dev/ptxsim/report.h"
 #include "llmc/cpu/dispatch.h"
+#include "llmc/cuda/runtime.h"
 #include "llmc/options.h"
 #include "llmc/parameters.h"
 #include "tests/helpers.h"
@@ -353,4 +354,41 @@ TEST_CASE("the CUDA model refuses a linear form of attention that has none") {
     CHECK(error(AttentionKernel::automatic, CacheKind::automatic) == "");
     CHECK(error(AttentionKernel::linear, CacheKind::kv).find("--attention-kernel linear") == 0);
     CHECK(error(AttentionKernel::tiled, CacheKind::state).find("--cache state") == 0);
+}
+
+TEST_CASE("the CUDA model: what --zero divides among ranks takes 1 / ranks of the memory") {
+    GPTConfig config;
+    config.layers = 3, config.heads = 2, config.channels = 64, config.context = 8, config.vocab_size = 257;
+    const ParameterTable table(config, 272);
+    const double vectors = (double)table.vectors().size(), cut = (double)table.vectors().begin;
+    const double buffers = 2.0 * table.block(0).size() + table.embeddings().size();
+    for (int ranks : {1, 2, 4, 8})
+        for (int level : {0, 1, 2}) {
+            CAPTURE(ranks);
+            CAPTURE(level);
+            ModelOptions options{Purpose::training, 1, 8, Precision::bf16};
+            options.gradients = Precision::bf16;
+            options.sharding = {level, ranks - 1, ranks};
+            auto model = gpu::backend().make_model(config, options);
+            auto optimizer = model->make_optimizer(AdamW());
+            size_t free, total, now;
+            gpu::check(cudaMemGetInfo(&free, &total));
+            model->allocate();
+            optimizer->allocate();
+            gpu::check(cudaMemGetInfo(&now, &total));
+            const std::vector<MemoryGroup> memory = model->memory();
+            double planned = (double)optimizer->bytes();
+            for (const MemoryGroup& group : memory) planned += (double)group.bytes;
+            CHECK(std::abs((double)(free - now) - planned) < 1 << 16);  // and this is what is taken
+            auto near = [&](double bytes, double expected) {
+                return std::abs(bytes - expected) < 4096 + 64.0 * ranks * table.buckets().size();
+            };
+            const double all = cut + vectors, kept = cut / ranks + vectors;
+            const bool is_cut = level > 0 && ranks > 1;
+            CHECK(near((double)optimizer->bytes(), 8 * (is_cut ? kept : all)));
+            const double gathered = is_cut ? 4.0 * (1 << 22) : 0;  // for checkpoints
+            CHECK(near((double)memory[0].bytes, 2 * all + 4 * (is_cut ? kept : all) + gathered));
+            CHECK(near((double)memory[1].bytes,
+                       2 * (is_cut && level == 2 ? kept + buffers : all) + 4 * vectors));
+        }
 }

@@ -2,6 +2,7 @@
 // what several are compared with.
 #include <unistd.h>
 
+#include <random>
 #include <thread>
 
 #include "llmc/rendezvous.h"
@@ -231,4 +232,39 @@ TEST_CASE("nccl: a signal at one rank, a killed rank, and one that hangs") {
     // The stopped rank goes on when the others have ended, and then it ends, too.
     check_one_line(run("stopped", "kill -STOP $p1; wait $p0; s=$?; kill -CONT $p1", "--comm-timeout 1"),
                    "1 1 1", {"rank 0 of 3", "rank 1 has not answered for 1 seconds (--comm-timeout)"});
+}
+
+TEST_CASE("nccl: one is killed at a random moment, and the run goes on") {
+    if (!thorough() || !has_nccl()) return;
+    std::mt19937 random(2);
+    for (int i = 0; i < 10; i++) {
+        const int ranks = 2 + i % 2, zero = i % 3, victim = (int)(random() % ranks);
+        const std::string out = fixture().folder / str("killed", i);
+        const double delay = random() % 1000 * 1e-3;
+        CAPTURE(i);
+        CAPTURE(delay);
+        const Result result =
+            on_ranks(ranks, {fixture().train(out, 12 / ranks, 1000000, 2, str("--dtype fp32 --zero ", zero))},
+                     str("until [ -s ", out, "/metrics.jsonl ]; do sleep 0.05; done; sleep ", delay,
+                         "; kill -KILL $p", victim));
+        CAPTURE(result.err);
+        for (const std::string& error : lines_of(result.err))
+            CHECK(contains(error, str("rank ", victim, " has ended")));
+        CHECK(lines_of(result.err).size() >= 1);
+        // The steps so far, and one more. The warm-up and the schedule do not depend on the number of steps.
+        const std::vector<Json> before = read_metrics(out);
+        const int steps = before.empty() ? 4 : before.back().at("step").get<int>() + 4;
+        const std::string tail = str(" --steps ", steps, " --schedule constant --warmup 0 --val-every 0");
+        check_ranks_done(on_ranks(1 + i % 3, {str("train --resume --out ", out, " --batch ", 12 / (1 + i % 3),
+                                                  tail, " --zero ", (i + 1) % 3)}));
+        int64_t samples = 0;
+        for (const auto& entry : fs::directory_iterator(out)) {
+            CHECK(entry.path().extension() != ".tmp");
+            if (fs::exists(entry.path() / "trainer.json"))
+                samples = std::max(
+                    samples,
+                    Json::parse(get_file(entry.path() / "trainer.json")).at("samples").get<int64_t>());
+        }
+        CHECK(samples == 12 * steps);
+    }
 }
