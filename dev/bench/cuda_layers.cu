@@ -468,6 +468,7 @@ class Bench {
         auto copy = random<Real>(n);
         DeviceArray<double> squares(1 + kSquaresBlocks);
         measure("gradient norm and clip factor", kFloat * n, 0, [&] {
+            check(cudaMemsetAsync(squares.get(), 0, sizeof(double), nullptr));
             sum_of_squares(squares.get(), squares.get() + 1, grad.get(), n, nullptr);
             clip_factor(scale.get(), squares.get(), 1e30, nullptr);
         });

@@ -93,7 +93,7 @@ TEST_CASE("ranks: a signal at one rank or at mpirun, a killed rank, and one that
         CHECK(contains(result.out, "continue with --resume"));
         REQUIRE(fs::exists(out));
         CHECK(names_in(out).size() == 2);  // metrics.jsonl and a checkpoint
-        CHECK(result.err == "");
+        CHECK_FALSE(contains(result.err, "train_gpt: "));  // mpirun itself may warn of a lost connection
     }
     check_lost(ranks("kill -KILL $$"), out, "rank 1 has died");
     check_lost(ranks("kill -STOP $$", "--comm-timeout 2"), out,
