@@ -27,7 +27,7 @@ TEST_CASE("ranks: what one rank cannot do ends all, with one line") {
     check_failed(with("--channels", "30"), 2, {"disagree on the model's config"});
     check_failed(with("--data", "absent"), 1, {"rank 1", "absent"});
     std::string other = fixture().folder / "other_data";
-    write_dataset(other, 257, random_tokens(900, 257, 3), random_tokens(90, 257, 2));
+    write_dataset(other, 257, random_tokens(900, 257, 3), random_tokens(170, 257, 2));
     check_failed(with("--data", other), 2, {"disagree on --data"});
     check_failed(on_ranks(1, program() + " " + line + " : -n 1 " +
                                  environment("LLMC_TRAIN_GPT_OTHER", "build/train_gpt_other") + " " + line),
@@ -92,7 +92,7 @@ TEST_CASE("ranks: a signal at one rank or at mpirun, a killed rank, and one that
         CHECK(result.status == (contains(what, "PPID") ? 1 : 130));  // mpirun has a status of its own
         CHECK(contains(result.out, "continue with --resume"));
         REQUIRE(fs::exists(out));
-        CHECK(names_in(out).size() == 2);  // metrics.jsonl and a checkpoint
+        CHECK(names_in(out).size() == 2);                  // metrics.jsonl and a checkpoint
         CHECK_FALSE(contains(result.err, "train_gpt: "));  // mpirun itself may warn of a lost connection
     }
     check_lost(ranks("kill -KILL $$"), out, "rank 1 has died");
@@ -123,7 +123,7 @@ TEST_CASE("ranks: on two hosts, with MPI between them") {
 // ---- `make test-distributed` ----
 
 // A longer run, of which a rank is lost.
-const int kSteps = 300;
+const int kSteps = 600;
 std::string longer(const std::string& out, int ranks, const std::string& more = "--checkpoint-every 10") {
     return str("train --data ", fixture().data, " --out ", out, " --batch ", 12 / ranks, " --steps ", kSteps,
                " --layers 2 --heads 3 --channels 60 --context 7 --total-batch 168 --threads 1 --lr 1e-4 "
@@ -179,7 +179,7 @@ TEST_CASE("ranks: other data at the same place are refused") {
         return;
     }
     const std::string other = fixture().folder / "other_place";
-    write_dataset(other, 257, random_tokens(900, 257, 3), random_tokens(90, 257, 2));
+    write_dataset(other, 257, random_tokens(900, 257, 3), random_tokens(170, 257, 2));
     const std::string what = str("exec unshare --mount sh -c 'mount --bind ", other, " ", fixture().data,
                                  " && exec \"$@\"' rank \"$@\"");
     check_failed(on_ranks(2, script("1", what) + fixture().train(fixture().folder / "refused", 6)), 2,

@@ -51,14 +51,14 @@ struct Fixture {
     TempFolder folder;
     const std::string data = folder / "data", one = folder / "one";
     Fixture() {
-        write_dataset(data, 257, random_tokens(900, 257, 1), random_tokens(90, 257, 2));
+        write_dataset(data, 257, random_tokens(900, 257, 1), random_tokens(170, 257, 2));
         check_done(train_gpt(train(one, 24)));
     }
     std::string train(const std::string& out, int batch, int steps = 20, int every = 10,
                       const std::string& more = "") const {
         return str("train --data ", data, " --out ", out, " --batch ", batch, " --steps ", steps,
                    " --layers 2 --heads 3 --channels 60 --context 7 --total-batch 168 --threads 1 --lr 1e-3 "
-                   "--attention poly3 --decay learned --val-batches 12 --val-every ",
+                   "--attention poly3 --decay learned --val-batches 24 --val-every ",
                    every, " --checkpoint-every ", every, " ", more);
     }
 };
