@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Checks a machine with one NVIDIA GPU, in one command and in less than nine minutes: builds for this GPU only, runs the
+# Checks a machine with NVIDIA GPUs, in one command and in less than nine minutes: builds for this GPU only, runs the
 # CUDA tests on it, times every layer, trains GPT-2 124M and compares the speed with PyTorch, times attention from T=1k to
-# 32k and compares it with PyTorch's, compares the losses with those of the CPU trainer, and runs the tests under
-# compute-sanitizer. Downloads nothing.
+# 32k and compares it with PyTorch's, compares the losses with those of the CPU trainer and those of two GPUs with those of
+# one, and runs the tests under compute-sanitizer. Downloads nothing.
 #
 #   dev/gpu_check.sh         results: gpu_check.md, gpu_check.json and gpu_check.log in $OUT, or out/gpu_check
 #   dev/gpu_check.sh --pack  copies the headers and libraries for building from this machine into .deps (45 MB), with a
@@ -67,17 +67,19 @@ nvcc=$(ls -U "${NVCC:-$(command -v nvcc)}" /usr/local/cuda/bin/nvcc .venv/cuda/b
 if [ -z "$sim" ] && [ -n "$nvcc" ]; then
     cuda=$(realpath "$(dirname "$(realpath "$nvcc")")/..")
     nvidia=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib") + "/nvidia")')
-    for lib in cudart cublasLt; do
+    for lib in cudart cublasLt nccl; do
         file=$(g++ -print-file-name=lib$lib.so)
         file=$(ls -U "$cuda"/lib64/lib$lib.so "$file" "$nvidia"/*/lib/lib$lib.so.* 2>/dev/null | head -n 1)
+        [ -n "$file" ] || [ $lib != nccl ] || continue  # it is for several GPUs only
         [ -n "$file" ] || { missing+=(lib$lib); continue; }
         ln -s "$file" "$work/lib/lib$lib.so" && ln -s "$file" "$work/lib/$(soname "$file")"
     done
     if [ ! -e "$cuda/include/cublasLt.h" ]; then
         ln -s "$nvidia"/*/include/cublas*.h "$work/include"
         [ -e "$work/include/cublasLt.h" ] || missing+=("<cublasLt.h>")
-        export CPATH=$work/include
     fi
+    [ -e "$cuda/include/nccl.h" ] || ln -s "$nvidia"/*/include/nccl.h "$work/include" 2>/dev/null
+    export CPATH=$work/include
 fi
 [ ${#missing[@]} -eq 0 ] || fail "missing here: ${missing[*]} (dev/setup.sh installs it; without a network see --pack)"
 
@@ -116,11 +118,12 @@ export OMP_WAIT_POLICY=passive python work sim
 if [ -n "$sim" ]; then
     export cpu=./train_gpt trainer=./train_gptcu_sim layers=build/cuda_layers_sim quick=--quick device=cpu
     export tests='build/ptxsim/tests -tc="cuda gelu*"' make=make lengths=64,128 heads=2
-    export model="--steps 20 --layers 1 --heads 2 --channels 32 --context 32 --batch 2"
+    export model="--steps 20 --layers 1 --heads 2 --channels 32 --context 32" batch=2 gpus=2
 else
     export cpu=build/hardware/train_gpt trainer=build/hardware/train_gptcu layers=build/hardware/cuda_layers quick=
     export tests=build/hardware/gpu-tests lengths=1024,2048,4096,8192,16384,32768 heads=12 device=cuda
-    export model="--steps 200 --layers 4 --heads 4 --channels 128 --context 128 --batch 8"
+    export model="--steps 200 --layers 4 --heads 4 --channels 128 --context 128" batch=8
+    gpus=$(nvidia-smi -L | wc -l)
     # Everything, including the tests, has machine code for this GPU only, so that the driver does not compile PTX.
     arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
     code="-gencode=arch=compute_$arch,code=sm_$arch"
@@ -144,25 +147,40 @@ if has torch; then
 else
     skip sdpa "$python has no torch"
 fi
+export data=.deps/data
+[ -e $data/meta.json ] || data=$work/data
+export common="train --data $data $model --lr 1e-3 --val-every 0 --sample-every 0 --checkpoint-every 0"
 stage curve 60 '
-data=.deps/data
-if [ ! -e $data/meta.json ]; then
-    data=$work/data
-    $python data/prepare.py text llmc --tokenizer byte --out $data
-fi
+[ -e $data/meta.json ] || $python data/prepare.py text llmc --tokenizer byte --out $data
 status=0
 for attention in softmax poly3; do
-    common="train --data $data --attention $attention $model --lr 1e-3"
-    common+=" --val-every 0 --sample-every 0 --checkpoint-every 0"
-    $cpu $common --out $work/cpu_$attention
+    train="$common --attention $attention --batch $batch"
+    $cpu $train --out $work/cpu_$attention
     for dtype in fp32 bf16; do
-        $trainer $common --dtype $dtype --out $work/gpu_${attention}_$dtype
+        $trainer $train --dtype $dtype --out $work/gpu_${attention}_$dtype
         [ $dtype = fp32 ] && rtol=1e-3 || rtol=2e-2
         $python dev/bench/losses.py {$work/cpu_$attention,$work/gpu_${attention}_$dtype}/metrics.jsonl --rtol $rtol \
             --json $work/curve_${attention}_$dtype.json || status=1
     done
 done
 exit $status'
+# Two GPUs must give the losses of one.
+if [ "$gpus" -lt 2 ]; then
+    skip ranks "one GPU"
+else
+    stage ranks 40 '
+for zero in 0 1 2; do
+    ranks=()
+    for rank in 0 1; do
+        RANK=$rank WORLD_SIZE=2 LOCAL_RANK=$rank MASTER_ADDR=localhost MASTER_PORT=$((29500 + zero)) \
+            $trainer $common --batch $((batch / 2)) --attention poly3 --dtype fp32 --zero $zero --comm-timeout 30 \
+            --out $work/ranks_$zero &
+        ranks+=($!)
+    done
+    for rank in ${ranks[@]}; do wait $rank; done
+    $python dev/bench/losses.py {$work/gpu_poly3_fp32,$work/ranks_$zero}/metrics.jsonl --rtol 1e-3
+done'
+fi
 sanitizer=$(ls -U "$(command -v compute-sanitizer)" "${cuda:-}/bin/compute-sanitizer" 2>/dev/null | head -n 1)
 export sanitizer
 for tool in memcheck racecheck initcheck; do
