@@ -232,6 +232,9 @@ struct GPT : Model {
 
     Span gradients_span(int bucket) const override { return parameters.gradients_span(bucket); }
     Span weights_span(int bucket) const override { return parameters.weights_span(bucket); }
+    Element element_of(Store store) const override {
+        return store == Store::weights ? kElement<Real> : kElement<float>;
+    }
     void keep_gradients(int bucket, bool add) override {
         parameters.keep_gradients(
             bucket, [&](float* to, const float* from, size_t n) { move_gradients(to, from, n, add); });
@@ -241,7 +244,7 @@ struct GPT : Model {
 
     using Model::clip_gradients;
     void clip_gradients(double max_norm, Communicator& communicator) override {
-        double squares = gradient_squares(table.all());
+        squares = gradient_squares(table.all());
         if (sharding.level > 0) {
             communicator.all_reduce({&squares, 1});
             communicator.join();
@@ -303,9 +306,10 @@ struct GPT : Model {
 
   private:
     ModelOptions options;
-    int rope_end = -1;          // rope holds positions 0 .. rope_end-1; -1: it holds other positions
-    double loss_sum = 0;        // mean losses of the passes since the last take_loss()
-    double norm = 0;            // norm of the gradients that clip_gradients() found
+    int rope_end = -1;    // rope holds positions 0 .. rope_end-1; -1: it holds other positions
+    double loss_sum = 0;  // mean losses of the passes since the last take_loss()
+    double squares = 0;   // sum of the squared gradients, and its root, which clip_gradients() found
+    double norm = 0;
     float gradient_factor = 1;  // the optimizer multiplies the gradients by it
     MemoryPlan plan;            // of the activations
 

@@ -285,6 +285,9 @@ struct GPT : Model {
 
     Span gradients_span(int bucket) const override { return parameters.gradients_span(bucket); }
     Span weights_span(int bucket) const override { return parameters.weights_span(bucket); }
+    Element element_of(Store store) const override {
+        return store == Store::weights ? kElement<Real> : kElement<Gradient>;
+    }
     void keep_gradients(int bucket, bool add) override {
         parameters.keep_gradients(bucket, [&](Gradient* to, const Gradient* from, size_t n) {
             move_gradients(to, from, n, add, stream);

@@ -196,7 +196,7 @@ inline std::string write_checkpoint(const std::string& out, const Model& model, 
             };
             add(write_tensors(is_root, temporary, "model.safetensors", model.table, {model.table.all()}, {""},
                               [&](size_t, const ParameterTensor& t, Slice, float* out) {
-                                  model.gather(communicator, t, out);
+                                  collectively([&] { model.gather(communicator, t, out); });
                               }));
             if (is_root) {
                 add(write_file(temporary, "config.json", config_to_json(model.config).dump(2) + "\n"));
@@ -324,6 +324,19 @@ class Checkpoint {
     const MappedFile* tokenizer() const {
         const auto found = files_->opened.find("tokenizer.json");
         return found == files_->opened.end() ? nullptr : &found->second;
+    }
+
+    // Of all contents.
+    uint32_t checksum() const {
+        std::string text;
+        if (trainer) {
+            text = files_->opened.at("trainer.json").text();  // it has the checksums of the other files
+        } else {
+            for (const SafetensorsFile& file : files_->weights->files())
+                for (const TensorView& tensor : file.tensors())
+                    text += str(tensor.name, crc32_of((const std::byte*)tensor.data, tensor.bytes));
+        }
+        return crc32_of((const std::byte*)text.data(), text.size());
     }
 
     // Loads the weights into `model`, which must have been made from this config.

@@ -55,19 +55,52 @@ class Communicator {
     virtual void abort(int /*status*/) {}
 };
 
+// "1, 3 to 7"
+inline std::string list_of(const std::vector<int>& sorted) {
+    std::string text;
+    for (size_t i = 0, end; i < sorted.size(); i = end) {
+        for (end = i + 1; end < sorted.size() && sorted[end] == sorted[end - 1] + 1;) end++;
+        text += str(i ? ", " : "", sorted[i]);
+        if (end - i > 1) text += str(end - i > 2 ? " to " : ", ", sorted[end - 1]);
+    }
+    return text;
+}
+
+inline std::string ranks_text(const std::vector<int>& sorted) {
+    return (sorted.size() == 1 ? "rank " : "ranks ") + list_of(sorted);
+}
+
 // A failure that all ranks know of.
 struct AgreedError : Error {
     using Error::Error;
 };
 
-// Calls f() on every rank. If it fails on one, all ranks end with the error of the first rank that failed. So
-// f must do all of its collectives even if it fails.
+// A failure in the middle of a collective: another rank is lost, or this one cannot go on. The ranks can
+// agree on nothing then, so only abort() ends them all.
+struct CollectiveError : Error {
+    using Error::Error;
+};
+
+// Calls f(), which communicates.
+template <class F>
+void collectively(F f) {
+    try {
+        f();
+    } catch (const Error& e) {
+        throw CollectiveError(e.status, e.what());
+    }
+}
+
+// Calls f() on every rank. If it fails on one, all ranks end with the error of the first rank that failed.
+// What f does collectively() must not depend on whether the rest of it fails.
 template <class F>
 void together(Communicator& communicator, F f) {
     if (communicator.ranks == 1) return f();
     std::string error;
     try {
         f();
+    } catch (const CollectiveError&) {
+        throw;
     } catch (const Error& e) {
         error = str((char)e.status, e.what());
     }

@@ -24,14 +24,14 @@ class DataParallel {
           model_(model),
           optimizer_(optimizer),
           sharding_(model.sharding),
-          gathered_(sharding_.buckets.size()) {}
+          sent_(sharding_.buckets.size()) {}
 
     // For the pass of a training step. It must be one of all passes of that step.
     BucketHooks hooks(const Pass& pass) {
         if (comm_.ranks == 1) return {};
         BucketHooks hooks;
         if (sharding_.level > 0 && pass.first)
-            hooks.before_forward = [this](int bucket) { comm_.wait(gathered_[bucket]); };
+            hooks.before_forward = [this](int bucket) { comm_.wait(sent_[bucket]); };
         if (sharding_.level > 1) hooks.before_backward = [this](int bucket) { settle_buffer(bucket); };
         hooks.ready = [this, pass](int bucket) {
             comm_.progress();
@@ -67,33 +67,36 @@ class DataParallel {
     double bytes_a_step(int passes) const {
         double bytes = 0, share = (comm_.ranks - 1.0) / comm_.ranks;
         for (int bucket = 0; bucket < buckets(); bucket++) {
-            Span gradients = model_.gradients_span(bucket), weights = model_.weights_span(bucket);
-            const double reduced = share * gradients.size * size_of(gradients.type),
-                         gathered = share * weights.size * size_of(weights.type);
-            if (sharding_.level == 0 || is_whole(bucket))
-                bytes += 2 * reduced;
+            const double elements = share * sharding_.buckets[bucket].size();
+            const double reduced = elements * size_of(model_.element_of(Store::gradients)),
+                         gathered = elements * size_of(model_.element_of(Store::weights));
+            if (is_cut(bucket))
+                bytes += gathered + reduced * (is_buffered(bucket) ? passes : 1);
             else
-                bytes += gathered + reduced * (sharding_.level > 1 ? passes : 1);
+                bytes += 2 * reduced;
         }
         return bytes;
     }
 
-    // Milliseconds that the communication of a step takes on its own, measured now. It changes no weights.
+    // Milliseconds that the communication of a step takes on its own, measured now. It changes no weights,
+    // and gradients must be zero.
     double measure(int passes) {
-        double ms = 0;
+        double reduced = 0, gathered = 0;
         for (int repetition = 0; repetition < 2; repetition++) {  // the first one opens connections
             comm_.join();
             comm_.take_exposed_ms();
-            for (int i = 0; i < passes; i++)
-                for (int bucket = 0; bucket < buckets(); bucket++)
-                    if (sharding_.level > 1 || i == 0)
-                        reduce(bucket, Pass::training(1, false, i + 1 == passes));
+            for (int bucket = 0; bucket < buckets(); bucket++) {
+                settle_buffer(bucket);
+                reduce(bucket, Pass::training(1, false, true));
+            }
+            for (int bucket = 0; bucket < buckets(); bucket++) settle_buffer(bucket);
+            comm_.join();
+            reduced = comm_.take_exposed_ms();
             for (int bucket = 0; bucket < buckets(); bucket++) gather(bucket);
             comm_.join();
-            ms = comm_.take_exposed_ms();
+            gathered = comm_.take_exposed_ms();
         }
-        for (std::optional<Buffer>& buffer : buffers_) buffer.reset();
-        return ms;
+        return reduced * (sharding_.level > 1 ? passes : 1) + gathered;
     }
 
   private:
@@ -101,7 +104,7 @@ class DataParallel {
     Model& model_;
     Optimizer& optimizer_;
     const Sharding& sharding_;
-    std::vector<int64_t> gathered_;  // (buckets): each one's place in the queue of collectives
+    std::vector<int64_t> sent_;  // (buckets): where the sending of new weights is in the queue
 
     // What is in a buffer of gradients at level 2.
     struct Buffer {
@@ -112,32 +115,34 @@ class DataParallel {
     std::optional<Buffer> buffers_[3];
 
     int buckets() const { return (int)sharding_.buckets.size(); }
-    bool is_whole(int bucket) const { return bucket == model_.table.bucket_of_vectors(); }
+    // Whether its parts are at different ranks, and whether its gradients go through a buffer in every pass.
+    bool is_cut(int bucket) const {
+        return sharding_.level > 0 && bucket != model_.table.bucket_of_vectors();
+    }
+    bool is_buffered(int bucket) const { return sharding_.level > 1 && is_cut(bucket); }
 
     std::vector<Slice> parts(int bucket) const {
         return sharding_.parts_of(bucket, sharding_.buckets[bucket]);
     }
 
     void reduce(int bucket, const Pass& pass) {
-        Span gradients = model_.gradients_span(bucket);
-        if (sharding_.level < 2 || is_whole(bucket)) {
-            if (!pass.last) return;
-            if (sharding_.level == 0 || is_whole(bucket)) return comm_.all_reduce(gradients);
-            return comm_.reduce_scatter(gradients, parts(bucket));
-        }
+        if (!pass.last && !is_buffered(bucket)) return;
+        const Span gradients = model_.gradients_span(bucket);
+        if (!is_cut(bucket)) return comm_.all_reduce(gradients);
         comm_.reduce_scatter(gradients, parts(bucket));
-        buffers_[sharding_.buffer_of(bucket)] = {bucket, comm_.queued(), !pass.first};
+        if (is_buffered(bucket))
+            buffers_[sharding_.buffer_of(bucket)] = {bucket, comm_.queued(), !pass.first};
     }
 
     void gather(int bucket) {
-        if (sharding_.level == 0 || is_whole(bucket)) return;
+        if (!is_cut(bucket)) return;
         comm_.all_gather(model_.weights_span(bucket), parts(bucket));
-        gathered_[bucket] = comm_.queued();
+        sent_[bucket] = comm_.queued();
     }
 
     // Keeps what the buffer of this bucket still holds, so that it can be written again.
     void settle_buffer(int bucket) {
-        if (sharding_.level < 2 || is_whole(bucket)) return;
+        if (!is_buffered(bucket)) return;
         std::optional<Buffer>& buffer = buffers_[sharding_.buffer_of(bucket)];
         if (!buffer) return;
         comm_.wait(buffer->sent);

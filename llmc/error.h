@@ -81,8 +81,13 @@ template <class... Parts>
     throw Error(kExitUsage, str(parts...));
 }
 
+// Whether this process prints warnings. With several ranks only rank 0 does, because all would print the
+// same.
+inline bool g_warns = true;
+
 // Prints a line on stderr about something that does not stop the program.
 template <class... Parts>
 void warn(const Parts&... parts) {
+    if (!g_warns) return;
     fprintf(stderr, "warning: %s\n", printable(str(parts...)).c_str());
 }

@@ -128,6 +128,7 @@ class Model {
     // They are in the memory of the backend, for a Communicator.
     virtual Span gradients_span(int bucket) const = 0;
     virtual Span weights_span(int bucket) const = 0;
+    virtual Element element_of(Store store) const = 0;  // their type
     // For level 2 of sharding: keeps this rank's part of the gradients of a bucket. `add` says whether they
     // are added to what is kept already.
     virtual void keep_gradients(int bucket, bool add) = 0;

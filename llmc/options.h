@@ -479,7 +479,8 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
             ->check(integer_in(0, kMostInt));
     };
     loop("--val-every", o.val_every, "steps between validations; 0: never");
-    loop("--val-batches", o.val_batches, "micro-batches in a validation, the same ones every time");
+    loop("--val-batches", o.val_batches,
+         "the tokens of a validation, in batches of --total-batch; the same ones every time");
     loop("--sample-every", o.sample_every, "steps between samples of text; 0: never");
     loop("--sample-tokens", o.sample_tokens, "tokens in a sample");
     loop("--norms-every", o.norms_every, "steps between measurements of the attention matrices; 0: never");

@@ -43,10 +43,9 @@ class ParameterStore {
         gradients_plan_.add(arrays.gradients, gradients_size());
         if (kSmallGradients) gradients_plan_.add(small_gradients, table.vectors().size());
         if (!arrays.gradients_are_kept) return;
-        for (int i : {0, 1, 2}) {
-            buffer_sizes_[i] = i < 2 ? table.block(0).size() : table.embeddings().size();  // blocks are equal
-            gradients_plan_.add(buffers_[i], buffer_sizes_[i]);
-        }
+        for (int bucket = 0; bucket < table.bucket_of_vectors(); bucket++)  // all blocks are equal
+            buffer_sizes_[sharding.buffer_of(bucket)] = sharding.buckets[bucket].size();
+        for (int i : {0, 1, 2}) gradients_plan_.add(buffers_[i], buffer_sizes_[i]);
     }
 
     size_t weights_bytes() const { return weights_plan_.bytes(); }
@@ -198,7 +197,7 @@ class ParameterStore {
     MemoryPlan<Memory> weights_plan_, gradients_plan_;
     float* gathered_;       // (kGathered)
     Gradient* buffers_[3];  // at level 2
-    size_t buffer_sizes_[3];
+    size_t buffer_sizes_[3] = {};
 
     size_t weights_size() const { return arrays.weights_are_kept ? sharding_.kept.size() : table_.size; }
     size_t gradients_size() const { return arrays.gradients_are_kept ? sharding_.kept.size() : table_.size; }

@@ -7,8 +7,8 @@
 // why, and rank 0 goes on waiting. If two ranks of this run cannot work together, all ranks end. Every
 // operation ends within the timeout, except that the system's look-up of a host's name cannot be interrupted.
 //
-// Messages are a type (1 byte), a size (4 bytes, little endian) and that many bytes. The first in each
-// direction begin with kMagic and kProtocol, which later versions keep, so that they can refuse each other.
+// The first message in each direction begins with kMagic and kProtocol, which later versions keep, so that
+// they can refuse each other.
 #pragma once
 #include <fcntl.h>
 #include <netdb.h>
@@ -34,142 +34,16 @@
 #include <utility>
 #include <vector>
 
+#include "llmc/communicator.h"
+#include "llmc/connection.h"
 #include "llmc/error.h"
 #include "llmc/launch.h"
 
-namespace rendezvous_detail {
+namespace net {
 
 constexpr std::string_view kMagic = "polygpt\n";
 constexpr uint32_t kProtocol = 1;
-constexpr size_t kLongest = size_t{64} << 20;  // bytes in a message of a rank that has been accepted
-constexpr size_t kLongestGreeting = 4096;      // bytes in the first message of anybody
-
-using Clock = std::chrono::steady_clock;
-
-inline Clock::time_point after(double seconds) {
-    return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-}
-
-// Milliseconds for poll(), rounded up, so that it does not return just before the deadline again and again.
-inline int wait_for(Clock::time_point deadline) {
-    const double left = std::chrono::duration<double, std::milli>(deadline - Clock::now()).count();
-    return (int)std::ceil(std::clamp(left, 0.0, 1e6));
-}
-
-// A signal may end poll() early; all callers look at the clock and wait again.
-inline void wait(std::vector<pollfd>& fds, Clock::time_point deadline) {
-    for (pollfd& fd : fds) fd.revents = 0;
-    if (::poll(fds.data(), fds.size(), wait_for(deadline)) < 0 && errno != EINTR)
-        fail("cannot wait for other ranks: ", std::strerror(errno));
-}
-
-inline void put(std::string& out, uint32_t value) {
-    for (int i = 0; i < 4; i++) out += (char)(value >> 8 * i);
-}
-inline void put(std::string& out, std::string_view text) {
-    put(out, (uint32_t)text.size());
-    out += text;
-}
-
-// Takes values from the front of a message; `good` turns false if it is too short.
-struct Unpacker {
-    std::string_view left;
-    bool good = true;
-
-    uint32_t number() {
-        if (left.size() < 4) return good = false;
-        uint32_t value = 0;
-        for (int i = 0; i < 4; i++) value |= (uint32_t)(unsigned char)left[i] << 8 * i;
-        left.remove_prefix(4);
-        return value;
-    }
-    std::string text() {
-        const size_t size = number();
-        if (size > left.size()) return good = false, "";
-        std::string text(left.substr(0, size));
-        left.remove_prefix(size);
-        return text;
-    }
-};
-
-// The last three are for llmc/links.h.
-enum Type : char {
-    greeting = 'g',
-    welcome = 'w',
-    failure = 'f',
-    blob = 'b',
-    texts = 't',
-    question = 'q',
-    here = 'h',
-    goodbye = 'l'
-};
-
-struct Message {
-    Type type;
-    std::string body;
-};
-
-// "10.0.0.2" or "2001:db8::1"
-inline std::string address_text(const sockaddr_storage& address, socklen_t size) {
-    char host[NI_MAXHOST] = "";
-    if (::getnameinfo((const sockaddr*)&address, size, host, sizeof(host), nullptr, 0, NI_NUMERICHOST) != 0)
-        return "an unknown address";
-    return host;
-}
-
-// A TCP connection that never blocks. What is to be sent waits in `out`, what has come in `in`.
-class Connection {
-  public:
-    int fd;
-    std::string address;
-    std::string in, out;
-    bool closed = false;  // the other side sends nothing more, or the connection is broken
-    Clock::time_point deadline = Clock::time_point::max();
-
-    Connection(int fd, std::string address) : fd(fd), address(std::move(address)) {
-        const int yes = 1;
-        ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes));
-    }
-    Connection(const Connection&) = delete;
-    Connection& operator=(const Connection&) = delete;
-    ~Connection() { ::close(fd); }
-
-    void send(Type type, std::string_view body) {
-        out += type;
-        put(out, body);
-    }
-    pollfd waits_for() const { return {fd, (short)((closed ? 0 : POLLIN) | (out.empty() ? 0 : POLLOUT)), 0}; }
-    // Sends and receives what is possible without waiting. Takes at most one greeting's bytes from a peer
-    // whose greeting has not come, because it may be anybody.
-    void progress(size_t longest) {
-        while (!out.empty()) {
-            const ssize_t sent = ::send(fd, out.data(), out.size(), MSG_NOSIGNAL);
-            if (sent > 0) out.erase(0, sent);
-            if (sent >= 0 || errno == EINTR) continue;
-            if (errno != EAGAIN && errno != EWOULDBLOCK) closed = true;  // and `out` keeps what is lost
-            break;
-        }
-        char buffer[16384];
-        while (!closed && in.size() <= longest) {
-            const ssize_t received = ::recv(fd, buffer, sizeof(buffer), 0);
-            if (received > 0) in.append(buffer, received);
-            if (received > 0 || (received < 0 && errno == EINTR)) continue;
-            if (received == 0 || (errno != EAGAIN && errno != EWOULDBLOCK)) closed = true;
-            break;
-        }
-    }
-    // The next message, if all of it has come. A text that is none breaks the connection.
-    std::optional<Message> message() {
-        if (in.size() < 5) return {};
-        Unpacker unpacker{std::string_view(in).substr(1)};
-        const size_t size = unpacker.number();
-        if (size > kLongest) closed = true;
-        if (size > unpacker.left.size()) return {};
-        Message message{(Type)in[0], in.substr(5, size)};
-        in.erase(0, 5 + size);
-        return message;
-    }
-};
+constexpr size_t kLongestGreeting = 4096;  // bytes in the first message of anybody
 
 inline std::string opening() {
     std::string text(kMagic);
@@ -189,21 +63,6 @@ inline std::optional<std::string> take_opening(std::string& in) {
     if (protocol != kProtocol)
         return str("speaks version ", protocol, " of polygpt's protocol, expected ", kProtocol);
     return "";
-}
-
-// "1, 3 to 7"
-inline std::string list_of(const std::vector<int>& sorted) {
-    std::string text;
-    for (size_t i = 0, end; i < sorted.size(); i = end) {
-        for (end = i + 1; end < sorted.size() && sorted[end] == sorted[end - 1] + 1;) end++;
-        text += str(i ? ", " : "", sorted[i]);
-        if (end - i > 1) text += str(end - i > 2 ? " to " : ", ", sorted[end - 1]);
-    }
-    return text;
-}
-
-inline std::string ranks_text(const std::vector<int>& sorted) {
-    return (sorted.size() == 1 ? "rank " : "ranks ") + list_of(sorted);
 }
 
 struct AddressList {
@@ -229,7 +88,7 @@ inline std::string host_of(const std::string& master) {
     return brackets ? master.substr(1, master.size() - 2) : master;
 }
 
-}  // namespace rendezvous_detail
+}  // namespace net
 
 class Rendezvous {
   public:
@@ -245,7 +104,7 @@ class Rendezvous {
         if (launch.master.empty())
             fail("MASTER_ADDR is not set: expected the name or the address of rank 0's machine, because ",
                  launch.launcher, " does not say where that is");
-        const Clock::time_point deadline = rendezvous_detail::after(limits.timeout);
+        const Clock::time_point deadline = net::after(limits.timeout);
         if (launch.rank == 0)
             gather_ranks(deadline);
         else
@@ -257,8 +116,8 @@ class Rendezvous {
     // Rank 0 calls make(), and all ranks get its result. If it throws, all ranks fail with its message.
     template <class Make>
     std::string broadcast(Make make) {
-        const Clock::time_point deadline = rendezvous_detail::after(limits.timeout);
-        if (launch.rank > 0) return receive(rendezvous_detail::blob, deadline);
+        const Clock::time_point deadline = net::after(limits.timeout);
+        if (launch.rank > 0) return receive(net::blob, deadline);
         std::string bytes;
         try {
             bytes = make();
@@ -266,13 +125,13 @@ class Rendezvous {
             tell_failure(str("rank 0: ", e.what()));
             throw;
         }
-        send_all(rendezvous_detail::blob, bytes, deadline);
+        send_all(net::blob, bytes, deadline);
         return bytes;
     }
 
     // The text of every rank, at every rank.
     std::vector<std::string> gather_texts(const std::string& mine) {
-        using namespace rendezvous_detail;
+        using namespace net;
         const Clock::time_point deadline = after(limits.timeout);
         std::vector<std::string> all(launch.ranks);
         std::string packed;
@@ -303,7 +162,7 @@ class Rendezvous {
 
     // Hands over the connections (ranks), for what comes after the start (llmc/links.h). Rank 0 has one to
     // each other rank, and another rank has only the first one, to rank 0.
-    std::vector<std::unique_ptr<rendezvous_detail::Connection>> take_connections() {
+    std::vector<std::unique_ptr<net::Connection>> take_connections() {
         if (launch.rank > 0) {
             peers.resize(launch.ranks);
             peers[0] = std::move(connection);
@@ -312,9 +171,9 @@ class Rendezvous {
     }
 
   private:
-    using Clock = rendezvous_detail::Clock;
-    using Connection = rendezvous_detail::Connection;
-    using Message = rendezvous_detail::Message;
+    using Clock = net::Clock;
+    using Connection = net::Connection;
+    using Message = net::Message;
 
     const Launch launch;
     const std::string build;
@@ -328,8 +187,8 @@ class Rendezvous {
     // Tells the ranks that have come why there is no start.
     void tell_failure(const std::string& why) {
         for (const auto& peer : peers)
-            if (peer && !peer->closed) peer->send(rendezvous_detail::failure, why);
-        flush(rendezvous_detail::after(std::min(1.0, limits.timeout)));
+            if (peer && !peer->closed) peer->send(net::failure, why);
+        flush(net::after(std::min(1.0, limits.timeout)));
     }
     [[noreturn]] void give_up(const std::string& why) {
         tell_failure(why);
@@ -341,7 +200,7 @@ class Rendezvous {
     // Sends what waits to be sent, as far as that is possible until the deadline. Returns the ranks that have
     // not taken it.
     std::vector<int> flush(Clock::time_point deadline) {
-        using namespace rendezvous_detail;
+        using namespace net;
         for (;;) {
             std::vector<pollfd> fds;
             std::vector<int> left;
@@ -357,14 +216,13 @@ class Rendezvous {
         }
     }
 
-    void send_all(rendezvous_detail::Type type, std::string_view body, Clock::time_point deadline) {
+    void send_all(net::Type type, std::string_view body, Clock::time_point deadline) {
         for (int rank = 1; rank < launch.ranks; rank++) peers[rank]->send(type, body);
         const std::vector<int> late = flush(deadline);
         // A rank that has got everything may end now.
         for (int rank = 1; rank < launch.ranks; rank++)
             if (!peers[rank]->out.empty()) require_open(rank);
-        if (!late.empty())
-            give_up(str(rendezvous_detail::ranks_text(late), " took nothing for ", limits.timeout, " s"));
+        if (!late.empty()) give_up(str(ranks_text(late), " took nothing for ", limits.timeout, " s"));
     }
 
     void require_open(int rank) {
@@ -375,7 +233,7 @@ class Rendezvous {
     // Waits until has[rank] for all ranks. take(rank, message) sets it.
     template <class Take>
     void exchange(Clock::time_point deadline, Take take, const std::vector<bool>& has) {
-        using namespace rendezvous_detail;
+        using namespace net;
         for (;;) {
             std::vector<int> missing;
             std::vector<pollfd> fds;
@@ -398,7 +256,7 @@ class Rendezvous {
     // Sockets that listen at the port: on the loopback if MASTER_ADDR is that, else on all addresses, because
     // a machine's own name may lead to its loopback there.
     std::vector<std::unique_ptr<Connection>> listen_at_port() const {
-        using namespace rendezvous_detail;
+        using namespace net;
         const std::string host = host_of(launch.master);
         const bool loopback = host == "localhost" || host == "::1" || host.starts_with("127.");
         AddressList addresses;
@@ -450,10 +308,9 @@ class Rendezvous {
             // So many strangers are not ranks; the oldest makes room.
             if (full || door.strangers.size() > (size_t)launch.ranks + 64) door.strangers.pop_front();
             if (fd < 0) return;
-            door.strangers.push_back(
-                std::make_unique<Connection>(fd, rendezvous_detail::address_text(address, size)));
-            door.strangers.back()->deadline = rendezvous_detail::after(limits.greeting);
-            door.strangers.back()->out = rendezvous_detail::opening();
+            door.strangers.push_back(std::make_unique<Connection>(fd, net::address_text(address, size)));
+            door.strangers.back()->deadline = net::after(limits.greeting);
+            door.strangers.back()->out = net::opening();
         }
     }
 
@@ -465,7 +322,7 @@ class Rendezvous {
 
     // Judges the greeting of a peer.
     Verdict judge(const std::string& body) {
-        rendezvous_detail::Unpacker unpacker{body};
+        net::Unpacker unpacker{body};
         const uint32_t rank = unpacker.number(), ranks = unpacker.number();
         const std::string run_id = unpacker.text(), its_build = unpacker.text();
         if (!unpacker.good || !unpacker.left.empty()) return {.why = "its greeting cannot be read"};
@@ -489,7 +346,7 @@ class Rendezvous {
 
     // Waits for all other ranks.
     void gather_ranks(Clock::time_point deadline) {
-        using namespace rendezvous_detail;
+        using namespace net;
         // Each rank takes a descriptor, and the usual limit is 1,024.
         const rlim_t needed = (rlim_t)launch.ranks + 64;
         rlimit files;
@@ -542,7 +399,7 @@ class Rendezvous {
 
     // Makes strangers whose greeting has come ranks, or refuses them.
     void hear_strangers(Door& door) {
-        using namespace rendezvous_detail;
+        using namespace net;
         for (auto i = door.strangers.begin(); i != door.strangers.end();) {
             Connection& peer = **i;
             peer.progress(kLongestGreeting);
@@ -570,7 +427,7 @@ class Rendezvous {
 
     // The verdict about a peer whose greeting has come, or which cannot have one.
     std::optional<Verdict> judge_stranger(Connection& peer) {
-        using namespace rendezvous_detail;
+        using namespace net;
         std::string rest = peer.in;
         const std::optional<std::string> wrong = take_opening(rest);
         if (!wrong) return {};
@@ -590,8 +447,8 @@ class Rendezvous {
 
     // Waits for the next message of rank 0, which must be of this type. A failure that it tells ends this
     // rank.
-    std::string receive(rendezvous_detail::Type type, Clock::time_point deadline) {
-        using namespace rendezvous_detail;
+    std::string receive(net::Type type, Clock::time_point deadline) {
+        using namespace net;
         // A little longer than rank 0 waits, because rank 0 can say which rank is missing.
         deadline += std::chrono::milliseconds((int)(1000 * std::min(2.0, limits.timeout / 2)));
         for (;;) {
@@ -611,7 +468,7 @@ class Rendezvous {
 
     // Connects to rank 0, which may start later than this rank, and waits until all ranks have come.
     void join(Clock::time_point deadline) {
-        using namespace rendezvous_detail;
+        using namespace net;
         const std::string host = host_of(launch.master);
         std::string why;
         double pause = 0.02;
@@ -633,7 +490,7 @@ class Rendezvous {
 
     // Connects to one address and greets. Null if nobody answers as rank 0 does; `why` says what happened.
     std::unique_ptr<Connection> greet(const addrinfo& address, Clock::time_point deadline, std::string& why) {
-        using namespace rendezvous_detail;
+        using namespace net;
         deadline = std::min(deadline, after(limits.greeting));
         const int fd = ::socket(address.ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
         if (fd < 0) return why = std::strerror(errno), nullptr;

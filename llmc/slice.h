@@ -20,19 +20,20 @@ constexpr size_t size_of(Element type) {
     return type == Element::f64 ? 8 : type == Element::f32 ? 4 : 2;
 }
 
-// Elements in the memory of a backend. T is float, double or the backend's bf16.
+// The type of T, which is float, double or the backend's bf16.
+template <class T>
+constexpr Element kElement = std::is_same_v<T, float>    ? Element::f32
+                             : std::is_same_v<T, double> ? Element::f64
+                                                         : Element::bf16;
+
+// Elements in the memory of a backend.
 struct Span {
     void* data;
     size_t size;
     Element type;
 
     template <class T>
-    Span(T* data, size_t size)
-        : data(data),
-          size(size),
-          type(std::is_same_v<T, float>    ? Element::f32
-               : std::is_same_v<T, double> ? Element::f64
-                                           : Element::bf16) {}
+    Span(T* data, size_t size) : data(data), size(size), type(kElement<T>) {}
 
     char* at(size_t i) const { return (char*)data + i * size_of(type); }
 };

@@ -85,6 +85,7 @@ class Trainer {
         terminal = false;  // mpirun gives its ranks terminals, even if its own output goes to a file
         // Only rank 0 says what happens. An error that not all ranks know is said by the rank that has it.
         if (!is_root() && !freopen("/dev/null", "w", stdout)) fail("/dev/null: cannot open");
+        g_warns = is_root();
         std::string what = "internal error";
         int status = kExitFailure;
         try {
@@ -112,6 +113,7 @@ class Trainer {
         together([&] {
             if (is_root()) folder.emplace(o.out);
         });
+        if (comm->ranks > 1) require_shared_folder();
         std::optional<Checkpoint> resumed, initial;  // initial has the first weights; none for a new model
         std::optional<TokenDataset> train_data, val_data;
         together([&] {
@@ -143,7 +145,7 @@ class Trainer {
         DataLoader loader(*train_data, o.seed);
         inputs.resize((size_t)o.batch * o.seq);
         targets.resize((size_t)o.batch * o.seq);
-        if (comm->ranks > 1) require_same_ranks(loader, *train_data);
+        if (comm->ranks > 1) require_same_ranks(*train_data, val_data, initial);
 
         describe(*train_data, launch);
         together([&] {
@@ -237,18 +239,51 @@ class Trainer {
         return (int)(given < cores ? given : std::max(1L, cores / launch.local_ranks));
     }
 
+    // An error if a rank has another folder at --out, because then no checkpoint could be written.
+    void require_shared_folder() {
+        const std::string mine = str("ranks_", getpid(), "_", time(nullptr), ".tmp");
+        const std::string file = join_path(o.out, comm->gather(mine)[0]);
+        together([&] {
+            if (is_root()) FileWriter(file).close();
+        });
+        together([&] {
+            for (int attempt = 0; !path_exists(file); attempt++) {  // a network may need a moment
+                if (attempt == 50)
+                    fail(o.out,
+                         ": rank 0 has written to it, but this rank does not see it: expected --out in a "
+                         "file system that all ranks share");
+                usleep(100'000);
+            }
+        });
+        if (is_root()) ::unlink(file.c_str());
+    }
+
+    // A checksum of sequences from all over the dataset.
+    uint32_t checksum(const TokenDataset& data) {
+        std::string text = str(data.tokens());
+        const int64_t n = data.sequences(), step = std::max<int64_t>(1, n / 64);
+        for (int64_t i = 0; i < n; i += step) {
+            data.read(i, inputs.data(), targets.data());
+            text += str(" ", crc32_of((const std::byte*)inputs.data(), o.seq * sizeof(int)));
+        }
+        return crc32_of((const std::byte*)text.data(), text.size());
+    }
+
     // An error if the ranks do not train the same model with the same data and flags.
-    void require_same_ranks(DataLoader& loader, const TokenDataset& data) {
-        loader.batch(state.samples, 1, inputs.data(), targets.data());
+    void require_same_ranks(const TokenDataset& train_data, const std::optional<TokenDataset>& val_data,
+                            const std::optional<Checkpoint>& initial) {
         nlohmann::json mine = o.remembered();
         mine["the program"] = o.program;
-        mine["the processor"] = backend.name;  // another instruction set rounds otherwise, and weights drift apart
+        mine["the processor"] =
+            backend.name;  // another instruction set rounds otherwise, and weights drift apart
         mine["--out"] = json_of_path(o.out);
         mine["the model's config"] = config_to_json(model->config).dump();
         mine["the step to start from"] = state.step;
-        mine["the number of training tokens"] = data.tokens();
-        mine["the checksum of the first sequence"] =
-            crc32_of(reinterpret_cast<const std::byte*>(inputs.data()), o.seq * sizeof(int));
+        mine["the checksum of the training data"] = checksum(train_data);
+        mine["the checksum of the validation data"] = val_data ? checksum(*val_data) : 0;
+        mine["the checksum of the tokenizer"] =
+            crc32_of((const std::byte*)tokenizer_text.data(), tokenizer_text.size());
+        mine["the checksum of the first weights"] = initial ? initial->checksum() : 0;
         std::vector<std::string> texts = comm->gather(mine.dump());
         nlohmann::json first = nlohmann::json::parse(texts[0]);
         for (int rank = 1; rank < comm->ranks; rank++) {
@@ -507,9 +542,11 @@ class Trainer {
         parallel->settle();
         std::string tensor;
         std::vector<std::string> tensors = comm->gather(first_nonfinite());
-        for (int rank = 0; rank < comm->ranks && tensor.empty(); rank++)
-            if (!tensors[rank].empty())
-                tensor = tensors[rank] + (comm->ranks > 1 ? str(" at rank ", rank) : "");
+        // A NaN in one rank's activations is in the gradients of all ranks. So the first kind counts.
+        for (const std::string kind : {"weight ", "activation ", "gradient ", ""})
+            for (int rank = 0; rank < comm->ranks && tensor.empty(); rank++)
+                if (!tensors[rank].empty() && tensors[rank].starts_with(kind))
+                    tensor = tensors[rank] + (comm->ranks > 1 ? str(" at rank ", rank) : "");
         throw AgreedError(kExitDiverged,
                           str("training diverged at step ", step, ": ", what, ", first in ",
                               tensor.empty() ? std::string("their sum") : tensor,
@@ -525,21 +562,23 @@ class Trainer {
         if (comm->any(!first_nonfinite().empty())) diverged(state.step, "a value is not finite");
     }
 
-    // The ranks share the batches. A rank may have one less than another, or none.
+    // The sequences do not depend on the number of ranks and on --batch. The ranks take turns with the
+    // micro-batches, of which the last one may be smaller, and some ranks may have one less than others.
     void validate(const TokenDataset& data) {
         DataLoader loader(data, 0, /*shuffle=*/false);
-        int64_t batches = std::clamp<int64_t>(data.sequences() / o.batch, 1, o.val_batches);
-        int B = (int)std::min<int64_t>(o.batch, data.sequences());
+        int64_t sequences = std::min(data.sequences(), o.val_batches * (o.total_batch / o.seq));
         double loss = 0;
-        for (int64_t i = comm->rank; i < batches; i += comm->ranks) {
-            loader.batch(i * B, B, inputs.data(), targets.data());
-            loss += model->loss({inputs.data(), targets.data(), B, o.seq}) / batches;
+        for (int64_t begin = (int64_t)comm->rank * o.batch; begin < sequences;
+             begin += (int64_t)comm->ranks * o.batch) {
+            int B = (int)std::min<int64_t>(o.batch, sequences - begin);
+            loader.batch(begin, B, inputs.data(), targets.data());
+            loss += model->loss({inputs.data(), targets.data(), B, o.seq}) * B / sequences;
         }
         loss = comm->sum(loss);
         if (!std::isfinite(loss)) diverged(state.step, str("the validation loss is ", loss));
         log({{"step", state.step}, {"val_loss", loss}});
         printf("step %d: validation loss %.4f over %lld tokens\n", state.step, loss,
-               (long long)(batches * B * o.seq));
+               (long long)(sequences * o.seq));
         fflush(stdout);
     }
 

@@ -22,8 +22,6 @@
 #ifdef LLMC_MPI
 #include <mpi.h>
 
-#include "llmc/rendezvous.h"
-
 namespace cpu {
 namespace {
 
@@ -114,7 +112,7 @@ class RollCall {
     // another rank says so, the error has no text.
     void look() {
         receive();
-        if (looks_++ % 256 == 0) look_for_dead();
+        look_for_dead();
         const auto now = Clock::now();
         const auto half = std::chrono::milliseconds(500 * timeout_);
         if (!called_) {
@@ -128,7 +126,10 @@ class RollCall {
         }
     }
 
+    // To be called often. Looks every few milliseconds.
     void look_for_dead() {
+        if (Clock::now() - looked_ < std::chrono::milliseconds(5)) return;
+        looked_ = Clock::now();
         std::vector<int> dead;
         for (int r = 0; r < (int)processes_.size(); r++)
             if (processes_[r] && kill(processes_[r], 0) != 0 && errno == ESRCH) dead.push_back(r);
@@ -154,8 +155,8 @@ class RollCall {
 
     int rank_, timeout_;  // seconds
     MPI_Comm comm_;
-    std::vector<pid_t> processes_;  // of each rank that this one can see; otherwise 0
-    unsigned looks_ = 0;
+    std::vector<pid_t> processes_;             // of each rank that this one can see; otherwise 0
+    Clock::time_point looked_;                 // for dead ones
     Clock::time_point begin_;                  // of waiting
     std::optional<Clock::time_point> called_;  // when this wait's roll was called
     int roll_ = 0;                             // its number
@@ -204,13 +205,13 @@ class RollCall {
                 failure = text;
             }
         }
-        if (failure) throw Error(kExitFailure, *failure);
+        if (failure) throw CollectiveError(kExitFailure, *failure);
     }
 
     [[noreturn]] void give_up(const std::vector<int>& lost, const char* have, const std::string& what) {
         const std::string text = lost.empty() ? str("all ranks wait, but nothing has come for ", timeout_,
                                                     " seconds (--comm-timeout)")
-                                              : rendezvous_detail::ranks_text(lost) + have + what;
+                                              : ranks_text(lost) + have + what;
         int first = 0;
         while (std::find(lost.begin(), lost.end(), first) != lost.end()) first++;
         if (first != rank_) {
@@ -218,7 +219,7 @@ class RollCall {
             const auto begin = Clock::now();
             while (Clock::now() - begin < std::chrono::seconds(1)) receive(), usleep(100);
         }
-        fail(text);
+        throw CollectiveError(kExitFailure, text);
     }
 };
 
@@ -248,6 +249,10 @@ class Mpi : public Communicator {
     // byte is sent twice, and the sum does not depend on who comes first.
     void reduce_scatter(Span x, const std::vector<Slice>& slices) override {
         if (x.type != Element::f32) fail("MPI: reduce_scatter of other numbers than float32");
+        // What is received takes memory, so few are on their way at a time.
+        while (std::count_if(queue_.begin(), queue_.end(), [](auto& c) { return c.sum != nullptr; }) >=
+               kReductions)
+            wait(finished_ + 1);
         Collective& collective = queue_.emplace_back();
         const Parts parts(slices);
         const size_t own = slices[rank].size();
@@ -293,10 +298,11 @@ class Mpi : public Communicator {
     }
 
     double sum(double x) override {
+        sum_ = x;
         MPI_Request request;
-        MPI_Iallreduce(MPI_IN_PLACE, &x, 1, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD, &request);
+        MPI_Iallreduce(MPI_IN_PLACE, &sum_, 1, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD, &request);
         wait_for(request);
-        return x;
+        return sum_;
     }
 
     bool any(bool x) override { return sum(x) > 0; }
@@ -338,8 +344,11 @@ class Mpi : public Communicator {
         }
     };
 
+    static constexpr int kReductions = 3;
+
     int timeout_;  // seconds
     bool aborted_ = false;
+    double sum_;  // no local variable, because MPI may still write to it after an exception
     RollCall roll_call_;
     std::list<Collective> queue_;
     int64_t finished_ = 0;
@@ -369,8 +378,10 @@ class Mpi : public Communicator {
     template <class Done>
     void wait_for(Done done) {
         roll_call_.begin();
-        for (long attempt = 0; !done(); attempt++) {
-            if (attempt < 2000) continue;  // an answer usually comes soon, and sleeping takes longer
+        const auto begin = Clock::now();
+        while (!done()) {
+            // An answer usually comes soon, and sleeping takes longer.
+            if (Clock::now() - begin < std::chrono::milliseconds(1)) continue;
             usleep(20);
             roll_call_.look();
         }

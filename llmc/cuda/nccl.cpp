@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "llmc/cuda/nccl_communicator.h"
+#include "llmc/rendezvous.h"
 #include "llmc/version.h"
 
 namespace gpu {
@@ -70,10 +71,17 @@ std::unique_ptr<Communicator> connect(const Launch& launch, int timeout) {
     });
     if (bytes.size() != sizeof id.internal) fail("rank 0 sent an id of NCCL that cannot be read");
     std::memcpy(id.internal, bytes.data(), sizeof id.internal);
-    Links links(launch.rank, meeting.take_connections(), timeout);
+    // One rank of each machine, because rank 0 may be lost with its machine.
+    const bool speaks = launch.rank == 1 || launch.local_rank == 0;
+    Links links(launch.rank, meeting.take_connections(), timeout, speaks);
     agree_on_devices(links, launch, device, error);
     auto communicator = std::make_unique<Nccl>(launch.rank, launch.ranks, std::move(links));
-    communicator->start(id);
+    try {
+        communicator->start(id);
+    } catch (const Error& e) {
+        communicator->abort(e.status);
+        throw;
+    }
     return communicator;
 }
 

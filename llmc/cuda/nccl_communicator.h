@@ -94,9 +94,9 @@ class Nccl : public Communicator, public Waiter {
         if (n <= waited_) return;
         // The host must not run far ahead of a collective that may never end, because the driver blocks the
         // host when a thousand kernels or so wait.
+        record(exposed_, free_exposed_, cudaEventDefault, model_stream);
         if (n - kAhead > waited_)
             wait_until([&] { return is_done(cudaEventQuery(done_[n - kAhead - waited_ - 1])); });
-        record(exposed_, free_exposed_, cudaEventDefault, model_stream);
         check(cudaStreamWaitEvent(model_stream, done_[n - waited_ - 1]));
         record(exposed_, free_exposed_, cudaEventDefault, model_stream);
         for (; waited_ < n; waited_++) free_done_.push_back(done_.front()), done_.pop_front();
@@ -150,6 +150,9 @@ class Nccl : public Communicator, public Waiter {
 
     void await(cudaStream_t stream) override {
         wait_until([&] { return is_done(cudaStreamQuery(stream)); });
+    }
+    void await(cudaEvent_t event) override {
+        wait_until([&] { return is_done(cudaEventQuery(event)); });
     }
     void await_all() override {
         for (cudaStream_t stream : {model_stream, stream_, cudaStream_t()}) await(stream);
@@ -270,9 +273,9 @@ class Nccl : public Communicator, public Waiter {
     std::invoke_result_t<F> guarded(F f) {
         try {
             return f();
-        } catch (...) {
+        } catch (const Error& e) {
             abort_collectives();
-            throw;
+            throw CollectiveError(e.status, e.what());
         }
     }
 

@@ -21,6 +21,7 @@ inline cudaStream_t model_stream = nullptr;
 class Waiter {
   public:
     virtual void await(cudaStream_t stream) = 0;
+    virtual void await(cudaEvent_t event) = 0;
     virtual void await_all() = 0;
 
   protected:
@@ -32,6 +33,10 @@ inline Waiter* waiter = nullptr;  // null: there is one rank
 inline void wait_for(cudaStream_t stream, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (waiter) waiter->await(stream);
     check(cudaStreamSynchronize(stream), file, line);
+}
+inline void wait_for(cudaEvent_t event, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    if (waiter) waiter->await(event);
+    check(cudaEventSynchronize(event), file, line);
 }
 inline void wait_for_device(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     if (waiter) waiter->await_all();

@@ -17,6 +17,7 @@
 #include "dev/ptxsim/stream_work.h"
 #include "llmc/data_parallel.h"
 #include "llmc/model.h"
+#include "llmc/rendezvous.h"
 #include "tests/helpers.h"
 #include "tests/reference.h"
 

@@ -7,6 +7,7 @@
 #include <functional>
 #include <thread>
 
+#include "llmc/rendezvous.h"
 #include "tests/helpers.h"
 
 namespace {

@@ -13,7 +13,7 @@ TEST_CASE("ranks: what one rank cannot do ends all, with one line") {
     if (!has_mpi()) return;
     std::string out = fixture().folder / "refused", line = fixture().train(out, 6);
     check_failed(on_ranks(2, program() + " " + fixture().train(out, 5)), 2,
-                 {"--total-batch 168", "x 2 ranks"});
+                 {"--total-batch 336", "x 2 ranks"});
     check_failed(on_ranks(2, program() + " train --data absent --out " + out), 1, {"absent"});
     CHECK(!fs::exists(out));
     // Two programs, separated by a colon: ranks with other flags.
@@ -27,8 +27,12 @@ TEST_CASE("ranks: what one rank cannot do ends all, with one line") {
     check_failed(with("--channels", "30"), 2, {"disagree on the model's config"});
     check_failed(with("--data", "absent"), 1, {"rank 1", "absent"});
     std::string other = fixture().folder / "other_data";
-    write_dataset(other, 257, random_tokens(900, 257, 3), random_tokens(170, 257, 2));
+    write_dataset(other, 257, random_tokens(900, 257, 3), random_tokens(183, 257, 2));
     check_failed(with("--data", other), 2, {"disagree on --data"});
+    const std::string first = fixture().one + kFirst, last = fixture().one + kLast;
+    check_failed(on_ranks(1, program() + " " + line + " --init-from " + first + " : -n 1 " + program() + " " +
+                                 line + " --init-from " + last),
+                 2, {"disagree on the checksum of the first weights"});
     check_failed(on_ranks(1, program() + " " + line + " : -n 1 " +
                                  environment("LLMC_TRAIN_GPT_OTHER", "build/train_gpt_other") + " " + line),
                  2, {"disagree on the program", "(commit another)"});
@@ -98,6 +102,29 @@ TEST_CASE("ranks: a signal at one rank or at mpirun, a killed rank, and one that
     check_lost(ranks("kill -KILL $$"), out, "rank 1 has died");
     check_lost(ranks("kill -STOP $$", "--comm-timeout 2"), out,
                "rank 1 has not answered for 2 seconds (--comm-timeout)");
+}
+
+TEST_CASE("ranks: a NaN at one of them stops all, and is found there") {
+    if (!has_mpi()) return;
+    const TempFolder folder;
+    const std::string data = folder / "data", model = folder / "model", out = folder / "out";
+    // Token 256 occurs once, so one rank alone has it. The LayerNorm of its embedding is not finite.
+    Tokens tokens = random_tokens(57, 256, 1);
+    tokens[30] = 256;
+    write_dataset(data, 257, tokens, tokens);
+    copy_model(fixture().one + kLast, model);
+    Safetensors weights(model + "/model.safetensors");
+    weights.poke("wte.weight", 256 * 60, 3e38f);
+    weights.poke("wte.weight", 256 * 60 + 1, -3e38f);
+    put_file(model + "/model.safetensors", weights.text());
+    for (int zero : {0, 2}) {
+        const Result result = on_ranks(
+            2,
+            program() + str(" train --threads 1 --batch 1 --seq 7 --total-batch 56 --steps 3 --val-every 0 "
+                            "--init-from ",
+                            model, " --data ", data, " --out ", out, " --zero ", zero));
+        check_failed(result, 3, {"training diverged at step 1", "first in activation", " at rank "});
+    }
 }
 
 TEST_CASE("ranks: on two hosts, with MPI between them") {
@@ -179,11 +206,11 @@ TEST_CASE("ranks: other data at the same place are refused") {
         return;
     }
     const std::string other = fixture().folder / "other_place";
-    write_dataset(other, 257, random_tokens(900, 257, 3), random_tokens(170, 257, 2));
+    write_dataset(other, 257, random_tokens(900, 257, 3), random_tokens(183, 257, 2));
     const std::string what = str("exec unshare --mount sh -c 'mount --bind ", other, " ", fixture().data,
                                  " && exec \"$@\"' rank \"$@\"");
     check_failed(on_ranks(2, script("1", what) + fixture().train(fixture().folder / "refused", 6)), 2,
-                 {"disagree on the checksum of the first sequence"});
+                 {"disagree on the checksum of the training data"});
 }
 
 TEST_CASE("ranks: one is killed at a random moment, and the run goes on") {
@@ -229,6 +256,26 @@ TEST_CASE("ranks: any rank that hangs is named, and the run goes on") {
     // Before MPI has started.
     const Result result = on_ranks(2, script("1", "exec sleep 100") + longer(out, 2, "--resume"));
     check_failed(result, 1, {"rank 0: MPI did not start within 10 seconds (--comm-timeout)"});
+}
+
+TEST_CASE("ranks: one that hangs while a checkpoint is written, or that sees another folder") {
+    if (!thorough() || !has_mpi()) return;
+    const std::string out = fixture().folder / "hangs_writing";
+    for (const std::string dtype : {"fp32", "bf16"}) {
+        std::string what;
+        for (const std::string& variable : fault(out, 3, "signal", SIGSTOP).environment)
+            what += "export " + variable + "\n";
+        const std::string more = "--checkpoint-every 10 --zero 1 --dtype " + dtype;
+        const auto start = std::chrono::steady_clock::now();
+        check_lost(on_ranks(3, script("1", what) + longer(out, 3, more), 1), out,
+                   "rank 1 has not answered for 2 seconds (--comm-timeout)");
+        CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(8));
+        fs::remove_all(out);
+    }
+    const std::string other = longer(fixture().folder / "elsewhere", 2);
+    check_failed(on_ranks(1, program() + " " + longer(out, 2) + " : -n 1 " + program() + " " + other), 1,
+                 {"rank 1: ", "elsewhere", "expected --out in a file system that all ranks share"});
+    CHECK(!fs::exists(out));
 }
 
 TEST_CASE("ranks: a pause that is shorter than --comm-timeout changes nothing, SIGTERM at mpirun stops") {

@@ -46,19 +46,20 @@ inline Result on_ranks(int ranks, const std::string& line, int sigkill_timeout =
 
 inline const std::string kLast = "/step_00000020", kFirst = "/step_00000010";  // the checkpoints of a run
 
-// Sizes that the numbers of ranks do not divide. The learning rate is one at which rounding does not grow.
+// Sizes that the numbers of ranks do not divide, 48 sequences a step, and 26 for validation, which no batch
+// divides. The learning rate is one at which rounding does not grow.
 struct Fixture {
     TempFolder folder;
     const std::string data = folder / "data", one = folder / "one";
     Fixture() {
-        write_dataset(data, 257, random_tokens(900, 257, 1), random_tokens(170, 257, 2));
-        check_done(train_gpt(train(one, 24)));
+        write_dataset(data, 257, random_tokens(900, 257, 1), random_tokens(183, 257, 2));
+        check_done(train_gpt(train(one, 48)));
     }
     std::string train(const std::string& out, int batch, int steps = 20, int every = 10,
                       const std::string& more = "") const {
         return str("train --data ", data, " --out ", out, " --batch ", batch, " --steps ", steps,
-                   " --layers 2 --heads 3 --channels 60 --context 7 --total-batch 168 --threads 1 --lr 1e-3 "
-                   "--attention poly3 --decay learned --val-batches 24 --val-every ",
+                   " --layers 2 --heads 3 --channels 60 --context 7 --total-batch 336 --threads 1 --lr 1e-3 "
+                   "--attention poly3 --decay learned --val-batches 2 --val-every ",
                    every, " --checkpoint-every ", every, " ", more);
     }
 };

@@ -23,7 +23,7 @@
 
 namespace {
 
-using namespace rendezvous_detail;
+using namespace net;
 using Seconds = std::chrono::duration<double>;
 
 double now() {
