@@ -34,7 +34,7 @@ CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=8, n_positions=12, vocab_size=29,
                    decay="learned", short_conv=2)
 FLAGS = {"seed": 12345678901234567890, "batch": 2, "seq": 9, "total-batch": 36, "steps": 8, "warmup": 3,
          "schedule": "linear", "lr": 0.03, "final-lr-fraction": 0.25, "weight-decay": 0.4, "beta1": 0.8,
-         "beta2": 0.93, "eps": 1e-3, "grad-clip": 0.5, "val-every": 3, "val-batches": 2, "norms-every": 4}
+         "beta2": 0.93, "eps": 1e-3, "grad-clip": 0.5, "val-every": 3, "val-batches": 1, "norms-every": 4}
 U64 = 2**64 - 1
 
 
@@ -87,7 +87,8 @@ def micro_batches(split: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields inputs and targets (B,T): shuffled epochs of train, or the split val once, in its order."""
     B, sequences = FLAGS["batch"], list(windows(RUN / "data", FLAGS["seq"], split))
     N = len(sequences)
-    places = range(0, FLAGS["val-batches"] * B if split == "val" else 10**6, B)
+    validated = FLAGS["val-batches"] * FLAGS["total-batch"] // FLAGS["seq"]  # sequences, a multiple of B
+    places = range(0, validated if split == "val" else 10**6, B)
     for first in places:
         rows = range(first, first + B)
         if split == "train":

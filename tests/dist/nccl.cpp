@@ -116,12 +116,6 @@ TEST_CASE("nccl: 2 and 3 ranks at every level give the training of one rank, wit
     // With one device, every process has one of its own.
     std::vector<Layout> layouts = {
         {2, 3, 3, ""}, {3, 2, 1, "--cuda-graph --zero 1"}, {2, 6, 3, "--zero 1"}, {3, 1, 3, "--zero 2"}};
-    if (thorough())
-        for (int ranks : {2, 3})
-            for (int zero : {0, 1, 2})
-                for (int passes : {1, 2})
-                    layouts.push_back(
-                        {ranks, 12 / ranks / passes, 3, str("--attention-kernel tiled --zero ", zero)});
     for (const Layout& layout : layouts) {
         CAPTURE(layout.ranks);
         CAPTURE(layout.batch);
@@ -158,6 +152,29 @@ TEST_CASE("nccl: 2 and 3 ranks at every level give the training of one rank, wit
             on_ranks(ranks, {str("train --resume --out ", again, " --batch 2 --zero ", ranks == 3 ? 1 : 0)}));
         check_like_one(again, 1e-5);
     }
+}
+
+TEST_CASE("nccl: every level, number of ranks and accumulation gives 20 steps of one rank") {
+    if (!thorough() || !has_nccl()) return;
+    auto line = [](const std::string& out, int batch, int zero) {
+        return str("train --data ", fixture().data, " --out ", out, " --batch ", batch, " --zero ", zero,
+                   " --steps 20 --layers 2 --heads 2 --channels 20 --context 5 --total-batch 120 --lr 1e-3 "
+                   "--attention poly3 --decay learned --val-every 10 --val-batches 1 --dtype fp32");
+    };
+    const std::string one = fixture().folder / "20_steps", out = fixture().folder / "20_steps_many";
+    const std::string last = "/step_00000020";
+    check_done(train_gpt(line(one, 24, 0), {}, {.program = program()}));
+    for (int ranks : {2, 3})
+        for (int zero : {0, 1, 2})
+            for (int passes : {1, 2, 4}) {
+                CAPTURE(ranks);
+                CAPTURE(zero);
+                CAPTURE(passes);
+                fs::remove_all(out);
+                check_ranks_done(on_ranks(ranks, {line(out, 24 / ranks / passes, zero)}));
+                ranks_test::check_metrics(out, one, 1e-5);
+                CHECK(ranks_test::weights_error(out + last, one + last) < 1e-5);
+            }
 }
 
 TEST_CASE("nccl: bf16 at every level, with gradients that are summed in bf16, too") {
