@@ -243,19 +243,22 @@ class Trainer {
     void require_shared_folder() {
         const std::string mine = str("ranks_", getpid(), "_", time(nullptr), ".tmp");
         const std::string file = join_path(o.out, comm->gather(mine)[0]);
+        struct Remover {
+            const std::string file;  // empty: nothing
+            ~Remover() { ::unlink(file.c_str()); }
+        } remover{is_root() ? file : ""};
         together([&] {
             if (is_root()) FileWriter(file).close();
         });
         together([&] {
             for (int attempt = 0; !path_exists(file); attempt++) {  // a network may need a moment
-                if (attempt == 50)
+                if (attempt == 10)
                     fail(o.out,
                          ": rank 0 has written to it, but this rank does not see it: expected --out in a "
                          "file system that all ranks share");
                 usleep(100'000);
             }
         });
-        if (is_root()) ::unlink(file.c_str());
     }
 
     // A checksum of sequences from all over the dataset.
