@@ -33,6 +33,7 @@ from typing import NamedTuple
 import fineweb_edu
 import openwebtext
 import shakespeare
+import stdlib
 import text
 import tinyshakespeare
 import tinystories
@@ -43,6 +44,7 @@ from split import rule, split
 
 try:
     import numpy as np
+    import recall
     from shards import ShardWriter, our_files, put_in_place, token_type, write_all, write_synced
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 except ImportError as missing:
@@ -50,14 +52,17 @@ except ImportError as missing:
 
 DATASETS = {
     "shakespeare": shakespeare,
+    "stdlib": stdlib,
     "tinyshakespeare": tinyshakespeare,
     "wikitext2": wikitext2,
     "tinystories": tinystories,
     "openwebtext": openwebtext,
     "fineweb-edu": fineweb_edu,
     "text": text,
+    "recall": recall,
 }
 SPLITS = "train", "val"
+TEXT_FLAGS = "tokenizer", "gpt2_files", "bpe_bytes", "errors", "max_documents", "val_fraction"
 BATCH = 1 << 18  # characters in a batch, the unit of work of a worker
 
 
@@ -132,9 +137,28 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="tokens in a shard (default: 100000000)")
     add("--workers", type=integer(1, 1024), default=min(32, os.cpu_count() or 1), metavar="N",
         help="number of processes that encode (default: one for each CPU, at most 32)")
+    made = parser.add_argument_group("of the dataset recall")
+    add = made.add_argument
+    add("--task", choices=["mqar", "induction"],
+        help="keys and values, then the keys again as queries; or a run of tokens and the same run again "
+             "(default: mqar)")
+    add("--pairs", type=integer(1, 1 << 16), metavar="N",
+        help="pairs of key and value in a sequence, each asked for once; or answers in a run (default: 8)")
+    add("--vocabulary", type=integer(4, 1 << 24), metavar="N",
+        help="tokens there are: as many keys as values, and two more (default: 8192)")
+    add("--seq", type=integer(1, 1 << 24), metavar="N",
+        help="tokens in a sequence, the same as --seq of train_gpt (default: 128)")
+    add("--sequences", type=integer(1, 1 << 40), metavar="N", help="sequences for training (default: 100000)")
+    add("--val-sequences", type=integer(1, 1 << 40), metavar="N",
+        help="sequences for validation (default: 3000)")
+    add("--seed", type=integer(0, 2**32 - 1), metavar="N", help="seed of the random numbers (default: 1)")
     args = parser.parse_intermixed_args(argv)
     if args.name not in DATASETS:
         raise UsageError(f"unknown dataset {args.name!r}, expected one of {', '.join(DATASETS)}")
+    for flags, allowed in (recall.FLAGS, args.name == "recall"), (TEXT_FLAGS, args.name != "recall"):
+        for flag in flags:
+            if not allowed and getattr(args, flag) != parser.get_default(flag):
+                raise UsageError(f"--{flag.replace('_', '-')}: not allowed with the dataset {args.name}")
     if args.paths and args.name != "text":
         raise UsageError(f"unexpected {args.paths[0]!r}: only the dataset text takes paths")
     if not args.paths and args.name == "text":
@@ -145,6 +169,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UsageError(f"--from: not allowed with the dataset {args.name}, because it downloads nothing")
     if args.gpt2_files and args.tokenizer != "gpt2":
         raise UsageError(f"--gpt2-files: allowed only with --tokenizer gpt2, not {args.tokenizer}")
+    if args.name == "recall":
+        recall.check(args)
     args.skipped = Skipped()
     return args
 
@@ -522,7 +548,7 @@ def prepare(args) -> None:
     try:
         args.paths = [spool(path, folder) for path in args.paths]
         args.local = args.local and spool(args.local, folder)
-        paths, report = write_files(args)
+        paths, report = (write_made if args.name == "recall" else write_files)(args)
         put_in_place(folder, paths)
     finally:
         for leftover in our_files(folder, temporary=True):  # from this run or an earlier one that was killed
@@ -581,6 +607,27 @@ def write_files(args) -> tuple[list[Path], list[str]]:
     if args.skipped.kinds:
         report.append(f"skipped: {args.skipped}")
     return [tokenizer_path, *writers["train"].paths, *writers["val"].paths, meta_path], report
+
+
+def write_made(args) -> tuple[list[Path], list[str]]:
+    """The same for a dataset that makes tokens, not text, so there is no tokenizer."""
+    dataset, meta_path = DATASETS[args.name], args.out / "meta.json.tmp"
+    writers = {split: ShardWriter(args.out, split, dataset.shard_tokens(args), token_type(args.vocabulary))
+               for split in SPLITS}
+    progress = Progress("making tokens", None)
+    for split, tokens in dataset.tokens(args):
+        writers[split].write(tokens)
+        progress.add(0, len(tokens))
+    progress.close()
+    for writer in writers.values():
+        writer.close()
+    meta = {"name": args.name, "source": source(args), "vocab_size": args.vocabulary, **dataset.meta(args),
+            "tokens": {split: writer.tokens for split, writer in writers.items()},
+            "shards": {split: len(writer.paths) for split, writer in writers.items()}}
+    write_synced(meta_path, json.dumps(meta, indent=2) + "\n")
+    report = [f"{split}: {writer.tokens} tokens, shards: {len(writer.paths)}"
+              for split, writer in writers.items()]
+    return [*writers["train"].paths, *writers["val"].paths, meta_path], report
 
 
 def stop(number: int, frame) -> None:
