@@ -274,9 +274,12 @@ struct GPT : Model {
 
     void all_logits(float* out, const int* inputs, int B, int T) override {
         forward_blocks(inputs, B, T, nullptr);
-        for (int n = 0; n < B * T; n++) {
-            last_logits(acts.ln_f + (size_t)n * C);
-            std::copy_n(logits, V, out + (size_t)n * V);
+        int N = B * T, chunk = classifier_rows(N, Vp);
+        for (int n0 = 0; n0 < N; n0 += chunk) {
+            int rows = std::min(chunk, N - n0);
+            last_logits(acts.ln_f + (size_t)n0 * C, rows);
+            for (int n = 0; n < rows; n++)
+                std::copy_n(logits + (size_t)n * Vp, V, out + (size_t)(n0 + n) * V);
         }
     }
 
@@ -338,8 +341,10 @@ struct GPT : Model {
     // The table of RoPE (T,D); null without RoPE.
     const float* angles() const { return config.rope() ? rope.data() : nullptr; }
 
-    // Writes the logits (Vp) that follow from one row (C) of the last LayerNorm's output.
-    void last_logits(const Real* row) { matmul(logits, row, weights_real.wte, 1, Vp, C, false, true, false); }
+    // Writes the logits (n,Vp) that follow from n rows (n,C) of the last LayerNorm's output.
+    void last_logits(const Real* rows, int n = 1) {
+        matmul(logits, rows, weights_real.wte, n, Vp, C, false, true, false);
+    }
 };
 
 inline std::unique_ptr<Model> make_model(const GPTConfig& config, const ModelOptions& options) {

@@ -24,6 +24,7 @@
 #include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <system_error>
 #include <type_traits>
@@ -35,19 +36,28 @@
 
 // The meta.json of a dataset folder has
 //   {"name": .., "vocab_size": .., "eot_token": .., "tokens": {"train": .., "val": ..}, "bytes": {the same},
-//    "shards": {the same}}
-// Only vocab_size must be present. The shards that llm.c publishes have no meta.json; they have GPT-2 tokens.
+//    "shards": {the same}, "recall": {"keys": [begin, end], "values": [begin, end]}}
+// Only vocab_size must be present. llmc/recall.h says what "recall" means. The shards that llm.c publishes
+// have no meta.json; they have GPT-2 tokens.
 struct DatasetInfo {
     struct Split {
         int64_t tokens = -1;  // -1: meta.json does not say it
         int64_t bytes = -1;   // bytes of text, for bits per byte
         int64_t shards = -1;
     };
+    struct Range {
+        int begin = 0, end = 0;
+        bool has(int token) const { return token >= begin && token < end; }
+    };
+    struct Recall {
+        Range keys, values;  // tokens
+    };
     bool described = false;  // there is a meta.json
     std::string name;
     int vocab_size = 50257;
     int eot_token = 50256;  // ends a document; -1: there is none
     Split train, val;
+    std::optional<Recall> recall;
 };
 
 // Returns the entries of a dataset folder; an error if they cannot be read.
@@ -85,6 +95,19 @@ inline DatasetInfo read_dataset_info(const std::string& folder) {
         if (!json.contains(key)) continue;
         integer(json.at(key), "train", 0, INT64_MAX, info.train.*member);
         integer(json.at(key), "val", 0, INT64_MAX, info.val.*member);
+    }
+    if (json.contains("recall")) {
+        const auto range = [&](const std::string& key) {
+            const nlohmann::json& recall = json.at("recall");
+            const nlohmann::json value = recall.is_object() ? recall.value(key, nlohmann::json()) : recall;
+            const bool pair = value.is_array() && value.size() == 2 && value[0].is_number_unsigned() &&
+                              value[1].is_number_unsigned();
+            if (!pair || value[0] > value[1] || value[1] > info.vocab_size)
+                fail(path, ": \"recall\": \"", key, "\" is ", brief(value),
+                     ", expected two tokens, [begin, end], up to ", info.vocab_size);
+            return DatasetInfo::Range{value[0], value[1]};
+        };
+        info.recall = {range("keys"), range("values")};
     }
     return info;
 }

@@ -1,5 +1,5 @@
-// The commands that use a model: generate writes text, eval computes the loss on a dataset, and dump writes
-// the results of one batch, to compare backends.
+// The commands that use a model: generate writes text, eval computes the loss on a dataset (and of a recall
+// dataset also how many answers are right), and dump writes the results of one batch, to compare backends.
 #pragma once
 #include <fcntl.h>
 #include <poll.h>
@@ -21,6 +21,7 @@
 #include "llmc/error.h"
 #include "llmc/model.h"
 #include "llmc/options.h"
+#include "llmc/recall.h"
 #include "llmc/safetensors.h"
 #include "llmc/sampler.h"
 #include "llmc/tokenizer.h"
@@ -186,8 +187,10 @@ inline void evaluate(const Backend& backend, const EvalOptions& options) {
     if (file) tokenizer = open_if_supported(*file, "bits per byte");
     auto model = load_model(backend, checkpoint, options.compute.model_options(Purpose::inference, B, T));
     std::vector<int> inputs((size_t)B * T), targets((size_t)B * T);
+    std::vector<float> logits(info.recall ? (size_t)B * T * config.vocab_size : 0);
     double total = 0;
     int64_t bytes = 0;
+    RecallScore score;
     for (int64_t done = 0; done < sequences; done += B) {
         int count = (int)std::min<int64_t>(B, sequences - done);
         loader.batch(done, count, inputs.data(), targets.data());
@@ -196,6 +199,12 @@ inline void evaluate(const Backend& backend, const EvalOptions& options) {
             if (targets[i] != separator && targets[i] != tokenizer->eot_token() &&
                 targets[i] < tokenizer->vocab_size())
                 bytes += tokenizer->decode(targets[i]).size();
+        if (!info.recall) continue;
+        model->all_logits(logits.data(), inputs.data(), count, T);
+        for (int n = 0; n < count * T; n += T)
+            for (int t : answer_positions(info, inputs.data() + n, targets.data() + n, T))
+                score.add(logits.data() + (size_t)(n + t) * config.vocab_size, config.vocab_size,
+                          targets[n + t]);
     }
     double loss = total / (sequences * T);
     printf("%s, %s: %lld tokens in %lld sequences of %d\n", printable(options.data).c_str(),
@@ -203,6 +212,9 @@ inline void evaluate(const Backend& backend, const EvalOptions& options) {
     printf("loss %.6f | perplexity %.4f", loss, std::exp(loss));
     if (bytes > 0) printf(" | bits per byte %.4f", total / std::log(2.0) / bytes);
     printf("\n");
+    if (score.answers > 0)
+        printf("%lld answers: accuracy %.4f | loss %.6f\n", (long long)score.answers,
+               (double)score.right / score.answers, score.loss / score.answers);
 }
 
 inline void dump(const Backend& backend, const DumpOptions& options) {

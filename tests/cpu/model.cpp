@@ -240,6 +240,32 @@ TEST_CASE("a prompt longer than the buffers goes through the cache in pieces") {
     CHECK(relative_error(small->decode(tokens.data(), 33), expected.data() + 32 * 50, 50) < 1e-5);
 }
 
+TEST_CASE("all_logits writes every row where the logits come in several chunks") {
+    GPTConfig config;
+    config.layers = 1, config.heads = 1, config.channels = 8, config.context = 130;
+    config.vocab_size = 131080;  // 128 rows in a chunk; the width of a row in memory is not this
+    const int T = 130;
+    cpu::GPT<float> model(config, {Purpose::inference, 1, T});
+    model.allocate();
+    std::vector<float> values;
+    for (const ParameterTensor& t : model.table.tensors) {
+        values.resize(t.size);
+        initialize_tensor(values.data(), t, 5);
+        model.write(Store::weights, t, values.data());
+    }
+    std::vector<int> tokens(T);
+    for (int i = 0; i < T; i++) tokens[i] = i * i;
+    std::vector<float> logits((size_t)T * config.vocab_size, NAN);
+    model.all_logits(logits.data(), tokens.data(), 1, T);
+    model.clear_cache();
+    const int first = 127;  // the last row of the first chunk
+    const float* expected = model.decode(tokens.data(), first + 1);
+    for (int t = first;; expected = model.decode(&tokens[++t], 1)) {
+        CHECK(relative_error(&logits[(size_t)t * config.vocab_size], expected, config.vocab_size) < 1e-5);
+        if (t == T - 1) break;
+    }
+}
+
 // A model with initial weights, a kind of attention that has a linear form, and sequences of several chunks.
 struct LongCase {
     GPTConfig config;

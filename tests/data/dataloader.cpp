@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "llmc/recall.h"
 #include "tests/helpers.h"
 
 namespace {
@@ -400,4 +401,50 @@ TEST_CASE("read_dataset_info: from meta.json, GPT-2's without one") {
     check_error([&] { read(R"({"vocab_size": 18446744073709551615})"); },
                 {"\"vocab_size\" is 18446744073709551615"});
     check_error([&] { read(R"({"vocab_size": 9, "tokens": {"val": -1}})"); }, {"\"val\" is -1"});
+
+    CHECK_FALSE(info.recall);
+    const DatasetInfo recall =
+        read(R"({"vocab_size": 9, "recall": {"task": "mqar", "keys": [0, 4], "values": [4, 9]}})");
+    REQUIRE(recall.recall);
+    CHECK(recall.recall->keys.end == 4);
+    CHECK(recall.recall->values.begin == 4);
+    CHECK(recall.recall->values.end == 9);
+    for (const char* keys : {"[0]", "[0,10]", "[5,4]", "[-1,4]", "[0,4.5]", "[0,4,5]", "\"0-4\"", "null"})
+        check_error(
+            [&] { read(str(R"({"vocab_size": 9, "recall": {"values": [4, 9], "keys": )", keys, "}}")); },
+            {folder / "meta.json", "\"keys\" is ", keys, "[begin, end], up to 9"});
+    check_error([&] { read(R"({"vocab_size": 9, "recall": {"keys": [0, 4]}})"); }, {"\"values\" is null"});
+    check_error([&] { read(R"({"vocab_size": 9, "recall": 3})"); }, {"\"keys\" is 3"});
+}
+
+TEST_CASE("answer_positions: values after keys that the same example had before") {
+    DatasetInfo info;
+    info.eot_token = 19;
+    info.recall = {{0, 8}, {8, 16}};  // 18 is a blank
+    auto positions = [&](const std::vector<int>& tokens) {
+        return answer_positions(info, tokens.data(), tokens.data() + 1, (int)tokens.size() - 1);
+    };
+    CHECK(positions({19, 3, 9, 4, 8, 18, 4, 8, 18, 18, 3, 9, 18, 4, 8, 19}) == std::vector<int>{6, 10, 13});
+    CHECK(positions({3, 9, 19, 3, 9, 4, 8, 3, 9}) == std::vector<int>{7});  // 3 is in the example before, too
+    CHECK(positions({3, 9, 3, 18, 3, 19, 3, 9}).empty());                   // no value follows a known key
+    CHECK(positions({9, 8, 9, 8, 18, 18, 19, 19}).empty());                 // no keys
+    info.recall = {{0, 18}, {0, 18}};
+    CHECK(positions({19, 18, 5, 7, 6, 18, 18, 5, 7, 6, 18, 18}) == std::vector<int>{7, 8});
+    CHECK(positions({19, 5, 7, 6, 5, 7, 6, 19}) == std::vector<int>{4, 5});
+}
+
+TEST_CASE("RecallScore: the most probable token, and the loss of the answers") {
+    RecallScore score;
+    const float logits[] = {1, 3, 2, 3};
+    for (int target = 0; target < 4; target++) score.add(logits, 4, target);
+    CHECK(score.answers == 4);
+    CHECK(score.right == 1);  // of equal ones the first
+    const double sum = std::log(std::exp(1) + 2 * std::exp(3) + std::exp(2));
+    CHECK(score.loss == doctest::Approx(4 * sum - 9).epsilon(1e-6));
+    RecallScore large;
+    const float far[] = {1000, -1000};
+    large.add(far, 2, 0);
+    CHECK(large.loss == 0);
+    large.add(far, 2, 1);
+    CHECK(large.loss == 2000);
 }
