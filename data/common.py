@@ -9,6 +9,8 @@ A dataset module has
     size(args)    about how many bytes of text there are, for the progress bar
     documents(args)   an iterator of str: the documents, always in the same order
     validation(args)  the same for the validation split; absent or None if the dataset has no such split
+A dataset that makes tokens has other functions, see recall.py.
+
 Here args is the command line of prepare.py, with `skipped`, which counts what documents(args) leaves out.
 """
 import codecs

@@ -5,32 +5,31 @@ more, as a query, before its answer, which is the same value:
 
     end k1 v1 k2 v2 k3 v3 blank blank k2 v2 k1 v1 blank blank blank blank k3 v3 blank ...
 
-Keys and values do not repeat in an example. As in the paper, the distance of a query from the first place for
-queries follows a power law with exponent 0.01 - 1.
+Keys and values do not repeat in an example. As in the paper, the distances of the queries from the end of the
+first part follow a power law, of exponent 0.01 - 1.
 
-induction. A run of N + 1 different tokens, then the same run again, at random places. Each token of the second
-run except its first is an answer: it follows a token that was there before.
+induction. A run of N + 1 different tokens, and later the same run again. Each token of the second run except
+its first is an answer: it follows a token that was there before.
 
     end blank t1 t2 t3 t4 blank blank blank t1 t2 t3 t4 blank ...
 
-The tokens are numbered: keys, values, blank, end. In induction every token of a run is key and value. meta.json
-has their ranges. An answer is a value after a key that was in the same example before, and llmc/recall.h finds
-the answers by that rule.
+The tokens are numbered in this order: keys, values, blank, end. In induction every token of a run is a key
+and a value. meta.json has the ranges. An answer is a value after a key that was in the same example before;
+llmc/recall.h finds the answers by that rule.
 
-An example has as many tokens as a sequence of the trainer, and a shard has one more token than its examples, so
-that with the same --seq each example is one sequence (see llmc/dataloader.h). The target of a sequence's last
-token is the `end` of the next one.
+An example has as many tokens as a sequence of the trainer, and a shard has one more token than its examples.
+So with the same --seq each sequence is one example (see llmc/dataloader.h), and the target of its last token
+is the `end` with which the next one begins.
 """
 from collections.abc import Iterator
 
 import numpy as np
-
 from common import UsageError
 
 DESCRIPTION = "made-up sequences that need retrieval: multi-query associative recall, or induction"
 SOURCE = "random numbers"
 POWER = 0.01  # 1 would be an even distribution
-BLOCK = 1024  # examples that are made at a time
+BLOCK = 1 << 17  # about how many tokens are made at a time
 # The flags that are only for this dataset and their defaults, which are sizes of the paper.
 FLAGS = {"task": "mqar", "pairs": 8, "vocabulary": 8192, "seq": 128, "sequences": 100_000,
          "val_sequences": 3000, "seed": 1}
@@ -74,12 +73,12 @@ def shard_tokens(args) -> int:
 
 def tokens(args) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (split, tokens) pairs."""
-    in_shard = shard_tokens(args) // args.seq
+    in_block, in_shard = block_examples(args), shard_tokens(args) // args.seq
     for number, (split, count) in enumerate([("train", args.sequences), ("val", args.val_sequences)]):
         done = 0
         while done < count:
-            # A stream of its own for each block, of a generator whose numbers NumPy has promised not to change.
-            random = np.random.RandomState([args.seed, number, done // BLOCK])
+            # Each block has its own generator, of the kind whose numbers NumPy has promised not to change.
+            random = np.random.RandomState([args.seed, number, done // in_block])
             block = EXAMPLES[args.task](random, args)[:count - done]
             while len(block):
                 part, block = np.split(block, [in_shard - done % in_shard])
@@ -89,20 +88,25 @@ def tokens(args) -> Iterator[tuple[str, np.ndarray]]:
                     yield split, np.array([args.vocabulary - 1])
 
 
+def block_examples(args) -> int:
+    return max(1, BLOCK // args.seq)
+
+
 def blank_examples(args) -> np.ndarray:
-    examples = np.full((BLOCK, args.seq), args.vocabulary - 2)
+    examples = np.full((block_examples(args), args.seq), args.vocabulary - 2)
     examples[:, 0] = args.vocabulary - 1
     return examples
 
 
 def mqar(random: np.random.RandomState, args) -> np.ndarray:
     examples, pairs = blank_examples(args), 2 * args.pairs
-    keys, values = (low + distinct(random, args.pairs, high - low) for low, high in ranges(args).values())
+    keys, values = (low + distinct(random, len(examples), args.pairs, high - low)
+                    for low, high in ranges(args).values())
     examples[:, 1:1 + pairs:2], examples[:, 2:2 + pairs:2] = keys, values
-    # Draws places without putting them back, with these weights: the first to arrive of processes with such
-    # rates. Key i gets the i-th place that is drawn.
+    # Each place gets a random time of arrival, and the weights are the rates. The first to arrive are a
+    # sample without repetition that has these weights. Key i gets the i-th of them.
     weights = np.arange(1, 1 + (args.seq - 1 - pairs) // 2) ** (POWER - 1)
-    arrivals = -np.log1p(-random.random_sample((BLOCK, len(weights)))) / weights
+    arrivals = -np.log1p(-random.random_sample((len(examples), len(weights)))) / weights
     places = 1 + pairs + 2 * np.argsort(arrivals, axis=1, kind="stable")[:, :args.pairs]
     np.put_along_axis(examples, places, keys, axis=1)
     np.put_along_axis(examples, places + 1, values, axis=1)
@@ -112,8 +116,8 @@ def mqar(random: np.random.RandomState, args) -> np.ndarray:
 def induction(random: np.random.RandomState, args) -> np.ndarray:
     examples, length = blank_examples(args), args.pairs + 1
     [(low, high), _] = ranges(args).values()
-    run = low + distinct(random, length, high - low)
-    blanks = np.sort(integers(random, (BLOCK, 2), args.seq - 2 * length), axis=1)  # before each run
+    run = low + distinct(random, len(examples), length, high - low)
+    blanks = np.sort(integers(random, (len(examples), 2), args.seq - 2 * length), axis=1)  # before each run
     for begin in 1 + blanks[:, :1], 1 + length + blanks[:, 1:]:
         np.put_along_axis(examples, begin + np.arange(length), run, axis=1)
     return examples
@@ -126,12 +130,12 @@ def integers(random: np.random.RandomState, shape, below) -> np.ndarray:
     return (random.random_sample(shape) * below).astype(np.int64)
 
 
-def distinct(random: np.random.RandomState, count: int, below: int) -> np.ndarray:
-    """(BLOCK,count): in each row, different integers in [0, below) in random order. Floyd's algorithm: a
-    number that is taken already is replaced by one that nobody could have drawn before."""
-    chosen = np.empty((BLOCK, count), np.int64)
+def distinct(random: np.random.RandomState, rows: int, count: int, below: int) -> np.ndarray:
+    """(rows,count): in each row, different integers in [0, below) in random order. Floyd's algorithm: a
+    number that is taken already is replaced by the one that could not be drawn before."""
+    chosen = np.empty((rows, count), np.int64)
     for i, last in enumerate(range(below - count, below)):
-        drawn = integers(random, BLOCK, last + 1)
+        drawn = integers(random, rows, last + 1)
         taken = (chosen[:, :i] == drawn[:, None]).any(axis=1)
         chosen[:, i] = np.where(taken, last, drawn)
     order = np.argsort(random.random_sample(chosen.shape), axis=1, kind="stable")

@@ -1,7 +1,7 @@
 """The sources of the standard library of the Python that runs this program. Each file is a document.
 
-They are the modules that sys.stdlib_module_names lists, which leaves out the tests of the interpreter and what
-belongs to one installation (site-packages, sitecustomize). Also left out are
+They are those of the modules in sys.stdlib_module_names. That leaves out the tests of the interpreter and
+what belongs to one installation (site-packages, sitecustomize). Also left out are
 - what some distributions put into packages of their own, so that the same Python gives the same text with and
   without these,
 - files that programs made (tables of characters, the help texts of pydoc), because they are not code that

@@ -1,4 +1,5 @@
 """data/prepare.py, run as a user runs it, on small corpora in temporary folders."""
+import argparse
 import contextlib
 import importlib.util
 import json
@@ -297,6 +298,44 @@ class Datasets(PrepareTest):
         self.assertEqual([(play[:20], mark) for play in plays for mark in markup if mark in play], [])
         self.assertGreater(sum(map(len, plays)), 4_900_000)
 
+    def test_stdlib(self):
+        library = self.folder / "library"
+        for name in ("os", "argparse", "json/decoder", "json/__init__", "json/tests/test_json", "turtle",
+                     "test/test_os", "encodings/cp037", "sitecustomize", "site-packages/numpy/core"):
+            (library / name).parent.mkdir(parents=True, exist_ok=True)
+            (library / f"{name}.py").write_text(f"# {name}\n")
+        (library / "csv.txt").write_text("not a source")
+        code = ("import sys, sysconfig\n"
+                f"sysconfig.get_path = lambda name: {str(library)!r}\n"
+                "import prepare\n"
+                "sys.exit(prepare.main(['stdlib', '--workers', '1', '--out', *sys.argv[1:]]))")
+
+        def run(*arguments) -> str:
+            command = [sys.executable, "-c", code, str(self.out), *arguments]
+            return subprocess.run(command, capture_output=True, text=True,
+                                  env={**os.environ, "PYTHONPATH": str(DATA)}).stderr
+
+        self.assertEqual(run(), "")
+        self.assertEqual(read_documents(self.out, "val"), ["# argparse\n"])
+        self.assertEqual(read_documents(self.out, "train"), [f"# {name}\n" for name in
+                                                             ("json/__init__", "json/decoder", "os")])
+        meta = read_meta(self.out)
+        self.assertEqual(meta["split"], "the dataset's own")
+        self.assertIn(f"Python {sys.version_info.major}.{sys.version_info.minor}.", meta["source"])
+        self.assertEqual(run("--overwrite", "--val-fraction", "0.25"), "")
+        self.assertEqual(read_documents(self.out, "train") + read_documents(self.out, "val"),
+                         [f"# {name}\n" for name in ("json/__init__", "json/decoder", "os", "argparse")])
+        (library / "json").rename(self.folder / "json")
+        for name in "os.py", "argparse.py":
+            (library / name).unlink()
+        self.assertEqual(run("--overwrite"),
+                         f"prepare.py: error: {library}: no sources of Python's standard library in this "
+                         "folder; the dataset stdlib needs a Python that has them there as .py files\n")
+
+    def test_stdlib_of_this_python(self):
+        self.prepare("stdlib", "--max-documents", "20")
+        self.assertIn(Path(argparse.__file__).read_text(encoding="utf-8"), read_documents(self.out, "val"))
+
     def wikitext(self, *names: str) -> Path:
         folder = self.folder / "wikitext"
         folder.mkdir()
@@ -349,6 +388,73 @@ class Datasets(PrepareTest):
                      "text", self.corpus(), "--tokenizer", "gpt2", **nowhere)
 
 
+class Recall(PrepareTest):
+    def examples(self, split: str, seq: int) -> "np.ndarray":
+        """The examples of a split. Each shard must be whole examples and the first token of another one."""
+        meta, parts = read_meta(self.out), []
+        for path in sorted(self.out.glob(f"{split}_*.bin")):
+            tokens = read_shard(path)
+            self.assertEqual((len(tokens) % seq, tokens[-1]), (1, meta["eot_token"]))
+            parts.append(tokens[:-1].reshape(-1, seq))
+        self.assertEqual((len(parts), sum(part.size + 1 for part in parts)),
+                         (meta["shards"][split], meta["tokens"][split]))
+        return np.concatenate(parts)
+
+    def test_mqar(self):
+        self.prepare("recall", "--pairs", 3, "--seq", 24, "--vocabulary", 22, "--sequences", 7000,
+                     "--val-sequences", 50, "--shard-tokens", 50_000)
+        self.assertEqual(sorted(final_files(self.out)),
+                         ["meta.json", *(f"train_{i:06d}.bin" for i in range(4)), "val_000000.bin"])
+        meta = read_meta(self.out)
+        self.assertEqual((meta["name"], meta["vocab_size"], meta["eot_token"]), ("recall", 22, 21))
+        self.assertEqual((meta["recall"]["keys"], meta["recall"]["values"]), ([0, 10], [10, 20]))
+        examples = self.examples("train", 24)
+        self.assertEqual((examples.shape, self.examples("val", 24).shape), ((7000, 24), (50, 24)))
+        self.assertEqual(len({example.tobytes() for example in examples}), 7000)
+        first = []  # the places of the first key's query
+        for example in [*examples, *self.examples("val", 24)]:
+            self.assertEqual(example[0], 21)
+            value = dict(zip(example[1:7:2].tolist(), example[2:7:2].tolist()))
+            self.assertEqual((len(value), len(set(value.values()))), (3, 3))
+            self.assertTrue(all(key < 10 <= answer < 20 for key, answer in value.items()))
+            second = example[7:].tolist()
+            queries = [place for place, token in enumerate(second) if token < 10]
+            self.assertEqual({second[place]: second[place + 1] for place in queries}, value)
+            self.assertEqual((len(queries), second.count(20)), (3, 24 - 1 - 4 * 3))
+            first.append(queries[0] if second[queries[0]] == example[1] else second.index(example[1]))
+        self.assertEqual(set(np.unique(examples)), set(range(22)))
+        for place in range(8):  # the first key's query is drawn first, with weights that fall like 1 / distance
+            self.assertAlmostEqual(first.count(2 * place) / len(first),
+                                   (place + 1) ** -0.99 / sum(i ** -0.99 for i in range(1, 9)), delta=0.02)
+
+    def test_induction(self):
+        self.prepare("recall", "--task", "induction", "--pairs", 4, "--seq", 16, "--vocabulary", 12,
+                     "--sequences", 3000, "--val-sequences", 10)
+        meta = read_meta(self.out)
+        self.assertEqual((meta["recall"]["keys"], meta["recall"]["values"]), ([0, 10], [0, 10]))
+        places = set()
+        for example in self.examples("train", 16):
+            self.assertEqual(example[0], 11)
+            at = np.flatnonzero(example < 10)
+            run = example[at[:5]]
+            self.assertEqual((len(set(run)), run.tolist()), (5, example[at[5:]].tolist()))
+            self.assertEqual((at[4] - at[0], at[9] - at[5], np.count_nonzero(example == 10)), (4, 4, 5))
+            places.add((at[0], at[5]))
+        self.assertEqual(places, {(a, b) for a in range(1, 7) for b in range(a + 5, 12)})
+
+    def test_the_same_on_every_machine(self):
+        sizes = ("recall", "--pairs", 2, "--seq", 10, "--vocabulary", 18, "--sequences", 2,
+                 "--val-sequences", 1)
+        self.prepare(*sizes)
+        first, second = [17, 6, 11, 0, 14, 6, 11, 0, 14, 16], [17, 5, 11, 7, 8, 7, 8, 5, 11, 16]
+        self.assertEqual(read_split(self.out, "train").tolist(), [*first, *second, 17])
+        self.assertEqual(read_split(self.out, "val").tolist(), [17, 0, 9, 6, 11, 0, 9, 6, 11, 16, 17])
+        self.prepare(*sizes, "--shard-tokens", 11, "--overwrite")
+        self.assertEqual(read_split(self.out, "train").tolist(), [*first, 17, *second, 17])
+        self.prepare(*sizes, "--seed", 2, "--overwrite")
+        self.assertNotEqual(read_split(self.out, "train").tolist(), [*first, *second, 17])
+
+
 class Refusals(PrepareTest):
     def test_bad_usage(self):
         for message, *arguments in [
@@ -366,6 +472,14 @@ class Refusals(PrepareTest):
                 ("unexpected 'b.txt': only the dataset text takes paths", "shakespeare", "b.txt"),
                 ("--from: not allowed with the dataset shakespeare", "--from", "a.txt"),
                 ("--gpt2-files: allowed only with --tokenizer gpt2, not byte", "--gpt2-files", "."),
+                ("--seed: not allowed with the dataset text", "text", "a.txt", "--seed", "2"),
+                ("--tokenizer: not allowed with the dataset recall", "recall", "--tokenizer", "bpe:300"),
+                ("--seq 64: too short for --pairs 16 of --task mqar, expected at least 65",
+                 "recall", "--seq", "64", "--pairs", "16"),
+                ("--vocabulary 17: too small for --pairs 8 of --task mqar, expected at least 18",
+                 "recall", "--vocabulary", "17"),
+                ("--shard-tokens 128: expected at least 129, a sequence of --seq 128 and the token after it",
+                 "recall", "--shard-tokens", "128"),
                 ("text: expected at least one PATH", "text")]:
             with self.subTest(arguments=arguments):
                 self.refused(2, message, *arguments)
