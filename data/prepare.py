@@ -145,7 +145,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--pairs", type=integer(1, 1 << 16), metavar="N",
         help="pairs of key and value in a sequence, each asked for once; or answers in a run (default: 8)")
     add("--vocabulary", type=integer(4, 1 << 24), metavar="N",
-        help="tokens there are: as many keys as values, and two more (default: 8192)")
+        help="number of different tokens: as many keys as values, and two others (default: 8192)")
     add("--seq", type=integer(1, 1 << 20), metavar="N",
         help="tokens in a sequence, the same as --seq of train_gpt (default: 128)")
     add("--sequences", type=integer(1, 1 << 40), metavar="N", help="sequences for training (default: 100000)")
