@@ -147,7 +147,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--vocabulary", type=integer(4, 1 << 24), metavar="N",
         help="number of different tokens: as many keys as values, and two others (default: 8192)")
     add("--seq", type=integer(1, 1 << 20), metavar="N",
-        help="tokens in a sequence, the same as --seq of train_gpt (default: 128)")
+        help="tokens in a sequence, the same as --seq of train_gpt; 4 times --pairs and 1 more (induction: "
+             "twice --pairs and 3 more) leave no blanks, which is easier to learn (default: 128)")
     add("--sequences", type=integer(1, 1 << 40), metavar="N", help="sequences for training (default: 100000)")
     add("--val-sequences", type=integer(1, 1 << 40), metavar="N",
         help="sequences for validation (default: 3000)")

@@ -20,6 +20,10 @@ llmc/recall.h finds the answers by that rule.
 An example has as many tokens as a sequence of the trainer, and a shard has one more token than its examples.
 So with the same --seq each sequence is one example (see llmc/dataloader.h), and the target of its last token
 is the `end` with which the next one begins.
+
+The trainer's loss is that of all tokens, so examples in which most tokens are answers are learned much sooner.
+--seq 4N + 1 (induction: 2N + 3) leaves no blank. The defaults are sizes of the paper, which trains on answers
+alone.
 """
 from collections.abc import Iterator
 

@@ -609,7 +609,8 @@ inline bool parse_options(int argc, char** argv, const char* program,
     app.set_version_flag("--version", version, "print the version and what it was built with, and exit");
     CLI::App* train = app.add_subcommand("train", "train a model");
     CLI::App* generate = app.add_subcommand("generate", "write text with a trained model");
-    CLI::App* eval = app.add_subcommand("eval", "compute loss, perplexity and bits per byte on a dataset");
+    CLI::App* eval = app.add_subcommand(
+        "eval", "compute loss, perplexity and bits per byte on a dataset, and the accuracy on recall data");
     CLI::App* dump =
         app.add_subcommand("dump", "write logits, loss and gradients of one batch, to compare backends");
     options_detail::add_train(*train, options.train);
