@@ -26,7 +26,7 @@ class DataParallel {
           sharding_(model.sharding),
           sent_(sharding_.buckets.size()) {}
 
-    // For the pass of a training step. It must be one of all passes of that step.
+    // The hooks that a pass of a training step needs.
     BucketHooks hooks(const Pass& pass) {
         if (comm_.ranks == 1) return {};
         BucketHooks hooks;
@@ -53,7 +53,7 @@ class DataParallel {
         }
     }
 
-    // Waits for the new weights. Whatever reads them and is no pass of a training step needs this.
+    // Waits for the new weights. Call it before anything except a training step reads them.
     void settle() { comm_.join(); }
 
     // The norm of all gradients of a slice. All ranks must call it.

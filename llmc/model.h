@@ -168,6 +168,16 @@ class Model {
         : config(config), table(config, Vp), sharding(table, sharding) {}
 };
 
+// Gives a new model its first weights. A seed gives the same ones on every machine and backend.
+inline void initialize_weights(Model& model, uint64_t seed) {
+    std::vector<float> values;
+    for (const ParameterTensor& t : model.table.tensors) {
+        values.resize(t.size);
+        initialize_tensor(values.data(), t, seed);
+        model.write(Store::weights, t, values.data());
+    }
+}
+
 // What a backend has beyond what all backends have. options.h refuses flags that ask for anything else.
 struct Capabilities {
     const char* program;  // for messages

@@ -46,7 +46,7 @@ inline void catch_stop_signals(bool mpirun) {
     if (!mpirun) return;
     // After Ctrl-C, mpirun sends SIGCONT at once, SIGTERM after a second and SIGKILL after another
     // (odls_base_sigkill_timeout). Meanwhile it reads nothing, so a rank that goes on printing soon blocks.
-    // That is why its SIGCONT is the request to stop. Everybody else's is none.
+    // That is why its SIGCONT is the request to stop. A SIGCONT from anybody else is not.
     action.sa_sigaction = [](int, siginfo_t* info, void*) {
         if (info->si_pid == getppid()) g_stop_requested = 1;
     };
@@ -414,12 +414,7 @@ class Trainer {
             initial->close();
             return;
         }
-        std::vector<float> values;
-        for (const ParameterTensor& t : model->table.tensors) {
-            values.resize(t.size);
-            initialize_tensor(values.data(), t, o.seed);
-            model->write(Store::weights, t, values.data());
-        }
+        initialize_weights(*model, o.seed);
     }
 
     void describe(const TokenDataset& data, const Launch& launch) const {

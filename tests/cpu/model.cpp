@@ -472,12 +472,7 @@ TEST_CASE("training learns a repeated sequence, for every attention") {
         model.allocate();
         auto optimizer = model.make_optimizer(AdamW());
         optimizer->allocate();
-        std::vector<float> values;
-        for (const ParameterTensor& t : model.table.tensors) {
-            values.resize(t.size);
-            initialize_tensor(values.data(), t, 1);
-            model.write(Store::weights, t, values.data());
-        }
+        initialize_weights(model, 1);
         std::vector<int> tokens(33);
         for (size_t i = 0; i < tokens.size(); i++) tokens[i] = (int)(i * i % 11);
         double loss = 0;

@@ -161,11 +161,7 @@ void train(Nccl& comm, int level, int steps, Planted fault) {
     DataParallel parallel(comm, *model, *optimizer);
     model->allocate();
     optimizer->allocate();
-    for (const ParameterTensor& t : model->table.tensors) {
-        std::vector<float> values(t.size);
-        initialize_tensor(values.data(), t, 7);
-        model->write(Store::weights, t, values.data());
-    }
+    initialize_weights(*model, 7);
     const std::vector<int> inputs = reference::random_ints(B * T, config.vocab_size, 10 + comm.rank),
                            targets = reference::random_ints(B * T, config.vocab_size, 20);
     auto run = [&](bool first, bool last) {

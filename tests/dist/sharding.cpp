@@ -180,12 +180,7 @@ Result trained(const GPTConfig& config, int ranks, int level, int passes, CutPol
         DataParallel parallel(communicator, model, *optimizer);
         model.allocate();
         optimizer->allocate();
-        std::vector<float> values;
-        for (const ParameterTensor& t : model.table.tensors) {
-            values.resize(t.size);
-            initialize_tensor(values.data(), t, 1);
-            model.write(Store::weights, t, values.data());
-        }
+        initialize_weights(model, 1);
         if (ranks > 1) parallel.measure(passes);
         for (int step = 1; step <= kSteps; step++) {
             const int64_t before = communicator.sent;
@@ -213,7 +208,7 @@ Result trained(const GPTConfig& config, int ranks, int level, int passes, CutPol
         }
         parallel.settle();
         for (const ParameterTensor& t : model.table.tensors) {
-            values.assign(t.size, NAN);
+            std::vector<float> values(t.size, NAN);
             model.gather(communicator, t, values.data());
             if (rank == 0) result.weights.insert(result.weights.end(), values.begin(), values.end());
         }
