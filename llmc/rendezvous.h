@@ -1,11 +1,11 @@
 // All ranks of a run meet before it starts: rank 0 listens, the others connect to it, and each learns that it
 // talks to a rank of the same run and the same build. Then rank 0 can hand out a few bytes, such as the id of
-// an NCCL communicator, and all ranks can exchange a text each, such as their options.
+// an NCCL communicator. What ranks say to each other after that is in llmc/links.h.
 //
-// The network is not trusted to be quiet. A peer that is slow, silent, or no rank at all has a few seconds
-// for its greeting and delays nobody else. A peer of another run is refused and told
-// why, and rank 0 goes on waiting. If two ranks of this run cannot work together, all ranks end. Every
-// operation ends within the timeout, except that the system's look-up of a host's name cannot be interrupted.
+// The network is not trusted to be quiet. A peer that is slow, silent, or no rank at all has a few seconds for
+// its greeting and delays nobody else. A peer of another run is refused and told why, and rank 0 goes on
+// waiting. If two ranks of this run cannot work together, all ranks end. Every operation ends within the
+// timeout, except that the system's look-up of a host's name cannot be interrupted.
 //
 // The first message in each direction begins with kMagic and kProtocol, which later versions keep, so that
 // they can refuse each other.
@@ -93,7 +93,7 @@ inline std::string host_of(const std::string& master) {
 class Rendezvous {
   public:
     struct Limits {
-        double timeout = 600;  // seconds for all ranks to come, and for each exchange after that
+        double timeout = 600;  // seconds for all ranks to come, and for the broadcast after that
         double greeting = 5;   // seconds for a peer to say who it is, or for rank 0 to answer
     };
 
@@ -127,37 +127,6 @@ class Rendezvous {
         }
         send_all(net::blob, bytes, deadline);
         return bytes;
-    }
-
-    // The text of every rank, at every rank.
-    std::vector<std::string> gather_texts(const std::string& mine) {
-        using namespace net;
-        const Clock::time_point deadline = after(limits.timeout);
-        std::vector<std::string> all(launch.ranks);
-        std::string packed;
-        if (launch.rank == 0) {
-            all[0] = mine;
-            std::vector<bool> has(launch.ranks);
-            has[0] = true;
-            exchange(
-                deadline,
-                [&](int rank, Message& message) {
-                    if (message.type != texts || has[rank])
-                        give_up(str("rank ", rank, " sent what was not expected"));
-                    all[rank] = std::move(message.body), has[rank] = true;
-                },
-                has);
-            for (const std::string& text : all) put(packed, text);
-            send_all(texts, packed, deadline);
-            return all;
-        }
-        connection->send(texts, mine);
-        packed = receive(texts, deadline);
-        Unpacker unpacker{packed};
-        for (std::string& text : all) text = unpacker.text();
-        if (!unpacker.good || !unpacker.left.empty())
-            fail(name_of_master(), " sent a list that cannot be read");
-        return all;
     }
 
     // Hands over the connections (ranks), for what comes after the start (llmc/links.h). Rank 0 has one to
@@ -228,29 +197,6 @@ class Rendezvous {
     void require_open(int rank) {
         if (peers[rank]->closed)
             give_up(str("rank ", rank, " at ", peers[rank]->address, " has ended before the start"));
-    }
-
-    // Waits until has[rank] for all ranks. take(rank, message) sets it.
-    template <class Take>
-    void exchange(Clock::time_point deadline, Take take, const std::vector<bool>& has) {
-        using namespace net;
-        for (;;) {
-            std::vector<int> missing;
-            std::vector<pollfd> fds;
-            for (int rank = 1; rank < launch.ranks; rank++) {
-                if (has[rank]) continue;
-                peers[rank]->progress(kLongest);
-                if (std::optional<Message> message = peers[rank]->message()) take(rank, *message);
-                if (has[rank]) continue;
-                require_open(rank);
-                missing.push_back(rank);
-                fds.push_back(peers[rank]->waits_for());
-            }
-            if (missing.empty()) return;
-            if (Clock::now() >= deadline)
-                give_up(str(ranks_text(missing), " did not answer within ", limits.timeout, " s"));
-            wait(fds, deadline);
-        }
     }
 
     // Sockets that listen at the port: on the loopback if MASTER_ADDR is that, else on all addresses, because
