@@ -1,5 +1,6 @@
 // The CUDA model, executed by dev/ptxsim, compared with the CPU's: the same weights and batch must give the
 // same loss and the same gradient of every tensor.
+#include "dev/ptxsim/options.h"
 #include "dev/ptxsim/report.h"
 #include "llmc/cpu/dispatch.h"
 #include "llmc/cuda/runtime.h"
@@ -391,4 +392,28 @@ TEST_CASE("the CUDA model: what --zero divides among ranks takes 1 / ranks of th
             CHECK(near((double)memory[1].bytes,
                        2 * (is_cut && level == 2 ? kept + buffers : all) + 4 * vectors));
         }
+}
+
+// With lazy streams a copy happens as late as it may. So a batch that is written too early gives another
+// loss.
+TEST_CASE("the CUDA model: a batch stays as it is until it has been copied to the GPU") {
+    const bool was_lazy = ptxsim::options().lazy;
+    for (bool lazy : {false, true}) {
+        CAPTURE(lazy);
+        ptxsim::options().lazy = lazy;
+        const int B = 2, T = 9, passes = 5;
+        auto model = gpu::backend().make_model(small(), {Purpose::inference, B, T});
+        model->allocate();
+        fill(*model);
+        std::vector<std::vector<int>> tokens;
+        double expected = 0;
+        for (int i = 0; i < passes; i++) {
+            tokens.push_back(reference::random_ints(B * T, small().vocab_size, 30 + i));
+            expected += model->loss({tokens[i].data(), tokens[i].data(), B, T});
+        }
+        for (int i = 0; i < passes; i++) model->run({tokens[i].data(), tokens[i].data(), B, T}, Pass());
+        CHECK(model->take_loss() == doctest::Approx(expected).epsilon(1e-12));
+    }
+    ptxsim::options().lazy = was_lazy;
+    CHECK(ptxsim::take_reports().empty());
 }
