@@ -29,6 +29,7 @@
 #include "llmc/cpu/matmul.h"
 #include "llmc/cpu/memory.h"
 #include "llmc/cpu/mpi.h"
+#include "llmc/cpu/output_gate.h"
 #include "llmc/cpu/peak.h"
 #include "llmc/cpu/qk_norm_rope.h"
 #include "llmc/cpu/short_conv.h"
@@ -150,7 +151,11 @@ struct GPT : Model {
         } else {
             attention_forward(a.attn, a.attn_stats, a.heads, decay(l), attention, B, T, H, D);
         }
-        matmul_forward(acts.delta, a.attn, w_real.attn_proj_weight, w.attn_proj_bias, N, C, C);
+        if (config.output_gate) {
+            matmul_forward<Real>(a.gate, a.ln_1, w_real.out_gate_weight, nullptr, N, C, C);
+            output_gate_forward(a.gated, a.attn, a.gate, (size_t)N * C);
+        }
+        matmul_forward(acts.delta, a.gated, w_real.attn_proj_weight, w.attn_proj_bias, N, C, C);
         residual_layernorm_forward(a.residual_attn, a.ln_2, a.ln_2_mean, a.ln_2_rstd, residual, acts.delta,
                                    w.ln_2_weight, w.ln_2_bias, N, C);
         matmul_forward(a.fc, a.ln_2, w_real.fc_weight, w.fc_bias, N, C, 4 * C);
@@ -182,8 +187,10 @@ struct GPT : Model {
                             N, C, 4 * C);
             layernorm_backward(grads.residual, grads.residual_real, d.ln_2_weight, d.ln_2_bias, grads.norm,
                                a.residual_attn, a.ln_2_mean, a.ln_2_rstd, w.ln_2_weight, N, C);
-            matmul_backward(grads.norm, d.attn_proj_weight, d.attn_proj_bias, grads.residual_real, a.attn,
+            matmul_backward(grads.norm, d.attn_proj_weight, d.attn_proj_bias, grads.residual_real, a.gated,
                             w_real.attn_proj_weight, accumulate, N, C, C);
+            if (config.output_gate)
+                output_gate_backward(grads.norm, grads.gate, grads.norm, a.attn, a.gate, (size_t)N * C);
             if (linear(T)) {
                 attention_linear_backward(grads.qkv, d.decay, grads.norm, a.attn, a.attn_stats, a.heads,
                                           decay(l), attention, B, T, H, D);
@@ -202,6 +209,9 @@ struct GPT : Model {
             }
             matmul_backward(grads.norm, d.attn_weight, d.attn_bias, dqkv, a.ln_1, w_real.attn_weight,
                             accumulate, N, C, 3 * C);
+            if (config.output_gate)
+                matmul_backward(grads.norm, d.out_gate_weight, nullptr, grads.gate, a.ln_1,
+                                w_real.out_gate_weight, accumulate, N, C, C, /*adds_dinp=*/true);
             layernorm_backward(grads.residual, grads.residual_real, d.ln_1_weight, d.ln_1_bias, grads.norm,
                                residual, a.ln_1_mean, a.ln_1_rstd, w.ln_1_weight, N, C);
             call(hooks.ready, table.bucket_of_block(l));
@@ -222,7 +232,10 @@ struct GPT : Model {
             forward_to_gelu(l, residual, B, T, nullptr);
             return;
         }
-        if (is_recomputed(options, Recompute::gelu, l, L)) gelu_forward(a.gelu, a.fc, (size_t)N * 4 * C);
+        if (is_recomputed(options, Recompute::gelu, l, L)) {
+            if (config.output_gate) output_gate_forward(a.gated, a.attn, a.gate, (size_t)N * C);
+            gelu_forward(a.gelu, a.fc, (size_t)N * 4 * C);
+        }
         if (is_recomputed(options, Recompute::layernorm, l, L)) {
             layernorm_recompute(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N, C);
             layernorm_recompute(a.ln_2, a.ln_2_mean, a.ln_2_rstd, a.residual_attn, w.ln_2_weight, w.ln_2_bias,

@@ -30,6 +30,7 @@
 #include "llmc/cuda/layernorm.h"
 #include "llmc/cuda/matmul.h"
 #include "llmc/cuda/memory.h"
+#include "llmc/cuda/output_gate.h"
 #include "llmc/cuda/pass_graphs.h"
 #include "llmc/cuda/qk_norm_rope.h"
 #include "llmc/cuda/scratch.h"
@@ -182,7 +183,11 @@ struct GPT : Model {
             attention_forward(a.attn, a.attn_stats, scratch, a.heads, decay(l), attention, B, T, H, D,
                               stream);
         }
-        matmul_forward(acts.delta, a.attn, w_real.attn_proj_weight, w_real.attn_proj_bias, N, C, C, *matmuls,
+        if (config.output_gate) {
+            matmul_forward<Real>(a.gate, a.ln_1, w_real.out_gate_weight, nullptr, N, C, C, *matmuls, stream);
+            output_gate_forward(a.gated, a.attn, a.gate, (size_t)N * C, stream);
+        }
+        matmul_forward(acts.delta, a.gated, w_real.attn_proj_weight, w_real.attn_proj_bias, N, C, C, *matmuls,
                        stream);
         residual_layernorm_forward(a.residual_attn, a.ln_2, a.ln_2_mean, a.ln_2_rstd, residual, acts.delta,
                                    w.ln_2_weight, w.ln_2_bias, N, C, stream);
@@ -224,8 +229,11 @@ struct GPT : Model {
             layernorm_backward(grads.residual, grads.residual_real, d.ln_2_weight, d.ln_2_bias, scratch,
                                grads.norm, a.residual_attn, a.ln_2_mean, a.ln_2_rstd, w.ln_2_weight, N, C,
                                stream);
-            matmul_backward(grads.norm, d.attn_proj_weight, d.attn_proj_bias, grads.residual_real, a.attn,
+            matmul_backward(grads.norm, d.attn_proj_weight, d.attn_proj_bias, grads.residual_real, a.gated,
                             w_real.attn_proj_weight, accumulate, N, C, C, *matmuls, stream);
+            if (config.output_gate)
+                output_gate_backward(grads.norm, grads.gate, grads.norm, a.attn, a.gate, (size_t)N * C,
+                                     stream);
             if (linear(T)) {
                 attention_linear_backward(grads.qkv, d.decay, scratch, grads.norm, a.attn, a.attn_stats,
                                           a.heads, decay(l), attention, B, T, H, D, stream);
@@ -244,6 +252,10 @@ struct GPT : Model {
             }
             matmul_backward(grads.norm, d.attn_weight, d.attn_bias, dqkv, a.ln_1, w_real.attn_weight,
                             accumulate, N, C, 3 * C, *matmuls, stream);
+            if (config.output_gate)
+                matmul_backward(grads.norm, d.out_gate_weight, nullptr, grads.gate, a.ln_1,
+                                w_real.out_gate_weight, accumulate, N, C, C, *matmuls, stream,
+                                /*adds_dinp=*/true);
             layernorm_backward(grads.residual, grads.residual_real, d.ln_1_weight, d.ln_1_bias, scratch,
                                grads.norm, residual, a.ln_1_mean, a.ln_1_rstd, w.ln_1_weight, N, C, stream);
             call(hooks.ready, table.bucket_of_block(l));
@@ -273,8 +285,10 @@ struct GPT : Model {
             forward_to_gelu(l, residual, B, T, nullptr);
             return;
         }
-        if (is_recomputed(options, Recompute::gelu, l, L))
+        if (is_recomputed(options, Recompute::gelu, l, L)) {
+            if (config.output_gate) output_gate_forward(a.gated, a.attn, a.gate, (size_t)N * C, stream);
             gelu_forward(a.gelu, a.fc, (size_t)N * 4 * C, stream);
+        }
         if (is_recomputed(options, Recompute::layernorm, l, L)) {
             layernorm_recompute(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N, C,
                                 stream);

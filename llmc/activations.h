@@ -26,6 +26,8 @@ struct LayerActivations {
     float* qk_rstd;        // (B,T,2H), with qk-norm
     Real* attn;            // (B,T,C)
     float* attn_stats;     // (stats_size), with the kinds of attention that need them
+    Real* gate;            // (B,T,C), with output_gate: before its sigmoid
+    Real* gated;           // (B,T,C): attention's output after the output gate
     float* residual_attn;  // (B,T,C): residual stream after attention
     Real* ln_2;            // (B,T,C)
     float* ln_2_mean;      // (B,T)
@@ -54,6 +56,7 @@ struct ActivationGradients {
     Real* norm;           // (B,T,C): gradient of the output of a LayerNorm or of attention
     Real* qkv;            // (B,T,3C)
     Real* conv;           // (B,T,3C), with short_conv
+    Real* gate;           // (B,T,C), with output_gate; the same memory as fc
     Real* fc;             // (B,T,4C)
 };
 
@@ -103,6 +106,12 @@ void plan_activations(MemoryPlan<Memory>& plan, Activations<Real>& acts, Activat
         }
         if (attn_stats) add(a.attn_stats, first.attn_stats, attn_stats, "attn.stats", block);
         add(a.attn, first.attn, N * C, "attn.out", block);
+        if (config.output_gate) {
+            add(a.gate, first.gate, N * C, "attn.gate", block);
+            add(a.gated, first.gated, N * C, "attn.gated", Recompute::gelu);
+        } else {
+            plan.alias(a.gated, a.attn);
+        }
         add(a.residual_attn, first.residual_attn, N * C, "attn.residual", block);
         add(a.ln_2, first.ln_2, N * C, "ln_2", Recompute::layernorm);
         add(a.ln_2_mean, first.ln_2_mean, N, "ln_2 mean", block);
@@ -132,6 +141,7 @@ void plan_activations(MemoryPlan<Memory>& plan, Activations<Real>& acts, Activat
     plan.add(grads.qkv, N * 3 * C);
     if (config.short_conv) plan.add(grads.conv, N * 3 * C);
     plan.add(grads.fc, N * 4 * C);
+    if (config.output_gate) plan.alias(grads.gate, grads.fc);
 }
 
 // Says which flags make a model fit into `free` bytes of memory together with `more` bytes that others will

@@ -54,6 +54,8 @@ inline double gaussian_moment(int power, int D) {
     return m;
 }
 
+constexpr double kLeastQGain = 0.001, kMostQGain = 1000;
+
 struct GPTConfig {
     int layers = 12;
     int heads = 12;
@@ -66,8 +68,10 @@ struct GPTConfig {
     std::string attention_scale = "row";
     PositionKind positions = PositionKind::learned;
     bool qk_norm = false;
+    double q_gain = 1;  // what the gains of qk-norm start at in a new model
     DecayKind decay = DecayKind::none;
     int short_conv = 0;  // width of the causal convolution on the qkv projection; 0: none
+    bool output_gate = false;
 
     bool operator==(const GPTConfig&) const = default;
 
@@ -109,6 +113,8 @@ struct GPTConfig {
         in_range("context (n_positions)", context, 1, 1 << 24);
         in_range("vocab_size", vocab_size, 2, 1 << 24);
         in_range("short_conv", short_conv, 0, 64);
+        if (!(q_gain >= kLeastQGain && q_gain <= kMostQGain))
+            fail(where, ": q_gain is ", q_gain, ", expected ", kLeastQGain, " to ", kMostQGain);
         if (channels % heads != 0) fail(where, ": ", heads, " heads do not divide ", channels, " channels");
         if (rope() && head_size() % 2 != 0)
             fail(where, ": RoPE needs an even head size, found ", channels, " channels / ", heads,

@@ -1,6 +1,7 @@
 // Reads and writes a GPTConfig as config.json. Its keys are those of Hugging Face's GPT-2 plus `attention`,
-// `attention_scale`, `positions`, `qk_norm`, `decay` and `short_conv`; without these the model is a plain
-// GPT-2. This is not in config.h, because all layers include that and the JSON library compiles slowly.
+// `attention_scale`, `positions`, `qk_norm`, `q_gain`, `decay`, `short_conv` and `output_gate`; without these
+// the model is a plain GPT-2. This is not in config.h, because all layers include that and the JSON library
+// compiles slowly.
 #pragma once
 #include <climits>
 #include <nlohmann/json.hpp>
@@ -25,8 +26,10 @@ inline nlohmann::ordered_json config_to_json(const GPTConfig& c) {
                                    {"attention_scale", c.attention_scale},
                                    {"positions", kPositionNames[(int)c.positions]},
                                    {"qk_norm", c.qk_norm},
+                                   {"q_gain", c.q_gain},
                                    {"decay", kDecayNames[(int)c.decay]},
-                                   {"short_conv", c.short_conv}};
+                                   {"short_conv", c.short_conv},
+                                   {"output_gate", c.output_gate}};
     // Unknown ids are written as null, because Hugging Face's GPT-2 reads a missing key as 50256.
     json["bos_token_id"] = json["eos_token_id"] = nullptr;
     if (c.bos_token >= 0) json["bos_token_id"] = c.bos_token;
@@ -95,10 +98,18 @@ inline GPTConfig config_from_json(const nlohmann::json& json, const std::string&
         json.at("n_inner") != 4 * int64_t{c.channels})
         fail(where, ": \"n_inner\" is ", brief(json.at("n_inner")),
              ", but this trainer supports only 4 n_embd");
-    if (json.contains("qk_norm")) {
-        if (!json.at("qk_norm").is_boolean())
-            fail(where, ": \"qk_norm\" is ", brief(json.at("qk_norm")), ", expected true or false");
-        c.qk_norm = json.at("qk_norm").get<bool>();
+    auto boolean = [&](const char* key) {
+        if (!json.contains(key)) return false;
+        if (!json.at(key).is_boolean())
+            fail(where, ": \"", key, "\" is ", brief(json.at(key)), ", expected true or false");
+        return json.at(key).get<bool>();
+    };
+    c.qk_norm = boolean("qk_norm");
+    c.output_gate = boolean("output_gate");
+    if (json.contains("q_gain")) {
+        if (!json.at("q_gain").is_number())
+            fail(where, ": \"q_gain\" is ", brief(json.at("q_gain")), ", expected a number");
+        c.q_gain = json.at("q_gain").get<double>();
     }
     if (json.contains("attention_scale")) {
         const auto& scale = json.at("attention_scale");

@@ -25,8 +25,9 @@ enum class Purpose { training, inference };
 // gradients except with --gradients bf16.
 enum class Precision { fp32, bf16, tf32 };
 
-// What the backward pass computes again because the forward pass did not keep it: nothing; the GELU's output;
-// that and the LayerNorms' outputs; everything in a block except its input. The results are the same bits.
+// What the backward pass computes again because the forward pass did not keep it: nothing; the outputs of the
+// GELU and of the output gate; these and the LayerNorms' outputs; everything in a block except its input. The
+// results are the same bits.
 enum class Recompute { none, gelu, layernorm, block };
 
 // How attention is computed: in tiles of all pairs, or as a recurrence over chunks, which exists only for

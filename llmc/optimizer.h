@@ -5,6 +5,7 @@
 // the pieces of them that this rank keeps (llmc/sharding.h). The name of an array is the prefix of its
 // tensors in a checkpoint: the array "m" has "m.wte.weight" and so on.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <iterator>
 #include <string>
@@ -15,9 +16,9 @@
 #include "llmc/parameters.h"
 #include "llmc/sharding.h"
 
-// Settings of AdamW (arXiv 1711.05101).
+// Settings of AdamW (arXiv 1711.05101). attention_lr is the factor of the learning rate for Rate::attention.
 struct AdamW {
-    double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
+    double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1, attention_lr = 1;
 };
 
 // The arrays of AdamW: the moving averages of the gradient and of its square.
@@ -68,12 +69,38 @@ struct ParameterArrays {
     }
 };
 
+// Neighbouring elements of the table whose learning rate is the step's times the same factor.
+struct RateRun {
+    Slice slice;
+    double factor;
+};
+
+// Cuts the table into such runs, as few as there can be: a single one if the factor is 1.
+inline std::vector<RateRun> rate_runs(const ParameterTable& table, double attention_lr) {
+    std::vector<const ParameterTensor*> tensors;  // in the order of the array
+    for (const ParameterTensor& t : table.tensors) tensors.push_back(&t);
+    std::sort(tensors.begin(), tensors.end(), [](auto* a, auto* b) { return a->offset < b->offset; });
+    std::vector<RateRun> runs;
+    for (const ParameterTensor* t : tensors) {
+        const double factor = t->rate == Rate::attention ? attention_lr : 1;
+        if (!runs.empty() && runs.back().factor == factor) continue;
+        if (!runs.empty()) runs.back().slice.end = t->offset;
+        runs.push_back({{t->offset, table.size}, factor});
+    }
+    return runs;
+}
+
 // Keeps the arrays of an optimizer in the memory of a backend.
 template <class Memory>
 class OptimizerState : public Optimizer {
   public:
-    OptimizerState(const ParameterTable& table, const Kept& kept, std::vector<std::string> names)
-        : table_(table), kept_(kept), names_(std::move(names)), values_(names_.size()) {
+    OptimizerState(const ParameterTable& table, const Kept& kept, std::vector<std::string> names,
+                   double attention_lr)
+        : table_(table),
+          kept_(kept),
+          names_(std::move(names)),
+          values_(names_.size()),
+          rates_(rate_runs(table, attention_lr)) {
         for (float*& values : values_) plan_.add(values, kept.size());
     }
 
@@ -110,8 +137,18 @@ class OptimizerState : public Optimizer {
     const Kept& kept_;
     float* values(size_t array) const { return values_[array]; }  // (kept_.size())
 
+    // Calls f(piece, place, factor) for the pieces of a slice that are kept (see Kept::for_each). `factor` is
+    // that of the learning rate.
+    template <class F>
+    void for_each(Slice slice, F f) const {
+        for (const RateRun& run : rates_)
+            kept_.for_each(overlap(run.slice, slice),
+                           [&](Slice piece, size_t place) { f(piece, place, run.factor); });
+    }
+
   private:
     std::vector<std::string> names_;
     std::vector<float*> values_;
+    std::vector<RateRun> rates_;
     ::MemoryPlan<Memory> plan_;
 };

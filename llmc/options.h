@@ -28,7 +28,8 @@
 struct ModelFlags {
     std::optional<std::string> preset, attention, attention_scale, positions, decay;
     std::optional<int> layers, heads, channels, context, short_conv;
-    std::optional<bool> qk_norm;
+    std::optional<bool> qk_norm, output_gate;
+    std::optional<double> q_gain;
 
     // Returns `config` with the given flags applied to it.
     GPTConfig over(GPTConfig config) const {
@@ -44,7 +45,9 @@ struct ModelFlags {
             config.positions = (PositionKind)index_of_name(*positions, kPositionNames, "--positions");
         if (decay) config.decay = (DecayKind)index_of_name(*decay, kDecayNames, "--decay");
         if (qk_norm) config.qk_norm = *qk_norm;
+        if (q_gain) config.q_gain = *q_gain;
         if (short_conv) config.short_conv = *short_conv;
+        if (output_gate) config.output_gate = *output_gate;
         return config;
     }
 
@@ -59,7 +62,9 @@ struct ModelFlags {
             config.positions = PositionKind::rope;
             config.qk_norm = true;
         }
-        return over(config);
+        config = over(config);
+        if (q_gain && !config.qk_norm) usage_error("--q-gain: only a model with --qk-norm true has gains");
+        return config;
     }
 
     // A usage error if the flags ask for another model than the existing one, which comes from `file`.
@@ -365,11 +370,16 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     model("--qk-norm", o.model.qk_norm,
           "RMS-normalise q and k: true or false (default: false with softmax, otherwise true)")
         ->check(one_of({"true", "false"}));
+    model("--q-gain", o.model.q_gain, "gain that q starts with in a new model with qk-norm (default 1)")
+        ->check(number_in(kLeastQGain, kMostQGain));
     model("--decay", o.model.decay, "how attention fades with distance (default none)")
         ->check(one_of(kDecayNames));
     model("--short-conv", o.model.short_conv,
           "width of a causal convolution on q, k and v; 0: no convolution (default 0)")
         ->check(integer_in(0, 64));
+    model("--output-gate", o.model.output_gate,
+          "multiply attention's output by a sigmoid gate for each channel: true or false (default false)")
+        ->check(one_of({"true", "false"}));
     CLI::Option* init_from =
         model("--init-from", o.init_from,
               "start from the weights of a checkpoint or of a GPT-2 folder of Hugging Face")
@@ -410,6 +420,9 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     };
     optimise("--steps", o.steps, false, "number of optimizer steps in all")->check(integer_in(1, kMostInt));
     optimise("--lr", o.learning_rate, false, "peak learning rate")->check(number_in(0, 1e30));
+    optimise("--attention-lr", o.adamw.attention_lr, false,
+             "factor of the learning rate for q, k, v (c_attn), q's gains and the output gate")
+        ->check(number_in(0, 1e6));
     optimise("--schedule", o.schedule, false, "schedule of the learning rate")->check(one_of(kScheduleNames));
     optimise("--warmup", o.warmup, false, "steps of warm-up; -1: a tenth of --steps, at most 700")
         ->check(integer_in(-1, kMostInt));

@@ -39,6 +39,7 @@ struct LayerTensors {
     Vector* ln_1_weight;       // (C)
     Vector* ln_1_bias;         // (C)
     Matrix* attn_weight;       // (C,3C): makes q, k, v
+    Matrix* out_gate_weight;   // (C,C), with output_gate
     Vector* attn_bias;         // (3C)
     Vector* conv_weight;       // (K,3C), with a short convolution of width K
     Vector* q_gain;            // (H), with qk_norm
@@ -62,7 +63,10 @@ struct Tensors {
     std::vector<LayerTensors<Matrix, Vector>> h;  // (L)
 };
 
-enum class Init { zeros, ones, normal, identity_conv, decay };
+enum class Init { zeros, ones, constant, normal, identity_conv, decay };
+
+// The learning rate of a tensor: that of the step, or that times --attention-lr.
+enum class Rate { base, attention };
 
 using Shape = std::vector<int64_t>;
 
@@ -74,7 +78,8 @@ struct ParameterTensor {
     size_t offset;  // elements from the start of the array
     size_t size;    // product of shape
     Init init;
-    double std;  // standard deviation, for Init::normal
+    double value;  // for Init::constant; for Init::normal the standard deviation
+    Rate rate;
     Slice slice() const { return {offset, offset + size}; }
 };
 
@@ -86,10 +91,10 @@ struct ParameterTable {
     ParameterTable(const GPTConfig& config, int Vp) : config_(config), Vp_(Vp) {
         Tensors<float> unused;
         walk(unused, [&](auto*&, const std::string& name, TensorKind kind, int layer, const Shape& shape,
-                         Init init, double std) {
+                         Init init, double value, Rate rate) {
             size_t elements = 1;
             for (int64_t s : shape) elements *= s;
-            tensors.push_back({name, kind, layer, shape, 0, elements, init, std});
+            tensors.push_back({name, kind, layer, shape, 0, elements, init, value, rate});
             count += elements;
         });
         blocks_.resize(config.layers, {SIZE_MAX, 0});
@@ -171,32 +176,40 @@ struct ParameterTable {
         return (elements + 15) / 16 * 16;
     }
 
-    // Calls f(member of `to`, name, kind, layer, shape, init, std) for every tensor that the model has, in
-    // the order of the array.
+    // Calls f(member of `to`, name, kind, layer, shape, init, value, rate) for every tensor that the model
+    // has, in the order of the array.
     template <class Matrix, class Vector, class F>
     void walk(Tensors<Matrix, Vector>& to, F f) const {
         int64_t C = config_.channels, H = config_.heads, L = config_.layers;
         double residual_std = 0.02 / std::sqrt(2.0 * L);
         to.h.resize(L);
-        f(to.wte, "wte.weight", TensorKind::embedding, -1, Shape{config_.vocab_size, C}, Init::normal, 0.02);
+        f(to.wte, "wte.weight", TensorKind::embedding, -1, Shape{config_.vocab_size, C}, Init::normal, 0.02,
+          Rate::base);
         if (!config_.rope())
-            f(to.wpe, "wpe.weight", TensorKind::position, -1, Shape{config_.context, C}, Init::normal, 0.02);
+            f(to.wpe, "wpe.weight", TensorKind::position, -1, Shape{config_.context, C}, Init::normal, 0.02,
+              Rate::base);
         for (int l = 0; l < L; l++) {
             LayerTensors<Matrix, Vector>& layer = to.h[l];
-            auto matrix = [&](Matrix*& slot, const char* name, int64_t in, int64_t out, double std) {
-                f(slot, str("h.", l, ".", name), TensorKind::matrix, l, Shape{in, out}, Init::normal, std);
+            auto matrix = [&](Matrix*& slot, const char* name, int64_t in, int64_t out, double std,
+                              Rate rate = Rate::base) {
+                f(slot, str("h.", l, ".", name), TensorKind::matrix, l, Shape{in, out}, Init::normal, std,
+                  rate);
             };
-            auto vector = [&](Vector*& slot, const char* name, const Shape& shape, Init init) {
-                f(slot, str("h.", l, ".", name), TensorKind::vector, l, shape, init, 0.0);
+            auto vector = [&](Vector*& slot, const char* name, const Shape& shape, Init init,
+                              Rate rate = Rate::base, double value = 0) {
+                f(slot, str("h.", l, ".", name), TensorKind::vector, l, shape, init, value, rate);
             };
             vector(layer.ln_1_weight, "ln_1.weight", {C}, Init::ones);
             vector(layer.ln_1_bias, "ln_1.bias", {C}, Init::zeros);
-            matrix(layer.attn_weight, "attn.c_attn.weight", C, 3 * C, 0.02);
-            vector(layer.attn_bias, "attn.c_attn.bias", {3 * C}, Init::zeros);
+            matrix(layer.attn_weight, "attn.c_attn.weight", C, 3 * C, 0.02, Rate::attention);
+            vector(layer.attn_bias, "attn.c_attn.bias", {3 * C}, Init::zeros, Rate::attention);
+            if (config_.output_gate)
+                matrix(layer.out_gate_weight, "attn.out_gate.weight", C, C, 0.02, Rate::attention);
             if (config_.short_conv)
                 vector(layer.conv_weight, "attn.conv.weight", {config_.short_conv, 3 * C},
                        Init::identity_conv);
-            if (config_.qk_norm) vector(layer.q_gain, "attn.q_gain", {H}, Init::ones);
+            if (config_.qk_norm)
+                vector(layer.q_gain, "attn.q_gain", {H}, Init::constant, Rate::attention, config_.q_gain);
             if (config_.decay == DecayKind::learned) vector(layer.decay, "attn.decay", {H}, Init::decay);
             matrix(layer.attn_proj_weight, "attn.c_proj.weight", C, C, residual_std);
             vector(layer.attn_proj_bias, "attn.c_proj.bias", {C}, Init::zeros);
@@ -207,8 +220,8 @@ struct ParameterTable {
             matrix(layer.fc_proj_weight, "mlp.c_proj.weight", 4 * C, C, residual_std);
             vector(layer.fc_proj_bias, "mlp.c_proj.bias", {C}, Init::zeros);
         }
-        f(to.ln_f_weight, "ln_f.weight", TensorKind::vector, -1, Shape{C}, Init::ones, 0.0);
-        f(to.ln_f_bias, "ln_f.bias", TensorKind::vector, -1, Shape{C}, Init::zeros, 0.0);
+        f(to.ln_f_weight, "ln_f.weight", TensorKind::vector, -1, Shape{C}, Init::ones, 0.0, Rate::base);
+        f(to.ln_f_bias, "ln_f.bias", TensorKind::vector, -1, Shape{C}, Init::zeros, 0.0, Rate::base);
     }
 };
 
@@ -221,8 +234,11 @@ inline void initialize_tensor(float* out, const ParameterTensor& tensor, uint64_
         case Init::ones:
             for (size_t i = 0; i < n; i++) out[i] = tensor.init == Init::ones;
             break;
+        case Init::constant:
+            std::fill(out, out + n, (float)tensor.value);
+            break;
         case Init::normal:
-            fill_normal(out, n, tensor.std, seed, random_stream(tensor.name));
+            fill_normal(out, n, tensor.value, seed, random_stream(tensor.name));
             break;
         case Init::identity_conv:  // w_0 = 1, the rest 0
             for (size_t i = 0; i < n; i++) out[i] = (int64_t)i < tensor.shape[1];

@@ -59,7 +59,8 @@ inline void catch_stop_signals(bool mpirun) {
 // average. The backward pass costs twice as much.
 inline double operations_per_token(const GPTConfig& config, int T) {
     double L = config.layers, C = config.channels;
-    return 3 * (2 * (12 * L * C * C + config.vocab_size * C) + 2 * L * C * T);
+    double matrices = config.output_gate ? 13 : 12;  // of a block, in C^2
+    return 3 * (2 * (matrices * L * C * C + config.vocab_size * C) + 2 * L * C * T);
 }
 
 inline std::string duration_text(double seconds) {
@@ -424,8 +425,10 @@ class Trainer {
         if (config.attention().polynomial()) attention += ", scale " + config.attention_scale;
         attention +=
             str(", ", kPositionNames[(int)config.positions], " positions", config.qk_norm ? ", qk-norm" : "",
+                config.qk_norm && config.q_gain != 1 ? str(" from ", config.q_gain) : "",
                 config.decay != DecayKind::none ? str(", decay ", kDecayNames[(int)config.decay]) : "",
-                config.short_conv ? str(", short conv ", config.short_conv) : "");
+                config.short_conv ? str(", short conv ", config.short_conv) : "",
+                config.output_gate ? ", output gate" : "");
         printf("model      %d layers, %d heads, %d channels, context %d, vocabulary %d: %zu parameters\n",
                config.layers, config.heads, config.channels, config.context, config.vocab_size,
                model->table.count);

@@ -84,7 +84,8 @@ class AdamWOptimizer : public OptimizerState<HostMemory> {
   public:
     AdamWOptimizer(const ParameterTable& table, const Kept& kept, const ParameterArrays<Real, float>& model,
                    const AdamW& settings)
-        : OptimizerState(table, kept, {std::begin(kAdamWArrays), std::end(kAdamWArrays)}),
+        : OptimizerState(table, kept, {std::begin(kAdamWArrays), std::end(kAdamWArrays)},
+                         settings.attention_lr),
           model_(model),
           settings_(settings) {}
 
@@ -104,12 +105,12 @@ class AdamWOptimizer : public OptimizerState<HostMemory> {
 
     // All threads of a parallel region must call it.
     void update(Slice slice, double weight_decay, double learning_rate, int step) {
-        kept_.for_each(slice, [&](Slice piece, size_t place) {
-            adamw_update(model_.weights_at(piece.begin, place),
-                         model_.copy ? model_.copy + piece.begin : nullptr,
-                         model_.gradients_at(piece.begin, place), values(0) + place, values(1) + place,
-                         piece.size(), (float)learning_rate, (float)settings_.beta1, (float)settings_.beta2,
-                         (float)settings_.eps, (float)weight_decay, *model_.clip_factor, step);
+        for_each(slice, [&](Slice piece, size_t place, double factor) {
+            adamw_update(
+                model_.weights_at(piece.begin, place), model_.copy ? model_.copy + piece.begin : nullptr,
+                model_.gradients_at(piece.begin, place), values(0) + place, values(1) + place, piece.size(),
+                (float)(learning_rate * factor), (float)settings_.beta1, (float)settings_.beta2,
+                (float)settings_.eps, (float)weight_decay, *model_.clip_factor, step);
         });
     }
 };

@@ -186,7 +186,7 @@ inline float* converted(const bf16* x, size_t n, int place) {
     return floats.data();
 }
 
-// c (M,N) = a b + bias, or c += a b if `accumulate`; then there is no bias and c is float.
+// c (M,N) = a b + bias, or c += a b if `accumulate`; then there is no bias.
 template <class Result, class Factor>
 inline void matmul(Result* c,        // (M,N)
                    const Factor* a,  // (M,K), or (K,M) with trans_a
@@ -197,7 +197,7 @@ inline void matmul(Result* c,        // (M,N)
         matmul(c, converted(a, (size_t)M * K, 0), converted(b, (size_t)K * N, 1), M, N, K, trans_a, trans_b,
                accumulate, bias);
     } else if constexpr (std::is_same_v<Factor, float> && std::is_same_v<Result, bf16>) {
-        float* product = converted(nullptr, (size_t)M * N, 2);
+        float* product = converted(accumulate ? c : nullptr, (size_t)M * N, 2);
         matmul(product, a, b, M, N, K, trans_a, trans_b, accumulate, bias);
 #pragma omp parallel for simd schedule(static)
         for (size_t i = 0; i < (size_t)M * N; i++) c[i] = product[i];
@@ -243,14 +243,14 @@ inline void matmul_forward(Real* out,           // (N,OC)
 }
 
 template <class Real>
-inline void matmul_backward(Real* dinp,          // (N,IC), or null: not wanted
+inline void matmul_backward(Real* dinp,          // (N,IC) =, or += if `adds_dinp`; null: not wanted
                             float* dweight,      // (IC,OC) += if `accumulate`, otherwise =
                             float* dbias,        // (OC) +=, or null
                             const Real* dout,    // (N,OC)
                             const Real* inp,     // (N,IC)
                             const Real* weight,  // (IC,OC)
-                            bool accumulate, int N, int IC, int OC) {
-    if (dinp) matmul(dinp, dout, weight, N, IC, OC, false, true, false);
+                            bool accumulate, int N, int IC, int OC, bool adds_dinp = false) {
+    if (dinp) matmul(dinp, dout, weight, N, IC, OC, false, true, adds_dinp);
     matmul(dweight, inp, dout, IC, OC, N, true, false, accumulate);
     if (dbias) add_column_sums(dbias, dout, N, OC);
 }

@@ -200,7 +200,8 @@ class AdamWOptimizer : public OptimizerState<DeviceMemory> {
     AdamWOptimizer(const ParameterTable& table, const Kept& kept,
                    const ParameterArrays<Real, Gradient>& model, const AdamW& settings,
                    bool stochastic_rounding, uint64_t seed, cudaStream_t& stream)
-        : OptimizerState(table, kept, {std::begin(kAdamWArrays), std::end(kAdamWArrays)}),
+        : OptimizerState(table, kept, {std::begin(kAdamWArrays), std::end(kAdamWArrays)},
+                         settings.attention_lr),
           model_(model),
           settings_(settings),
           stochastic_rounding_(stochastic_rounding),
@@ -209,13 +210,14 @@ class AdamWOptimizer : public OptimizerState<DeviceMemory> {
 
     void step(Slice slice, double learning_rate, int step) override {
         const Slice decayed = {0, table_.vectors().begin};
-        kept_.for_each(slice, [&](Slice piece, size_t place) {
-            adamw_update(
-                model_.weights_at(piece.begin, place), model_.copy ? model_.copy + piece.begin : nullptr,
-                model_.gradients_at(piece.begin, place), values(0) + place, values(1) + place, piece.size(),
-                piece.begin, overlap(piece, decayed).size(), (float)learning_rate, (float)settings_.beta1,
-                (float)settings_.beta2, (float)settings_.eps, (float)settings_.weight_decay,
-                model_.clip_factor, step, stochastic_rounding_, seed_, stream_);
+        for_each(slice, [&](Slice piece, size_t place, double factor) {
+            adamw_update(model_.weights_at(piece.begin, place),
+                         model_.copy ? model_.copy + piece.begin : nullptr,
+                         model_.gradients_at(piece.begin, place), values(0) + place, values(1) + place,
+                         piece.size(), piece.begin, overlap(piece, decayed).size(),
+                         (float)(learning_rate * factor), (float)settings_.beta1, (float)settings_.beta2,
+                         (float)settings_.eps, (float)settings_.weight_decay, model_.clip_factor, step,
+                         stochastic_rounding_, seed_, stream_);
         });
     }
 

@@ -244,15 +244,17 @@ void matmul_gelu_backward(Real* dinp,            // (N,IC), or null: not wanted
 }
 
 template <class Real, class Gradient>
-void matmul_backward(Real* dinp,          // (N,IC), or null: not wanted
+void matmul_backward(Real* dinp,          // (N,IC) =, or += with `adds_dinp`; null: not wanted
                      Gradient* dweight,   // (IC,OC) +=, or = without `accumulate`
                      float* dbias,        // (OC) +=, or null
                      const Real* dout,    // (N,OC)
                      const Real* inp,     // (N,IC)
                      const Real* weight,  // (IC,OC)
-                     bool accumulate, int N, int IC, int OC, MatmulContext& context, cudaStream_t stream) {
-    matmul_gelu_backward(dinp, dweight, dbias, dout, inp, weight, (const Real*)nullptr, accumulate, N, IC, OC,
-                         context, stream);
+                     bool accumulate, int N, int IC, int OC, MatmulContext& context, cudaStream_t stream,
+                     bool adds_dinp = false) {
+    if (dinp && adds_dinp) matmul(dinp, dout, weight, N, IC, OC, false, true, true, {}, context, stream);
+    matmul_gelu_backward(adds_dinp ? nullptr : dinp, dweight, dbias, dout, inp, weight, (const Real*)nullptr,
+                         accumulate, N, IC, OC, context, stream);
 }
 
 }  // namespace gpu
