@@ -163,7 +163,7 @@ $(BUILD)/avx512/%.o: tests/%.cpp $(BUILD)/flags
 	@mkdir -p $(@D)
 	$(CXX) $(flags) -O1 -march=x86-64-v4 -c $< -o $@
 
-$(BUILD)/avx2/tests: $(patsubst %,$(BUILD)/avx2/cpu/%.o,adamw attention attention_linear layers tile vector)
+$(BUILD)/avx2/tests: $(patsubst %,$(BUILD)/avx2/cpu/%.o,adamw attention attention_linear layers output_gate tile vector)
 $(BUILD)/avx512/tests: $(patsubst %,$(BUILD)/avx512/cpu/%.o,attention tile vector)
 $(BUILD)/avx2/tests $(BUILD)/avx512/tests: $(BUILD)/test/main.o $(BUILD)/test/reference.o
 	$(CXX) $(flags) $^ -o $@ $(libs)

@@ -105,6 +105,23 @@ GeluDerivative gelu_derivative(double x) {
     return {1 / (1 + std::exp(-2 * u)), x * 2 * du / ((1 + std::exp(-2 * u)) * (1 + std::exp(2 * u)))};
 }
 
+// ----------------------------------------------------------------------------------------- output_gate
+
+Vector output_gate_forward(const Vector& inp, const Vector& gate) {
+    Vector out = inp;
+    for (size_t i = 0; i < out.size(); i++) out[i] /= 1 + std::exp(-gate[i]);
+    return out;
+}
+
+OutputGateGradients output_gate_backward(const Vector& dout, const Vector& inp, const Vector& gate) {
+    OutputGateGradients d{dout, dout};
+    for (size_t i = 0; i < dout.size(); i++) {
+        d.dinp[i] /= 1 + std::exp(-gate[i]);
+        d.dgate[i] *= inp[i] / ((1 + std::exp(-gate[i])) * (1 + std::exp(gate[i])));
+    }
+    return d;
+}
+
 // ------------------------------------------------------------------------------------------ short_conv
 
 Vector short_conv_forward(const Vector& inp /*(B,T,W)*/, const Vector& weight /*(K,W)*/, int B, int T, int W,

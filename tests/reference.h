@@ -90,6 +90,17 @@ struct GeluDerivative {
 
 GeluDerivative gelu_derivative(double x);
 
+// ----------------------------------------------------------------------------------------- output_gate
+
+// out = inp sigmoid(gate), number by number.
+Vector output_gate_forward(const Vector& inp, const Vector& gate);
+
+struct OutputGateGradients {
+    Vector dinp, dgate;
+};
+
+OutputGateGradients output_gate_backward(const Vector& dout, const Vector& inp, const Vector& gate);
+
 // ------------------------------------------------------------------------------------------ short_conv
 
 // z_t = sum_{s<K} w_s z_{t-s}, zero before the first token of a sequence.

@@ -16,6 +16,7 @@
 #include "llmc/cuda/layernorm.h"
 #include "llmc/cuda/matmul.h"
 #include "llmc/cuda/memory.h"
+#include "llmc/cuda/output_gate.h"
 #include "llmc/cuda/qk_norm_rope.h"
 #include "llmc/cuda/short_conv.h"
 #include "llmc/rope.h"
@@ -313,6 +314,13 @@ class Bench {
         measure("short conv backward", 9 * NC * kReal, 0, [&] {
             short_conv_backward(out.get(), dweight.get(), scratch.get(), dout.get(), inp.get(), weight.get(),
                                 B, T, 3 * C, kTaps, nullptr);
+        });
+        const size_t gated = (size_t)N * C;
+        measure("output gate forward", 3 * NC * kReal, 0,
+                [&] { output_gate_forward(out.get(), inp.get(), dout.get(), gated, nullptr); });
+        measure("output gate backward", 5 * NC * kReal, 0, [&] {
+            output_gate_backward(out.get(), out.get() + gated, out.get(), inp.get(), dout.get(), gated,
+                                 nullptr);
         });
     }
 

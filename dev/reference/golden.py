@@ -27,6 +27,7 @@ from gpt import GPT, GPTConfig, forward_backward
 GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
 SIZES = {"n_layer": 2, "n_embd": 12, "n_positions": 17, "vocab_size": 29}
 BATCH, SEQ = 2, 13
+SEED = 6
 FACTORS = {
     "attention": ATTENTIONS,
     "attention_scale": ["row", "context", "mean", "sum", "0.35"],
@@ -34,11 +35,12 @@ FACTORS = {
     "qk_norm": [False, True],
     "decay": ["none", "fixed", "learned"],
     "short_conv": [0, 2, 4],
+    "output_gate": [False, True],
     "n_head": [3, 2, 1],
 }
 # The two defaults come first: GPT-2, and a polynomial where nothing else was asked.
-FIRST = [dict(zip(FACTORS, values)) for values in [("softmax", "row", "learned", False, "none", 0, 3),
-                                                   ("poly3", "row", "rope", True, "none", 0, 3)]]
+FIRST = [dict(zip(FACTORS, values)) for values in [("softmax", "row", "learned", False, "none", 0, False, 3),
+                                                   ("poly3", "row", "rope", True, "none", 0, False, 3)]]
 
 
 def covered(case: dict) -> set:
@@ -67,20 +69,25 @@ def choose_cases() -> list[dict]:
     return cases
 
 
+def random_tensor(seed: int, name: str, shape: tuple[int, ...], mean: float, std: float) -> Tensor:
+    """Normal numbers. Each name has its own, so those of the others stay when a tensor is added to the model."""
+    return torch.from_numpy(np.random.default_rng([seed, *name.encode()]).normal(mean, std, shape)).float()
+
+
 def make_parameters() -> dict[str, Tensor]:
     """A batch and the tensors of the largest case: random, far from a fresh model's, so that no gradient is
     tiny, and with a seed that has no row of near-zero scores, which float32 could not follow under `sum`."""
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(SEED)
     tokens = torch.from_numpy(rng.integers(SIZES["vocab_size"], size=(BATCH, SEQ + 1), dtype=np.int32))
     tensors = {"input_ids": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
-    largest = GPT(GPTConfig(**SIZES, n_head=3, qk_norm=True, decay="learned", short_conv=4))
+    largest = GPT(GPTConfig(**SIZES, n_head=3, qk_norm=True, decay="learned", short_conv=4, output_gate=True))
     for name, parameter in largest.named_parameters():
         mean, std = 0.0, 0.3
         if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight", "q_gain")):
             mean = 1.0
         elif name.endswith("attn.decay"):
             mean, std = 1.5, 1.0
-        tensors[name] = torch.from_numpy(rng.normal(mean, std, parameter.shape)).float()
+        tensors[name] = random_tensor(SEED, name, parameter.shape, mean, std)
     return tensors
 
 
@@ -98,6 +105,7 @@ def case_name(config: GPTConfig) -> str:
     words += ["qknorm"] if config.qk_norm else []
     words += [f"{config.decay}-decay"] if config.decay != "none" else []
     words += [f"conv{config.short_conv}"] if config.short_conv else []
+    words += ["gated"] if config.output_gate else []
     return "-".join(words + [f"h{config.n_head}"])
 
 

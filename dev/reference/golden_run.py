@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from attention import attention_matrix
-from golden import GOLDEN
+from golden import GOLDEN, random_tensor
 from gpt import GPT, GPTConfig, load, save
 from shards import windows, write_shard
 from training import adamw
@@ -31,10 +31,11 @@ from training import adamw
 RUN = GOLDEN / "run"
 # It has every kind of parameter: those with weight decay, and each kind without it.
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=8, n_positions=12, vocab_size=29, qk_norm=True,
-                   decay="learned", short_conv=2)
+                   decay="learned", short_conv=2, output_gate=True)
 FLAGS = {"seed": 12345678901234567890, "batch": 2, "seq": 9, "total-batch": 36, "steps": 8, "warmup": 3,
-         "schedule": "linear", "lr": 0.03, "final-lr-fraction": 0.25, "weight-decay": 0.4, "beta1": 0.8,
-         "beta2": 0.93, "eps": 1e-3, "grad-clip": 0.5, "val-every": 3, "val-batches": 1, "norms-every": 4}
+         "schedule": "linear", "lr": 0.03, "attention-lr": 0.3, "final-lr-fraction": 0.25,
+         "weight-decay": 0.4, "beta1": 0.8, "beta2": 0.93, "eps": 1e-3, "grad-clip": 0.5,
+         "val-every": 3, "val-batches": 1, "norms-every": 4}
 U64 = 2**64 - 1
 
 
@@ -73,7 +74,7 @@ def write_inputs() -> None:
     model = GPT(CONFIG)
     for name, parameter in model.named_parameters():
         mean = 1.0 if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight", "q_gain", "decay")) else 0.0
-        parameter.data = torch.from_numpy(rng.normal(mean, 0.2, parameter.shape)).float()
+        parameter.data = random_tensor(5, name, parameter.shape, mean, 0.2)
     save(model, RUN / "initial")
     save_file({f"transformer.{name}": tensor for name, tensor in model.state_dict().items()},
               RUN / "initial" / "model.safetensors", metadata={"format": "pt"})
@@ -140,7 +141,7 @@ def train(model: GPT, optimizer: torch.optim.Optimizer) -> Iterator[dict]:
         layer_norms = [norm([p.grad for p in block.parameters()]) for block in model.h]
         whole_norm = nn.utils.clip_grad_norm_(model.parameters(), FLAGS["grad-clip"]).item()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+            group["lr"] = learning_rate(step) * group["lr_factor"]
         optimizer.step()
         yield {"step": step, "loss": sum(losses) / count, "lr": learning_rate(step), "grad_norm": whole_norm,
                "tokens": step * FLAGS["total-batch"]}
@@ -156,7 +157,8 @@ def train(model: GPT, optimizer: torch.optim.Optimizer) -> Iterator[dict]:
 def main() -> None:
     write_inputs()
     model = load(RUN / "initial", torch.float64)
-    optimizer = adamw(model, 0.0, FLAGS["weight-decay"], (FLAGS["beta1"], FLAGS["beta2"]), FLAGS["eps"])
+    optimizer = adamw(model, 0.0, FLAGS["weight-decay"], (FLAGS["beta1"], FLAGS["beta2"]), FLAGS["eps"],
+                      FLAGS["attention-lr"])
     lines = list(train(model, optimizer))
     (RUN / "flags.txt").write_text("".join(f"--{flag} {value}\n" for flag, value in FLAGS.items()))
     (RUN / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

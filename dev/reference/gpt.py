@@ -28,7 +28,7 @@ from shards import batches
 # The values that config.json may have where a typing error, or another GPT-2, would pass for this model.
 ALLOWED = {"model_type": ["gpt2"], "layer_norm_epsilon": [1e-5], "activation_function": ["gelu_new"],
            "attention": ATTENTIONS, "positions": ["learned", "rope"],
-           "decay": ["none", "fixed", "learned"], "qk_norm": [False, True]}
+           "decay": ["none", "fixed", "learned"], "qk_norm": [False, True], "output_gate": [False, True]}
 
 
 @dataclass
@@ -43,8 +43,10 @@ class GPTConfig:
     attention_scale: str = "row"  # context, mean, sum or a number; for polynomials only
     positions: str = "learned"  # or rope
     qk_norm: bool = False
+    q_gain: float = 1.0  # what the gains of qk-norm start at
     decay: str = "none"  # fixed, learned
     short_conv: int = 0  # its width; 0: none
+    output_gate: bool = False
 
     @classmethod
     def from_json(cls, config: dict) -> "GPTConfig":
@@ -61,10 +63,10 @@ class GPTConfig:
 class Linear(nn.Module):
     """y = x W + b with W of shape (in, out), as Hugging Face's GPT-2 stores it."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.t(), self.bias)
@@ -88,9 +90,10 @@ class Attention(nn.Module):
         self.config = config
         C, H = config.n_embd, config.n_head
         self.c_attn = Linear(C, 3 * C)
+        self.out_gate = Linear(C, C, bias=False) if config.output_gate else None
         self.c_proj = Linear(C, C)
         self.conv = ShortConv(config.short_conv, 3 * C) if config.short_conv else None
-        self.q_gain = nn.Parameter(torch.ones(H)) if config.qk_norm else None
+        self.q_gain = nn.Parameter(torch.full((H,), float(config.q_gain))) if config.qk_norm else None
         self.decay = nn.Parameter(torch.linspace(1.0, 5.5, H)) if config.decay == "learned" else None
 
     def forward(self, x: Tensor) -> Tensor:  # (B,T,C)
@@ -99,8 +102,10 @@ class Attention(nn.Module):
         if self.conv is not None:
             qkv = self.conv(qkv)
         q, k, v = (y.view(B, T, H, C // H).transpose(1, 2) for y in qkv.split(C, dim=-1))  # (B,H,T,D) each
-        y = self.attend(q, k, v)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = self.attend(q, k, v).transpose(1, 2).reshape(B, T, C)
+        if self.out_gate is not None:
+            y = y * torch.sigmoid(self.out_gate(x))
+        return self.c_proj(y)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B,H,T,D) all
         config = self.config
@@ -231,6 +236,11 @@ class GPT(nn.Module):
 def decays(name: str, parameter: Tensor) -> bool:
     """Weight decay, like the N(0, 0.02) of the start, is for matrices and embeddings."""
     return parameter.dim() == 2 and not name.endswith("conv.weight")
+
+
+def is_attention(name: str) -> bool:
+    """Whether --attention-lr is for this parameter."""
+    return ".attn.c_attn." in name or name.endswith((".attn.q_gain", ".attn.out_gate.weight"))
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, fused: bool = False) -> GPT:

@@ -9,22 +9,28 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from gpt import GPT, decays, load
+from gpt import GPT, decays, is_attention, load
 from shards import batches
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def adamw(model: GPT, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95),
-          eps: float = 1e-8) -> torch.optim.AdamW:
-    groups = [{"params": [p for name, p in model.named_parameters() if decays(name, p) == decay],
-               "weight_decay": weight_decay if decay else 0.0} for decay in (True, False)]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+          eps: float = 1e-8, attention_lr: float = 1.0) -> torch.optim.AdamW:
+    """Who changes the learning rate later has to multiply that of a group by its lr_factor."""
+    groups = []
+    for decay, attention in product((True, False), repeat=2):
+        factor = attention_lr if attention else 1.0
+        groups.append({"params": [p for name, p in model.named_parameters()
+                                  if (decays(name, p), is_attention(name)) == (decay, attention)],
+                       "weight_decay": weight_decay if decay else 0.0, "lr": lr * factor, "lr_factor": factor})
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, input_ids: Tensor, targets: Tensor,

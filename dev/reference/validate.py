@@ -81,7 +81,8 @@ def check_gradients() -> None:
     tokens = torch.tensor([[0, 3, 1, 4]])
     for attention, decay in product(ATTENTIONS, ["none", "learned"]):
         for scale in SCALES if power_of(attention) else ["row"]:
-            config = GPTConfig(1, 2, 4, 4, 5, attention, scale, "rope", True, decay, short_conv=2)
+            config = GPTConfig(1, 2, 4, 4, 5, attention, scale, "rope", True, decay=decay, short_conv=2,
+                               output_gate=True)
             model = GPT(config).double()
             names, values = zip(*model.named_parameters())
             values = [(v + 0.4 * torch.randn_like(v)).detach().requires_grad_() for v in values]

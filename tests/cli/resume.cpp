@@ -1,6 +1,6 @@
 // Checkpoints: a run that is killed or stopped or has no disk space left, at any moment, continues with
-// --resume as if nothing had happened. tests/cli/fault_preload.c counts the calls by which the program changes
-// the disk, and interferes at the n-th call. The disk changes at no other moment.
+// --resume as if nothing had happened. tests/cli/fault_preload.c counts the calls by which the program
+// changes the disk, and interferes at the n-th call. The disk changes at no other moment.
 #include <fcntl.h>
 #include <sys/file.h>
 #include <unistd.h>
@@ -628,6 +628,8 @@ TEST_CASE("resume: flags that would make another run are refused, others change 
                          {"--attention-scale mean", {"attention_scale", "mean", "row", "config.json"}},
                          {"--positions learned", {"positions", "learned", "rope", "config.json"}},
                          {"--qk-norm false", {"qk_norm", "false", "true", "config.json"}},
+                         {"--q-gain 0.5", {"q_gain", "0.5", "1.0", "config.json"}},
+                         {"--output-gate true", {"output_gate", "true", "false", "config.json"}},
                          {"--decay learned", {"decay", "learned", "none", "config.json"}},
                          {"--short-conv 3", {"short_conv", "3", "0", "config.json"}},
                          {"--layers 2", {"layer", "2", "1", "config.json"}},

@@ -48,8 +48,10 @@ Strings words_of(const std::string& line) {
 const std::map<std::string, Strings> kFlags = {
     {"train",
      words_of("--data --out --preset --layers --heads --channels --context --attention --attention-scale "
-              "--positions --qk-norm --decay --short-conv --init-from --new-tokenizer --batch --seq "
-              "--total-batch --steps --lr --schedule --warmup --final-lr-fraction --weight-decay --beta1 "
+              "--positions --qk-norm --q-gain --decay --short-conv --output-gate --init-from --new-tokenizer "
+              "--batch "
+              "--seq --total-batch --steps --lr --attention-lr --schedule --warmup --final-lr-fraction "
+              "--weight-decay --beta1 "
               "--beta2 --eps --grad-clip --seed --dtype --attention-kernel --recompute --gradients "
               "--stochastic-rounding --cuda-graph --threads --val-every --val-batches --sample-every "
               "--sample-tokens --norms-every --checkpoint-every "
@@ -104,7 +106,7 @@ TEST_CASE("cli: numbers that are none or out of range are refused") {
          "--seed "
          "--threads --val-every --val-batches --sample-every --sample-tokens --checkpoint-every "
          "--keep-checkpoints",
-         "--lr --final-lr-fraction --weight-decay --beta1 --beta2 --eps --grad-clip"},
+         "--lr --attention-lr --q-gain --final-lr-fraction --weight-decay --beta1 --beta2 --eps --grad-clip"},
         {"generate" + model, "--tokens --top-k --seed --threads", "--temperature --top-p"},
         {"eval" + model + data, "--batches --batch --seq --threads", ""},
         {"dump" + model + data + " --file " + file, "--batch --seq --threads", ""}};
@@ -163,6 +165,9 @@ TEST_CASE("cli: bad command lines are refused") {
         {train + "--attention-scale 0", {"--attention-scale", "0"}},
         {train + "--positions alibi", {"--positions", "alibi", "learned", "rope"}},
         {train + "--qk-norm maybe", {"--qk-norm", "maybe", "true", "false"}},
+        {train + "--q-gain 0", {"--q-gain", "0.001 to 1000"}},
+        {train + "--q-gain 0.5", {"--q-gain", "--qk-norm true"}},
+        {train + "--output-gate ajar", {"--output-gate", "ajar", "true", "false"}},
         {train + "--decay slow", {"--decay", "slow", "none", "fixed", "learned"}},
         {train + "--schedule step", {"--schedule", "step", "cosine", "linear", "wsd", "constant"}},
         {train + "--dtype fp64", {"--dtype", "fp64", "fp32"}},

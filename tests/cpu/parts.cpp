@@ -74,6 +74,7 @@ TEST_CASE("the table has GPT-2's tensors and numbers of parameters") {
     GPTConfig config;
     config.layers = 2, config.heads = 3, config.channels = 12, config.context = 9, config.vocab_size = 17;
     config.qk_norm = true, config.decay = DecayKind::learned, config.short_conv = 3;
+    config.output_gate = true;
     ParameterTable table(config, 32);
     std::set<std::string> names;
     std::vector<Slice> slices;
@@ -106,6 +107,7 @@ TEST_CASE("tensors start as the design says") {
     GPTConfig config;
     config.layers = 8, config.heads = 4, config.channels = 64, config.vocab_size = 300;
     config.qk_norm = true, config.decay = DecayKind::learned, config.short_conv = 4;
+    config.q_gain = 0.25, config.output_gate = true;
     ParameterTable table(config, 304);
     for (const ParameterTensor& t : table.tensors) {
         CAPTURE(t.name);
@@ -117,9 +119,9 @@ TEST_CASE("tensors start as the design says") {
         if (t.name.ends_with(".bias")) CHECK(rms == 0);
         if (t.name.ends_with("c_proj.weight")) CHECK(rms == doctest::Approx(0.02 / 4).epsilon(0.05).scale(0));
         if (t.name.ends_with("c_attn.weight") || t.name.ends_with("c_fc.weight") ||
-            t.name.ends_with("te.weight"))
+            t.name.ends_with("te.weight") || t.name.ends_with("out_gate.weight"))
             CHECK(rms == doctest::Approx(0.02).epsilon(0.05).scale(0));
-        if (t.name.ends_with("q_gain")) CHECK(x == std::vector<float>(4, 1.0f));
+        if (t.name.ends_with("q_gain")) CHECK(x == std::vector<float>(4, 0.25f));
         if (t.name.ends_with("attn.decay")) CHECK(x == std::vector<float>{1.0f, 2.5f, 4.0f, 5.5f});
         if (t.name.ends_with("conv.weight"))
             for (size_t i = 0; i < t.size; i++) CHECK(x[i] == (i < 3 * 64 ? 1.0f : 0.0f));
@@ -245,6 +247,7 @@ TEST_CASE("config.json goes out and comes back; what it may not say is refused")
     config.attention_kind = AttentionKind::poly2, config.attention_scale = "0.125",
     config.positions = PositionKind::rope;
     config.qk_norm = true, config.decay = DecayKind::fixed, config.short_conv = 4;
+    config.q_gain = 0.3, config.output_gate = true;
     for (const std::vector<int>& ends : {std::vector<int>(), {98}, {3, 0}}) {
         config.bos_token = ends.empty() ? -1 : ends[0], config.eos_tokens = ends;
         CHECK(config_from_json(nlohmann::json::parse(config_to_json(config).dump()), "f") == config);
@@ -273,6 +276,9 @@ TEST_CASE("config.json goes out and comes back; what it may not say is refused")
     refused("positions", "alibi", {"the/file", "alibi"});
     refused("qk_norm", 1, {"the/file", "qk_norm"});
     refused("short_conv", 65, {"the/file", "short_conv"});
+    refused("q_gain", "large", {"the/file", "q_gain", "large"});
+    refused("q_gain", 0, {"the/file", "q_gain", "0", "0.001 to 1000"});
+    refused("output_gate", "open", {"the/file", "output_gate", "open", "true or false"});
     refused("model_type", "llama", {"the/file", "llama"});
     refused("activation_function", "relu", {"the/file", "relu"});
     refused("n_inner", 7, {"the/file", "n_inner"});

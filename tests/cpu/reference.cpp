@@ -68,6 +68,13 @@ TEST_CASE("oracle: backward passes agree with finite differences") {
             CHECK(gelu(value) == doctest::Approx(0.5 * value * (1 + std::tanh(u))).epsilon(1e-12));
         }
     }
+    SUBCASE("output_gate") {
+        Vector inp = random_vector(20, 1), gate = random_vector(20, 2), dout = random_vector(20, 3);
+        auto loss = [&] { return dot(dout, output_gate_forward(inp, gate)); };
+        OutputGateGradients d = output_gate_backward(dout, inp, gate);
+        check_gradient("inp", inp, d.dinp, loss);
+        check_gradient("gate", gate, d.dgate, loss);
+    }
     SUBCASE("short_conv") {
         for (int K : {1, 3, 6}) {
             CAPTURE(K);

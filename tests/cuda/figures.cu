@@ -12,6 +12,7 @@
 #include "llmc/cuda/embedding.h"
 #include "llmc/cuda/gelu.h"
 #include "llmc/cuda/layernorm.h"
+#include "llmc/cuda/output_gate.h"
 #include "llmc/cuda/qk_norm_rope.h"
 #include "llmc/cuda/short_conv.h"
 #include "tests/attention_kinds.h"
@@ -126,6 +127,14 @@ void check_bytes() {
         check_moved("qk_norm_rope_backward", 6 * R * N * C + small + 12 * H, [&] {
             gpu::qk_norm_rope_backward(out.get(), dgain.get(), scratch.get(), out.get(), inp.get(),
                                        rstd.get(), gain.get(), rope.get(), B, T, H, D, nullptr);
+        });
+        Zeros<Real> gate(N * C), gated(N * C), dgate(N * C);
+        check_moved("output_gate_forward", 3 * R * N * C, [&] {
+            gpu::output_gate_forward(gated.get(), inp.get(), gate.get(), (size_t)N * C, nullptr);
+        });
+        check_moved("output_gate_backward", 5 * R * N * C, [&] {
+            gpu::output_gate_backward(gated.get(), dgate.get(), gated.get(), inp.get(), gate.get(),
+                                      (size_t)N * C, nullptr);
         });
         const int K = 4, W = 3 * C;
         Zeros<float> taps(K * W), dtaps(K * W), sums(gpu::short_conv_scratch(B, T, W, K));

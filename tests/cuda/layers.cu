@@ -7,6 +7,7 @@
 #include "llmc/cuda/embedding.h"
 #include "llmc/cuda/gelu.h"
 #include "llmc/cuda/layernorm.h"
+#include "llmc/cuda/output_gate.h"
 #include "llmc/cuda/qk_norm_rope.h"
 #include "llmc/cuda/short_conv.h"
 #include "tests/cuda/helpers.h"
@@ -381,6 +382,46 @@ TEST_CASE("cuda gelu: far out") {
     }
     CHECK(reference::relative_error(near, expected) < 1e-5);
     CHECK(reference::relative_error(near_slope, expected_slope) < 1e-5);
+}
+
+// ---------------------------------------------------------------------------------------------- output gate
+
+TEST_CASE_TEMPLATE("cuda output gate: sizes, and backward in place", Real, float, bf16) {
+    for (size_t n : {1, 7, 64, 65, 2048, 4100, 70001}) {
+        CAPTURE(n);
+        auto inp = convert<Real>(reference::normal(n, 1)), gate = convert<Real>(reference::normal(n, 2, 3)),
+             dout = convert<Real>(reference::normal(n, 3));
+        Device<Real> x(inp), z(gate), dout_device(dout);
+        check_layer({expect<Real>("out", reference::output_gate_forward(to_double(inp), to_double(gate)))},
+                    [&](auto& o) { gpu::output_gate_forward<Real>(o["out"], x.get(), z.get(), n, 0); });
+        auto d = reference::output_gate_backward(to_double(dout), to_double(inp), to_double(gate));
+        for (bool in_place : {false, true})
+            check_layer({expect<Real>("dinp", d.dinp), expect<Real>("dgate", d.dgate)}, [&](auto& o) {
+                Real* dinp = o["dinp"];
+                if (in_place)
+                    gpu::check(cudaMemcpy(dinp, dout.data(), n * sizeof(Real), cudaMemcpyHostToDevice));
+                gpu::output_gate_backward<Real>(dinp, o["dgate"], in_place ? dinp : dout_device.get(),
+                                                x.get(), z.get(), n, 0);
+            });
+    }
+}
+
+TEST_CASE("cuda output gate: every gate keeps its digits, open or closed, and a NaN stays where it is") {
+    const Floats gates = {-INFINITY, -1e30f, -80, -20,   -0.5f,    0,
+                          0.5f,      20,     80,  1e30f, INFINITY, std::numeric_limits<float>::quiet_NaN()};
+    const size_t n = gates.size();
+    Device<float> z(gates), one(Floats(n, 1.0f)), out(n), dinp(n), dgate(n);
+    gpu::output_gate_forward(out.get(), one.get(), z.get(), n, 0);
+    gpu::output_gate_backward(dinp.get(), dgate.get(), one.get(), one.get(), z.get(), n, 0);
+    const Floats y = out.host(), dx = dinp.host(), dz = dgate.host();
+    for (size_t i = 0; i + 1 < n; i++) {
+        CAPTURE(gates[i]);
+        const auto d = reference::output_gate_backward({1.0}, {1.0}, {gates[i]});
+        CHECK(std::abs(y[i] - d.dinp[0]) <= 2e-5 * d.dinp[0]);
+        CHECK(y[i] == dx[i]);
+        CHECK(std::abs(dz[i] - d.dgate[0]) <= 2e-5 * d.dgate[0]);
+    }
+    for (const Floats* x : {&y, &dx, &dz}) CHECK(reference::is_nan(x->back()));
 }
 
 // -------------------------------------------------------------------------------------- classifier and loss

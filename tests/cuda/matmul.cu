@@ -82,6 +82,11 @@ void check_linear(int N, int IC, int OC, bool with_bias, bool accumulate) {
         gpu::matmul_backward<Real, float>(o["dinp"], o["dweight"], o["dbias"], dout, inp, weight, accumulate,
                                           N, IC, OC, blas, nullptr);
     });
+    outputs[0] = expect<Real>("dinp", d.dinp, 0, true);
+    check_layer(outputs, [&](auto& o) {
+        gpu::matmul_backward<Real, float>(o["dinp"], o["dweight"], o["dbias"], dout, inp, weight, accumulate,
+                                          N, IC, OC, blas, nullptr, true);
+    });
     outputs[1] = expect<bf16>("dweight", d.dweight, 0, accumulate);
     if constexpr (std::is_same_v<Real, bf16>)
         check_layer({outputs[1]}, [&](auto& o) {

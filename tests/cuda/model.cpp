@@ -21,7 +21,7 @@ using reference::Vector;
 std::string describe(const GPTConfig& c) {
     return str(kAttentionNames[(int)c.attention_kind], ", scale ", c.attention_scale, ", ",
                c.rope() ? "rope" : "learned", c.qk_norm ? ", qk-norm" : "", ", decay ", (int)c.decay,
-               ", conv ", c.short_conv);
+               ", conv ", c.short_conv, c.output_gate ? ", output gate" : "");
 }
 
 // Fills the weights as after some training: also those that start as zero or one get noise.
@@ -100,7 +100,7 @@ void compare(const GPTConfig& config, ModelOptions options, Means* means_of_few 
     for (Model* model : models) {
         model->allocate();
         fill(*model);
-        optimizers.push_back(model->make_optimizer(AdamW()));
+        optimizers.push_back(model->make_optimizer({.attention_lr = 0.3}));
         optimizers.back()->allocate();
     }
     for (int micro_batch = 0; micro_batch < 2; micro_batch++) {
@@ -188,7 +188,7 @@ std::vector<GPTConfig> configs() {
                 if (!thorough() && qk_norm != (positions == PositionKind::rope)) continue;
                 GPTConfig c = small();
                 c.attention_kind = kind, c.positions = positions, c.qk_norm = qk_norm;
-                c.short_conv = qk_norm ? 3 : 0;
+                c.short_conv = qk_norm ? 3 : 0, c.output_gate = !qk_norm;
                 all.push_back(c);
             }
     for (AttentionKind kind : reference::every_kind())
@@ -202,6 +202,7 @@ std::vector<GPTConfig> configs() {
                 GPTConfig c = small();
                 c.attention_kind = kind, c.attention_scale = scale, c.decay = decay;
                 c.positions = PositionKind::rope, c.qk_norm = true;
+                c.output_gate = decay == DecayKind::learned;
                 all.push_back(c);
             }
     return all;
@@ -243,7 +244,7 @@ TEST_CASE("the CUDA model against the CPU's: what is computed again in the backw
         for (Precision precision : {Precision::fp32, Precision::bf16}) {
             GPTConfig config = small();
             config.attention_kind = AttentionKind::poly3, config.qk_norm = true,
-            config.positions = PositionKind::rope;
+            config.positions = PositionKind::rope, config.output_gate = true;
             compare(config, {Purpose::training, 2, 23, precision, recompute});
         }
 }
@@ -253,7 +254,7 @@ TEST_CASE("the CUDA model against the CPU's: gradients added up in bf16") {
         for (PositionKind positions : {PositionKind::learned, PositionKind::rope}) {
             GPTConfig config = small();
             config.attention_kind = kind, config.positions = positions, config.qk_norm = true;
-            config.short_conv = 3;
+            config.short_conv = 3, config.output_gate = true;
             config.decay = DecayKind::learned;
             ModelOptions options{Purpose::training, 2, 23, Precision::bf16};
             options.gradients = Precision::bf16;
@@ -313,7 +314,7 @@ TEST_CASE("the CUDA model against the CPU's: tokens one after another from a cac
                                    {AttentionKind::poly1, CacheKind::automatic}}) {
         GPTConfig config = small();
         config.attention_kind = attention, config.positions = PositionKind::rope, config.qk_norm = true,
-        config.short_conv = 3;
+        config.short_conv = 3, config.output_gate = true;
         CAPTURE((int)attention);
         config.decay = DecayKind::learned;
         ModelOptions options{Purpose::inference, 1, 8};

@@ -387,7 +387,8 @@ TEST_CASE("checkpoint: whatever a flag, a name or a value holds, a message is on
         fs::remove_all(model);
         fs::copy(fixture().model, model);
         Json config = Json::parse(get_file(path));
-        for (const char* key : {"attention", "attention_scale", "n_head", "model_type", "qk_norm"}) {
+        for (const char* key :
+             {"attention", "attention_scale", "n_head", "model_type", "qk_norm", "q_gain"}) {
             Json bad = config;
             bad[key] = text;
             put_file(path, bad.dump());

@@ -41,7 +41,7 @@ class LayersTest(Folder):
             self.assertGreater(results["product_tflop_s"], 0)
             names = [layer["layer"] for layer in results["layers"]]
             self.assertEqual(len(names), len(set(names)))
-            for part in ("embedding", "layernorm", "qk-norm and RoPE", "short conv", "matmul qkv", "GELU",
+            for part in ("embedding", "layernorm", "qk-norm and RoPE", "short conv", "output gate", "matmul qkv", "GELU",
                          *(f"attention {name}" for name in ATTENTION)):
                 for direction in ("forward", "backward"):
                     self.assertTrue(any(name.startswith(part) and name.endswith(direction) for name in names),

@@ -149,6 +149,7 @@ GPTConfig odd_config(int layers = 3) {
     config.layers = layers, config.heads = 3, config.channels = 60, config.context = 7,
     config.vocab_size = 257;
     config.attention_kind = AttentionKind::poly3, config.qk_norm = true, config.decay = DecayKind::learned;
+    config.output_gate = true;
     return config;
 }
 
@@ -176,7 +177,7 @@ Result trained(const GPTConfig& config, int ranks, int level, int passes, CutPol
         if (!std::is_same_v<Real, float>) options.precision = Precision::bf16;
         options.sharding = {level, rank, ranks, cut};
         cpu::GPT<Real> model(config, options);
-        std::unique_ptr<Optimizer> optimizer = model.make_optimizer(AdamW());
+        std::unique_ptr<Optimizer> optimizer = model.make_optimizer({.attention_lr = 0.3});
         DataParallel parallel(communicator, model, *optimizer);
         model.allocate();
         optimizer->allocate();
