@@ -63,6 +63,6 @@ else
         compare "$1" "$out/$1"
     }
     train softmax
-    train poly3 --attention poly3 --decay learned --short-conv 3
+    train poly3 --attention poly3 --decay learned --short-conv 3 --output-gate true
 fi
 exit $status

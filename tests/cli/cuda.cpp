@@ -88,8 +88,8 @@ TEST_CASE("cuda cli: 100 steps follow the CPU's, and each goes on from the other
     const TempFolder folder;
     const std::string cpu = folder / "cpu", gpu = folder / "gpu";
     const std::string flags = kModel +
-                              "--attention poly3 --decay learned --short-conv 3 --steps 100 --val-every 50 "
-                              "--checkpoint-every 70";
+                              "--attention poly3 --decay learned --short-conv 3 --output-gate true "
+                              "--attention-lr 0.5 --steps 100 --val-every 50 --checkpoint-every 70";
     check_done(train_gpt(train(cpu, flags)));
     check_done(train_gptcu(train(gpu, flags)));
     check_follows(gpu, cpu, 103);
