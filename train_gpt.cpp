@@ -22,6 +22,7 @@
 #include "llmc/cpu/attention_norms.h"
 #include "llmc/cpu/cache.h"
 #include "llmc/cpu/classifier.h"
+#include "llmc/cpu/decay_gate.h"
 #include "llmc/cpu/dispatch.h"
 #include "llmc/cpu/embedding.h"
 #include "llmc/cpu/gelu.h"
@@ -144,6 +145,8 @@ struct GPT : Model {
         }
         if (config.qk_norm || config.rope())
             qk_norm_rope_forward(a.heads, a.qk_rstd, a.conv, w.q_gain, angles(), B, T, H, D);
+        if (config.decay == DecayKind::gate)
+            decay_gate_forward(a.log_f, a.ln_1, w_real.decay_gate_weight, w.decay_gate_bias, B, T, C, H);
         if (cache) {
             cache->attention_forward(a.attn, a.heads, decay(l), l, T);
         } else if (linear(T)) {
@@ -191,11 +194,12 @@ struct GPT : Model {
                             w_real.attn_proj_weight, accumulate, N, C, C);
             if (config.output_gate)
                 output_gate_backward(grads.norm, grads.gate, grads.norm, a.attn, a.gate, (size_t)N * C);
+            float* ddecay = config.decay == DecayKind::gate ? grads.log_f : d.decay;
             if (linear(T)) {
-                attention_linear_backward(grads.qkv, d.decay, grads.norm, a.attn, a.attn_stats, a.heads,
+                attention_linear_backward(grads.qkv, ddecay, grads.norm, a.attn, a.attn_stats, a.heads,
                                           decay(l), attention, B, T, H, D);
             } else {
-                attention_backward(grads.qkv, d.decay, grads.norm, a.attn, a.attn_stats, a.heads, decay(l),
+                attention_backward(grads.qkv, ddecay, grads.norm, a.attn, a.attn_stats, a.heads, decay(l),
                                    attention, B, T, H, D);
             }
             if (config.qk_norm || config.rope())
@@ -212,6 +216,9 @@ struct GPT : Model {
             if (config.output_gate)
                 matmul_backward(grads.norm, d.out_gate_weight, nullptr, grads.gate, a.ln_1,
                                 w_real.out_gate_weight, accumulate, N, C, C, /*adds_dinp=*/true);
+            if (config.decay == DecayKind::gate)
+                decay_gate_backward(grads.norm, d.decay_gate_weight, d.decay_gate_bias, grads.log_f, a.log_f,
+                                    a.ln_1, w_real.decay_gate_weight, accumulate, B, T, C, H);
             layernorm_backward(grads.residual, grads.residual_real, d.ln_1_weight, d.ln_1_bias, grads.norm,
                                residual, a.ln_1_mean, a.ln_1_rstd, w.ln_1_weight, N, C);
             call(hooks.ready, table.bucket_of_block(l));
@@ -346,8 +353,8 @@ struct GPT : Model {
         return options.kernel == AttentionKernel::linear;
     }
 
-    // The decay parameters delta (H) of layer l; null without decay.
-    const float* decay(int l) const {
+    Decay decay(int l) const {
+        if (config.decay == DecayKind::gate) return Decay::gate(acts.h[l].log_f);
         return config.decay == DecayKind::fixed ? fixed_decay.data() : weights.h[l].decay;
     }
 

@@ -24,6 +24,7 @@ struct LayerActivations {
     Real* conv;            // (B,T,3C): q, k, v after the short convolution
     Real* heads;           // (B,T,3C): q, k, v after qk-norm and RoPE
     float* qk_rstd;        // (B,T,2H), with qk-norm
+    float* log_f;          // (B,H,T): the logarithms of the gates, with --decay gate
     Real* attn;            // (B,T,C)
     float* attn_stats;     // (stats_size), with the kinds of attention that need them
     Real* gate;            // (B,T,C), with output_gate: before its sigmoid
@@ -57,6 +58,7 @@ struct ActivationGradients {
     Real* qkv;            // (B,T,3C)
     Real* conv;           // (B,T,3C), with short_conv
     Real* gate;           // (B,T,C), with output_gate; the same memory as fc
+    float* log_f;         // (B,H,T), with --decay gate
     Real* fc;             // (B,T,4C)
 };
 
@@ -104,6 +106,7 @@ void plan_activations(MemoryPlan<Memory>& plan, Activations<Real>& acts, Activat
         } else {
             plan.alias(a.heads, a.conv);
         }
+        if (config.decay == DecayKind::gate) add(a.log_f, first.log_f, N * H, "attn.log_f", block);
         if (attn_stats) add(a.attn_stats, first.attn_stats, attn_stats, "attn.stats", block);
         add(a.attn, first.attn, N * C, "attn.out", block);
         if (config.output_gate) {
@@ -140,6 +143,7 @@ void plan_activations(MemoryPlan<Memory>& plan, Activations<Real>& acts, Activat
     plan.add(grads.norm, N * C);
     plan.add(grads.qkv, N * 3 * C);
     if (config.short_conv) plan.add(grads.conv, N * 3 * C);
+    if (config.decay == DecayKind::gate) plan.add(grads.log_f, N * H);
     plan.add(grads.fc, N * 4 * C);
     if (config.output_gate) plan.alias(grads.gate, grads.fc);
 }

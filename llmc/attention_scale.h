@@ -43,14 +43,22 @@ inline std::vector<double> row_scale_log_derivatives(int64_t T, double log_gamma
     return e;
 }
 
-// c_i of a polynomial: A_ij = c_i gamma^(i-j) x_ij^p. For the scale `sum` it is 1 here, because the real c_i
-// depends on the scores. It is also 1 for every other kind of attention.
-inline double row_scale(const AttentionConfig& config, int64_t i, double log_gamma, int D) {
+// n_i with a gate, where f_t takes the place of gamma: n_i = 1 + f_i^2 n_(i-1).
+inline std::vector<double> gated_row_lengths(const float* log_f /*(T)*/, int64_t T) {
+    std::vector<double> n(T, 1.0);
+    for (int64_t i = 1; i < T; i++) n[i] += std::exp(2.0 * log_f[i]) * n[i - 1];
+    return n;
+}
+
+// c_i of a polynomial: A_ij = c_i F_ij x_ij^p, where F_ij is the fade of the decay. For the scale `sum` it is
+// 1 here, because the real c_i depends on the scores. It is also 1 for every other kind of attention.
+//   length: n_i, for the scale `row`
+inline double row_scale_of_length(const AttentionConfig& config, int64_t i, double length, int D) {
     if (!config.polynomial()) return 1;
     double m = gaussian_moment(config.power(), D);
     switch (config.scale) {
         case ScaleKind::row:
-            return 1 / std::sqrt(m * effective_row_length(i, log_gamma));
+            return 1 / std::sqrt(m * length);
         case ScaleKind::context:
             return 1 / std::sqrt((double)config.context);
         case ScaleKind::mean:
@@ -62,6 +70,9 @@ inline double row_scale(const AttentionConfig& config, int64_t i, double log_gam
     }
     return 1;
 }
+inline double row_scale(const AttentionConfig& config, int64_t i, double log_gamma, int D) {
+    return row_scale_of_length(config, i, effective_row_length(i, log_gamma), D);
+}
 
-// The scale `sum` has c_i = 1 / (kRowSumEps + sum_j gamma^(i-j) |x_ij^p|).
+// The scale `sum` has c_i = 1 / (kRowSumEps + sum_j F_ij |x_ij^p|).
 constexpr double kRowSumEps = 1e-6;

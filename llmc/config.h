@@ -11,12 +11,12 @@
 #include "llmc/error.h"
 
 enum class ScaleKind { row, context, mean, sum, constant };
-enum class DecayKind { none, fixed, learned };
+enum class DecayKind { none, fixed, learned, gate };
 enum class PositionKind { learned, rope };
 
 // The values of a flag or of a key in config.json, in the order of the enumeration.
 inline constexpr const char* kScaleNames[] = {"row", "context", "mean", "sum"};  // or a number
-inline constexpr const char* kDecayNames[] = {"none", "fixed", "learned"};
+inline constexpr const char* kDecayNames[] = {"none", "fixed", "learned", "gate"};
 inline constexpr const char* kPositionNames[] = {"learned", "rope"};
 
 // Returns the index of `name` in `names`. If it is not there, the error starts with `where` and lists what is

@@ -36,22 +36,24 @@ enum class TensorKind {
 // their own because --gradients bf16 keeps their gradients in float32.
 template <class Matrix, class Vector = Matrix>
 struct LayerTensors {
-    Vector* ln_1_weight;       // (C)
-    Vector* ln_1_bias;         // (C)
-    Matrix* attn_weight;       // (C,3C): makes q, k, v
-    Matrix* out_gate_weight;   // (C,C), with output_gate
-    Vector* attn_bias;         // (3C)
-    Vector* conv_weight;       // (K,3C), with a short convolution of width K
-    Vector* q_gain;            // (H), with qk_norm
-    Vector* decay;             // (H): delta, with --decay learned
-    Matrix* attn_proj_weight;  // (C,C)
-    Vector* attn_proj_bias;    // (C)
-    Vector* ln_2_weight;       // (C)
-    Vector* ln_2_bias;         // (C)
-    Matrix* fc_weight;         // (C,4C)
-    Vector* fc_bias;           // (4C)
-    Matrix* fc_proj_weight;    // (4C,C)
-    Vector* fc_proj_bias;      // (C)
+    Vector* ln_1_weight;        // (C)
+    Vector* ln_1_bias;          // (C)
+    Matrix* attn_weight;        // (C,3C): makes q, k, v
+    Matrix* out_gate_weight;    // (C,C), with output_gate
+    Vector* attn_bias;          // (3C)
+    Vector* conv_weight;        // (K,3C), with a short convolution of width K
+    Vector* q_gain;             // (H), with qk_norm
+    Vector* decay;              // (H): delta, with --decay learned
+    Matrix* decay_gate_weight;  // (C,H), with --decay gate
+    Vector* decay_gate_bias;    // (H)
+    Matrix* attn_proj_weight;   // (C,C)
+    Vector* attn_proj_bias;     // (C)
+    Vector* ln_2_weight;        // (C)
+    Vector* ln_2_bias;          // (C)
+    Matrix* fc_weight;          // (C,4C)
+    Vector* fc_bias;            // (4C)
+    Matrix* fc_proj_weight;     // (4C,C)
+    Vector* fc_proj_bias;       // (C)
 };
 
 template <class Matrix, class Vector = Matrix>
@@ -211,6 +213,10 @@ struct ParameterTable {
             if (config_.qk_norm)
                 vector(layer.q_gain, "attn.q_gain", {H}, Init::constant, Rate::attention, config_.q_gain);
             if (config_.decay == DecayKind::learned) vector(layer.decay, "attn.decay", {H}, Init::decay);
+            if (config_.decay == DecayKind::gate) {
+                matrix(layer.decay_gate_weight, "attn.decay_gate.weight", C, H, 0.02, Rate::attention);
+                vector(layer.decay_gate_bias, "attn.decay_gate.bias", {H}, Init::decay, Rate::attention);
+            }
             matrix(layer.attn_proj_weight, "attn.c_proj.weight", C, C, residual_std);
             vector(layer.attn_proj_bias, "attn.c_proj.bias", {C}, Init::zeros);
             vector(layer.ln_2_weight, "ln_2.weight", {C}, Init::ones);

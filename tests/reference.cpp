@@ -209,17 +209,16 @@ double power(double x, int p) {
 }
 
 AttentionRow attention_row(const double* q /*row i, (D)*/, const double* k /*row 0, rows 3C apart*/,
-                           double log_gamma /*0: no decay*/, const AttentionConfig& config, int i, int C,
-                           int D) {
-    AttentionRow row{Vector(i + 1), Vector(i + 1), Vector(i + 1)};
+                           const Vector& log_fade, const AttentionConfig& config, int i, int C, int D) {
+    AttentionRow row{Vector(i + 1), Vector(i + 1), Vector(i + 1), 0, Vector(i + 1)};
     for (int j = 0; j <= i; j++) {
         for (int d = 0; d < D; d++) row.x[j] += q[d] * k[(size_t)j * 3 * C + d];
         row.x[j] /= std::sqrt(D);
     }
     if (config.softmax()) {
         double sum = 0, max = -std::numeric_limits<double>::infinity();
-        for (int j = 0; j <= i; j++) max = std::max(max, row.x[j] + (i - j) * log_gamma);
-        for (int j = 0; j <= i; j++) sum += row.A[j] = std::exp(row.x[j] + (i - j) * log_gamma - max);
+        for (int j = 0; j <= i; j++) max = std::max(max, row.x[j] + log_fade[j]);
+        for (int j = 0; j <= i; j++) sum += row.A[j] = std::exp(row.x[j] + log_fade[j] - max);
         for (int j = 0; j <= i; j++) row.A[j] /= sum;
         row.slope = row.A;
         row.stat = max + std::log(sum);
@@ -227,7 +226,7 @@ AttentionRow attention_row(const double* q /*row i, (D)*/, const double* k /*row
     }
     if (config.kind == AttentionKind::sigmoid) {
         for (int j = 0; j <= i; j++) {
-            const double y = row.x[j] - std::log(i + 1.0), fade = std::exp((i - j) * log_gamma);
+            const double y = row.x[j] - std::log(i + 1.0), fade = std::exp(log_fade[j]);
             row.A[j] = fade / (1 + std::exp(-y));
             row.slope[j] = fade / (1 + std::exp(-y)) / (1 + std::exp(y));
         }
@@ -239,13 +238,10 @@ AttentionRow attention_row(const double* q /*row i, (D)*/, const double* k /*row
     for (int s = 0; s < p; s++) moment *= (2 * s + 1) * (1 + 2.0 * s / D);
     switch (config.scale) {
         case ScaleKind::row: {
-            double n = 0, dn = 0;  // n_i and its derivative in log gamma
-            for (int j = 0; j <= i; j++) {
-                n += std::exp(2 * (i - j) * log_gamma);
-                dn += 2 * (i - j) * std::exp(2 * (i - j) * log_gamma);
-            }
+            double n = 0;  // n_i
+            for (int j = 0; j <= i; j++) n -= row.dlog_scale[j] = -std::exp(2 * log_fade[j]);
+            for (double& d : row.dlog_scale) d /= n;
             row.stat = std::sqrt(moment * n);
-            row.dlog_scale = -0.5 * dn / n;
             break;
         }
         case ScaleKind::context:
@@ -257,22 +253,29 @@ AttentionRow attention_row(const double* q /*row i, (D)*/, const double* k /*row
         case ScaleKind::sum:
             row.stat = 1e-6;
             for (int j = 0; j <= i; j++) {
-                const double weight = std::abs(power(row.x[j], p)) * std::exp((i - j) * log_gamma);
+                const double weight = std::abs(power(row.x[j], p)) * std::exp(log_fade[j]);
                 row.stat += weight;
-                row.dlog_scale -= (i - j) * weight;
+                row.dlog_scale[j] = -weight;
             }
-            row.dlog_scale /= row.stat;
+            for (double& d : row.dlog_scale) d /= row.stat;
             break;
         case ScaleKind::constant:
             row.stat = 1 / config.constant;
             break;
     }
     for (int j = 0; j <= i; j++) {
-        const double factor = std::exp((i - j) * log_gamma) / row.stat;
+        const double factor = std::exp(log_fade[j]) / row.stat;
         row.A[j] = power(row.x[j], p) * factor;
         row.slope[j] = p * power(row.x[j], p - 1) * factor;
     }
     return row;
+}
+
+AttentionRow attention_row(const double* q, const double* k, double log_gamma, const AttentionConfig& config,
+                           int i, int C, int D) {
+    Vector log_fade(i + 1);
+    for (int j = 0; j <= i; j++) log_fade[j] = (i - j) * log_gamma;
+    return attention_row(q, k, log_fade, config, i, C, D);
 }
 
 double log_sigmoid(double delta) {
@@ -283,17 +286,26 @@ double log_sigmoid_derivative(double delta) {
     return 1 / (1 + std::exp(delta));
 }
 
+// log F_ij (i+1) of row i of a head.
+static Vector log_fades(const Vector& decay, bool gate, int bh, int i, int T, int H) {
+    Vector log_fade(i + 1);
+    const double log_gamma = gate || decay.empty() ? 0 : log_sigmoid(decay[bh % H]);
+    for (int j = i - 1; j >= 0; j--)
+        log_fade[j] = gate ? log_fade[j + 1] + decay[(size_t)bh * T + j + 1] : (i - j) * log_gamma;
+    return log_fade;
+}
+
 Attention attention_forward(const Vector& qkv /*(B,T,3C)*/, const Vector& decay,
-                            const AttentionConfig& config, int B, int T, int H, int D) {
+                            const AttentionConfig& config, int B, int T, int H, int D, bool gate) {
     int C = H * D;
     Attention y{Vector((size_t)B * T * C), Vector((size_t)B * H * T)};
 #pragma omp parallel for schedule(dynamic)
     for (int bh = 0; bh < B * H; bh++) {
         int b = bh / H, h = bh % H;
         const double *q = &qkv[(size_t)b * T * 3 * C + h * D], *k = q + C, *v = k + C;
-        double log_gamma = decay.empty() ? 0 : log_sigmoid(decay[h]);
         for (int i = 0; i < T; i++) {
-            AttentionRow row = attention_row(q + (size_t)i * 3 * C, k, log_gamma, config, i, C, D);
+            AttentionRow row =
+                attention_row(q + (size_t)i * 3 * C, k, log_fades(decay, gate, bh, i, T, H), config, i, C, D);
             y.stats[(size_t)bh * T + i] = row.stat;
             double* out = &y.out[((size_t)b * T + i) * C + h * D];
             for (int j = 0; j <= i; j++)
@@ -305,7 +317,7 @@ Attention attention_forward(const Vector& qkv /*(B,T,3C)*/, const Vector& decay,
 
 AttentionGradients attention_backward(const Vector& dout /*(B,T,C)*/, const Vector& qkv /*(B,T,3C)*/,
                                       const Vector& decay, const AttentionConfig& config, int B, int T, int H,
-                                      int D) {
+                                      int D, bool gate) {
     int C = H * D, p = config.power();
     AttentionGradients grad{Vector((size_t)B * T * 3 * C), Vector(decay.size())};
     Vector dlog_gamma((size_t)B * H), squares((size_t)B * H);
@@ -313,15 +325,20 @@ AttentionGradients attention_backward(const Vector& dout /*(B,T,C)*/, const Vect
         dlog_gamma[bh] += term;
         squares[bh] += term * term;
     };
+    auto add_gate_term = [&](int bh, int i, int j, double term) {  // as differences, which are added up below
+        if (i == j) return;
+        grad.ddecay[(size_t)bh * T + j + 1] += term;
+        if (i + 1 < T) grad.ddecay[(size_t)bh * T + i + 1] -= term;
+    };
 #pragma omp parallel for schedule(dynamic)
     for (int bh = 0; bh < B * H; bh++) {
         int b = bh / H, h = bh % H;
         size_t head = (size_t)b * T * 3 * C + h * D;
         const double *q = &qkv[head], *k = q + C, *v = k + C;
         double *dq = &grad.dqkv[head], *dk = dq + C, *dv = dk + C;
-        double log_gamma = decay.empty() ? 0 : log_sigmoid(decay[h]);
         for (int i = 0; i < T; i++) {
-            AttentionRow row = attention_row(q + (size_t)i * 3 * C, k, log_gamma, config, i, C, D);
+            AttentionRow row =
+                attention_row(q + (size_t)i * 3 * C, k, log_fades(decay, gate, bh, i, T, H), config, i, C, D);
             const double* dO = &dout[((size_t)b * T + i) * C + h * D];
             Vector dA(i + 1);
             double r = 0;
@@ -332,15 +349,18 @@ AttentionGradients attention_backward(const Vector& dout /*(B,T,C)*/, const Vect
                 }
                 r += row.A[j] * dA[j];
             }
+            double dlog_scale = 0;  // d log c_i / d log gamma
+            for (int j = 0; j <= i; j++) dlog_scale += (i - j) * row.dlog_scale[j];
             for (int j = 0; j <= i; j++) {
                 double dx = row.slope[j] * dA[j];
                 if (config.softmax()) {
                     dx -= row.slope[j] * r;
-                    add_term(bh, dx * (i - j));
+                    gate ? add_gate_term(bh, i, j, dx) : add_term(bh, dx * (i - j));
                 } else {
                     double xp = power(row.x[j], p), sign = (xp > 0) - (xp < 0);
                     if (config.has_row_sum()) dx -= row.slope[j] * sign * r;
-                    add_term(bh, row.A[j] * dA[j] * (i - j + row.dlog_scale));
+                    gate ? add_gate_term(bh, i, j, row.A[j] * dA[j] + r * row.dlog_scale[j])
+                         : add_term(bh, row.A[j] * dA[j] * (i - j + dlog_scale));
                 }
                 for (int d = 0; d < D; d++) {
                     dq[(size_t)i * 3 * C + d] += dx * k[(size_t)j * 3 * C + d] / std::sqrt(D);
@@ -349,13 +369,40 @@ AttentionGradients attention_backward(const Vector& dout /*(B,T,C)*/, const Vect
             }
         }
     }
-    for (int bh = 0; bh < B * H && !decay.empty(); bh++) {
+    for (size_t at = 0; gate && at < decay.size(); at++)
+        if (at % T > 0) grad.ddecay[at] += grad.ddecay[at - 1];
+    for (int bh = 0; bh < B * H && !decay.empty() && !gate; bh++) {
         const double slope = log_sigmoid_derivative(decay[bh % H]);
         grad.ddecay[bh % H] += dlog_gamma[bh] * slope;
         grad.ddecay_terms += squares[bh] * slope * slope;
     }
     grad.ddecay_terms = std::sqrt(grad.ddecay_terms);
     return grad;
+}
+
+// ------------------------------------------------------------------------------------------ decay_gate
+
+// z (B,T,H) as out (B,H,T): out_bht = f(z_bth).
+static Vector heads_first(const Vector& z, int B, int T, int H, double (*f)(double)) {
+    Vector out(z.size());
+    for (int b = 0; b < B; b++)
+        for (int t = 0; t < T; t++)
+            for (int h = 0; h < H; h++) out[((size_t)b * H + h) * T + t] = f(z[((size_t)b * T + t) * H + h]);
+    return out;
+}
+
+Vector decay_gate_forward(const Vector& inp, const Vector& weight, const Vector& bias, int B, int T, int C,
+                          int H) {
+    return heads_first(add_bias(matmul(inp, weight, B * T, H, C), bias), B, T, H, log_sigmoid);
+}
+
+MatmulGradients decay_gate_backward(const Vector& dlog_f, const Vector& inp, const Vector& weight,
+                                    const Vector& bias, int B, int T, int C, int H) {
+    Vector dz =
+        heads_first(add_bias(matmul(inp, weight, B * T, H, C), bias), B, T, H, log_sigmoid_derivative);
+    for (size_t i = 0; i < dz.size(); i++) dz[i] *= dlog_f[i];
+    // (B,H,T) to (B,T,H) is what heads_first() does with T and H exchanged.
+    return matmul_backward(heads_first(dz, B, H, T, [](double x) { return x; }), inp, weight, B * T, C, H);
 }
 
 // --------------------------------------------------------------------------------------- cross_entropy

@@ -143,14 +143,17 @@ double power(double x, int p);
 // One row of one head: for j <= i the scores x_ij, the matrix A_ij, and what else the two passes need of it.
 struct AttentionRow {
     Vector x, A;
-    Vector slope;           // dA_ij / dx_ij without what x_ij does to the row's normaliser
-    double stat = 0;        // softmax: log-sum-exp of the logits; otherwise 1 / c_i
-    double dlog_scale = 0;  // d log c_i / d log gamma
+    Vector slope;       // dA_ij / dx_ij without what x_ij does to the row's normaliser
+    double stat = 0;    // softmax: log-sum-exp of the logits; otherwise 1 / c_i
+    Vector dlog_scale;  // d log c_i / d log F_ij; zeros for softmax
 };
 
+// log_fade (i+1) holds log F_ij.
 AttentionRow attention_row(const double* q /*row i, (D)*/, const double* k /*row 0, rows 3C apart*/,
-                           double log_gamma /*0: no decay*/, const AttentionConfig& config, int i, int C,
-                           int D);
+                           const Vector& log_fade, const AttentionConfig& config, int i, int C, int D);
+// F_ij = gamma^(i-j); log_gamma 0: no decay.
+AttentionRow attention_row(const double* q, const double* k, double log_gamma, const AttentionConfig& config,
+                           int i, int C, int D);
 
 // log sigmoid(delta), and its derivative 1 - sigmoid(delta).
 double log_sigmoid(double delta);
@@ -160,24 +163,35 @@ struct Attention {
     Vector out /*(B,T,C)*/, stats /*(B,H,T)*/;
 };
 
-// decay (H) is delta; empty: none.
+// decay (H) is delta; empty: none. With a gate it is log f (B,H,T), and log F_ij is its sum over j < t <= i.
 Attention attention_forward(const Vector& qkv /*(B,T,3C)*/, const Vector& decay,
-                            const AttentionConfig& config, int B, int T, int H, int D);
+                            const AttentionConfig& config, int B, int T, int H, int D, bool gate = false);
 
 struct AttentionGradients {
-    Vector dqkv /*(B,T,3C)*/, ddecay /*(H)*/;
+    Vector dqkv /*(B,T,3C)*/, ddecay /*as decay*/;
     double ddecay_terms = 0;  // the norm of the terms that ddecay sums up, which may cancel
 };
 
 // With r_i = sum_j A_ij dA_ij:
-//   softmax      dx_ij = A_ij (dA_ij - r_i), and log gamma has the gradient sum_ij dx_ij (i-j)
-//   sum          dx_ij = gamma^(i-j) p x_ij^(p-1) (dA_ij - sign(x_ij^p) r_i) / s_i
-//   other scales dx_ij = c_i gamma^(i-j) p x_ij^(p-1) dA_ij
-//   sigmoid      dx_ij = gamma^(i-j) sigmoid'(x_ij - log(i+1)) dA_ij
-// and for all but softmax log gamma has the gradient sum_ij A_ij dA_ij (i - j + d log c_i / d log gamma).
+//   softmax      dx_ij = A_ij (dA_ij - r_i), and log F_ij has the same gradient
+//   sum          dx_ij = F_ij p x_ij^(p-1) (dA_ij - sign(x_ij^p) r_i) / s_i
+//   other scales dx_ij = c_i F_ij p x_ij^(p-1) dA_ij
+//   sigmoid      dx_ij = F_ij sigmoid'(x_ij - log(i+1)) dA_ij
+// and for all but softmax log F_ij has the gradient A_ij dA_ij + r_i d log c_i / d log F_ij. That of log
+// gamma is (i-j) times this, summed over all pairs. That of log f_t is the sum over the pairs with j < t <=
+// i.
 AttentionGradients attention_backward(const Vector& dout /*(B,T,C)*/, const Vector& qkv /*(B,T,3C)*/,
                                       const Vector& decay, const AttentionConfig& config, int B, int T, int H,
-                                      int D);
+                                      int D, bool gate = false);
+
+// ------------------------------------------------------------------------------------------ decay_gate
+
+// log f (B,H,T) with f = sigmoid(inp weight + bias).
+Vector decay_gate_forward(const Vector& inp /*(B,T,C)*/, const Vector& weight /*(C,H)*/,
+                          const Vector& bias /*(H)*/, int B, int T, int C, int H);
+
+MatmulGradients decay_gate_backward(const Vector& dlog_f /*(B,H,T)*/, const Vector& inp, const Vector& weight,
+                                    const Vector& bias, int B, int T, int C, int H);
 
 // --------------------------------------------------------------------------------------- cross_entropy
 

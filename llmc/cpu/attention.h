@@ -2,15 +2,17 @@
 // tiles above the diagonal are not computed.
 //
 //   x_ij = q_i . k_j / sqrt(D),  O = A V,  j <= i
-//   softmax: A_ij = exp(x_ij + (i-j) log gamma) / sum_j        (arXiv 1706.03762; tiling: arXiv 2307.08691)
-//   poly<p>: A_ij = c_i gamma^(i-j) x_ij^p                     (arXiv 2410.18613; c_i: row_scale())
-//   sigmoid: A_ij = gamma^(i-j) sigmoid(x_ij - log(i+1))       (arXiv 2409.04431)
+//   softmax: A_ij = exp(x_ij + log F_ij) / sum_j        (arXiv 1706.03762; tiling: arXiv 2307.08691)
+//   poly<p>: A_ij = c_i F_ij x_ij^p                     (arXiv 2410.18613; c_i: row_scale())
+//   sigmoid: A_ij = F_ij sigmoid(x_ij - log(i+1))       (arXiv 2409.04431)
 //
-// A row of qkv is q (H,D), k (H,D), v (H,D). decay holds delta (H) with gamma_h = sigmoid(delta_h). If it is
-// null, gamma is 1.
+// The fade F_ij is gamma^(i-j) with --decay fixed or learned, a product of gates with --decay gate (arXiv
+// 2503.02130; fade.h), and 1 without a decay.
+//
+// A row of qkv is q (H,D), k (H,D), v (H,D).
 //
 // stats keeps what the backward pass needs of each row (B,H,T): the log-sum-exp for softmax, and
-// 1e-6 + sum_j gamma^(i-j) |x_ij^p| for the scale `sum`. Other kinds need nothing. With `sum` in bf16 O
+// 1e-6 + sum_j F_ij |x_ij^p| for the scale `sum`. Other kinds need nothing. With `sum` in bf16 O
 // follows once more, in float (B,T,C).
 //
 // The tiles hold q . k instead of x, so c_i takes over the 1/sqrt(D)^p of a polynomial. The scores and all
@@ -20,7 +22,7 @@
 // Words and names of all attention_*.h:
 //   row          row i of A, dA or O, which belongs to query i
 //   row factor   c_i / sqrt(D)^p
-//   fade         gamma^(i-j), which makes weights smaller with the distance of query and key
+//   fade         F_ij, which makes weights smaller with the distance of query and key
 //   dot          dO_i . O_i, which the derivative of a row's normaliser needs
 //   part         a range of the tiles of one head; each part is the task of one thread
 //   dA, dX       the gradients of the weights and of the scores
@@ -36,6 +38,7 @@
 
 #include "llmc/attention_scale.h"
 #include "llmc/config.h"
+#include "llmc/cpu/fade.h"
 #include "llmc/cpu/isa.h"
 #include "llmc/cpu/memory.h"
 #include "llmc/cpu/tile.h"
@@ -71,60 +74,6 @@ inline size_t stats_size(const AttentionConfig& config, size_t B, size_t T, int 
     return B * T * H * (keeps_exact_output<Real>(config) ? 1 + D : 1);
 }
 
-// The numbers by which one head multiplies the rows of A, and by which its weights fade with distance.
-class HeadFactors {
-  public:
-    double log_gamma;
-    bool has_decay;
-    // (T): c_i / sqrt(D)^p of a polynomial, or 1 / sqrt(D)^p with the scale `sum`, whose c_i depends on the
-    // scores. It is 1 for every other kind of attention.
-    std::vector<float> row_factor;
-    // (T) for the scale `row` with a decay, otherwise empty: e_i = -d log c_i / d log gamma. At distance e_i
-    // the change of gamma^(i-j) and that of c_i cancel, so a term there adds nothing to the gradient of log
-    // gamma.
-    std::vector<float> neutral_distance;
-
-    HeadFactors(const AttentionConfig& config, const float* decay, int h, int T, int D)
-        : log_gamma(decay ? ::log_gamma(decay[h]) : 0), has_decay(decay != nullptr), row_factor(T, 1.0f) {
-        double qk_factor = std::pow((double)D, -0.5 * config.power());
-        for (int i = 0; i < T; i++) row_factor[i] = (float)(row_scale(config, i, log_gamma, D) * qk_factor);
-        if (!has_decay) return;
-        if (config.polynomial() && config.scale == ScaleKind::row)
-            for (double e : row_scale_log_derivatives(T, log_gamma)) neutral_distance.push_back((float)e);
-        size_ = T + 2 * kTile;
-        rising_ = AlignedArray(size_);
-        falling_ = AlignedArray(size_);
-        for (int at = 0; at < size_; at++) {
-            // Pairs at a distance below 0 are masked, so any number will do for them.
-            int distance = std::max(0, at - kTile);
-            float fade = (float)(config.softmax() ? distance * log_gamma : std::exp(distance * log_gamma));
-            rising_.get()[at] = falling_.get()[size_ - 1 - at] = fade;
-        }
-    }
-
-    // gamma^n (n log gamma for softmax) at the distances n, n+1, ..., n+15, which 16 queries have to one key.
-    // -kTile <= n < T.
-    vec fade_rising(int n) const { return load(rising_.get() + kTile + n); }
-    // The same at the distances n, n-1, ..., n-15, which one query has to 16 keys.
-    vec fade_falling(int n) const { return load(falling_.get() + size_ - 1 - kTile - n); }
-
-  private:
-    int size_ = 0;
-    AlignedArray rising_, falling_;
-};
-
-// The factors of every head of a layer. Without a decay they are the same for all heads, and exist once.
-class LayerFactors {
-  public:
-    LayerFactors(const AttentionConfig& config, const float* decay, int T, int H, int D) {
-        for (int h = 0; h < (decay ? H : 1); h++) heads_.emplace_back(config, decay, h, T, D);
-    }
-    const HeadFactors& operator[](int h) const { return heads_[heads_.size() == 1 ? 0 : h]; }
-
-  private:
-    std::vector<HeadFactors> heads_;
-};
-
 // The argument of an activation: q . k if it is a power, otherwise the score.
 template <class A>
 inline vec activation_argument(vec qk, float qk_to_score) {
@@ -146,7 +95,7 @@ inline void scores_to_weights(Word* weights,       // (64 keys,64) in words; may
                               float* running_max,  // (64)
                               float* running_sum,  // (64)
                               float* o,            // (64,Dp)
-                              const HeadFactors& factors, bool has_row_sum, int i0, int j0, int D) {
+                              const TileFades& fades, bool has_row_sum, int i0, int j0, int D) {
     bool diagonal = i0 == j0;
     int Dp = padded(D);
     float qk_to_score = inverse_sqrt(D);
@@ -165,7 +114,7 @@ inline void scores_to_weights(Word* weights,       // (64 keys,64) in words; may
             vec old_max = load(running_max + i), new_max = old_max;
             for (int j = 0; j < seen; j++) {
                 vec x = load(s + j * kTile + i) * qk_to_score;
-                if (factors.has_decay) x += factors.fade_rising(i0 + i - j0 - j);
+                if (fades) x += fades(j, i);
                 if (diagonal) x = lane_index() + i >= j ? x : broadcast(-INFINITY);
                 store(s + j * kTile + i, x);
                 new_max = max(new_max, x);
@@ -188,7 +137,7 @@ inline void scores_to_weights(Word* weights,       // (64 keys,64) in words; may
                 vec x = activation_argument<A>(load(s + j * kTile + i), qk_to_score);
                 vec a = A::value(x, keys_seen(i0 + i), VectorMath());
                 if (diagonal) a = lane_index() + i >= j ? a : vec{};
-                if (factors.has_decay) a *= factors.fade_rising(i0 + i - j0 - j);
+                if (fades) a *= fades(j, i);
                 if (has_row_sum) sum += abs(a);
                 return a;
             };
@@ -221,6 +170,7 @@ struct ForwardTile {
     float* o;            // (64,Dp): the output without the row factors
     float* running_max;  // (64): the largest score so far, for softmax
     float* running_sum;  // (64): of exp(x) for softmax, of |weights| for `sum`
+    float* fades;        // (64,64): memory for fades_of_keys()
 
     ForwardTile(const HeadFactors& factors, bool has_row_sum, int T, int C, int D,
                 float* scratch)  // (forward_scratch(D))
@@ -235,6 +185,7 @@ struct ForwardTile {
         o = (float*)words(kTile * Dp);
         running_max = (float*)words(kTile);
         running_sum = (float*)words(kTile);
+        fades = (float*)words(kTile * kTile);
     }
 
     // Queries i0 .. i0+63.
@@ -260,7 +211,8 @@ struct ForwardTile {
             tile_product<false, false>(s + r * kTile + first, kTile, k + r * Dp / N, Dp / N, qt + first,
                                        kTile, kTile - first, Dp / N);
         }
-        scores_to_weights<A>(a, s, running_max, running_sum, o, factors, has_row_sum, i0, j0, D);
+        scores_to_weights<A>(a, s, running_max, running_sum, o, factors.fades_of_keys(i0, j0, fades),
+                             has_row_sum, i0, j0, D);
         for (int r = 0; r < kTile; r += kTileRows)  // queries
             tile_product<true, true>(o + r * Dp, Dp, a + r, kTile, v, Dp, Dp,
                                      (diagonal ? r + kTileRows : kTile) / N);
@@ -289,17 +241,16 @@ struct ForwardTile {
 };
 
 inline size_t forward_scratch(int D) {  // floats
-    return (size_t)kTile * (5 * padded(D) + 2 * kTile + 2);
+    return (size_t)kTile * (5 * padded(D) + 3 * kTile + 2);
 }
 
 template <class Real>
-inline void attention_forward(Real* out,           // (B,T,C)
-                              float* stats,        // (stats_size)
-                              const Real* qkv,     // (B,T,3C)
-                              const float* decay,  // (H), or null
-                              const AttentionConfig& config, int B, int T, int H, int D) {
+inline void attention_forward(Real* out,        // (B,T,C)
+                              float* stats,     // (stats_size)
+                              const Real* qkv,  // (B,T,3C)
+                              Decay decay, const AttentionConfig& config, int B, int T, int H, int D) {
     int C = H * D, tiles = (T + kTile - 1) / kTile;
-    LayerFactors factors(config, decay, T, H, D);
+    LayerFactors factors(config, decay, B, T, H, D);
     float* exact = keeps_exact_output<Real>(config) ? stats + (size_t)B * H * T : nullptr;
     with_activation(config.kind, [&]<class A>(A) {
 #pragma omp parallel
@@ -310,7 +261,7 @@ inline void attention_forward(Real* out,           // (B,T,C)
             for (int task = 0; task < B * H * tiles; task++) {
                 int tile = tiles - 1 - task / (B * H), bh = task % (B * H);
                 const Real* head = qkv + head_offset(bh, 3 * C, T, H, D);
-                ForwardTile<A, Real> queries(factors[bh % H], config.has_row_sum(), T, C, D, scratch.get());
+                ForwardTile<A, Real> queries(factors[bh], config.has_row_sum(), T, C, D, scratch.get());
                 queries.begin(head, tile * kTile);
                 for (int j0 = 0; j0 <= tile * kTile; j0 += kTile) queries.add_keys(head, j0);
                 size_t row = head_offset(bh, C, T, H, D);
@@ -326,7 +277,8 @@ inline void attention_forward(Real* out,           // (B,T,C)
 // the columns that add_queries() computed.
 //   Returns the gradient of log gamma if `wants_decay` is set. For softmax it is sum_ij (i-j) dX_ij.
 //   Otherwise it is sum_ij (i-j-e_i) A_ij dA_ij with the neutral distance e_i (HeadFactors). For `sum`, dA_ij
-//   is reduced by sign(x_ij^p) dO_i . O_i here, because gamma changes the normaliser, too.
+//   is reduced by sign(x_ij^p) dO_i . O_i here, because gamma changes the normaliser, too. With a gate, what
+//   (i-j) is multiplied by goes to gate_sums (null: not wanted) instead.
 template <class A, class Word>
 inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,64) in words of two; may be s
                                           Word* dx_pairs,        // (64 queries,64) in words of two; may be da
@@ -335,7 +287,8 @@ inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,
                                           const float* da,       // (64 queries,64 keys)
                                           const float* stats,    // (64): softmax's log-sum-exp
                                           const float* row_dot,  // (64): dO_i . O_i, for `sum` times c_i
-                                          const HeadFactors& factors, bool has_row_sum, bool wants_decay,
+                                          const HeadFactors& factors, const TileFades& fades,
+                                          bool has_row_sum, bool wants_decay, GateSums* gate_sums,
                                           int queries, int i0, int j0, int D) {
     bool diagonal = i0 == j0;
     float qk_to_score = inverse_sqrt(D);
@@ -343,17 +296,16 @@ inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,
     // A and dX of query i and 16 keys from j on.
     auto compute = [&](int i, int j, vec& a, vec& dx) {
         vec x = load(s + i * kTile + j), d = load(da + i * kTile + j);
-        int distance = i0 + i - j0 - j;
         if constexpr (A::kOnline) {
             x *= qk_to_score;
-            if (factors.has_decay) x += factors.fade_falling(distance);
+            if (fades) x += fades(i, j);
             a = exp(x - stats[i]);
             dx = a * (d - row_dot[i]);
         } else {
             x = activation_argument<A>(x, qk_to_score);
             vec value = A::value(x, broadcast((float)(i0 + i + 1)), VectorMath());
             vec slope = A::slope(x, value, VectorMath());
-            vec fade = factors.has_decay ? factors.fade_falling(distance) : broadcast(1.0f);
+            vec fade = fades ? fades(i, j) : broadcast(1.0f);
             a = value * fade;
             if (has_row_sum) {  // the normaliser sums |x^p|, whose derivative has the sign of x^p
                 vec dot = broadcast(row_dot[i]);
@@ -367,7 +319,12 @@ inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,
             a = visible ? a : vec{};
             dx = visible ? dx : vec{};
         }
-        if (wants_decay && i < queries) {
+        if (gate_sums) {
+            vec g = A::kOnline ? dx : a * d;
+            if (diagonal) g = lane_index() + j < i ? g : vec{};  // the fade of a token to itself is 1
+            gate_sums->add(i, j, g);
+        } else if (wants_decay && i < queries) {
+            int distance = i0 + i - j0 - j;
             float neutral = factors.neutral_distance.empty() ? 0.0f : factors.neutral_distance[i0 + i];
             dlog_gamma +=
                 (A::kOnline ? dx : a * d) * (__builtin_convertvector(distance - lane_index(), vec) - neutral);
@@ -405,6 +362,7 @@ struct BackwardTiles {
 
     const HeadFactors& factors;
     bool has_row_sum, wants_decay;
+    double* gate_pairs;  // (T) +=: for HeadFactors::gate_gradient(), or null: not wanted
     int first, end, T, C, D, Dp;
     size_t tile_words;          // the size of a tile with D channels
     const float* stats;         // (T): softmax's log-sum-exp
@@ -415,16 +373,18 @@ struct BackwardTiles {
     Word *k_rows, *k;           // (64,Dp/N), (64/N,Dp)
     float *dk, *dv;             // (64,Dp)
     float *s, *da;              // (64 queries,64 keys)
+    float* fades;               // (64,64): memory for fades_of_queries()
     Word *a, *dx, *dx_rows;     // two of (64/N queries,64 keys), and one of (64 queries,64/N keys)
     Word *q_rows, *d_o_rows;    // (end-first,64,Dp/N): q and c_i dO
     Word *q_pairs, *d_o_pairs;  // (end-first,64/N,Dp)
 
-    BackwardTiles(const HeadFactors& factors, bool has_row_sum, bool wants_decay, int first, int end, int T,
-                  int C, int D, const float* stats, const float* row_dot,
+    BackwardTiles(const HeadFactors& factors, bool has_row_sum, bool wants_decay, double* gate_pairs,
+                  int first, int end, int T, int C, int D, const float* stats, const float* row_dot,
                   float* scratch)  // (backward_scratch(end-first,D))
         : factors(factors),
           has_row_sum(has_row_sum),
           wants_decay(wants_decay),
+          gate_pairs(gate_pairs),
           first(first),
           end(end),
           T(T),
@@ -443,6 +403,7 @@ struct BackwardTiles {
         dv = (float*)words(kTile * Dp);
         s = (float*)words(kTile * kTile);
         da = (float*)words(kTile * kTile);
+        fades = (float*)words(kTile * kTile);
         a = N > 1 ? words(kTile * kTile / N) : (Word*)s;
         dx = N > 1 ? words(kTile * kTile / N) : (Word*)da;
         dx_rows = N > 1 ? words(kTile * kTile / N) : (Word*)da;
@@ -495,8 +456,11 @@ struct BackwardTiles {
         float lse[kTile] = {}, dot[kTile] = {};
         if (A::kOnline) std::copy_n(stats + i0, queries, lse);
         if (row_dot) std::copy_n(row_dot + i0, queries, dot);
-        dlog_gamma += weights_and_score_gradients<A>(a, dx, dx_rows, s, da, lse, dot, factors, has_row_sum,
-                                                     wants_decay, queries, i0, j0, D);
+        GateSums sums;
+        dlog_gamma += weights_and_score_gradients<A>(
+            a, dx, dx_rows, s, da, lse, dot, factors, factors.fades_of_queries(i0, j0, fades), has_row_sum,
+            wants_decay, gate_pairs ? &sums : nullptr, queries, i0, j0, D);
+        if (gate_pairs) sums.add_to(gate_pairs, i0, j0, T);
         for (int r = 0; r < kTile; r += kTileRows) {  // keys
             int from = (diagonal ? r : 0) / N;        // the word of the first query that sees them
             tile_product<true, true>(dv + r * Dp, Dp, a + from * kTile + r, kTile, d_o_pairs + at + from * Dp,
@@ -522,7 +486,7 @@ struct BackwardTiles {
 };
 
 inline size_t backward_scratch(int tiles, int D) {  // floats
-    return (size_t)kTile * ((6 + 2 * tiles) * padded(D) + 7 * kTile / 2);
+    return (size_t)kTile * ((6 + 2 * tiles) * padded(D) + 9 * kTile / 2);
 }
 
 // dot = dout . out for each row and head. If there are row factors, dot is their product with dout, rounded
@@ -551,15 +515,17 @@ inline void head_dots(float* dot,               // (B,H,T)
 class RowTerms {
   public:
     template <class Real>
-    RowTerms(const Real* dout, const Real* out, const float* stats, const AttentionConfig& config, int B,
-             int T, int H, int D)
+    RowTerms(const Real* dout, const Real* out, const float* stats, Decay decay,
+             const AttentionConfig& config, int B, int T, int H, int D)
         : T_(T) {
         size_t n = (size_t)B * H * T;
         if (config.has_row_sum()) {
             factor_.resize(n);
             for (size_t i = 0; i < n; i++) factor_[i] = score_factor(config.power(), D) / stats[i];
         }
-        if (!config.softmax() && !config.has_row_sum()) return;
+        const bool gated_length =
+            decay.is_gate && config.polynomial() && config.scale == ScaleKind::row;  // gate_gradient()
+        if (!config.softmax() && !config.has_row_sum() && !gated_length) return;
         dot_.resize(n);
         const float* factors = factor_.empty() ? nullptr : factor_.data();
         if (keeps_exact_output<Real>(config)) {
@@ -581,20 +547,57 @@ class RowTerms {
     std::vector<float> factor_;  // (B,H,T) for `sum`, otherwise empty
 };
 
-// Adds the gradient of delta, which follows from the gradients of log gamma (B,H,parts).
-inline void add_decay_gradient(float* ddecay,  // (H) +=
-                               const std::vector<double>& dlog_gamma,
-                               const float* decay,  // (H)
-                               int B, int H) {
-    size_t parts = dlog_gamma.size() / (B * H);
-    for (int h = 0; h < H; h++) {
-        double total = 0;
-        for (int b = 0; b < B; b++)
-            for (size_t part = 0; part < parts; part++) total += dlog_gamma[(b * H + h) * parts + part];
-        // d log sigmoid(delta) = 1 - sigmoid(delta)
-        ddecay[h] += (float)(total * -std::expm1(log_gamma(decay[h])));
+// The gradient of a decay, which the tasks of the threads add up in pieces.
+class DecayGradient {
+  public:
+    //   ddecay: (H) += the gradient of delta, or with a gate (B,H,T) = that of log f, or null: not wanted
+    //   gate_parts: the number of parts of a head that add to the same gate_pairs() of a head
+    DecayGradient(float* ddecay, Decay decay, int B, int T, int H, int parts, int gate_parts)
+        : ddecay_(ddecay), decay_(decay), B_(B), T_(T), H_(H), parts_(parts), gate_parts_(gate_parts) {
+        dlog_gamma_.resize((size_t)B * H * parts);
+        if (wants_gate()) gate_pairs_.resize((size_t)B * H * gate_parts * T);
     }
-}
+    bool wants_gamma() const { return ddecay_ && !decay_.is_gate; }
+    bool wants_gate() const { return ddecay_ && decay_.is_gate; }
+
+    double& dlog_gamma(int bh, int part) { return dlog_gamma_[(size_t)bh * parts_ + part]; }
+    double* gate_pairs(int bh, int part) {  // (T) +=, or null: not wanted
+        return wants_gate() ? &gate_pairs_[((size_t)bh * gate_parts_ + part) * T_] : nullptr;
+    }
+
+    void finish(const LayerFactors& factors, const RowTerms& rows) {
+        if (wants_gamma()) finish_gamma();
+        if (wants_gate()) {
+#pragma omp parallel for schedule(static)
+            for (int bh = 0; bh < B_ * H_; bh++) finish_gate(bh, factors[bh], rows.dot(bh));
+        }
+    }
+
+  private:
+    float* ddecay_;
+    Decay decay_;
+    int B_, T_, H_, parts_, gate_parts_;
+    std::vector<double> dlog_gamma_;  // (B,H,parts)
+    std::vector<double> gate_pairs_;  // (B,H,gate_parts,T)
+
+    void finish_gamma() {
+        for (int h = 0; h < H_; h++) {
+            double total = 0;
+            for (int b = 0; b < B_; b++)
+                for (int part = 0; part < parts_; part++) total += dlog_gamma(b * H_ + h, part);
+            // d log sigmoid(delta) = 1 - sigmoid(delta)
+            ddecay_[h] += (float)(total * -std::expm1(log_gamma(decay_.values[h])));
+        }
+    }
+
+    void finish_gate(int bh, const HeadFactors& factors, const float* row_dot) {
+        double* pairs = gate_pairs(bh, 0);
+        for (int part = 1; part < gate_parts_; part++)
+            for (int t = 0; t < T_; t++) pairs[t] += gate_pairs(bh, part)[t];
+        size_t at = (size_t)bh * T_;
+        factors.gate_gradient(ddecay_ + at, pairs, row_dot, decay_.values + at, T_);
+    }
+};
 
 // Cuts the key tiles of a head into `parts` of about equal work and returns their borders (parts+1). Key tile
 // j has work with the tiles - j tiles of queries that see it.
@@ -612,16 +615,15 @@ constexpr int kMaxParts = 8;  // parts of a head, because each has a dq in memor
 
 template <class Real>
 inline void attention_backward(Real* dqkv,          // (B,T,3C)
-                               float* ddecay,       // (H) +=, or null: not wanted
+                               float* ddecay,       // as in DecayGradient
                                const Real* dout,    // (B,T,C)
                                const Real* out,     // (B,T,C)
                                const float* stats,  // (stats_size)
                                const Real* qkv,     // (B,T,3C)
-                               const float* decay,  // (H), or null
-                               const AttentionConfig& config, int B, int T, int H, int D) {
+                               Decay decay, const AttentionConfig& config, int B, int T, int H, int D) {
     int C = H * D, tiles = (T + kTile - 1) / kTile, Dp = padded(D);
-    LayerFactors factors(config, decay, T, H, D);
-    RowTerms rows(dout, out, stats, config, B, T, H, D);
+    LayerFactors factors(config, decay, B, T, H, D);
+    RowTerms rows(dout, out, stats, decay, config, B, T, H, D);
     // A head has several parts if there are fewer heads than threads. Then each part has a dq of its own, and
     // these are added up at the end.
     int wanted = (4 * omp_get_max_threads() + B * H - 1) / (B * H);
@@ -635,7 +637,7 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
         Real* row = dqkv + head_offset(bh, 3 * C, T, H, D) + (size_t)t * 3 * C;
         for_vectors(D, [&](int d, int n) { store(row + d, load(dq + d, n) * dq_factor, n); });
     };
-    std::vector<double> dlog_gamma((size_t)B * H * parts);
+    DecayGradient decay_gradient(ddecay, decay, B, T, H, parts, parts);
     with_activation(config.kind, [&]<class A>(A) {
 #pragma omp parallel
         {
@@ -648,17 +650,18 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
                     parts > 1 ? part_dq.get() + ((size_t)bh * parts + part) * dq_size : dq_scratch.get();
                 size_t skipped = (size_t)cuts[part] * kTile * Dp;  // queries that see no key of this part
                 std::fill(dq + skipped, dq + dq_size, 0.0f);
-                BackwardTiles<A, Real> work(
-                    factors[bh % H], config.has_row_sum(), ddecay != nullptr, cuts[part], tiles, T, C, D,
-                    stats ? stats + (size_t)bh * T : nullptr, rows.dot(bh), scratch.get());
+                BackwardTiles<A, Real> work(factors[bh], config.has_row_sum(), decay_gradient.wants_gamma(),
+                                            decay_gradient.gate_pairs(bh, part), cuts[part], tiles, T, C, D,
+                                            stats ? stats + (size_t)bh * T : nullptr, rows.dot(bh),
+                                            scratch.get());
                 work.load_queries(qkv + head, dout + head_offset(bh, C, T, H, D),
-                                  rows.factor(bh, factors[bh % H]));
+                                  rows.factor(bh, factors[bh]));
                 for (int j0 = cuts[part] * kTile; j0 < cuts[part + 1] * kTile; j0 += kTile) {
                     work.begin_keys(qkv + head, j0);
                     for (int i0 = j0; i0 < T; i0 += kTile) work.add_queries(dq + (size_t)i0 * Dp, i0);
                     work.write_keys(dqkv + head);
                 }
-                dlog_gamma[(size_t)bh * parts + part] = work.dlog_gamma;
+                decay_gradient.dlog_gamma(bh, part) = work.dlog_gamma;
                 for (int t = 0; parts == 1 && t < T; t++) write_dq(bh, t, dq + (size_t)t * Dp);
             }
         }
@@ -673,7 +676,7 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
                 write_dq(bh, t, dq);
             }
     }
-    if (ddecay) add_decay_gradient(ddecay, dlog_gamma, decay, B, H);
+    decay_gradient.finish(factors, rows);
 }
 
 }  // namespace cpu

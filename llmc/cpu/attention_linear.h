@@ -5,9 +5,9 @@
 //   power"), so sum_j (q_i.k_j)^p v_j = phi(q_i) . S with the state S = sum_j phi(k_j) v_j^T, (features,D).
 //
 // The tokens are processed in chunks of 64. Pairs within a chunk go through the tiles of attention.h, pairs
-// with an earlier chunk through the state. A decay fades the state from chunk to chunk. A factor c_i of the
-// row does not matter here, because phi(q_i) . S is simply multiplied by it. The scale `sum` has this form
-// only for an even p, because absolute values have none. Its normaliser is phi(q_i) . z with z = sum_j
+// with an earlier chunk through the state. A decay fades the state from chunk to chunk (fade.h). A factor c_i
+// of the row does not matter here, because phi(q_i) . S is simply multiplied by it. The scale `sum` has this
+// form only for an even p, because absolute values have none. Its normaliser is phi(q_i) . z with z = sum_j
 // phi(k_j), which fades as the state does.
 //
 // The features come in tiles of 64 products, so that phi is built from whole vectors and the rest of the work
@@ -143,7 +143,8 @@ inline void feature_gradients(float* dxt,         // (Dp,64 tokens) +=
 struct LinearState {
     size_t features, Dp;
     AlignedArray memory;
-    float* s;   // (features,Dp): sum phi(k_j) gamma^n v_j^T, where n is the distance of j to the next token
+    float* s;   // (features,Dp): sum phi(k_j) gamma^n v_j^T, where n is the distance of j to the next token.
+                // With a gate, gamma^n is the fade from j to the last token.
     float* ds;  // (features,Dp): its derivative by log gamma, sum n phi(k_j) gamma^n v_j^T, or null
     float* z;   // (features): sum phi(k_j) gamma^n, for the scale `sum`
     float* dz;  // (features): its derivative by log gamma, or null
@@ -165,8 +166,8 @@ struct LinearState {
     }
 
     // Adds the state of all earlier tokens to this state, which consists of the last `tokens` tokens.
-    void add_earlier(const LinearState& earlier, double log_gamma, double tokens) {
-        float fade = (float)std::exp(log_gamma * tokens);
+    void add_earlier(const LinearState& earlier, double log_fade, double tokens) {
+        float fade = (float)std::exp(log_fade);
         for (size_t i = 0; i < features * Dp; i++) {
             if (ds) ds[i] += fade * (earlier.ds[i] + (float)tokens * earlier.s[i]);
             s[i] += fade * earlier.s[i];
@@ -187,12 +188,16 @@ struct LinearState {
 template <int kPower, class Real>
 class LinearHead {
   public:
+    //   wants_decay: whether the gradient of log gamma is wanted
+    //   gate_pairs: (T) +=: for HeadFactors::gate_gradient(), or null: not wanted
     LinearHead(const std::vector<FeatureTile>& tiles, const HeadFactors& factors, bool has_row_sum,
-               bool wants_decay, int T, int C, int D, float* scratch)  // (scratch_size(D))
+               bool wants_decay, double* gate_pairs, int T, int C, int D,
+               float* scratch)  // (scratch_size(D))
         : tiles_(tiles),
           factors_(factors),
           has_row_sum_(has_row_sum),
           wants_decay_(wants_decay),
+          gate_pairs_(gate_pairs),
           T_(T),
           C_(C),
           D_(D),
@@ -202,15 +207,16 @@ class LinearHead {
         for (float** transposed : {&qt_, &kt_, &vt_, &d_o_t_, &dxt_}) *transposed = floats(Dp_ * kTile);
         for (float** rows : {&v_, &d_o_}) *rows = floats(kTile * Dp_);
         for (float** features : {&phi_, &dphi_}) *features = floats(kTile * kTile);
-        for (float** lanes :
-             {&fade_from_start_, &fade_to_end_, &fade_to_end_slope_, &row_dot_, &faded_dot_, &distance_})
+        float *from_start, *to_end;
+        for (float** lanes : {&from_start, &to_end, &fade_to_end_slope_, &row_dot_, &faded_dot_, &distance_})
             *lanes = floats(kTile);
         for (int t = 0; t < kTile; t++) {
-            fade_from_start_[t] = (float)std::exp(t * factors.log_gamma);
-            fade_to_end_[t] = (float)std::exp((kTile - t) * factors.log_gamma);
-            fade_to_end_slope_[t] = (kTile - t) * fade_to_end_[t];
+            from_start[t] = (float)std::exp(t * factors.log_gamma);
+            to_end[t] = (float)std::exp((kTile - t) * factors.log_gamma);
+            fade_to_end_slope_[t] = (kTile - t) * to_end[t];
         }
-        chunk_fade_ = fade_to_end_[0];
+        fade_from_start_ = from_start, fade_to_end_ = to_end;
+        chunk_fade_ = to_end[0];
     }
 
     static size_t scratch_size(int D) {  // floats
@@ -220,6 +226,7 @@ class LinearHead {
 
     // Adds the keys of a chunk to the state of the keys before it.
     void add_keys(LinearState& state, const Real* qkv /*(T,3C)*/, int chunk) {
+        set_fades(chunk);
         load_keys(qkv, chunk);
         for (const FeatureTile& tile : tiles_) add_keys(state, tile);
         state.zero = false;
@@ -230,6 +237,7 @@ class LinearHead {
                  const Real* qkv /*(T,3C)*/, int chunk) {
         int i0 = chunk * kTile;
         bool last = i0 + kTile >= T_;
+        set_fades(chunk);
         ForwardTile<Poly<kPower>, Real> queries(factors_, has_row_sum_, T_, C_, D_, scratch_);
         queries.begin(qkv, i0);
         queries.add_keys(qkv, i0);
@@ -263,6 +271,7 @@ class LinearHead {
                             const Real* qkv /*(T,3C)*/, int chunk) {
         int i0 = chunk * kTile;
         bool last = i0 + kTile >= T_;
+        set_fades(chunk);
         load_queries(qkv, dout, row_factor, row_dot, chunk);
         if (!last) load_keys(qkv, chunk);
         std::fill_n(dxt_, Dp_ * kTile, 0.0f);
@@ -296,6 +305,7 @@ class LinearHead {
             if (!last) add_keys(state, tile);
         }
         state.zero = false;
+        if (gate_pairs_) add_gate_pairs(i0, qt_, 1);
         std::fill_n(dq, kTile * Dp_, 0.0f);
         add_transposed(dq, dxt_);
         double total = 0;
@@ -306,6 +316,7 @@ class LinearHead {
     // Adds the queries of a chunk to the state of the queries after it.
     void add_queries(LinearState& dstate, const Real* dout, const float* row_factor, const float* row_dot,
                      const Real* qkv, int chunk) {
+        set_fades(chunk);
         load_queries(qkv, dout, row_factor, row_dot, chunk);
         for (const FeatureTile& tile : tiles_) add_queries(dstate, tile);
         dstate.zero = false;
@@ -317,8 +328,9 @@ class LinearHead {
     double backward_keys(Real* dqkv /*(T,3C)*/, float* dq, LinearState& dstate, const Real* dout,
                          const float* row_factor, const float* row_dot, const Real* qkv, int chunk) {
         int j0 = chunk * kTile;
-        BackwardTiles<Poly<kPower>, Real> keys(factors_, has_row_sum_, wants_decay_, chunk, chunk + 1, T_, C_,
-                                               D_, nullptr, row_dot, scratch_);
+        set_fades(chunk);
+        BackwardTiles<Poly<kPower>, Real> keys(factors_, has_row_sum_, wants_decay_, gate_pairs_, chunk,
+                                               chunk + 1, T_, C_, D_, nullptr, row_dot, scratch_);
         keys.load_queries(qkv, dout, row_factor);
         keys.begin_keys(qkv, j0);
         keys.add_queries(dq, j0);
@@ -348,6 +360,7 @@ class LinearHead {
             if (chunk > 0) add_queries(dstate, tile);
         }
         dstate.zero = false;
+        if (gate_pairs_) add_gate_pairs(j0, kt_, -1);
         add_transposed(keys.dk, dxt_);
         keys.write_keys(dqkv);
         return keys.dlog_gamma;
@@ -357,17 +370,37 @@ class LinearHead {
     const std::vector<FeatureTile>& tiles_;
     const HeadFactors& factors_;
     bool has_row_sum_, wants_decay_;
+    double* gate_pairs_;
     int T_, C_, D_, Dp_;
-    float* scratch_;                         // for the tiles within a chunk
-    float *qt_, *kt_, *vt_, *d_o_t_;         // (Dp,64)
-    float* dxt_;                             // (Dp,64): gradient of q or of k
-    float *v_, *d_o_;                        // (64,Dp): v, and dO times the row factors
-    float *phi_, *dphi_;                     // (64 features,64 tokens)
-    float *fade_from_start_, *fade_to_end_;  // (64): gamma^t, gamma^(64-t)
-    float* fade_to_end_slope_;               // (64): (64-t) gamma^(64-t)
-    float *row_dot_, *faded_dot_;            // (64): dot for the scale `sum`, and the same times gamma^t
+    float* scratch_;                               // for the tiles within a chunk
+    float *qt_, *kt_, *vt_, *d_o_t_;               // (Dp,64)
+    float* dxt_;                                   // (Dp,64): gradient of q or of k
+    float *v_, *d_o_;                              // (64,Dp): v, and dO times the row factors
+    float *phi_, *dphi_;                           // (64 features,64 tokens)
+    const float *fade_from_start_, *fade_to_end_;  // (64): gamma^t, gamma^(64-t), or those of set_fades()
+    float* fade_to_end_slope_;                     // (64): (64-t) gamma^(64-t)
+    float *row_dot_, *faded_dot_;  // (64): dot for the scale `sum`, and the same times fade_from_start_
     float* distance_;   // (64): distance of a query from the start of the chunk, minus the neutral distance
-    float chunk_fade_;  // gamma^64
+    float chunk_fade_;  // gamma^64, or that of set_fades()
+
+    // With a gate, each chunk has fades of its own.
+    void set_fades(int chunk) {
+        if (!factors_.is_gate) return;
+        fade_from_start_ = factors_.from_start(chunk), fade_to_end_ = factors_.to_end(chunk);
+        chunk_fade_ = (float)std::exp(factors_.log_fade(chunk, chunk + 1));
+    }
+
+    // Adds what the pairs through the state have to do with a gate. It follows from the gradients dxt_ of the
+    // queries or keys xt, without a sum over features: weights are homogeneous in both, so x . dx is p times
+    // the sum over the pairs.
+    void add_gate_pairs(int first, const float* xt /*(Dp,64)*/, double sign) {
+        for (int t = 0; t < kTile; t += kLanes) {
+            vec total = {};
+            for (int d = 0; d < D_; d++) total += load(xt + d * kTile + t) * load(dxt_ + d * kTile + t);
+            for (int lane = 0; lane < kLanes && first + t + lane < T_; lane++)
+                gate_pairs_[first + t + lane] += sign / kPower * total[lane];
+        }
+    }
 
     // The weights that build_features() takes: null without a decay, because all are 1 then.
     const float* if_decay(const float* weights) const { return factors_.has_decay ? weights : nullptr; }
@@ -477,16 +510,15 @@ class LinearHeads {
   public:
     using Head = LinearHead<kPower, Real>;
 
-    LinearHeads(const AttentionConfig& config, const float* decay /*(H), or null*/, bool wants_decay, int B,
-                int T, int H, int D)
+    LinearHeads(const AttentionConfig& config, Decay decay, bool wants_decay, int B, int T, int H, int D)
         : config_(config),
-          wants_decay_(wants_decay),
+          wants_decay_(wants_decay && !decay.is_gate),
           B_(B),
           T_(T),
           H_(H),
           D_(D),
           chunks_((T + kTile - 1) / kTile),
-          factors_(config, decay, T, H, D),
+          factors_(config, decay, B, T, H, D),
           tiles_(feature_tiles(kPower, D)),
           features_(feature_count(kPower, D)) {
         int threads = omp_get_max_threads(), heads = B * H;
@@ -497,11 +529,14 @@ class LinearHeads {
     int tasks() const { return B_ * H_ * parts_; }  // (B,H,parts)
     int first_chunk(int part) const { return (int)((int64_t)chunks_ * part / parts_); }
     int max_chunks() const { return (chunks_ + parts_ - 1) / parts_; }  // in a part
-    const HeadFactors& factors(int bh) const { return factors_[bh % H_]; }
+    bool wants_decay() const { return wants_decay_; }                   // the gradient of log gamma
+    const LayerFactors& factors() const { return factors_; }
+    const HeadFactors& factors(int bh) const { return factors_[bh]; }
     size_t at(int bh, int row_size) const { return head_offset(bh, row_size, T_, H_, D_); }
 
-    Head head(int bh, float* scratch) const {
-        return Head(tiles_, factors(bh), config_.has_row_sum(), wants_decay_, T_, H_ * D_, D_, scratch);
+    Head head(int bh, float* scratch, double* gate_pairs = nullptr) const {
+        return Head(tiles_, factors(bh), config_.has_row_sum(), wants_decay_, gate_pairs, T_, H_ * D_, D_,
+                    scratch);
     }
 
     // The state of a thread, which goes through whole heads. It is empty if heads have several parts, because
@@ -554,20 +589,20 @@ class LinearHeads {
         for (int bh = 0; bh < B_ * H_; bh++)
             for (int r = 1; r + 1 < parts_; r++) {
                 int part = in_order(r);
-                states[(size_t)bh * parts_ + in_order(r + 1)].add_earlier(
-                    states[(size_t)bh * parts_ + part], factors(bh).log_gamma,
-                    (double)kTile * (first_chunk(part + 1) - first_chunk(part)));
+                int first = first_chunk(part), end = first_chunk(part + 1);
+                states[(size_t)bh * parts_ + in_order(r + 1)].add_earlier(states[(size_t)bh * parts_ + part],
+                                                                          factors(bh).log_fade(first, end),
+                                                                          (double)kTile * (end - first));
             }
         return states;
     }
 };
 
 template <class Real>
-inline void attention_linear_forward(Real* out,           // (B,T,C)
-                                     float* stats,        // (stats_size)
-                                     const Real* qkv,     // (B,T,3C)
-                                     const float* decay,  // (H), or null
-                                     const AttentionConfig& config, int B, int T, int H, int D) {
+inline void attention_linear_forward(Real* out,        // (B,T,C)
+                                     float* stats,     // (stats_size)
+                                     const Real* qkv,  // (B,T,3C)
+                                     Decay decay, const AttentionConfig& config, int B, int T, int H, int D) {
     int C = H * D;
     float* exact = keeps_exact_output<Real>(config) ? stats + (size_t)B * H * T : nullptr;
     with_linear_power(config.kind, [&](auto power) {
@@ -594,25 +629,26 @@ inline void attention_linear_forward(Real* out,           // (B,T,C)
 
 template <class Real>
 inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
-                                      float* ddecay,       // (H) +=, or null: not wanted
+                                      float* ddecay,       // as in DecayGradient
                                       const Real* dout,    // (B,T,C)
                                       const Real* out,     // (B,T,C)
                                       const float* stats,  // (stats_size)
                                       const Real* qkv,     // (B,T,3C)
-                                      const float* decay,  // (H), or null
-                                      const AttentionConfig& config, int B, int T, int H, int D) {
+                                      Decay decay, const AttentionConfig& config, int B, int T, int H,
+                                      int D) {
     int C = H * D, Dp = padded(D);
-    RowTerms rows(dout, out, stats, config, B, T, H, D);
+    RowTerms rows(dout, out, stats, decay, config, B, T, H, D);
     with_linear_power(config.kind, [&](auto power) {
         LinearHeads<power, Real> heads(config, decay, ddecay, B, T, H, D);
         auto states = heads.key_states(qkv);
         auto dstates = heads.query_states(dout, rows, qkv);
-        std::vector<double> dlog_gamma(heads.tasks());
+        DecayGradient decay_gradient(ddecay, decay, B, T, H, heads.parts(), 1);  // parts have own tokens
 #pragma omp parallel
         {
             AlignedArray scratch(LinearHead<power, Real>::scratch_size(D));
             AlignedArray part_dq((size_t)heads.max_chunks() * kTile * Dp);
-            LinearState thread_state = heads.thread_state(ddecay), thread_dstate = heads.thread_state(false);
+            LinearState thread_state = heads.thread_state(heads.wants_decay()),
+                        thread_dstate = heads.thread_state(false);
 #pragma omp for schedule(dynamic, 1)
             for (int task = 0; task < heads.tasks(); task++) {
                 int bh = task / heads.parts(), part = task % heads.parts();
@@ -620,17 +656,18 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
                 LinearState& state = states.empty() ? thread_state : states[task];
                 LinearState& dstate = states.empty() ? thread_dstate : dstates[task];
                 if (states.empty()) state.clear(), dstate.clear();
-                auto head = heads.head(bh, scratch.get());
+                auto head = heads.head(bh, scratch.get(), decay_gradient.gate_pairs(bh, 0));
+                double& dlog_gamma = decay_gradient.dlog_gamma(bh, part);
                 const Real *rows_qkv = qkv + heads.at(bh, 3 * C), *rows_dout = dout + heads.at(bh, C);
                 Real* rows_dqkv = dqkv + heads.at(bh, 3 * C);
                 const float *row_dot = rows.dot(bh), *row_factor = rows.factor(bh, heads.factors(bh));
                 auto dq = [&](int chunk) { return part_dq.get() + (size_t)(chunk - first) * kTile * Dp; };
                 for (int chunk = first; chunk < end; chunk++)
-                    dlog_gamma[task] += head.backward_queries(dq(chunk), state, rows_dout, row_factor,
-                                                              row_dot, rows_qkv, chunk);
+                    dlog_gamma += head.backward_queries(dq(chunk), state, rows_dout, row_factor, row_dot,
+                                                        rows_qkv, chunk);
                 for (int chunk = end - 1; chunk >= first; chunk--)
-                    dlog_gamma[task] += head.backward_keys(rows_dqkv, dq(chunk), dstate, rows_dout,
-                                                           row_factor, row_dot, rows_qkv, chunk);
+                    dlog_gamma += head.backward_keys(rows_dqkv, dq(chunk), dstate, rows_dout, row_factor,
+                                                     row_dot, rows_qkv, chunk);
                 for (int t = first * kTile; t < std::min(T, end * kTile); t++) {
                     const float* from = part_dq.get() + (size_t)(t - first * kTile) * Dp;
                     for_vectors(D, [&](int d, int n) {
@@ -639,7 +676,7 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
                 }
             }
         }
-        if (ddecay) add_decay_gradient(ddecay, dlog_gamma, decay, B, H);
+        decay_gradient.finish(heads.factors(), rows);
     });
 }
 

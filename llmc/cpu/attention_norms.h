@@ -67,7 +67,7 @@ inline void add_to(double* sum, vec v) {
 // Adds one tile s (64 keys, 64 queries) of q . k to the sums of its queries.
 //   row (64): the log-sum-exp for softmax, c_i for a polynomial.
 template <class A, bool kRowSum>
-inline void add_scores(RowSums& sums, const float* s, const float* row, const HeadFactors& factors, int i0,
+inline void add_scores(RowSums& sums, const float* s, const float* row, const TileFades& fades, int i0,
                        int j0, int D) {
     bool diagonal = i0 == j0;
     float qk_to_score = inverse_sqrt(D);
@@ -91,7 +91,7 @@ inline void add_scores(RowSums& sums, const float* s, const float* row, const He
             max_score = max(y, max_score);
             if constexpr (A::kOnline) {
                 vec log_a = x - row_i;
-                if (factors.has_decay) log_a += factors.fade_rising(i0 + i - j0 - j);
+                if (fades) log_a += fades(j, i);
                 vec a = exp(log_a);
                 if (diagonal) a = visible ? a : vec{};
                 entropy -= a * log_a;
@@ -101,7 +101,7 @@ inline void add_scores(RowSums& sums, const float* s, const float* row, const He
                 rest_square += r * r;
                 rest_cube += r * r * r;
             } else {
-                vec fade = factors.has_decay ? factors.fade_rising(i0 + i - j0 - j) : broadcast(1.0f);
+                vec fade = fades ? fades(j, i) : broadcast(1.0f);
                 if (diagonal) fade = visible ? fade : vec{};
                 vec a, da;
                 A::weighted(a, da, x, fade * row_i, keys, VectorMath());
@@ -198,6 +198,7 @@ inline NormSums attention_norms_tile(const Real* qkv,     // (T,3C), from this h
     float* k = qt + Dp * kTile;      // (64,Dp)
     float* s = k + kTile * Dp;       // (64 keys, 64 queries)
     float* row = s + kTile * kTile;  // (64)
+    float* fades = row + kTile;      // (64,64)
     std::fill(row, row + kTile, 0.0f);
     for (int r = 0; r < queries; r++) {
         row[r] = factors.row_factor[i0 + r] / score_factor(A::kPower, D);  // c_i, because x is used here
@@ -214,7 +215,7 @@ inline NormSums attention_norms_tile(const Real* qkv,     // (T,3C), from this h
             tile_product<false, false>(s + r * kTile + first, kTile, k + r * Dp, Dp, qt + first, kTile,
                                        kTile - first, Dp);
         }
-        add_scores<A, kRowSum>(sums, s, row, factors, i0, j0, D);
+        add_scores<A, kRowSum>(sums, s, row, factors.fades_of_keys(i0, j0, fades), i0, j0, D);
     }
     NormSums total;
     for (int r = 0; r < queries; r++) total.add(finish_row<A, kRowSum>(sums, r, row[r]));
@@ -225,22 +226,21 @@ template <class Real>
 inline void attention_norms(AttentionNorms* norms,  // (H)
                             const Real* qkv,        // (B,T,3C): what attention_forward read
                             const float* stats,     // from attention_forward; may be null if stats_size is 0
-                            const float* decay,     // (H), or null
-                            const AttentionConfig& config, int B, int T, int H, int D) {
+                            Decay decay, const AttentionConfig& config, int B, int T, int H, int D) {
     int C = H * D, tiles = (T + kTile - 1) / kTile;
-    LayerFactors factors(config, decay, T, H, D);
+    LayerFactors factors(config, decay, B, T, H, D);
     std::vector<NormSums> parts((size_t)B * H * tiles);  // (H,B,tiles)
     auto measure = [&]<class A>(A, auto row_sum) {
 #pragma omp parallel
         {
-            AlignedArray scratch((size_t)kTile * (2 * padded(D) + kTile + 1));
+            AlignedArray scratch((size_t)kTile * (2 * padded(D) + 2 * kTile + 1));
             // Later tiles see more keys. They come first, so that the threads end together.
 #pragma omp for schedule(dynamic, 1)
             for (int task = 0; task < B * H * tiles; task++) {
                 int tile = tiles - 1 - task / (B * H), bh = task % (B * H), b = bh / H, h = bh % H;
                 parts[((size_t)h * B + b) * tiles + tile] = attention_norms_tile<A, row_sum>(
                     qkv + head_offset(bh, 3 * C, T, H, D), stats ? stats + (size_t)bh * T : nullptr,
-                    factors[h], tile * kTile, T, C, D, scratch.get());
+                    factors[bh], tile * kTile, T, C, D, scratch.get());
             }
         }
     };

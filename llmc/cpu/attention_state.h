@@ -4,8 +4,8 @@
 // a <= b <= c, and phi(q) has the same products times the number of their arrangements. The state is float32
 // for every type of model, because its sums grow with the text.
 //
-// The state of a head is sum_j gamma^(i-j) phi(k_j) v_j^T (features,D). For the scale `sum`,
-// sum_j gamma^(i-j) phi(k_j) (features) follows.
+// The state of a head is sum_j F_ij phi(k_j) v_j^T (features,D), where F_ij is the fade of the decay. For the
+// scale `sum`, sum_j F_ij phi(k_j) (features) follows, and for `row` with a gate n_i.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -14,6 +14,7 @@
 
 #include "llmc/attention_scale.h"
 #include "llmc/config.h"
+#include "llmc/cpu/fade.h"
 #include "llmc/cpu/isa.h"
 #include "llmc/cpu/vector.h"
 
@@ -27,7 +28,7 @@ inline int64_t state_features(int power, int D) {
 }
 
 inline size_t state_size(int power, int D) {  // floats of a head
-    return (size_t)state_features(power, D) * (D + 1);
+    return (size_t)state_features(power, D) * (D + 1) + 1;
 }
 
 // From this number of tokens on, a state is smaller than keys and values, and its update is cheaper than a
@@ -59,10 +60,10 @@ inline void for_features(int power, const float* q /*(D)*/, const float* k /*(D)
 // Adds the tokens start .. start+n-1 to the state, through which they see each other. The kind of attention
 // must have a linear form (has_linear_form()).
 template <class Real>
-inline void attention_state_forward(Real* out,           // (n,C), or null if only the state is wanted
-                                    float* state,        // (H,state_size)
-                                    const Real* qkv,     // (n,3C)
-                                    const float* decay,  // (H), or null
+inline void attention_state_forward(Real* out,        // (n,C), or null if only the state is wanted
+                                    float* state,     // (H,state_size)
+                                    const Real* qkv,  // (n,3C)
+                                    Decay decay,      // with a gate: log f (n,H) of the new tokens
                                     const AttentionConfig& config, int start, int n, int H, int D) {
     int C = H * D;
     const int power = config.power();
@@ -70,10 +71,15 @@ inline void attention_state_forward(Real* out,           // (n,C), or null if on
     float inverse_sqrt_d = 1.0f / sqrtf((float)D);
 #pragma omp parallel for schedule(dynamic, 1)
     for (int h = 0; h < H; h++) {
-        double log_g = decay ? log_gamma(decay[h]) : 0;
-        float gamma = (float)std::exp(log_g);
+        double log_g = decay && !decay.is_gate ? log_gamma(decay.values[h]) : 0;
+        float &gated_length = state[(h + 1) * size - 1], gamma = (float)std::exp(log_g);
         std::vector<float> q(D), k(D), v(D), o(D);
         for (int t = 0; t < n; t++) {
+            if (decay.is_gate) {
+                gamma = std::exp(decay.values[(size_t)t * H + h]);
+                gated_length = 1 + gamma * gamma * gated_length;
+            }
+            double row_length = decay.is_gate ? gated_length : effective_row_length(start + t, log_g);
             const Real* row = qkv + (size_t)t * 3 * C + h * D;
             for (int d = 0; d < D; d++)
                 q[d] = row[d] * inverse_sqrt_d, k[d] = row[C + d], v[d] = row[2 * C + d];
@@ -91,8 +97,8 @@ inline void attention_state_forward(Real* out,           // (n,C), or null if on
                 total += phi_q * *z++;
             });
             if (!out) continue;
-            double row_factor =
-                config.has_row_sum() ? 1 / (total + kRowSumEps) : row_scale(config, start + t, log_g, D);
+            double row_factor = config.has_row_sum() ? 1 / (total + kRowSumEps)
+                                                     : row_scale_of_length(config, start + t, row_length, D);
             for (int d = 0; d < D; d++) out[(size_t)t * C + h * D + d] = (float)(o[d] * row_factor);
         }
     }

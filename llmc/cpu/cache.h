@@ -1,6 +1,6 @@
 // What generation keeps about the tokens so far. For each layer this is their keys and values or, if
 // attention has a linear form, a state of fixed size (attention_state.h). In addition it keeps the last
-// inputs of the short convolution.
+// inputs of the short convolution, and with keys and values the gates of the tokens.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -30,6 +30,7 @@ class Cache {
           D_(config.head_size()),
           C_(config.channels),
           kv_(config.layers),
+          log_f_(config.layers),
           state_(config.layers) {
         size_t rows = std::max(0, config.short_conv - 1);
         conv_history_.assign(config.layers, std::vector<float>(rows * 3 * C_, 0.0f));
@@ -37,9 +38,9 @@ class Cache {
 
     // Must be called before each group of new tokens. Changes from keys and values to the state if the user
     // asked for it or if it has become smaller.
-    //   decay(l): delta (H) of layer l, or null
-    template <class Decay>
-    void begin(Decay decay) {
+    //   decay(l): the decay of layer l; with a gate, its values are not read
+    template <class DecayOf>
+    void begin(DecayOf decay) {
         if (has_state_ || kind_ == CacheKind::kv || !has_linear_form(attention_, D_)) return;
         if (kind_ == CacheKind::automatic && length < state_pays_from(attention_.power(), D_)) return;
         constexpr int kRows = 64;
@@ -51,19 +52,28 @@ class Cache {
                 int n = std::min(kRows, length - t0);
                 for (int t = 0; t < n; t++)
                     std::copy_n(&kv_[l][(size_t)(t0 + t) * 2 * C_], 2 * C_, &rows[(size_t)t * 3 * C_ + C_]);
-                attention_state_forward<float>(nullptr, state_[l].data(), rows.data(), decay((int)l),
-                                               attention_, t0, n, H_, D_);
+                Decay some = decay((int)l);
+                if (some.is_gate) some.values = &log_f_[l][(size_t)t0 * H_];
+                attention_state_forward<float>(nullptr, state_[l].data(), rows.data(), some, attention_, t0,
+                                               n, H_, D_);
             }
             std::vector<float>().swap(kv_[l]);
+            log_f_[l].clear();
         }
     }
 
     // Computes attention for T new tokens, which see each other and all earlier tokens, and adds their keys
     // and values to the cache.
-    void attention_forward(Real* out,           // (T,C)
-                           const Real* heads,   // (T,3C)
-                           const float* decay,  // (H), or null
-                           int l, int T) {
+    void attention_forward(Real* out,          // (T,C)
+                           const Real* heads,  // (T,3C)
+                           Decay decay, int l, int T) {
+        if (decay.is_gate) {  // from (H,T) to (T,H), after that of earlier tokens
+            std::vector<float>& log_f = log_f_[l];
+            if (has_state_) log_f.clear();
+            for (int t = 0; t < T; t++)
+                for (int h = 0; h < H_; h++) log_f.push_back(decay.values[(size_t)h * T + t]);
+            decay.values = log_f.data();
+        }
         if (has_state_) {
             attention_state_forward(out, state_[l].data(), heads, decay, attention_, length, T, H_, D_);
             return;
@@ -96,6 +106,7 @@ class Cache {
     int H_ = 0, D_ = 0, C_ = 0;
     bool has_state_ = false;
     std::vector<std::vector<float>> kv_;            // (L): (length,2C)
+    std::vector<std::vector<float>> log_f_;         // (L): (length,H) with a gate, or only the new tokens'
     std::vector<std::vector<float>> state_;         // (L): (H,state_size)
     std::vector<std::vector<float>> conv_history_;  // (L): (K-1,3C)
 };

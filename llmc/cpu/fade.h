@@ -1,0 +1,245 @@
+// The numbers by which one head multiplies the rows of A, and by which its weights fade between a key and a
+// query. All forms of attention take them from here.
+//
+// With --decay fixed and learned the fade of query i and key j is gamma^(i-j), so one table by distance holds
+// all of them. With a gate it is F_ij, the product of f_t over j < t <= i, where f_t differs for each token.
+// A sum of log f over all tokens so far would have lost its last digits after some thousand tokens. So the
+// sums begin again in each tile of 64 tokens, and all exponents are sums of numbers that are not positive:
+//
+//   i and j in the same tile    the fade of query i-1, times f_i
+//   j in an earlier tile        from_start_i, times the fade of the whole tiles between, times to_end_j
+//
+// where from_start_i is the product of f from the first token of the tile of i up to i, and to_end_j that of
+// the tokens after j in the tile of j. Thus no pair needs an exp() of its own. Softmax adds log F_ij to its
+// scores, so its tables hold logarithms, which are added up instead.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <vector>
+
+#include "llmc/attention_scale.h"
+#include "llmc/config.h"
+#include "llmc/cpu/isa.h"
+#include "llmc/cpu/memory.h"
+#include "llmc/cpu/tile.h"
+#include "llmc/cpu/vector.h"
+
+namespace cpu::inline LLMC_ISA {
+
+// What the weights of a layer fade by. Nothing, unless there are values.
+struct Decay {
+    const float* values = nullptr;  // delta (H) with gamma_h = sigmoid(delta_h); with a gate log f (B,H,T)
+    bool is_gate = false;
+
+    Decay(const float* delta) : values(delta) {}
+    static Decay gate(const float* log_f) {
+        Decay decay(log_f);
+        decay.is_gate = true;
+        return decay;
+    }
+    explicit operator bool() const { return values != nullptr; }
+};
+
+// The fades (logarithms for softmax) of one tile of queries and one of keys.
+struct TileFades {
+    const float* first = nullptr;  // null: no decay
+    int stride = 0;                // of the rows
+    explicit operator bool() const { return first != nullptr; }
+    vec operator()(int row, int lane) const { return load(first + row * stride + lane); }
+};
+
+class HeadFactors {
+  public:
+    double log_gamma = 0;
+    bool has_decay = false, is_gate = false;
+    // (T): c_i / sqrt(D)^p of a polynomial, or 1 / sqrt(D)^p with the scale `sum`, whose c_i depends on the
+    // scores. It is 1 for every other kind of attention.
+    std::vector<float> row_factor;
+    // (T) for the scale `row` with a decay, otherwise empty: e_i = -d log c_i / d log gamma. At distance e_i
+    // the change of gamma^(i-j) and that of c_i cancel, so a term there adds nothing to the gradient of log
+    // gamma.
+    std::vector<float> neutral_distance;
+
+    HeadFactors() = default;
+    //   head: counts the heads (H), or with a gate the sequences and heads (B,H)
+    HeadFactors(const AttentionConfig& config, Decay decay, int head, int T, int D)
+        : has_decay(decay), is_gate(decay.is_gate), row_factor(T, 1.0f), is_log_(config.softmax()) {
+        const double qk_factor = std::pow((double)D, -0.5 * config.power());
+        const bool has_row_length = config.polynomial() && config.scale == ScaleKind::row;
+        if (is_gate) {
+            make_gate(decay.values + (size_t)head * T, T);
+            if (has_row_length) row_length_ = gated_row_lengths(decay.values + (size_t)head * T, T);
+            for (int i = 0; i < T; i++)
+                row_factor[i] =
+                    (float)(row_scale_of_length(config, i, has_row_length ? row_length_[i] : 1, D) *
+                            qk_factor);
+            return;
+        }
+        if (decay) log_gamma = ::log_gamma(decay.values[head]);
+        for (int i = 0; i < T; i++) row_factor[i] = (float)(row_scale(config, i, log_gamma, D) * qk_factor);
+        if (!has_decay) return;
+        if (has_row_length)
+            for (double e : row_scale_log_derivatives(T, log_gamma)) neutral_distance.push_back((float)e);
+        size_ = T + 2 * kTile;
+        memory_ = AlignedArray(2 * (size_t)size_);
+        rising_ = memory_.get(), falling_ = rising_ + size_;
+        for (int at = 0; at < size_; at++) {
+            // Pairs at a distance below 0 are masked, so any number will do for them.
+            int distance = std::max(0, at - kTile);
+            float fade = (float)(config.softmax() ? distance * log_gamma : std::exp(distance * log_gamma));
+            rising_[at] = falling_[size_ - 1 - at] = fade;
+        }
+    }
+
+    // The fades of the queries i0 .. i0+63 and the keys j0 .. j0+63, j0 <= i0. A row belongs to a key and its
+    // lanes to queries. Those of queries that do not see the key are any finite numbers.
+    TileFades fades_of_keys(int i0, int j0, float* memory /*(64,64)*/) const {
+        if (!has_decay) return {};
+        if (!is_gate) return {rising_ + kTile + (i0 - j0), -1};
+        if (i0 == j0)
+            for (int j = kTile - 1; j >= 0; j--) extend(memory, j, j + 1, j0 + j + 1);
+        else
+            combine(memory, to_end_ + j0, from_start_ + i0, i0, j0);
+        return {memory, kTile};
+    }
+    // The same, where a row belongs to a query and its lanes to keys.
+    TileFades fades_of_queries(int i0, int j0, float* memory /*(64,64)*/) const {
+        if (!has_decay) return {};
+        if (!is_gate) return {falling_ + size_ - 1 - kTile - (i0 - j0), -1};
+        if (i0 == j0)
+            for (int i = 0; i < kTile; i++) extend(memory, i, i - 1, i0 + i);
+        else
+            combine(memory, from_start_ + i0, to_end_ + j0, i0, j0);
+        return {memory, kTile};
+    }
+
+    // For the linear form, whose chunks are the tiles. The state of the keys before a chunk is faded to the
+    // last token before it with a gate, and to the first token in it otherwise.
+    const float* from_start(int chunk) const { return from_start_ + (size_t)chunk * kTile; }  // (64)
+    const float* to_end(int chunk) const { return to_end_ + (size_t)chunk * kTile; }          // (64)
+    // The logarithm of the fade over whole chunks.
+    double log_fade(int first, int end) const {
+        if (!is_gate) return log_gamma * ((double)kTile * (end - first));
+        double total = 0;
+        for (int chunk = first; chunk < end; chunk++) total += totals_[chunk];
+        return total;
+    }
+
+    // The gradient of log f, from what the pairs of attention and the rows' scales have to do with it. Each
+    // log f_t is a part of log F_ij for i >= t > j, so its gradient is the sum of that of log F_ij over these
+    // pairs. That is, the sum over i >= t of the pairs of query i, minus that of the pairs of key i.
+    //   With the scale `row`, c_i depends on f through n_i = 1 + f_i^2 n_(i-1).
+    void gate_gradient(
+        float* dlog_f,         // (T)
+        const double* pairs,   // (T): the sum over the pairs of a query, minus those of the key
+        const float* row_dot,  // (T): dO_i . O_i, the gradient of log c_i, with the scale `row`
+        const float* log_f,    // (T)
+        int T) const {
+        double total = 0, dlength = 0;  // dlength: the gradient of n_i
+        for (int t = T - 1; t > 0; t--) {
+            total += pairs[t];
+            double d = total;
+            if (!row_length_.empty()) {
+                const double squared = std::exp(2.0 * log_f[t]);
+                dlength -= 0.5 * row_dot[t] / row_length_[t];
+                dlength *= squared;
+                d += 2 * dlength * row_length_[t - 1];
+            }
+            dlog_f[t] = (float)d;
+        }
+        dlog_f[0] = 0;  // no pair has the first token between its query and its key
+    }
+
+  private:
+    bool is_log_ = false;
+    int size_ = 0;
+    AlignedArray memory_;
+    float *rising_ = nullptr, *falling_ = nullptr;                       // (size)
+    float *step_ = nullptr, *from_start_ = nullptr, *to_end_ = nullptr;  // (tiles,64), with a gate
+    std::vector<double> totals_;                                         // (tiles): sum of log f, with a gate
+    std::vector<double> row_length_;  // (T): n_i, with a gate and the scale `row`
+
+    void make_gate(const float* log_f /*(T)*/, int T) {
+        const int tiles = (T + kTile - 1) / kTile;
+        size_ = tiles * kTile;
+        memory_ = AlignedArray(3 * (size_t)size_);
+        step_ = memory_.get(), from_start_ = step_ + size_, to_end_ = from_start_ + size_;
+        std::copy_n(log_f, T, step_);
+        std::fill(step_ + T, step_ + size_, 0.0f);
+        for (int first = 0; first < size_; first += kTile) {
+            double total = 0;
+            for (int t = 0; t < kTile; t++) from_start_[first + t] = (float)(total += step_[first + t]);
+            totals_.push_back(total);
+            total = 0;
+            for (int t = kTile - 1; t >= 0; total += step_[first + t--]) to_end_[first + t] = (float)total;
+        }
+        if (is_log_) return;
+        for (int at = 0; at < 3 * size_; at += kLanes) store(step_ + at, exp(load(step_ + at)));
+    }
+
+    // Computes row `to` of a tile on the diagonal from row `from`, which is one token nearer to the diagonal
+    // of the tile: all of its pairs have f_t between them in addition.
+    void extend(float* tile, int to, int from, int t) const {
+        const bool has_from = from >= 0 && from < kTile;
+        const float step = has_from ? step_[t] : 0.0f;
+        for (int lane = 0; lane < kTile; lane += kLanes) {
+            vec fade = has_from ? load(tile + from * kTile + lane) : vec{};
+            fade = is_log_ ? fade + step : fade * step;
+            store(tile + to * kTile + lane,
+                  lane_index() + lane == to ? broadcast(is_log_ ? 0.0f : 1.0f) : fade);
+        }
+    }
+
+    // A tile below the diagonal.
+    void combine(float* tile, const float* rows /*(64)*/, const float* lanes /*(64)*/, int i0, int j0) const {
+        double log_between = 0;
+        for (int between = i0 / kTile - 1; between > j0 / kTile; between--) log_between += totals_[between];
+        const float between = (float)(is_log_ ? log_between : std::exp(log_between));
+        vec right[kTile / kLanes];
+        for (int v = 0; v < kTile / kLanes; v++)
+            right[v] = is_log_ ? load(lanes + v * kLanes) + between : load(lanes + v * kLanes) * between;
+        for (int row = 0; row < kTile; row++)
+            for (int v = 0; v < kTile / kLanes; v++)
+                store(tile + row * kTile + v * kLanes, is_log_ ? right[v] + rows[row] : right[v] * rows[row]);
+    }
+};
+
+// The factors of every head of a layer. Without a decay they are the same for all heads, and exist once. With
+// a gate those of each sequence differ.
+class LayerFactors {
+  public:
+    LayerFactors(const AttentionConfig& config, Decay decay, int B, int T, int H, int D)
+        : heads_(!decay          ? 1
+                 : decay.is_gate ? B * H
+                                 : H) {
+#pragma omp parallel for schedule(static) if (decay.is_gate)
+        for (size_t head = 0; head < heads_.size(); head++)
+            heads_[head] = HeadFactors(config, decay, (int)head, T, D);
+    }
+    const HeadFactors& operator[](int bh) const {
+        return heads_[bh % heads_.size()];
+    }
+
+  private:
+    std::vector<HeadFactors> heads_;
+};
+
+// Sums over the pairs of a tile of g_ij, the gradient of log F_ij.
+struct GateSums {
+    vec queries[kTile] = {};        // in each lane: the sum over its keys
+    vec keys[kTile / kLanes] = {};  // the sums of the keys, over all queries
+
+    // g: query i and the keys j, j+1, ..., j+15.
+    void add(int i, int j, vec g) {
+        queries[i] += g;
+        keys[j / kLanes] += g;
+    }
+    // The sums of the rows minus those of the columns are what HeadFactors::gate_gradient() needs.
+    void add_to(double* pairs /*(T) +=*/, int i0, int j0, int T) const {
+        for (int i = 0; i < kTile && i0 + i < T; i++) pairs[i0 + i] += sum(queries[i]);
+        for (int j = 0; j < kTile && j0 + j < T; j++) pairs[j0 + j] -= keys[j / kLanes][j % kLanes];
+    }
+};
+
+}  // namespace cpu
