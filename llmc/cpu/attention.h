@@ -32,6 +32,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -277,8 +278,8 @@ inline void attention_forward(Real* out,        // (B,T,C)
 // the columns that add_queries() computed.
 //   Returns the gradient of log gamma if `wants_decay` is set. For softmax it is sum_ij (i-j) dX_ij.
 //   Otherwise it is sum_ij (i-j-e_i) A_ij dA_ij with the neutral distance e_i (HeadFactors). For `sum`, dA_ij
-//   is reduced by sign(x_ij^p) dO_i . O_i here, because gamma changes the normaliser, too. With a gate, what
-//   (i-j) is multiplied by goes to gate_sums (null: not wanted) instead.
+//   is reduced by sign(x_ij^p) dO_i . O_i here, because gamma changes the normaliser, too. With a gate, the
+//   factors of (i-j) are added to gate_sums (null: not wanted) instead.
 template <class A, class Word>
 inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,64) in words of two; may be s
                                           Word* dx_pairs,        // (64 queries,64) in words of two; may be da
@@ -320,9 +321,7 @@ inline double weights_and_score_gradients(Word* a_pairs,         // (64 queries,
             dx = visible ? dx : vec{};
         }
         if (gate_sums) {
-            vec g = A::kOnline ? dx : a * d;
-            if (diagonal) g = lane_index() + j < i ? g : vec{};  // the fade of a token to itself is 1
-            gate_sums->add(i, j, g);
+            gate_sums->add(i, j, A::kOnline ? dx : a * d, diagonal);
         } else if (wants_decay && i < queries) {
             int distance = i0 + i - j0 - j;
             float neutral = factors.neutral_distance.empty() ? 0.0f : factors.neutral_distance[i0 + i];
@@ -362,7 +361,7 @@ struct BackwardTiles {
 
     const HeadFactors& factors;
     bool has_row_sum, wants_decay;
-    double* gate_pairs;  // (T) +=: for HeadFactors::gate_gradient(), or null: not wanted
+    double* gate_sums;  // (2,T) +=: for HeadFactors::gate_gradient(), or null: not wanted
     int first, end, T, C, D, Dp;
     size_t tile_words;          // the size of a tile with D channels
     const float* stats;         // (T): softmax's log-sum-exp
@@ -378,13 +377,13 @@ struct BackwardTiles {
     Word *q_rows, *d_o_rows;    // (end-first,64,Dp/N): q and c_i dO
     Word *q_pairs, *d_o_pairs;  // (end-first,64/N,Dp)
 
-    BackwardTiles(const HeadFactors& factors, bool has_row_sum, bool wants_decay, double* gate_pairs,
+    BackwardTiles(const HeadFactors& factors, bool has_row_sum, bool wants_decay, double* gate_sums,
                   int first, int end, int T, int C, int D, const float* stats, const float* row_dot,
                   float* scratch)  // (backward_scratch(end-first,D))
         : factors(factors),
           has_row_sum(has_row_sum),
           wants_decay(wants_decay),
-          gate_pairs(gate_pairs),
+          gate_sums(gate_sums),
           first(first),
           end(end),
           T(T),
@@ -456,11 +455,12 @@ struct BackwardTiles {
         float lse[kTile] = {}, dot[kTile] = {};
         if (A::kOnline) std::copy_n(stats + i0, queries, lse);
         if (row_dot) std::copy_n(row_dot + i0, queries, dot);
-        GateSums sums;
+        std::optional<GateSums> sums;
+        if (gate_sums) sums.emplace();
         dlog_gamma += weights_and_score_gradients<A>(
             a, dx, dx_rows, s, da, lse, dot, factors, factors.fades_of_queries(i0, j0, fades), has_row_sum,
-            wants_decay, gate_pairs ? &sums : nullptr, queries, i0, j0, D);
-        if (gate_pairs) sums.add_to(gate_pairs, i0, j0, T);
+            wants_decay, sums ? &*sums : nullptr, queries, i0, j0, D);
+        if (sums) sums->add_to(gate_sums, i0, j0, T);
         for (int r = 0; r < kTile; r += kTileRows) {  // keys
             int from = (diagonal ? r : 0) / N;        // the word of the first query that sees them
             tile_product<true, true>(dv + r * Dp, Dp, a + from * kTile + r, kTile, d_o_pairs + at + from * Dp,
@@ -515,17 +515,15 @@ inline void head_dots(float* dot,               // (B,H,T)
 class RowTerms {
   public:
     template <class Real>
-    RowTerms(const Real* dout, const Real* out, const float* stats, Decay decay,
-             const AttentionConfig& config, int B, int T, int H, int D)
+    RowTerms(const Real* dout, const Real* out, const float* stats, const AttentionConfig& config, int B,
+             int T, int H, int D)
         : T_(T) {
         size_t n = (size_t)B * H * T;
         if (config.has_row_sum()) {
             factor_.resize(n);
             for (size_t i = 0; i < n; i++) factor_[i] = score_factor(config.power(), D) / stats[i];
         }
-        const bool gated_length =
-            decay.is_gate && config.polynomial() && config.scale == ScaleKind::row;  // gate_gradient()
-        if (!config.softmax() && !config.has_row_sum() && !gated_length) return;
+        if (!config.softmax() && !config.has_row_sum()) return;
         dot_.resize(n);
         const float* factors = factor_.empty() ? nullptr : factor_.data();
         if (keeps_exact_output<Real>(config)) {
@@ -545,58 +543,6 @@ class RowTerms {
     int T_;
     std::vector<float> dot_;     // (B,H,T), or empty
     std::vector<float> factor_;  // (B,H,T) for `sum`, otherwise empty
-};
-
-// The gradient of a decay, which the tasks of the threads add up in pieces.
-class DecayGradient {
-  public:
-    //   ddecay: (H) += the gradient of delta, or with a gate (B,H,T) = that of log f, or null: not wanted
-    //   gate_parts: the number of parts of a head that add to the same gate_pairs() of a head
-    DecayGradient(float* ddecay, Decay decay, int B, int T, int H, int parts, int gate_parts)
-        : ddecay_(ddecay), decay_(decay), B_(B), T_(T), H_(H), parts_(parts), gate_parts_(gate_parts) {
-        dlog_gamma_.resize((size_t)B * H * parts);
-        if (wants_gate()) gate_pairs_.resize((size_t)B * H * gate_parts * T);
-    }
-    bool wants_gamma() const { return ddecay_ && !decay_.is_gate; }
-    bool wants_gate() const { return ddecay_ && decay_.is_gate; }
-
-    double& dlog_gamma(int bh, int part) { return dlog_gamma_[(size_t)bh * parts_ + part]; }
-    double* gate_pairs(int bh, int part) {  // (T) +=, or null: not wanted
-        return wants_gate() ? &gate_pairs_[((size_t)bh * gate_parts_ + part) * T_] : nullptr;
-    }
-
-    void finish(const LayerFactors& factors, const RowTerms& rows) {
-        if (wants_gamma()) finish_gamma();
-        if (wants_gate()) {
-#pragma omp parallel for schedule(static)
-            for (int bh = 0; bh < B_ * H_; bh++) finish_gate(bh, factors[bh], rows.dot(bh));
-        }
-    }
-
-  private:
-    float* ddecay_;
-    Decay decay_;
-    int B_, T_, H_, parts_, gate_parts_;
-    std::vector<double> dlog_gamma_;  // (B,H,parts)
-    std::vector<double> gate_pairs_;  // (B,H,gate_parts,T)
-
-    void finish_gamma() {
-        for (int h = 0; h < H_; h++) {
-            double total = 0;
-            for (int b = 0; b < B_; b++)
-                for (int part = 0; part < parts_; part++) total += dlog_gamma(b * H_ + h, part);
-            // d log sigmoid(delta) = 1 - sigmoid(delta)
-            ddecay_[h] += (float)(total * -std::expm1(log_gamma(decay_.values[h])));
-        }
-    }
-
-    void finish_gate(int bh, const HeadFactors& factors, const float* row_dot) {
-        double* pairs = gate_pairs(bh, 0);
-        for (int part = 1; part < gate_parts_; part++)
-            for (int t = 0; t < T_; t++) pairs[t] += gate_pairs(bh, part)[t];
-        size_t at = (size_t)bh * T_;
-        factors.gate_gradient(ddecay_ + at, pairs, row_dot, decay_.values + at, T_);
-    }
 };
 
 // Cuts the key tiles of a head into `parts` of about equal work and returns their borders (parts+1). Key tile
@@ -623,7 +569,7 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
                                Decay decay, const AttentionConfig& config, int B, int T, int H, int D) {
     int C = H * D, tiles = (T + kTile - 1) / kTile, Dp = padded(D);
     LayerFactors factors(config, decay, B, T, H, D);
-    RowTerms rows(dout, out, stats, decay, config, B, T, H, D);
+    RowTerms rows(dout, out, stats, config, B, T, H, D);
     // A head has several parts if there are fewer heads than threads. Then each part has a dq of its own, and
     // these are added up at the end.
     int wanted = (4 * omp_get_max_threads() + B * H - 1) / (B * H);
@@ -651,7 +597,7 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
                 size_t skipped = (size_t)cuts[part] * kTile * Dp;  // queries that see no key of this part
                 std::fill(dq + skipped, dq + dq_size, 0.0f);
                 BackwardTiles<A, Real> work(factors[bh], config.has_row_sum(), decay_gradient.wants_gamma(),
-                                            decay_gradient.gate_pairs(bh, part), cuts[part], tiles, T, C, D,
+                                            decay_gradient.gate_sums(bh, part), cuts[part], tiles, T, C, D,
                                             stats ? stats + (size_t)bh * T : nullptr, rows.dot(bh),
                                             scratch.get());
                 work.load_queries(qkv + head, dout + head_offset(bh, C, T, H, D),
@@ -676,7 +622,7 @@ inline void attention_backward(Real* dqkv,          // (B,T,3C)
                 write_dq(bh, t, dq);
             }
     }
-    decay_gradient.finish(factors, rows);
+    decay_gradient.finish(factors);
 }
 
 }  // namespace cpu

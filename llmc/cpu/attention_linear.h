@@ -189,15 +189,15 @@ template <int kPower, class Real>
 class LinearHead {
   public:
     //   wants_decay: whether the gradient of log gamma is wanted
-    //   gate_pairs: (T) +=: for HeadFactors::gate_gradient(), or null: not wanted
+    //   gate_sums: (2,T) +=: for HeadFactors::gate_gradient(), or null: not wanted
     LinearHead(const std::vector<FeatureTile>& tiles, const HeadFactors& factors, bool has_row_sum,
-               bool wants_decay, double* gate_pairs, int T, int C, int D,
+               bool wants_decay, double* gate_sums, int T, int C, int D,
                float* scratch)  // (scratch_size(D))
         : tiles_(tiles),
           factors_(factors),
           has_row_sum_(has_row_sum),
           wants_decay_(wants_decay),
-          gate_pairs_(gate_pairs),
+          gate_sums_(gate_sums),
           T_(T),
           C_(C),
           D_(D),
@@ -305,7 +305,7 @@ class LinearHead {
             if (!last) add_keys(state, tile);
         }
         state.zero = false;
-        if (gate_pairs_) add_gate_pairs(i0, qt_, 1);
+        if (gate_sums_) add_gate_sums(i0, qt_, true);
         std::fill_n(dq, kTile * Dp_, 0.0f);
         add_transposed(dq, dxt_);
         double total = 0;
@@ -329,7 +329,7 @@ class LinearHead {
                          const float* row_factor, const float* row_dot, const Real* qkv, int chunk) {
         int j0 = chunk * kTile;
         set_fades(chunk);
-        BackwardTiles<Poly<kPower>, Real> keys(factors_, has_row_sum_, wants_decay_, gate_pairs_, chunk,
+        BackwardTiles<Poly<kPower>, Real> keys(factors_, has_row_sum_, wants_decay_, gate_sums_, chunk,
                                                chunk + 1, T_, C_, D_, nullptr, row_dot, scratch_);
         keys.load_queries(qkv, dout, row_factor);
         keys.begin_keys(qkv, j0);
@@ -360,7 +360,7 @@ class LinearHead {
             if (chunk > 0) add_queries(dstate, tile);
         }
         dstate.zero = false;
-        if (gate_pairs_) add_gate_pairs(j0, kt_, -1);
+        if (gate_sums_) add_gate_sums(j0, kt_, false);
         add_transposed(keys.dk, dxt_);
         keys.write_keys(dqkv);
         return keys.dlog_gamma;
@@ -370,7 +370,7 @@ class LinearHead {
     const std::vector<FeatureTile>& tiles_;
     const HeadFactors& factors_;
     bool has_row_sum_, wants_decay_;
-    double* gate_pairs_;
+    double* gate_sums_;
     int T_, C_, D_, Dp_;
     float* scratch_;                               // for the tiles within a chunk
     float *qt_, *kt_, *vt_, *d_o_t_;               // (Dp,64)
@@ -390,15 +390,18 @@ class LinearHead {
         chunk_fade_ = (float)std::exp(factors_.log_fade(chunk, chunk + 1));
     }
 
-    // Adds what the pairs through the state have to do with a gate. It follows from the gradients dxt_ of the
-    // queries or keys xt, without a sum over features: weights are homogeneous in both, so x . dx is p times
-    // the sum over the pairs.
-    void add_gate_pairs(int first, const float* xt /*(Dp,64)*/, double sign) {
+    // Adds the pairs that go through the state to the sums of a gate. They follow from the gradients dxt_ of
+    // the queries or keys xt without a sum over features: weights are homogeneous in both, so x . dx is p
+    // times the sum of the pairs.
+    void add_gate_sums(int first, const float* xt /*(Dp,64)*/, bool of_queries) {
         for (int t = 0; t < kTile; t += kLanes) {
             vec total = {};
             for (int d = 0; d < D_; d++) total += load(xt + d * kTile + t) * load(dxt_ + d * kTile + t);
-            for (int lane = 0; lane < kLanes && first + t + lane < T_; lane++)
-                gate_pairs_[first + t + lane] += sign / kPower * total[lane];
+            for (int lane = 0; lane < kLanes && first + t + lane < T_; lane++) {
+                double pairs = total[lane] / kPower, *sums = gate_sums_ + first + t + lane;
+                *sums += of_queries ? pairs : -pairs;
+                if (of_queries) sums[T_] += pairs;
+            }
         }
     }
 
@@ -534,8 +537,8 @@ class LinearHeads {
     const HeadFactors& factors(int bh) const { return factors_[bh]; }
     size_t at(int bh, int row_size) const { return head_offset(bh, row_size, T_, H_, D_); }
 
-    Head head(int bh, float* scratch, double* gate_pairs = nullptr) const {
-        return Head(tiles_, factors(bh), config_.has_row_sum(), wants_decay_, gate_pairs, T_, H_ * D_, D_,
+    Head head(int bh, float* scratch, double* gate_sums = nullptr) const {
+        return Head(tiles_, factors(bh), config_.has_row_sum(), wants_decay_, gate_sums, T_, H_ * D_, D_,
                     scratch);
     }
 
@@ -637,7 +640,7 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
                                       Decay decay, const AttentionConfig& config, int B, int T, int H,
                                       int D) {
     int C = H * D, Dp = padded(D);
-    RowTerms rows(dout, out, stats, decay, config, B, T, H, D);
+    RowTerms rows(dout, out, stats, config, B, T, H, D);
     with_linear_power(config.kind, [&](auto power) {
         LinearHeads<power, Real> heads(config, decay, ddecay, B, T, H, D);
         auto states = heads.key_states(qkv);
@@ -656,7 +659,7 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
                 LinearState& state = states.empty() ? thread_state : states[task];
                 LinearState& dstate = states.empty() ? thread_dstate : dstates[task];
                 if (states.empty()) state.clear(), dstate.clear();
-                auto head = heads.head(bh, scratch.get(), decay_gradient.gate_pairs(bh, 0));
+                auto head = heads.head(bh, scratch.get(), decay_gradient.gate_sums(bh, 0));
                 double& dlog_gamma = decay_gradient.dlog_gamma(bh, part);
                 const Real *rows_qkv = qkv + heads.at(bh, 3 * C), *rows_dout = dout + heads.at(bh, C);
                 Real* rows_dqkv = dqkv + heads.at(bh, 3 * C);
@@ -676,7 +679,7 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
                 }
             }
         }
-        decay_gradient.finish(heads.factors(), rows);
+        decay_gradient.finish(heads.factors());
     });
 }
 

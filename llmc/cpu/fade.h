@@ -126,29 +126,22 @@ class HeadFactors {
         return total;
     }
 
-    // The gradient of log f, from what the pairs of attention and the rows' scales have to do with it. Each
-    // log f_t is a part of log F_ij for i >= t > j, so its gradient is the sum of that of log F_ij over these
-    // pairs. That is, the sum over i >= t of the pairs of query i, minus that of the pairs of key i.
-    //   With the scale `row`, c_i depends on f through n_i = 1 + f_i^2 n_(i-1).
-    void gate_gradient(
-        float* dlog_f,         // (T)
-        const double* pairs,   // (T): the sum over the pairs of a query, minus those of the key
-        const float* row_dot,  // (T): dO_i . O_i, the gradient of log c_i, with the scale `row`
-        const float* log_f,    // (T)
-        int T) const {
+    // The gradient of log f. Each log f_t is a part of log F_ij for i >= t > j, so its gradient is the sum of
+    // that of log F_ij over these pairs, which is the sum over i >= t of the pairs of query i minus those of
+    // key i. With the scale `row`, c_i depends on f, too, through n_i = 1 + f_i^2 n_(i-1).
+    void gate_gradient(float* dlog_f,       // (T)
+                       const double* sums,  // (2,T): as GateSums::add_to() adds them up
+                       const float* log_f,  // (T)
+                       int T) const {
+        const double *pairs = sums, *rows = sums + T;
         double total = 0, dlength = 0;  // dlength: the gradient of n_i
         for (int t = T - 1; t > 0; t--) {
-            total += pairs[t];
-            double d = total;
-            if (!row_length_.empty()) {
-                const double squared = std::exp(2.0 * log_f[t]);
-                dlength -= 0.5 * row_dot[t] / row_length_[t];
-                dlength *= squared;
-                d += 2 * dlength * row_length_[t - 1];
-            }
-            dlog_f[t] = (float)d;
+            dlog_f[t] = (float)(total += pairs[t]);
+            if (row_length_.empty()) continue;
+            dlength = std::exp(2.0 * log_f[t]) * (dlength - 0.5 * rows[t] / row_length_[t]);
+            dlog_f[t] += (float)(2 * dlength * row_length_[t - 1]);
         }
-        dlog_f[0] = 0;  // no pair has the first token between its query and its key
+        dlog_f[0] = 0;  // no query and key have the first token between them
     }
 
   private:
@@ -225,20 +218,82 @@ class LayerFactors {
     std::vector<HeadFactors> heads_;
 };
 
-// Sums over the pairs of a tile of g_ij, the gradient of log F_ij.
+// Sums over the pairs of a tile of g_ij, the gradient of log F_ij as a factor of A_ij.
 struct GateSums {
     vec queries[kTile] = {};        // in each lane: the sum over its keys
-    vec keys[kTile / kLanes] = {};  // the sums of the keys, over all queries
+    vec keys[kTile / kLanes] = {};  // the sums of the keys over all queries
+    vec own[kTile / kLanes] = {};   // g_ii, on the diagonal
 
-    // g: query i and the keys j, j+1, ..., j+15.
-    void add(int i, int j, vec g) {
+    // g: query i and the keys j, j+1, ..., j+15, with zeros for those that it does not see.
+    void add(int i, int j, vec g, bool diagonal) {
+        if (diagonal) {  // the fade of a token to itself is always 1
+            own[j / kLanes] += lane_index() + j == i ? g : vec{};
+            g = lane_index() + j == i ? vec{} : g;
+        }
         queries[i] += g;
         keys[j / kLanes] += g;
     }
-    // The sums of the rows minus those of the columns are what HeadFactors::gate_gradient() needs.
-    void add_to(double* pairs /*(T) +=*/, int i0, int j0, int T) const {
-        for (int i = 0; i < kTile && i0 + i < T; i++) pairs[i0 + i] += sum(queries[i]);
-        for (int j = 0; j < kTile && j0 + j < T; j++) pairs[j0 + j] -= keys[j / kLanes][j % kLanes];
+    // Adds the pairs of each query minus those of each key to (T), and all g_ij of each query to the next
+    // (T).
+    void add_to(double* sums /*(2,T)*/, int i0, int j0, int T) const {
+        for (int i = 0; i < kTile && i0 + i < T; i++) {
+            const double pairs = sum(queries[i]);
+            sums[i0 + i] += pairs;
+            sums[T + i0 + i] += pairs + own[i / kLanes][i % kLanes];
+        }
+        for (int j = 0; j < kTile && j0 + j < T; j++) sums[j0 + j] -= keys[j / kLanes][j % kLanes];
+    }
+};
+
+// The gradient of a decay, which the tasks of the threads add up in pieces.
+class DecayGradient {
+  public:
+    //   ddecay: (H) += the gradient of delta, or with a gate (B,H,T) = that of log f, or null: not wanted
+    //   gate_parts: the number of parts of a head that add to the same gate_sums() of a head
+    DecayGradient(float* ddecay, Decay decay, int B, int T, int H, int parts, int gate_parts)
+        : ddecay_(ddecay), decay_(decay), B_(B), T_(T), H_(H), parts_(parts), gate_parts_(gate_parts) {
+        dlog_gamma_.resize((size_t)B * H * parts);
+        if (wants_gate()) gate_sums_.resize((size_t)B * H * gate_parts * 2 * T);
+    }
+    bool wants_gamma() const { return ddecay_ && !decay_.is_gate; }
+    bool wants_gate() const { return ddecay_ && decay_.is_gate; }
+
+    double& dlog_gamma(int bh, int part) { return dlog_gamma_[(size_t)bh * parts_ + part]; }
+    double* gate_sums(int bh, int part) {  // (2,T) +=, or null: not wanted
+        return wants_gate() ? &gate_sums_[((size_t)bh * gate_parts_ + part) * 2 * T_] : nullptr;
+    }
+
+    void finish(const LayerFactors& factors) {
+        if (wants_gamma()) finish_gamma();
+        if (wants_gate()) {
+#pragma omp parallel for schedule(static)
+            for (int bh = 0; bh < B_ * H_; bh++) finish_gate(bh, factors[bh]);
+        }
+    }
+
+  private:
+    float* ddecay_;
+    Decay decay_;
+    int B_, T_, H_, parts_, gate_parts_;
+    std::vector<double> dlog_gamma_;  // (B,H,parts)
+    std::vector<double> gate_sums_;   // (B,H,gate_parts,2,T)
+
+    void finish_gamma() {
+        for (int h = 0; h < H_; h++) {
+            double total = 0;
+            for (int b = 0; b < B_; b++)
+                for (int part = 0; part < parts_; part++) total += dlog_gamma(b * H_ + h, part);
+            // d log sigmoid(delta) = 1 - sigmoid(delta)
+            ddecay_[h] += (float)(total * -std::expm1(log_gamma(decay_.values[h])));
+        }
+    }
+
+    void finish_gate(int bh, const HeadFactors& factors) {
+        double* sums = gate_sums(bh, 0);
+        for (int part = 1; part < gate_parts_; part++)
+            for (int t = 0; t < 2 * T_; t++) sums[t] += gate_sums(bh, part)[t];
+        size_t at = (size_t)bh * T_;
+        factors.gate_gradient(ddecay_ + at, sums, decay_.values + at, T_);
     }
 };
 
