@@ -98,11 +98,11 @@ def predictions(config: dict, T: int) -> list[tuple[float, float]]:
         return []
     H = config["n_head"]
     gammas = [1.0]
-    # A learned decay changes during training, so there is a prediction only for `row`, which does not depend
-    # on it.
-    if config["decay"] == "learned" and scale != "row":
+    # A learned decay and gates change during training, so there is a prediction only for `row`, which does not
+    # depend on them.
+    if config["decay"] in ("learned", "gate") and scale != "row":
         return []
-    if config["decay"] != "none":
+    if config["decay"] in ("fixed", "learned"):
         gammas = [1 / (1 + math.exp(-(1 + 4.5 * h / max(H - 1, 1)))) for h in range(H)]
     return [gaussian_norms(power, scale, config["n_positions"], config["n_embd"] // H, T, gamma)
             for gamma in gammas]

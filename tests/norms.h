@@ -32,9 +32,10 @@ inline Vector dense_jacobian(const AttentionRow& row, const AttentionConfig& con
     return J;
 }
 
-// The norms of one head, as llmc/norms.h defines them. log_gamma 0 means no decay.
-inline AttentionNorms attention_norms(const Vector& qkv /*(B,T,3C)*/, double log_gamma,
-                                      const AttentionConfig& config, int h, int B, int T, int H, int D) {
+// The norms of one head, as llmc/norms.h defines them. log_fade(b, i) gives log F_ij (i+1) of a row.
+template <class LogFade>
+AttentionNorms attention_norms(const Vector& qkv /*(B,T,3C)*/, LogFade log_fade,
+                               const AttentionConfig& config, int h, int B, int T, int H, int D) {
     int C = H * D;
     double square = 0, jacobian = 0, absolute = 0, negative = 0, moment = 0;
     AttentionNorms n = {};
@@ -42,7 +43,8 @@ inline AttentionNorms attention_norms(const Vector& qkv /*(B,T,3C)*/, double log
     for (int b = 0; b < B; b++)
         for (int i = 0; i < T; i++) {
             const double* rows = &qkv[(size_t)b * T * 3 * C + h * D];
-            AttentionRow row = attention_row(rows + (size_t)i * 3 * C, rows + C, log_gamma, config, i, C, D);
+            AttentionRow row =
+                attention_row(rows + (size_t)i * 3 * C, rows + C, log_fade(b, i), config, i, C, D);
             double row_absolute = 0, row_square = 0;
             for (int j = 0; j <= i; j++) {
                 double a = row.A[j];
@@ -71,6 +73,16 @@ inline AttentionNorms attention_norms(const Vector& qkv /*(B,T,3C)*/, double log
     for (int s = 0; s < config.power(); s++) m *= (2 * s + 1) * (1 + 2.0 * s / D);
     if (config.polynomial()) n.moment_excess = moment / scores.size() / m - 1;
     return n;
+}
+// log_gamma 0 means no decay.
+inline AttentionNorms attention_norms(const Vector& qkv, double log_gamma, const AttentionConfig& config,
+                                      int h, int B, int T, int H, int D) {
+    auto log_fade = [&](int, int i) {
+        Vector fade(i + 1);
+        for (int j = 0; j <= i; j++) fade[j] = (i - j) * log_gamma;
+        return fade;
+    };
+    return attention_norms(qkv, log_fade, config, h, B, T, H, D);
 }
 
 // A number below `floor` is held to tolerance * floor.

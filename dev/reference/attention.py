@@ -31,20 +31,30 @@ def rotate(x: Tensor) -> Tensor:  # (B,H,T,D)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def attention_matrix(q: Tensor, k: Tensor, delta: Tensor | None, attention: str, scale: str,
+def fade_by_distance(delta: Tensor, T: int) -> Tensor:
+    """log gamma^(i-j) (H,T,T) with gamma = sigmoid(delta) (H)."""
+    i = torch.arange(T, dtype=delta.dtype, device=delta.device)
+    return F.logsigmoid(delta)[:, None, None] * (i[:, None] - i[None, :])
+
+
+def fade_by_gates(log_f: Tensor) -> Tensor:
+    """The sum of log f_t over j < t <= i, (B,H,T,T), from log f (B,H,T)."""
+    total = log_f.double().cumsum(-1)
+    return (total[..., :, None] - total[..., None, :]).to(log_f.dtype)
+
+
+def attention_matrix(q: Tensor, k: Tensor, log_fade: Tensor | None, attention: str, scale: str,
                      context: int) -> Tensor:
-    """A (B,H,T,T) from q and k (B,H,T,D) and, where there is decay, gamma = sigmoid(delta) (H)."""
+    """A (B,H,T,T) from q and k (B,H,T,D) and, where there is decay, what weights fade by (...,H,T,T)."""
     T, D = q.shape[-2:]
     x = q @ k.mT / math.sqrt(D)
     i = torch.arange(T, dtype=q.dtype, device=q.device)
-    distance = i[:, None] - i[None, :]
-    visible = distance >= 0
-    log_gamma = F.logsigmoid(delta) if delta is not None else q.new_zeros(1)
-    log_fade = (log_gamma[:, None, None] * distance).masked_fill(~visible, -math.inf)  # (H,T,T)
+    visible = i[:, None] >= i[None, :]
+    log_fade = (q.new_zeros(1) if log_fade is None else log_fade).masked_fill(~visible, -math.inf)
     if attention == "softmax":
         return (x + log_fade).softmax(-1)
 
-    fade = log_fade.exp()  # gamma^(i-j), and 0 for j > i
+    fade = log_fade.exp()  # 0 for j > i
     if attention == "sigmoid":
         return torch.sigmoid(x - (i[:, None] + 1).log()) * fade
 
@@ -52,7 +62,7 @@ def attention_matrix(q: Tensor, k: Tensor, delta: Tensor | None, attention: str,
     power = x ** p
     moment = math.prod((2 * s + 1) * (1 + 2 * s / D) for s in range(p))  # E[x^(2p)] for q, k ~ N(0, I)
     match scale:
-        case "row":  # n_i is the sum over the row of gamma^(2(i-j)): i + 1 without decay
+        case "row":  # n_i is the sum over the row of the squares of the fades: i + 1 without decay
             c = (moment * fade.square().sum(-1, keepdim=True)).rsqrt()
         case "context":
             c = context ** -0.5

@@ -54,10 +54,13 @@ def covered(case: dict) -> set:
 
 def choose_cases() -> list[dict]:
     """Cases that cover, between them, all that a model can have; greedily, and always the same ones. The first
-    five kinds of attention share theirs; each later kind adds its own, so that the files of others stay."""
+    five kinds of attention share theirs; each later kind, and the gate, adds its own, so that the files of
+    others stay."""
     cases, done = list(FIRST), set().union(*map(covered, FIRST))
-    for attentions in [ATTENTIONS[:5], *([attention] for attention in ATTENTIONS[5:])]:
-        factors = FACTORS | {"attention": attentions}
+    groups = [{"attention": ATTENTIONS[:5]}, *({"attention": [attention]} for attention in ATTENTIONS[5:]),
+              {"decay": ["gate"]}]
+    for group in groups:
+        factors = FACTORS | group
         candidates = [case for case in (dict(zip(factors, values)) for values in product(*factors.values()))
                       if power_of(case["attention"]) or case["attention_scale"] == "row"]
         random.Random(1).shuffle(candidates)
@@ -81,11 +84,14 @@ def make_parameters() -> dict[str, Tensor]:
     tokens = torch.from_numpy(rng.integers(SIZES["vocab_size"], size=(BATCH, SEQ + 1), dtype=np.int32))
     tensors = {"input_ids": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
     largest = GPT(GPTConfig(**SIZES, n_head=3, qk_norm=True, decay="learned", short_conv=4, output_gate=True))
-    for name, parameter in largest.named_parameters():
+    gated = GPT(GPTConfig(**SIZES, n_head=3, decay="gate"))
+    for name, parameter in [*largest.named_parameters(), *gated.named_parameters()]:
+        if name in tensors:
+            continue
         mean, std = 0.0, 0.3
         if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight", "q_gain")):
             mean = 1.0
-        elif name.endswith("attn.decay"):
+        elif name.endswith(("attn.decay", "decay_gate.bias")):
             mean, std = 1.5, 1.0
         tensors[name] = random_tensor(SEED, name, parameter.shape, mean, std)
     return tensors

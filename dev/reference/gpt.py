@@ -22,13 +22,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from attention import ATTENTIONS, attention_matrix, power_of, rms_norm, rotate
+from attention import (ATTENTIONS, attention_matrix, fade_by_distance, fade_by_gates, power_of, rms_norm,
+                       rotate)
 from shards import batches
 
 # The values that config.json may have where a typing error, or another GPT-2, would pass for this model.
 ALLOWED = {"model_type": ["gpt2"], "layer_norm_epsilon": [1e-5], "activation_function": ["gelu_new"],
            "attention": ATTENTIONS, "positions": ["learned", "rope"],
-           "decay": ["none", "fixed", "learned"], "qk_norm": [False, True], "output_gate": [False, True]}
+           "decay": ["none", "fixed", "learned", "gate"], "qk_norm": [False, True],
+           "output_gate": [False, True]}
 
 
 @dataclass
@@ -44,7 +46,7 @@ class GPTConfig:
     positions: str = "learned"  # or rope
     qk_norm: bool = False
     q_gain: float = 1.0  # what the gains of qk-norm start at
-    decay: str = "none"  # fixed, learned
+    decay: str = "none"  # fixed, learned, gate
     short_conv: int = 0  # its width; 0: none
     output_gate: bool = False
 
@@ -94,7 +96,11 @@ class Attention(nn.Module):
         self.c_proj = Linear(C, C)
         self.conv = ShortConv(config.short_conv, 3 * C) if config.short_conv else None
         self.q_gain = nn.Parameter(torch.full((H,), float(config.q_gain))) if config.qk_norm else None
-        self.decay = nn.Parameter(torch.linspace(1.0, 5.5, H)) if config.decay == "learned" else None
+        delta = torch.linspace(1.0, 5.5, H)
+        self.decay = nn.Parameter(delta) if config.decay == "learned" else None
+        self.decay_gate = Linear(C, H) if config.decay == "gate" else None
+        if self.decay_gate is not None:
+            self.decay_gate.bias.data.copy_(delta)
 
     def forward(self, x: Tensor) -> Tensor:  # (B,T,C)
         (B, T, C), H = x.shape, self.config.n_head
@@ -102,21 +108,31 @@ class Attention(nn.Module):
         if self.conv is not None:
             qkv = self.conv(qkv)
         q, k, v = (y.view(B, T, H, C // H).transpose(1, 2) for y in qkv.split(C, dim=-1))  # (B,H,T,D) each
-        y = self.attend(q, k, v).transpose(1, 2).reshape(B, T, C)
+        y = self.attend(q, k, v, self.log_fade(x)).transpose(1, 2).reshape(B, T, C)
         if self.out_gate is not None:
             y = y * torch.sigmoid(self.out_gate(x))
         return self.c_proj(y)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (B,H,T,D) all
+    def log_fade(self, x: Tensor) -> Tensor | None:  # (B,T,C)
+        """What attention_matrix takes."""
+        match self.config.decay:
+            case "fixed":
+                delta = torch.linspace(1.0, 5.5, self.config.n_head, dtype=x.dtype, device=x.device)
+                return fade_by_distance(delta, x.shape[1])
+            case "learned":
+                return fade_by_distance(self.decay, x.shape[1])
+            case "gate":
+                return fade_by_gates(F.logsigmoid(self.decay_gate(x)).transpose(1, 2))
+        return None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor,  # (B,H,T,D) all
+               log_fade: Tensor | None) -> Tensor:
         config = self.config
         if self.q_gain is not None:
             q, k = rms_norm(q) * self.q_gain[:, None, None], rms_norm(k)
         if config.positions == "rope":
             q, k = rotate(q), rotate(k)
-        delta = self.decay
-        if config.decay == "fixed":
-            delta = torch.linspace(1.0, 5.5, config.n_head, dtype=q.dtype, device=q.device)
-        A = attention_matrix(q, k, delta, config.attention, config.attention_scale, config.n_positions)
+        A = attention_matrix(q, k, log_fade, config.attention, config.attention_scale, config.n_positions)
         return A @ v
 
 
@@ -148,9 +164,9 @@ class FusedAttention(Attention):
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, log_fade: Tensor | None) -> Tensor:
         if not self.covered:
-            return super().attend(q, k, v)
+            return super().attend(q, k, v, log_fade)
         T, D = q.shape[-2:]
         if self.q_gain is not None:
             q, k = F.rms_norm(q, (D,), eps=1e-6), F.rms_norm(k, (D,), eps=1e-6)

@@ -12,53 +12,60 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
-from attention import ATTENTIONS, attention_matrix, power_of, rms_norm, rotate
+from attention import (ATTENTIONS, attention_matrix, fade_by_distance, fade_by_gates, power_of, rms_norm,
+                       rotate)
 from gpt import GPT, GPTConfig, ShortConv
 
 SCALES = ["row", "context", "mean", "sum", "0.35"]
 
 
-def attention_row(x: list[float], gamma: float, D: int, attention: str, scale: str, context: int) -> list:
-    """Row i of A, from the x_ij of its i + 1 keys."""
+def attention_row(x: list[float], fade: list[float], D: int, attention: str, scale: str,
+                  context: int) -> list:
+    """Row i of A, from the x_ij of its i + 1 keys and what their weights fade by."""
     i = len(x) - 1
     if attention == "softmax":
-        row = [math.exp(x[j]) * gamma ** (i - j) for j in range(i + 1)]
+        row = [math.exp(x[j]) * fade[j] for j in range(i + 1)]
         return [value / sum(row) for value in row]
     if attention == "sigmoid":
-        return [gamma ** (i - j) / (1 + (i + 1) * math.exp(-x[j])) for j in range(i + 1)]
+        return [fade[j] / (1 + (i + 1) * math.exp(-x[j])) for j in range(i + 1)]
     p = int(attention[-1])
     a, b, c = 1 + 2 / D, 1 + 4 / D, 1 + 6 / D
     m = [1, 3 * a, 15 * a * b, 105 * a * b * c][p - 1]
     if scale == "row":
-        c = 1 / math.sqrt(m * sum(gamma ** (2 * (i - j)) for j in range(i + 1)))
+        c = 1 / math.sqrt(m * sum(fade[j] ** 2 for j in range(i + 1)))
     elif scale == "context":
         c = 1 / math.sqrt(context)
     elif scale == "mean":
         c = 1 / (math.sqrt(m) * (i + 1))
     elif scale == "sum":
-        c = 1 / (1e-6 + sum(gamma ** (i - j) * abs(x[j]) ** p for j in range(i + 1)))
+        c = 1 / (1e-6 + sum(fade[j] * abs(x[j]) ** p for j in range(i + 1)))
     else:
         c = float(scale)
-    return [c * x[j] ** p * gamma ** (i - j) for j in range(i + 1)]
+    return [c * x[j] ** p * fade[j] for j in range(i + 1)]
 
 
-def attention_loops(q: Tensor, k: Tensor, delta: Tensor | None, *kind: str | int) -> Tensor:
-    """What attention_matrix computes, one element after the other."""
+def attention_loops(q: Tensor, k: Tensor, f: Tensor, *kind: str | int) -> Tensor:
+    """What attention_matrix computes, one element after the other, from the gates f (B,H,T)."""
     B, H, T, D = q.shape
     A = torch.zeros(B, H, T, T, dtype=q.dtype)
     for b, h, i in product(range(B), range(H), range(T)):
         x = [sum((q[b, h, i] * k[b, h, j]).tolist()) / math.sqrt(D) for j in range(i + 1)]
-        gamma = 1.0 if delta is None else 1 / (1 + math.exp(-delta[h].item()))
-        A[b, h, i, :i + 1] = torch.tensor(attention_row(x, gamma, D, *kind), dtype=q.dtype)
+        fade = [math.prod(f[b, h, j + 1:i + 1].tolist()) for j in range(i + 1)]
+        A[b, h, i, :i + 1] = torch.tensor(attention_row(x, fade, D, *kind), dtype=q.dtype)
     return A
 
 
 def check_formulas() -> None:
     worst = 0.0
-    for attention, scale, decay in product(ATTENTIONS, SCALES, [False, True]):
+    delta, logits = torch.tensor([-0.5, 1.0, 3.0]).double(), torch.randn(2, 3, 7).double()
+    decays = [(None, torch.ones(2, 3, 7)),
+              (fade_by_distance(delta, 7), torch.sigmoid(delta)[:, None].expand(2, 3, 7)),
+              (fade_by_gates(F.logsigmoid(logits)), torch.sigmoid(logits))]
+    for attention, scale, (log_fade, f) in product(ATTENTIONS, SCALES, decays):
         q, k = torch.randn(2, 2, 3, 7, 4, dtype=torch.float64)
-        arguments = q, k, torch.tensor([-0.5, 1.0, 3.0]).double() if decay else None, attention, scale, 9
-        worst = max(worst, (attention_matrix(*arguments) - attention_loops(*arguments)).abs().max().item())
+        kind = attention, scale, 9
+        difference = attention_matrix(q, k, log_fade, *kind) - attention_loops(q, k, f, *kind)
+        worst = max(worst, difference.abs().max().item())
 
     x = torch.randn(7, 6, dtype=torch.float64)
     for t, i in product(range(7), range(3)):
@@ -79,7 +86,7 @@ def check_formulas() -> None:
 
 def check_gradients() -> None:
     tokens = torch.tensor([[0, 3, 1, 4]])
-    for attention, decay in product(ATTENTIONS, ["none", "learned"]):
+    for attention, decay in product(ATTENTIONS, ["none", "learned", "gate"]):
         for scale in SCALES if power_of(attention) else ["row"]:
             config = GPTConfig(1, 2, 4, 4, 5, attention, scale, "rope", True, decay=decay, short_conv=2,
                                output_gate=True)

@@ -254,6 +254,11 @@ inline void attention_norms(AttentionNorms* norms,  // (H)
         NormSums sums;
         for (int part = 0; part < B * tiles; part++) sums.add(parts[(size_t)h * B * tiles + part]);
         norms[h] = sums.norms(config, B, T, D);
+        if (!decay.is_gate) continue;
+        double gates = 0;
+        for (int b = 0; b < B; b++)
+            for (int t = 0; t < T; t++) gates += std::exp(decay.values[((size_t)b * H + h) * T + t]);
+        norms[h].mean_gate = gates / ((double)B * T);
     }
 }
 

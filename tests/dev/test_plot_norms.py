@@ -111,6 +111,7 @@ class PlotNormsTest(unittest.TestCase):
         for expected, changes in [
                 ((1, 3 * math.sqrt(m[2] / m[3])), {}),
                 ((1, 2 * math.sqrt(m[1] / m[2])), {"attention": "poly2", "decay": "learned"}),
+                ((1, 2 * math.sqrt(m[1] / m[2])), {"attention": "poly2", "decay": "gate"}),
                 ((math.sqrt(harmonic), math.sqrt(harmonic)),
                  {"attention": "poly1", "attention_scale": "mean"}),
                 ((math.sqrt(m[3] * 16.5 / 64), 3 * math.sqrt(m[2] * 16.5 / 64)),
@@ -122,7 +123,8 @@ class PlotNormsTest(unittest.TestCase):
                 for got, value in zip(predicted(**changes)[0], expected):
                     self.assertAlmostEqual(got, value, places=12)
         for changes in [{"attention": "softmax"}, {"attention": "sigmoid"}, {"attention_scale": "sum"},
-                        {"attention_scale": "mean", "decay": "learned"}]:
+                        {"attention_scale": "mean", "decay": "learned"},
+                        {"attention_scale": "mean", "decay": "gate"}]:
             self.assertEqual(predicted(**changes), [])
 
     def test_bad_usage(self) -> None:
