@@ -387,7 +387,7 @@ class LinearHead {
     void set_fades(int chunk) {
         if (!factors_.is_gate) return;
         fade_from_start_ = factors_.from_start(chunk), fade_to_end_ = factors_.to_end(chunk);
-        chunk_fade_ = (float)std::exp(factors_.log_fade(chunk, chunk + 1));
+        chunk_fade_ = factors_.chunk_fade(chunk);
     }
 
     // Adds the pairs that go through the state to the sums of a gate. They follow from the gradients dxt_ of

@@ -49,6 +49,14 @@ struct TileFades {
     vec operator()(int row, int lane) const { return load(first + row * stride + lane); }
 };
 
+// Fades below this count as 0. A row always has its own token with a fade of 1, so nothing is lost. Otherwise
+// there would be subnormal numbers, with which processors compute a hundred times more slowly.
+constexpr float kSmallestFade = 1e-19f;
+
+inline vec drop_smallest(vec fade) {
+    return fade < kSmallestFade ? vec{} : fade;
+}
+
 class HeadFactors {
   public:
     double log_gamma = 0;
@@ -114,10 +122,11 @@ class HeadFactors {
         return {memory, kTile};
     }
 
-    // For the linear form, whose chunks are the tiles. The state of the keys before a chunk is faded to the
-    // last token before it with a gate, and to the first token in it otherwise.
+    // For the linear form with a gate. Its chunks are the tiles, and the state of the keys before a chunk is
+    // faded to the last token before it.
     const float* from_start(int chunk) const { return from_start_ + (size_t)chunk * kTile; }  // (64)
     const float* to_end(int chunk) const { return to_end_ + (size_t)chunk * kTile; }          // (64)
+    float chunk_fade(int chunk) const { return fade_of(totals_[chunk]); }
     // The logarithm of the fade over whole chunks.
     double log_fade(int first, int end) const {
         if (!is_gate) return log_gamma * ((double)kTile * (end - first));
@@ -168,7 +177,13 @@ class HeadFactors {
             for (int t = kTile - 1; t >= 0; total += step_[first + t--]) to_end_[first + t] = (float)total;
         }
         if (is_log_) return;
-        for (int at = 0; at < 3 * size_; at += kLanes) store(step_ + at, exp(load(step_ + at)));
+        for (int at = 0; at < 3 * size_; at += kLanes)
+            store(step_ + at, drop_smallest(exp(load(step_ + at))));
+    }
+
+    static float fade_of(double log_fade) {
+        const double fade = std::exp(log_fade);
+        return fade < kSmallestFade ? 0.0f : (float)fade;
     }
 
     // Computes row `to` of a tile on the diagonal from row `from`, which is one token nearer to the diagonal
@@ -178,7 +193,7 @@ class HeadFactors {
         const float step = has_from ? step_[t] : 0.0f;
         for (int lane = 0; lane < kTile; lane += kLanes) {
             vec fade = has_from ? load(tile + from * kTile + lane) : vec{};
-            fade = is_log_ ? fade + step : fade * step;
+            fade = is_log_ ? fade + step : drop_smallest(fade * step);
             store(tile + to * kTile + lane,
                   lane_index() + lane == to ? broadcast(is_log_ ? 0.0f : 1.0f) : fade);
         }
@@ -188,13 +203,18 @@ class HeadFactors {
     void combine(float* tile, const float* rows /*(64)*/, const float* lanes /*(64)*/, int i0, int j0) const {
         double log_between = 0;
         for (int between = i0 / kTile - 1; between > j0 / kTile; between--) log_between += totals_[between];
-        const float between = (float)(is_log_ ? log_between : std::exp(log_between));
-        vec right[kTile / kLanes];
-        for (int v = 0; v < kTile / kLanes; v++)
-            right[v] = is_log_ ? load(lanes + v * kLanes) + between : load(lanes + v * kLanes) * between;
-        for (int row = 0; row < kTile; row++)
-            for (int v = 0; v < kTile / kLanes; v++)
-                store(tile + row * kTile + v * kLanes, is_log_ ? right[v] + rows[row] : right[v] * rows[row]);
+        const float between = is_log_ ? (float)log_between : fade_of(log_between);
+        for (int lane = 0; lane < kTile; lane += kLanes) {
+            const vec right = load(lanes + lane);
+            if (is_log_) {
+                for (int row = 0; row < kTile; row++)
+                    store(tile + row * kTile + lane, right + between + rows[row]);
+            } else {
+                const vec faded = drop_smallest(right * between);
+                for (int row = 0; row < kTile; row++)
+                    store(tile + row * kTile + lane, drop_smallest(faded * rows[row]));
+            }
+        }
     }
 };
 

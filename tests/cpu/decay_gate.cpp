@@ -311,3 +311,43 @@ TEST_CASE("gated attention: keys and values, and the state, give the outputs of 
             if (has_state) CHECK(relative_error(to_double(stated), y) < (config.has_row_sum() ? 1e-4 : 1e-5));
         }
 }
+
+TEST_CASE("gated attention: there are no subnormal fades, which are slow") {
+    const int T = 192;
+    const Floats log_f(T, -0.7f);
+    const cpu::HeadFactors factors({.kind = AttentionKind::poly3}, Decay::gate(log_f.data()), 0, T, 8);
+    alignas(64) float memory[cpu::kTile * cpu::kTile];
+    for (int i0 = 0; i0 < T; i0 += cpu::kTile)
+        for (int j0 = 0; j0 <= i0; j0 += cpu::kTile)
+            for (bool of_keys : {false, true}) {
+                of_keys ? factors.fades_of_keys(i0, j0, memory) : factors.fades_of_queries(i0, j0, memory);
+                for (float fade : memory) CHECK((fade == 0 || std::isnormal(fade)));
+            }
+}
+
+TEST_CASE("gated attention: the norms are those of their definitions, and the mean gate is logged") {
+    const int B = 2, T = 130, H = 2, D = 8, C = H * D;
+    const Floats qkv = normal((size_t)B * T * 3 * C, 1), log_f = random_log_gates(B * H * T);
+    for (const AttentionConfig& config : every_config()) {
+        INFO(describe(config));
+        Floats out((size_t)B * T * C), stats(B * H * T);
+        const Decay decay = Decay::gate(log_f.data());
+        cpu::attention_forward(out.data(), stats.data(), qkv.data(), decay, config, B, T, H, D);
+        std::vector<AttentionNorms> norms(H);
+        cpu::attention_norms(norms.data(), qkv.data(), stats.data(), decay, config, B, T, H, D);
+        for (int h = 0; h < H; h++) {
+            double mean = 0;
+            for (int b = 0; b < B; b++)
+                for (int t = 0; t < T; t++) mean += std::exp((double)log_f[(b * H + h) * T + t]) / (B * T);
+            CHECK(norms[h].mean_gate.value() == doctest::Approx(mean));
+            auto log_fade = [&](int b, int i) {
+                Vector fade(i + 1);
+                for (int j = i - 1; j >= 0; j--) fade[j] = fade[j + 1] + log_f[(b * H + h) * T + j + 1];
+                return fade;
+            };
+            check_norms(norms[h], attention_norms(to_double(qkv), log_fade, config, h, B, T, H, D), 1e-5);
+        }
+        cpu::attention_norms(norms.data(), qkv.data(), stats.data(), nullptr, config, B, T, H, D);
+        CHECK(!norms[0].mean_gate);
+    }
+}

@@ -75,6 +75,10 @@ TEST_CASE("the table has GPT-2's tensors and numbers of parameters") {
     config.layers = 2, config.heads = 3, config.channels = 12, config.context = 9, config.vocab_size = 17;
     config.qk_norm = true, config.decay = DecayKind::learned, config.short_conv = 3;
     config.output_gate = true;
+    SUBCASE("learned decay") {}
+    SUBCASE("gate") {
+        config.decay = DecayKind::gate;
+    }
     ParameterTable table(config, 32);
     std::set<std::string> names;
     std::vector<Slice> slices;
@@ -101,6 +105,10 @@ TEST_CASE("the table has GPT-2's tensors and numbers of parameters") {
         if (t.name == "ln_f.bias") CHECK(view.ln_f_bias == array.data() + t.offset);
         if (t.name == "wpe.weight") CHECK(t.offset >= 32 * 12);  // it comes after the padded vocabulary
     }
+    const bool gate = config.decay == DecayKind::gate;
+    CHECK(names.contains("h.0.attn.decay") == !gate);
+    CHECK(names.contains("h.0.attn.decay_gate.weight") == gate);
+    CHECK(names.contains("h.0.attn.decay_gate.bias") == gate);
 }
 
 TEST_CASE("tensors start as the design says") {
@@ -108,6 +116,10 @@ TEST_CASE("tensors start as the design says") {
     config.layers = 8, config.heads = 4, config.channels = 64, config.vocab_size = 300;
     config.qk_norm = true, config.decay = DecayKind::learned, config.short_conv = 4;
     config.q_gain = 0.25, config.output_gate = true;
+    SUBCASE("learned decay") {}
+    SUBCASE("gate") {
+        config.decay = DecayKind::gate;
+    }
     ParameterTable table(config, 304);
     for (const ParameterTensor& t : table.tensors) {
         CAPTURE(t.name);
@@ -116,13 +128,15 @@ TEST_CASE("tensors start as the design says") {
         double squares = 0;
         for (float value : x) squares += (double)value * value;
         double rms = std::sqrt(squares / t.size);
-        if (t.name.ends_with(".bias")) CHECK(rms == 0);
+        if (t.name.ends_with(".bias") && !t.name.ends_with("gate.bias")) CHECK(rms == 0);
         if (t.name.ends_with("c_proj.weight")) CHECK(rms == doctest::Approx(0.02 / 4).epsilon(0.05).scale(0));
         if (t.name.ends_with("c_attn.weight") || t.name.ends_with("c_fc.weight") ||
             t.name.ends_with("te.weight") || t.name.ends_with("out_gate.weight"))
             CHECK(rms == doctest::Approx(0.02).epsilon(0.05).scale(0));
+        if (t.name.ends_with("gate.weight")) CHECK(rms == doctest::Approx(0.02).epsilon(0.15).scale(0));
         if (t.name.ends_with("q_gain")) CHECK(x == std::vector<float>(4, 0.25f));
-        if (t.name.ends_with("attn.decay")) CHECK(x == std::vector<float>{1.0f, 2.5f, 4.0f, 5.5f});
+        if (t.name.ends_with("attn.decay") || t.name.ends_with("gate.bias"))
+            CHECK(x == std::vector<float>{1.0f, 2.5f, 4.0f, 5.5f});
         if (t.name.ends_with("conv.weight"))
             for (size_t i = 0; i < t.size; i++) CHECK(x[i] == (i < 3 * 64 ? 1.0f : 0.0f));
     }
@@ -246,7 +260,7 @@ TEST_CASE("config.json goes out and comes back; what it may not say is refused")
     config.layers = 3, config.heads = 2, config.channels = 20, config.context = 7, config.vocab_size = 99;
     config.attention_kind = AttentionKind::poly2, config.attention_scale = "0.125",
     config.positions = PositionKind::rope;
-    config.qk_norm = true, config.decay = DecayKind::fixed, config.short_conv = 4;
+    config.qk_norm = true, config.decay = DecayKind::gate, config.short_conv = 4;
     config.q_gain = 0.3, config.output_gate = true;
     for (const std::vector<int>& ends : {std::vector<int>(), {98}, {3, 0}}) {
         config.bos_token = ends.empty() ? -1 : ends[0], config.eos_tokens = ends;
@@ -332,6 +346,9 @@ TEST_CASE("the line of a head's norms in metrics.jsonl") {
           R"({"step":7,"layer":1,"head":2,"attention_norm":1.5,"jacobian_norm":2.5,"max_weight":0.75,)"
           R"("negative_mass":0.25,"effective_keys":3.5,"score_std":1.25,"max_score":4.0,)"
           R"("moment_excess":null})");
+    norms.mean_gate = 0.875;
+    append_norms(softmax, norms, config);
+    CHECK(softmax.at("mean_gate") == 0.875);
 }
 
 TEST_CASE("a peak that was measured in a bad moment is measured again, and no step is above it") {
