@@ -22,6 +22,7 @@
 #include "llmc/cuda/attention/norms.h"
 #include "llmc/cuda/cache.h"
 #include "llmc/cuda/classifier.h"
+#include "llmc/cuda/decay_gate.h"
 #include "llmc/cuda/device.h"
 #include "llmc/cuda/embedding.h"
 #include "llmc/cuda/gelu.h"
@@ -174,6 +175,9 @@ struct GPT : Model {
         }
         if (config.qk_norm || config.rope())
             qk_norm_rope_forward(a.heads, a.qk_rstd, a.conv, w.q_gain, inputs.rope, B, T, H, D, stream);
+        if (config.decay == DecayKind::gate)
+            decay_gate_forward(a.log_f, a.ln_1, w_real.decay_gate_weight, w.decay_gate_bias, B, T, C, H,
+                               stream);
         if (cache) {
             cache->attention_forward(a.attn, a.heads, decay(l), l, T);
         } else if (linear(T)) {
@@ -234,11 +238,12 @@ struct GPT : Model {
             if (config.output_gate)
                 output_gate_backward(grads.norm, grads.gate, grads.norm, a.attn, a.gate, (size_t)N * C,
                                      stream);
+            float* ddecay = config.decay == DecayKind::gate ? grads.log_f : d.decay;
             if (linear(T)) {
-                attention_linear_backward(grads.qkv, d.decay, scratch, grads.norm, a.attn, a.attn_stats,
+                attention_linear_backward(grads.qkv, ddecay, scratch, grads.norm, a.attn, a.attn_stats,
                                           a.heads, decay(l), attention, B, T, H, D, stream);
             } else {
-                attention_backward(grads.qkv, d.decay, scratch, grads.norm, a.attn, a.attn_stats, a.heads,
+                attention_backward(grads.qkv, ddecay, scratch, grads.norm, a.attn, a.attn_stats, a.heads,
                                    decay(l), attention, B, T, H, D, stream);
             }
             if (config.qk_norm || config.rope())
@@ -256,6 +261,10 @@ struct GPT : Model {
                 matmul_backward(grads.norm, d.out_gate_weight, nullptr, grads.gate, a.ln_1,
                                 w_real.out_gate_weight, accumulate, N, C, C, *matmuls, stream,
                                 /*adds_dinp=*/true);
+            if (config.decay == DecayKind::gate)
+                decay_gate_backward(grads.norm, d.decay_gate_weight, d.decay_gate_bias, scratch, grads.log_f,
+                                    a.log_f, a.ln_1, w_real.decay_gate_weight, accumulate, B, T, C, H,
+                                    stream);
             layernorm_backward(grads.residual, grads.residual_real, d.ln_1_weight, d.ln_1_bias, scratch,
                                grads.norm, residual, a.ln_1_mean, a.ln_1_rstd, w.ln_1_weight, N, C, stream);
             call(hooks.ready, table.bucket_of_block(l));
@@ -415,8 +424,9 @@ struct GPT : Model {
         return options.kernel == AttentionKernel::linear;
     }
 
-    // The decay parameters delta (H) of layer l; null without decay.
-    const float* decay(int l) const {
+    // The decay of layer l: of its gates, which the forward pass has made, or of delta (H).
+    Decay decay(int l) const {
+        if (config.decay == DecayKind::gate) return Decay::gate(acts.h[l].log_f);
         return config.decay == DecayKind::fixed ? fixed_decay : weights.h[l].decay;
     }
 

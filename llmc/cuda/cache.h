@@ -1,6 +1,6 @@
 // What generation keeps about the tokens so far. For each layer this is their keys and values or, if
 // attention has a linear form, a state of fixed size (attention/state.h). In addition it keeps the last
-// inputs of the short convolution.
+// inputs of the short convolution, and what attention needs of earlier gates.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -30,19 +30,21 @@ class Cache {
           D_(config.head_size()),
           C_(config.channels),
           kv_(config.layers),
-          state_(config.layers) {
+          state_(config.layers),
+          gate_sums_(config.layers) {
         size_t rows = (size_t)std::max(0, config.short_conv - 1) * 3 * C_;
         for (int l = 0; l < config.layers; l++) {
             conv_history_.emplace_back(rows);
             check(cudaMemsetAsync(conv_history_[l].get(), 0, rows * sizeof(Real), stream_));
+            row_lengths_.emplace_back(has_gates() ? H_ : 0);
         }
     }
 
     // Must be called before each group of new tokens. Changes from keys and values to the state if the user
     // asked for it or if it has become smaller.
-    //   decay(l): delta (H) of layer l, or null
-    template <class Decay>
-    void begin(Decay decay) {
+    //   decay(l): the decay of layer l; with gates only that it has them
+    template <class DecayOf>
+    void begin(DecayOf decay) {
         if (has_state_ || kind_ == CacheKind::kv || !has_linear_form(attention_, D_)) return;
         if (kind_ == CacheKind::automatic && length < state_pays_from(attention_.power(), D_)) return;
         has_state_ = true;
@@ -50,11 +52,15 @@ class Cache {
             size_t size = H_ * state_size(attention_.power(), D_);
             state_[l] = DeviceArray<float>(size);
             check(cudaMemsetAsync(state_[l].get(), 0, size * sizeof(float), stream_));
+            DeviceArray<float> log_f(length && has_gates() ? (size_t)length * H_ : 0);
+            if (log_f.size()) gates_of_sums(log_f.get(), gate_sums_[l].get(), length, H_, stream_);
             if (length)
-                attention_state_of_cache(state_[l].get(), kv_[l].get(), decay((int)l), attention_, length, H_,
-                                         D_, stream_);
+                attention_state_of_cache(state_[l].get(), kv_[l].get(),
+                                         has_gates() ? Decay::gate(log_f.get()) : decay((int)l), attention_,
+                                         length, H_, D_, stream_);
             wait_for(stream_);
             kv_[l] = DeviceArray<Real>();
+            gate_sums_[l] = DeviceArray<double>();
         }
     }
 
@@ -62,10 +68,17 @@ class Cache {
     // and values to the cache.
     void attention_forward(Real* out,           // (T,C)
                            const Real* heads,   // (T,3C)
-                           const float* decay,  // (H), or null
+                           const Decay& decay,  // with gates: log f (H,T) of the new tokens
                            int l, int T) {
         int end = length + T;
-        if (l == 0 || config_.decay == DecayKind::learned) place_row_scale(decay, T);
+        if (has_gates()) {
+            row_scale_.grow((size_t)T * H_, stream_);
+            if (!has_state_) gate_sums_[l].grow((size_t)end * H_, stream_);
+            cached_gates(has_state_ ? nullptr : gate_sums_[l].get(), row_lengths_[l].get(), row_scale_.get(),
+                         decay.log_f, attention_, length, T, H_, D_, stream_);
+        } else if (l == 0 || config_.decay == DecayKind::learned) {
+            place_row_scale(decay.delta, T);
+        }
         if (has_state_) {
             if (l == 0) scratch_.grow(attention_state_scratch(attention_.power(), H_, D_), stream_);
             attention_state_forward(out, state_[l].get(), scratch_.get(), heads, decay, row_scale_.get(),
@@ -79,8 +92,8 @@ class Cache {
                                 3 * C_ * sizeof(Real), row * sizeof(Real), T, cudaMemcpyDeviceToDevice,
                                 stream_));
         if (l == 0) scratch_.grow((size_t)T * H_ * end, stream_);
-        attention_cached_forward(out, scratch_.get(), heads, kv.get(), decay, row_scale_.get(), attention_,
-                                 length, T, H_, D_, stream_);
+        attention_cached_forward(out, scratch_.get(), heads, kv.get(), decay.delta, row_scale_.get(),
+                                 attention_, length, T, H_, D_, stream_, gate_sums_[l].get());
     }
 
     // Computes the short convolution of T new rows and keeps the last ones for the next call.
@@ -107,12 +120,16 @@ class Cache {
     CacheKind kind_ = CacheKind::automatic;
     cudaStream_t stream_ = nullptr;
     int H_ = 0, D_ = 0, C_ = 0;
-    bool has_state_ = false;                       // instead of keys and values
-    std::vector<DeviceArray<Real>> kv_;            // (L): (length,2C) and room for more
-    std::vector<DeviceArray<float>> state_;        // (L): (H,state_size)
-    std::vector<DeviceArray<Real>> conv_history_;  // (L): (K-1,3C)
-    DeviceArray<float> scratch_;                   // for attention; all layers share it
-    DeviceArray<float> row_scale_;                 // (T,H): c_i of the new tokens
+    bool has_state_ = false;                        // instead of keys and values
+    std::vector<DeviceArray<Real>> kv_;             // (L): (length,2C) and room for more
+    std::vector<DeviceArray<float>> state_;         // (L): (H,state_size)
+    std::vector<DeviceArray<double>> gate_sums_;    // (L): with gates and keys, (length,H) and room for more
+    std::vector<DeviceArray<double>> row_lengths_;  // (L): with gates, (H)
+    std::vector<DeviceArray<Real>> conv_history_;   // (L): (K-1,3C)
+    DeviceArray<float> scratch_;                    // for attention; all layers share it
+    DeviceArray<float> row_scale_;                  // (T,H): c_i of the new tokens
+
+    bool has_gates() const { return config_.decay == DecayKind::gate; }
 
     // Computes c_i of the new tokens. With a learned decay each layer has its own; otherwise all have the
     // same.

@@ -193,7 +193,7 @@ std::vector<GPTConfig> configs() {
             }
     for (AttentionKind kind : reference::every_kind())
         for (const char* scale : {"row", "context", "mean", "sum", "0.1"})
-            for (DecayKind decay : {DecayKind::none, DecayKind::fixed, DecayKind::learned}) {
+            for (DecayKind decay : {DecayKind::none, DecayKind::fixed, DecayKind::learned, DecayKind::gate}) {
                 const bool row = scale == std::string("row"), sum = scale == std::string("sum");
                 if (attention_power(kind) == 0 && !row) continue;
                 if (!thorough() && !row && !sum &&
@@ -225,14 +225,17 @@ TEST_CASE("the CUDA model against the CPU's: losses, gradients and updates, bf16
 
 TEST_CASE("the CUDA model against the CPU's: attention at linear cost") {
     for (AttentionKind kind : reference::linear_kinds())
-        for (Precision precision : {Precision::fp32, Precision::bf16}) {
+        for (auto [precision, decay] : {std::pair(Precision::fp32, DecayKind::learned),
+                                        {Precision::bf16, DecayKind::learned},
+                                        {Precision::fp32, DecayKind::gate},
+                                        {Precision::bf16, DecayKind::gate}}) {
             const int power = attention_power(kind);
             if (precision == Precision::bf16 && power != 2) continue;
             GPTConfig config = small();
             config.channels = 16, config.context = 150;  // two segments
             config.attention_kind = kind, config.qk_norm = true, config.positions = PositionKind::rope;
             config.attention_scale = power == 2 ? "sum" : "row";
-            config.decay = power < 3 ? DecayKind::learned : DecayKind::none;
+            config.decay = power == 3 && decay == DecayKind::learned ? DecayKind::none : decay;
             ModelOptions options{Purpose::training, 1, 150, precision};
             options.kernel = AttentionKernel::linear;
             compare(config, options);
@@ -245,6 +248,7 @@ TEST_CASE("the CUDA model against the CPU's: what is computed again in the backw
             GPTConfig config = small();
             config.attention_kind = AttentionKind::poly3, config.qk_norm = true,
             config.positions = PositionKind::rope, config.output_gate = true;
+            config.decay = DecayKind::gate;
             compare(config, {Purpose::training, 2, 23, precision, recompute});
         }
 }
@@ -255,7 +259,7 @@ TEST_CASE("the CUDA model against the CPU's: gradients added up in bf16") {
             GPTConfig config = small();
             config.attention_kind = kind, config.positions = positions, config.qk_norm = true;
             config.short_conv = 3, config.output_gate = true;
-            config.decay = DecayKind::learned;
+            config.decay = kind == AttentionKind::softmax ? DecayKind::learned : DecayKind::gate;
             ModelOptions options{Purpose::training, 2, 23, Precision::bf16};
             options.gradients = Precision::bf16;
             compare(config, options);
@@ -307,16 +311,24 @@ TEST_CASE("the CUDA model: gradients in bf16 beside those in float32") {
 }
 
 TEST_CASE("the CUDA model against the CPU's: tokens one after another from a cache") {
-    // The last goes over from keys and values to the state after 64 tokens.
-    for (auto [attention, kind] : {std::pair(AttentionKind::softmax, CacheKind::kv),
-                                   {AttentionKind::poly3, CacheKind::kv},
-                                   {AttentionKind::poly2, CacheKind::state},
-                                   {AttentionKind::poly1, CacheKind::automatic}}) {
+    // poly1 goes over from keys and values to the state after 64 tokens.
+    struct Case {
+        AttentionKind attention;
+        CacheKind kind;
+        DecayKind decay;
+    };
+    std::vector<Case> cases;
+    for (DecayKind decay : {DecayKind::learned, DecayKind::gate})
+        cases.insert(cases.end(), {{AttentionKind::softmax, CacheKind::kv, decay},
+                                   {AttentionKind::poly3, CacheKind::kv, decay},
+                                   {AttentionKind::poly2, CacheKind::state, decay},
+                                   {AttentionKind::poly1, CacheKind::automatic, decay}});
+    for (auto [attention, kind, decay] : cases) {
         GPTConfig config = small();
         config.attention_kind = attention, config.positions = PositionKind::rope, config.qk_norm = true,
         config.short_conv = 3, config.output_gate = true;
         CAPTURE((int)attention);
-        config.decay = DecayKind::learned;
+        config.decay = decay;
         ModelOptions options{Purpose::inference, 1, 8};
         options.cache = CacheKind::kv;
         auto cpu = cpu::choose_backend().make_model(config, options);

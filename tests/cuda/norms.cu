@@ -16,24 +16,29 @@ struct Size {
 };
 
 // The norms (H), computed from the stats of attention_forward. They must have the same bits under every
-// schedule.
+// schedule. With `gates`, the decay comes from gates that are the same for all tokens.
 template <class Real>
 std::vector<AttentionNorms> measure(const AttentionOption& option, const Size& size,
-                                    const std::vector<Real>& qkv) {
+                                    const std::vector<Real>& qkv, bool gates = false) {
     auto [B, T, H, D] = size;
     const AttentionConfig& config = option.config;
     const Device<Real> device_qkv(qkv), out((size_t)B * T * H * D);
     const Device<float> delta(reference::decay_of(option, H));
     const Device<float> stats(gpu::stats_size<Real>(config, B, T, H, D));
-    const float* decay = delta.size() ? delta.get() : nullptr;
+    Floats log_f;
+    for (int i = 0; i < B * H * T && gates; i++)
+        log_f.push_back((float)reference::log_sigmoid(reference::decay_of(option, H)[i / T % H]));
+    const Device<float> device_log_f(log_f);
+    gpu::Decay decay(delta.size() ? delta.get() : nullptr);
+    if (gates) decay = gpu::Decay::gate(device_log_f.get());
     {
-        const Device<float> scratch(gpu::attention_forward_scratch(T, H));
+        const Device<float> scratch(gpu::attention_forward_scratch(T, H, gates ? B : 0));
         gpu::attention_forward(out.get(), stats.get(), scratch.get(), device_qkv.get(), decay, config, B, T,
                                H, D, nullptr);
     }
     std::vector<NormSums> first;
     under_every_schedule([&] {
-        const Device<float> scratch(gpu::attention_norms_scratch(B, T, H));
+        const Device<float> scratch(gpu::attention_norms_scratch(B, T, H, gates));
         const Device<NormSums> sums(H);
         gpu::attention_norms(sums.get(), scratch.get(), device_qkv.get(),
                              stats.size() ? stats.get() : nullptr, decay, config, B, T, H, D, nullptr);
@@ -51,12 +56,12 @@ std::vector<AttentionNorms> measure(const AttentionOption& option, const Size& s
 }
 
 template <class Real>
-void check_norms(const AttentionOption& option, const Size& size, const Floats& qkv,
-                 double tolerance = 1e-5) {
+void check_norms(const AttentionOption& option, const Size& size, const Floats& qkv, double tolerance = 1e-5,
+                 bool gates = false) {
     auto [B, T, H, D] = size;
     INFO(describe(option), ", B ", B, ", T ", T, ", H ", H, ", D ", D);
     const std::vector<Real> rounded = convert<Real>(qkv);
-    std::vector<AttentionNorms> norms = measure(option, size, rounded);
+    std::vector<AttentionNorms> norms = measure(option, size, rounded, gates);
     const Floats delta = reference::decay_of(option, H);
     for (int h = 0; h < H; h++) {
         CAPTURE(h);
@@ -91,6 +96,12 @@ TEST_CASE("cuda norms: more keys than one thread adds up in float") {
     check_norms<float>({{.kind = AttentionKind::poly3}, DecayKind::fixed}, {1, 530, 1, 8},
                        random_qkv({1, 530, 1, 8}));
     check_norms<gpu::bf16>({{}, DecayKind::fixed}, {1, 300, 1, 8}, random_qkv({1, 300, 1, 8}));
+}
+
+TEST_CASE_TEMPLATE("cuda norms: a decay that comes from gates", Real, float, gpu::bf16) {
+    const Size size = {2, gpu::attention_tile<Real> + 3, 2, 5};
+    for (const AttentionOption& option : reference::norms_options())
+        if (option.decay == DecayKind::fixed) check_norms<Real>(option, size, random_qkv(size), 1e-5, true);
 }
 
 TEST_CASE("cuda norms: many sequences") {

@@ -6,13 +6,18 @@
 
 namespace gpu {
 
-size_t attention_forward_scratch(int T, int H) {
-    return AttentionTables::size(T, H);
+// Rounds up, so that doubles may follow.
+static size_t even(size_t floats) {
+    return floats + floats % 2;
 }
 
-size_t attention_backward_scratch(int B, int T, int H) {
+size_t attention_forward_scratch(int T, int H, int gates) {
+    return LayerTables::size(T, H, gates);
+}
+
+size_t attention_backward_scratch(int B, int T, int H, bool gates) {
     size_t tiles = ceil_div(T, kFloatTile);  // of the two sizes of tiles the one that gives more
-    return (2 * tiles + T) * B * H + AttentionTables::size(T, H);
+    return even(2 * tiles * B * H + (size_t)T * B * H) + LayerTables::size(T, H, gates ? B : 0);
 }
 
 // Computes dO_i . O_i, which only softmax and the scale `sum` need. Eight lanes share a row.
@@ -60,19 +65,19 @@ void with_head_size(int D, F f) {
 }
 
 template <class Real>
-void attention_forward(Real* out,           // (B,T,C)
-                       float* stats,        // (stats_size)
-                       float* scratch,      // (attention_forward_scratch)
-                       const Real* qkv,     // (B,T,3C)
-                       const float* decay,  // (H): delta, or null
-                       const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
-                       const AttentionSegments& segments) {
-    AttentionTables tables(scratch, decay != nullptr, T, H);
-    if (!segments.length) make_tables(tables, decay, config, T, H, D, stream);
-    AttentionShape shape = attention_shape(config, decay, T, H, D, tables, segments);
+void attention_forward(Real* out,        // (B,T,C)
+                       float* stats,     // (stats_size)
+                       float* scratch,   // (attention_forward_scratch)
+                       const Real* qkv,  // (B,T,3C)
+                       const Decay& decay, const AttentionConfig& config, int B, int T, int H, int D,
+                       cudaStream_t stream, const AttentionSegments& segments) {
+    constexpr int kTile = attention_tile<Real>;
+    LayerTables tables(scratch, decay, config, B, T, H, kTile);
+    if (!segments.length) make_tables(tables, decay, config, B, T, H, D, kTile, stream);
+    const auto shape = attention_shape(config, decay, T, H, D, tables, segments);
     float* exact = keeps_exact_output<Real>(config) ? stats + (size_t)B * H * T : nullptr;
-    dim3 grid(B * H, ceil_div(T, attention_tile<Real>));
-    with_activation(config.kind, [&]<class A>(A) {
+    dim3 grid(B * H, ceil_div(T, kTile));
+    with_gated_activation(config.kind, decay, [&]<class A>(A) {
         with_head_size<Real>(D, [&](auto size) {
             constexpr int kD = size;
             if constexpr (std::is_same_v<Real, float>) {
@@ -80,7 +85,8 @@ void attention_forward(Real* out,           // (B,T,C)
                 launch_attention(attention_forward_float_kernel<A, kD>, grid, shared, stream, out, stats, qkv,
                                  shape);
             } else {
-                size_t shared = 5 * Tile<kD>::size * sizeof(bf16) + kAttentionTile * sizeof(float);
+                size_t floats = kAttentionTile * sizeof(float);
+                size_t shared = 5 * Tile<kD>::size * sizeof(bf16) + (kGated<A> ? 4 : 1) * floats;
                 launch_attention(attention_forward_kernel<A, kD>, grid, shared, stream, out, stats, exact,
                                  qkv, shape);
             }
@@ -90,10 +96,12 @@ void attention_forward(Real* out,           // (B,T,C)
 
 // Divides scratch between them.
 template <class Real>
-AttentionBackwardTerms backward_terms(float* scratch, bool has_decay, int B, int T, int H) {
-    size_t shares = 2 * (size_t)ceil_div(T, attention_tile<Real>) * B * H, rows = (size_t)B * T * H;
+AttentionBackwardTerms backward_terms(float* scratch, const Decay& decay, const AttentionConfig& config,
+                                      int B, int T, int H) {
+    constexpr int kTile = attention_tile<Real>;
+    size_t shares = 2 * (size_t)ceil_div(T, kTile) * B * H, rows = (size_t)B * T * H;
     return {reinterpret_cast<double*>(scratch), scratch + shares,
-            AttentionTables(scratch + shares + rows, has_decay, T, H)};
+            LayerTables(scratch + even(shares + rows), decay, config, B, T, H, kTile)};
 }
 
 template <class Real>
@@ -101,11 +109,10 @@ AttentionBackwardTerms attention_backward_terms(float* scratch,      // (attenti
                                                 const Real* dout,    // (B,T,C)
                                                 const Real* out,     // (B,T,C)
                                                 const float* stats,  // (stats_size)
-                                                const float* decay,  // (H): delta, or null
-                                                const AttentionConfig& config, int B, int T, int H, int D,
-                                                cudaStream_t stream) {
-    AttentionBackwardTerms terms = backward_terms<Real>(scratch, decay != nullptr, B, T, H);
-    make_tables(terms.tables, decay, config, T, H, D, stream);
+                                                const Decay& decay, const AttentionConfig& config, int B,
+                                                int T, int H, int D, cudaStream_t stream) {
+    AttentionBackwardTerms terms = backward_terms<Real>(scratch, decay, config, B, T, H);
+    make_tables(terms.tables, decay, config, B, T, H, D, attention_tile<Real>, stream);
     if (config.softmax() || config.has_row_sum()) {
         int rows = B * T * H, blocks = ceil_div(rows, 16);
         if (keeps_exact_output<Real>(config)) {
@@ -119,25 +126,24 @@ AttentionBackwardTerms attention_backward_terms(float* scratch,      // (attenti
 }
 
 template <class Real>
-void attention_backward(Real* dqkv,          // (B,T,3C)
-                        float* ddecay,       // (H) +=, or null if it is not wanted
-                        float* scratch,      // (attention_backward_scratch)
-                        const Real* dout,    // (B,T,C)
-                        const Real* out,     // (B,T,C)
+void attention_backward(Real* dqkv,        // (B,T,3C)
+                        float* ddecay,     // (H) +=, or null if it is not wanted; (B,H,T) of log f for gates
+                        float* scratch,    // (attention_backward_scratch)
+                        const Real* dout,  // (B,T,C)
+                        const Real* out,   // (B,T,C)
                         const float* stats,  // (stats_size)
                         const Real* qkv,     // (B,T,3C)
-                        const float* decay,  // (H): delta, or null
-                        const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
-                        const AttentionSegments& segments) {
-    AttentionBackwardTerms terms = backward_terms<Real>(scratch, decay != nullptr, B, T, H);
+                        const Decay& decay, const AttentionConfig& config, int B, int T, int H, int D,
+                        cudaStream_t stream, const AttentionSegments& segments, const double* crossing) {
+    AttentionBackwardTerms terms = backward_terms<Real>(scratch, decay, config, B, T, H);
     if (!segments.length)
         attention_backward_terms(scratch, dout, out, stats, decay, config, B, T, H, D, stream);
-    double* dlog_gamma = ddecay ? terms.dlog_gamma : nullptr;
+    double* dlog_gamma = ddecay && !decay.log_f ? terms.dlog_gamma : nullptr;
     const float* dot = terms.dot;
-    AttentionShape shape = attention_shape(config, decay, T, H, D, terms.tables, segments);
+    const auto shape = attention_shape(config, decay, T, H, D, terms.tables, segments);
     int tiles = ceil_div(T, attention_tile<Real>);
     dim3 grid(B * H, tiles);
-    with_activation(config.kind, [&]<class A>(A) {
+    with_gated_activation(config.kind, decay, [&]<class A>(A) {
         with_head_size<Real>(D, [&](auto size) {
             constexpr int kD = size;
             if constexpr (std::is_same_v<Real, float>) {
@@ -148,31 +154,37 @@ void attention_backward(Real* dqkv,          // (B,T,3C)
                                  dlog_gamma, dout, stats, dot, qkv, shape);
             } else {
                 size_t shared = 6 * Tile<kD>::size * sizeof(bf16), floats = kAttentionTile * sizeof(float);
-                launch_attention(attention_backward_keys_kernel<A, kD>, grid, shared + 5 * floats, stream,
-                                 dqkv, dout, stats, dot, qkv, shape);
-                launch_attention(attention_backward_queries_kernel<A, kD>, grid, shared + floats, stream,
-                                 dqkv, dlog_gamma, dout, stats, dot, qkv, shape);
+                const int tables = kGated<A> ? 2 : 1;
+                launch_attention(attention_backward_keys_kernel<A, kD>, grid, shared + (4 + tables) * floats,
+                                 stream, dqkv, dout, stats, dot, qkv, shape);
+                launch_attention(attention_backward_queries_kernel<A, kD>, grid,
+                                 shared + (kGated<A> ? 4 : 1) * floats, stream, dqkv, dlog_gamma, dout, stats,
+                                 dot, qkv, shape);
             }
         });
     });
-    if (ddecay) add_decay_gradient(ddecay, dlog_gamma, decay, B, tiles, H, stream);
+    if (dlog_gamma) add_decay_gradient(ddecay, dlog_gamma, decay.delta, B, tiles, H, stream);
+    if (!decay.log_f) return;
+    gate_gradient<><<<B * H, kGateThreads, 0, stream>>>(
+        ddecay, shape.gate, decay.log_f, shape.tables.stride > 0, T, segments.length, crossing);
+    check_launch();
 }
 
-template void attention_forward(float*, float*, float*, const float*, const float*, const AttentionConfig&,
+template void attention_forward(float*, float*, float*, const float*, const Decay&, const AttentionConfig&,
                                 int, int, int, int, cudaStream_t, const AttentionSegments&);
-template void attention_forward(bf16*, float*, float*, const bf16*, const float*, const AttentionConfig&, int,
+template void attention_forward(bf16*, float*, float*, const bf16*, const Decay&, const AttentionConfig&, int,
                                 int, int, int, cudaStream_t, const AttentionSegments&);
 template AttentionBackwardTerms attention_backward_terms(float*, const float*, const float*, const float*,
-                                                         const float*, const AttentionConfig&, int, int, int,
+                                                         const Decay&, const AttentionConfig&, int, int, int,
                                                          int, cudaStream_t);
 template AttentionBackwardTerms attention_backward_terms(float*, const bf16*, const bf16*, const float*,
-                                                         const float*, const AttentionConfig&, int, int, int,
+                                                         const Decay&, const AttentionConfig&, int, int, int,
                                                          int, cudaStream_t);
 template void attention_backward(float*, float*, float*, const float*, const float*, const float*,
-                                 const float*, const float*, const AttentionConfig&, int, int, int, int,
-                                 cudaStream_t, const AttentionSegments&);
+                                 const float*, const Decay&, const AttentionConfig&, int, int, int, int,
+                                 cudaStream_t, const AttentionSegments&, const double*);
 template void attention_backward(bf16*, float*, float*, const bf16*, const bf16*, const float*, const bf16*,
-                                 const float*, const AttentionConfig&, int, int, int, int, cudaStream_t,
-                                 const AttentionSegments&);
+                                 const Decay&, const AttentionConfig&, int, int, int, int, cudaStream_t,
+                                 const AttentionSegments&, const double*);
 
 }  // namespace gpu

@@ -33,6 +33,7 @@
 //   part      what one segment alone gives to the state of a boundary
 #pragma once
 #include "llmc/config.h"
+#include "llmc/cuda/attention/decay.h"
 #include "llmc/cuda/common.h"
 
 namespace gpu {
@@ -58,8 +59,9 @@ size_t stats_size(const AttentionConfig& config, size_t B, size_t T, int H, int 
     return B * T * H * (keeps_exact_output<Real>(config) ? 1 + D : 1);
 }
 
-// The number of floats in the scratch buffer of attention_forward.
-size_t attention_forward_scratch(int T, int H);
+// The number of floats in the scratch buffer of attention_forward, which begins at an 8-byte address.
+//   gates: B if there are gates, otherwise 0
+size_t attention_forward_scratch(int T, int H, int gates = 0);
 
 // The linear form (linear.h) cuts the sequence into segments. The tiles then compute the pairs inside each
 // segment and add what the other segments give. Length 0 means a single segment.
@@ -71,27 +73,28 @@ struct AttentionSegments {
 
 // If there are segments, scratch holds the tables already: the linear form has made them.
 template <class Real>
-void attention_forward(Real* out,           // (B,T,C)
-                       float* stats,        // (stats_size)
-                       float* scratch,      // (attention_forward_scratch)
-                       const Real* qkv,     // (B,T,3C)
-                       const float* decay,  // (H): delta, or null
-                       const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
-                       const AttentionSegments& segments = {});
+void attention_forward(Real* out,        // (B,T,C)
+                       float* stats,     // (stats_size)
+                       float* scratch,   // (attention_forward_scratch)
+                       const Real* qkv,  // (B,T,3C)
+                       const Decay& decay, const AttentionConfig& config, int B, int T, int H, int D,
+                       cudaStream_t stream, const AttentionSegments& segments = {});
 
 // The number of floats in the scratch buffer of attention_backward, which begins at an 8-byte address.
-size_t attention_backward_scratch(int B, int T, int H);
+size_t attention_backward_scratch(int B, int T, int H, bool gates = false);
 
+//   crossing (B,H,boundaries): with gates and segments, what pairs on two sides of a boundary add to the
+//   gradient of log f there. The sums of rows and columns (gates.h) have such pairs already, too.
 template <class Real>
-void attention_backward(Real* dqkv,          // (B,T,3C)
-                        float* ddecay,       // (H) +=, or null if it is not wanted
-                        float* scratch,      // (attention_backward_scratch)
-                        const Real* dout,    // (B,T,C)
-                        const Real* out,     // (B,T,C)
+void attention_backward(Real* dqkv,        // (B,T,3C)
+                        float* ddecay,     // (H) +=, or null if it is not wanted; (B,H,T) of log f for gates
+                        float* scratch,    // (attention_backward_scratch)
+                        const Real* dout,  // (B,T,C)
+                        const Real* out,   // (B,T,C)
                         const float* stats,  // (stats_size)
                         const Real* qkv,     // (B,T,3C)
-                        const float* decay,  // (H): delta, or null
-                        const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
-                        const AttentionSegments& segments = {});
+                        const Decay& decay, const AttentionConfig& config, int B, int T, int H, int D,
+                        cudaStream_t stream, const AttentionSegments& segments = {},
+                        const double* crossing = nullptr);
 
 }  // namespace gpu

@@ -9,8 +9,8 @@ namespace gpu {
 // A block takes a query and head. The scores go through global memory, because a row may have any length.
 template <class A, class Real>
 __global__ void attention_cached_kernel(Real* out, float* scores, const Real* qkv, const Real* cache,
-                                        const float* decay, const float* row_scale, bool has_row_sum,
-                                        int start, int length, int H, int D) {
+                                        const float* decay, const double* gate_sums, const float* row_scale,
+                                        bool has_row_sum, int start, int length, int H, int D) {
     __shared__ float warp_results[kWarp];
     int t = blockIdx.x, h = blockIdx.y, C = H * D, i = start + t, thread = threadIdx.x;
     float* a = scores + ((size_t)t * H + h) * length;
@@ -22,13 +22,14 @@ __global__ void attention_cached_kernel(Real* out, float* scores, const Real* qk
         const Real* k = cache + (size_t)j * 2 * C + h * D;
         float dot = 0;
         for (int d = 0; d < D; d++) dot += to_float(q[d]) * to_float(k[d]);
-        float x = dot * qk_to_score, distance = (float)(i - j);
+        float x = dot * qk_to_score, log_fade = (float)(i - j) * log_g;
+        if (gate_sums) log_fade = (float)(gate_sums[(size_t)i * H + h] - gate_sums[(size_t)j * H + h]);
         if constexpr (A::kOnline) {
-            x += distance * log_g;
+            x += log_fade;
             largest = fmaxf(largest, x);
         } else {
             x = A::value(x, i + 1.0f, DeviceMath());
-            x *= expf(distance * log_g);
+            x *= expf(log_fade);
             total += fabsf(x);
         }
         a[j] = x;
@@ -49,6 +50,54 @@ __global__ void attention_cached_kernel(Real* out, float* scores, const Real* qk
     }
 }
 
+// A thread takes a head.
+//   factor: the part of c_i that all rows share; kind: how c_i depends on the row
+template <int kThreads = kWarp>
+__global__ void cached_gates_kernel(double* gate_sums, double* row_lengths, float* row_scale,
+                                    const float* log_f, ScaleKind kind, double factor, int start, int n,
+                                    int H) {
+    const int h = blockIdx.x * kThreads + threadIdx.x;
+    if (h >= H) return;
+    double sum = gate_sums && start > 0 ? gate_sums[(size_t)(start - 1) * H + h] : 0;
+    double length = start > 0 ? row_lengths[h] : 0;
+    for (int t = 0; t < n; t++) {
+        const double log_gate = log_f[(size_t)h * n + t];
+        if (gate_sums) gate_sums[(size_t)(start + t) * H + h] = sum += log_gate;
+        length = 1 + exp(2 * log_gate) * length;
+        row_scale[(size_t)t * H + h] = (float)(kind == ScaleKind::row    ? factor / sqrt(length)
+                                               : kind == ScaleKind::mean ? factor / (start + t + 1)
+                                                                         : factor);
+    }
+    row_lengths[h] = length;
+}
+
+void cached_gates(double* gate_sums,    // (start+n,H), or null
+                  double* row_lengths,  // (H)
+                  float* row_scales,    // (n,H)
+                  const float* log_f,   // (H,n)
+                  const AttentionConfig& config, int start, int n, int H, int D, cudaStream_t stream) {
+    const bool by_row =
+        config.polynomial() && (config.scale == ScaleKind::row || config.scale == ScaleKind::mean);
+    // The factor is c_0.
+    cached_gates_kernel<><<<ceil_div(H, kWarp), kWarp, 0, stream>>>(
+        gate_sums, row_lengths, row_scales, log_f, by_row ? config.scale : ScaleKind::constant,
+        row_scale(config, 0, 0, D), start, n, H);
+    check_launch();
+}
+
+template <int kThreads = 128>
+__global__ void gates_of_sums_kernel(float* log_f, const double* gate_sums, int n, int H) {
+    const int t = blockIdx.x * kThreads + threadIdx.x, h = blockIdx.y;
+    if (t >= n) return;
+    const double* sum = gate_sums + (size_t)t * H + h;
+    log_f[(size_t)h * n + t] = (float)(t > 0 ? *sum - *(sum - H) : *sum);
+}
+
+void gates_of_sums(float* log_f, const double* gate_sums, int n, int H, cudaStream_t stream) {
+    gates_of_sums_kernel<><<<dim3(ceil_div(n, 128), H), 128, 0, stream>>>(log_f, gate_sums, n, H);
+    check_launch();
+}
+
 template <class Real>
 void attention_cached_forward(Real* out,               // (n,C)
                               float* scores,           // (n,H,start+n), scratch
@@ -57,17 +106,20 @@ void attention_cached_forward(Real* out,               // (n,C)
                               const float* decay,      // (H): delta, or null
                               const float* row_scale,  // (n,H)
                               const AttentionConfig& config, int start, int n, int H, int D,
-                              cudaStream_t stream) {
+                              cudaStream_t stream, const double* gate_sums) {
     with_activation(config.kind, [&]<class A>(A) {
-        attention_cached_kernel<A><<<dim3(n, H), 128, 0, stream>>>(
-            out, scores, qkv, cache, decay, row_scale, config.has_row_sum(), start, start + n, H, D);
+        attention_cached_kernel<A><<<dim3(n, H), 128, 0, stream>>>(out, scores, qkv, cache, decay, gate_sums,
+                                                                   row_scale, config.has_row_sum(), start,
+                                                                   start + n, H, D);
         check_launch();
     });
 }
 
 template void attention_cached_forward(float*, float*, const float*, const float*, const float*, const float*,
-                                       const AttentionConfig&, int, int, int, int, cudaStream_t);
+                                       const AttentionConfig&, int, int, int, int, cudaStream_t,
+                                       const double*);
 template void attention_cached_forward(bf16*, float*, const bf16*, const bf16*, const float*, const float*,
-                                       const AttentionConfig&, int, int, int, int, cudaStream_t);
+                                       const AttentionConfig&, int, int, int, int, cudaStream_t,
+                                       const double*);
 
 }  // namespace gpu

@@ -5,6 +5,59 @@
 
 namespace gpu {
 
+// What the kernels whose rows are queries need of gates: two stages of `tail` of a tile of keys and the
+// prefixes of the block's tile, in shared memory; and `head` of the thread's two rows.
+template <class A, bool = kGated<A>>
+struct QueryGates {
+    __device__ QueryGates(float*, const AttentionShape&, int, int) {}
+    __device__ void load_keys(int) const {}
+    __device__ void begin(int, int) const {}
+    template <bool>
+    __device__ float fade(int, int, int, int) const {
+        return 0;
+    }
+};
+template <class A>
+struct QueryGates<A, true> {
+    float* tails;
+    float2* prefixes;
+    const GatedShape& shape;
+    float head[2], beyond[2];
+
+    //   shared: (4 kAttentionTile); row: the first of the thread's rows
+    __device__ QueryGates(float* shared, const GatedShape& shape, int i0, int row)
+        : tails(shared), prefixes(reinterpret_cast<float2*>(shared + 2 * kAttentionTile)), shape(shape) {
+        const size_t at = (size_t)blockIdx.x * shape.T;
+        for (int r = 0; r < 2; r++) head[r] = shape.gate.head[at + min(row + 8 * r, shape.T - 1)];
+        const int n = threadIdx.x, i = i0 + n;
+        if (n < kAttentionTile) prefixes[n] = i < shape.T ? shape.gate.prefix[at + i] : float2{0, 0};
+    }
+    // Reads the tails of tile j into its stage.
+    __device__ void load_keys(int j) const {
+        const int n = threadIdx.x, key = j * kAttentionTile + n;
+        if (n >= kAttentionTile) return;
+        tails[j % 2 * kAttentionTile + n] =
+            key < shape.T ? shape.gate.tail[(size_t)blockIdx.x * shape.T + key] : 0;
+    }
+    // Begins with tile j of keys, which is earlier than `tile`.
+    __device__ void begin(int tile, int j) {
+        const float between = gate_between<A>(shape, tile, j, gridDim.y);
+        for (int r = 0; r < 2; r++) beyond[r] = A::kOnline ? head[r] + between : head[r] * between;
+    }
+    // log2 F for softmax, F for every other activation: of row r of the thread, which is `query` in its tile,
+    // and of key `key` of tile j.
+    template <bool kDiagonal>
+    __device__ float fade(int r, int query, int key, int j) const {
+        if constexpr (kDiagonal) {
+            const float log2_f = gate_inside(prefixes[query], prefixes[key]);
+            return A::kOnline ? log2_f : fast_exp2(log2_f);
+        } else {
+            const float tail = tails[j % 2 * kAttentionTile + key];
+            return A::kOnline ? beyond[r] + tail : beyond[r] * tail;
+        }
+    }
+};
+
 // ------------------------------------------------------------------------------------------------ forward
 
 // For softmax: turns scores into weights relative to the running maximum, and rescales o where that grows.
@@ -54,10 +107,11 @@ __device__ void online_weights(float (&s)[8][4], float (&o)[kD / 8][4], ForwardR
 //   fade_inside (64): gamma^n
 //   fade_beyond: gamma^n at the distance from rows g and g+8 to the last key of the tile
 //   row: the number of row g
-template <class A, bool kDiagonal>
+//   gate: the fade of s[n][e], if there are gates
+template <class A, bool kDiagonal, class Gate>
 __device__ void plain_weights(float (&s)[8][4], ForwardRows& rows, const int (&last)[2], bool has_row_sum,
                               bool has_decay, const float* fade_inside, const float (&fade_beyond)[2],
-                              int row, float qk_to_score) {
+                              int row, float qk_to_score, Gate gate) {
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -66,7 +120,12 @@ __device__ void plain_weights(float (&s)[8][4], ForwardRows& rows, const int (&l
                 A::value(activation_argument<A>(s[n][e], qk_to_score), row + e / 2 * 8 + 1.0f, DeviceMath());
             if (kDiagonal && 8 * n + e % 2 > last[e / 2]) s[n][e] = 0;
         }
-    if (has_decay) {
+    if constexpr (kGated<A>) {
+#pragma unroll
+        for (int n = 0; n < 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[n][e] *= gate(n, e);
+    } else if (has_decay) {
         const float* from_last = fade_inside + kAttentionTile - 1 - threadIdx.x % 4 * 2;
 #pragma unroll
         for (int n = 0; n < 8; n++)
@@ -87,7 +146,7 @@ __device__ void plain_weights(float (&s)[8][4], ForwardRows& rows, const int (&l
 template <class A, int kD>
 __global__ __launch_bounds__(kAttentionThreads,
                              2) void attention_forward_kernel(bf16* out, float* stats, float* exact,
-                                                              const bf16* qkv, AttentionShape shape) {
+                                                              const bf16* qkv, ShapeOf<A> shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = Tile<kD>;
     constexpr bool kSegments = kHasSegments<A, kD>;
@@ -104,6 +163,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     const int row = i0 + 16 * warp + g;
     const int last[2] = {16 * warp + g - 2 * t, 16 * warp + g + 8 - 2 * t};
     const float qk_to_log2 = shape.qk_to_score * kLog2e;
+    QueryGates<A> gates(fade_inside, shape, i0, row);
 
     auto load_keys = [&](int j) {
         bf16* stage = kv_tiles + j % 2 * 2 * Tiles::size;
@@ -111,12 +171,13 @@ __global__ __launch_bounds__(kAttentionThreads,
         load_tile<kD>(stage, keys, stride, T - j * kAttentionTile, D);
         load_tile<kD>(stage + Tiles::size, keys + C, stride, T - j * kAttentionTile, D);
         commit_copies();
+        gates.load_keys(j);
     };
-    const int first = shape.first_tile<kAttentionTile, kSegments>(tile);
+    const int first = shape.template first_tile<kAttentionTile, kSegments>(tile);
     load_tile<kD>(q_tile, head + i0 * stride, stride, T - i0, D);
     load_keys(first);
     float slope = 0;
-    if (shape.has_decay) {
+    if (!kGated<A> && shape.has_decay) {
         if constexpr (A::kOnline) slope = shape.tables.log_gamma[h] / shape.qk_to_score;
         if (!A::kOnline && threadIdx.x < kAttentionTile)
             fade_inside[threadIdx.x] = (int)threadIdx.x < T ? shape.tables.fade[table + threadIdx.x] : 0;
@@ -136,18 +197,28 @@ __global__ __launch_bounds__(kAttentionThreads,
                 if (!kDiagonal || n <= warp)
                     mma(s[2 * n], s[2 * n + 1], q[d], Tiles::b_transposed(k, 16 * n, d));
         int distance = row - j * kAttentionTile;
+        if (!kDiagonal) gates.begin(tile, j);
+        auto gate = [&](int n, int e) {
+            return gates.template fade<kDiagonal>(e / 2, row - i0 + e / 2 * 8, 8 * n + 2 * t + e % 2, j);
+        };
         if constexpr (A::kOnline) {
-            online_weights<kDiagonal, kD>(s, o, rows, last, shape.has_decay, slope, distance - 2 * t,
-                                          qk_to_log2);
+            if constexpr (kGated<A>) {
+#pragma unroll
+                for (int n = 0; n < 8; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) s[n][e] = fmaf(gate(n, e), 1 / qk_to_log2, s[n][e]);
+            }
+            online_weights<kDiagonal, kD>(s, o, rows, last, !kGated<A> && shape.has_decay, slope,
+                                          distance - 2 * t, qk_to_log2);
         } else {
             float fade_beyond[2] = {0, 0};
-            if (!kDiagonal && shape.has_decay) {
+            if (!kGated<A> && !kDiagonal && shape.has_decay) {
                 const float* fade = shape.tables.fade + table;
                 for (int r = 0; r < 2; r++)
                     fade_beyond[r] = fade[min(distance + 8 * r - (kAttentionTile - 1), T - 1)];
             }
             plain_weights<A, kDiagonal>(s, rows, last, shape.has_row_sum, shape.has_decay, fade_inside,
-                                        fade_beyond, row, shape.qk_to_score);
+                                        fade_beyond, row, shape.qk_to_score, gate);
         }
 #pragma unroll
         for (int n = 0; n < 4; n++)
@@ -201,7 +272,7 @@ template <class A, int kD>
 __global__ __launch_bounds__(kAttentionThreads,
                              2) void attention_backward_keys_kernel(bf16* dqkv, const bf16* dout,
                                                                     const float* stats, const float* dot,
-                                                                    const bf16* qkv, AttentionShape shape) {
+                                                                    const bf16* qkv, ShapeOf<A> shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = Tile<kD>;
     constexpr bool kSegments = kHasSegments<A, kD>;
@@ -209,19 +280,22 @@ __global__ __launch_bounds__(kAttentionThreads,
     bf16 *k_tile = reinterpret_cast<bf16*>(attention_shared), *v_tile = k_tile + Tiles::size;
     bf16* query_tiles = v_tile + Tiles::size;  // two stages of q and dO
     float* fade_inside = reinterpret_cast<float*>(query_tiles + 4 * Tiles::size);
-    float* terms = fade_inside + kAttentionTile;  // two stages of weights and then dots
+    float2* prefixes = reinterpret_cast<float2*>(fade_inside);          // with gates, of the block's keys
+    float* terms = fade_inside + (kGated<A> ? 2 : 1) * kAttentionTile;  // two stages of weights and then dots
 
     const int T = shape.T, D = shape.D, C = shape.C();
     const int b = blockIdx.x / shape.H, h = blockIdx.x % shape.H;
     const int tile = blockIdx.y, j0 = tile * kAttentionTile;
-    const int end = shape.end_tile<kAttentionTile, kSegments>(tile, gridDim.y);
+    const int end = shape.template end_tile<kAttentionTile, kSegments>(tile, gridDim.y);
     const int warp = threadIdx.x / kWarp, g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
     const size_t stride = 3 * (size_t)C, head_at = b * T * stride + h * D;
     const bf16* head = qkv + head_at;
     const float* fade = shape.tables.fade + (size_t)h * shape.tables.stride;
     const int key = 16 * warp + g;
     float slope2 = 0;
-    if (A::kOnline && shape.has_decay) slope2 = shape.tables.log_gamma[h] * kLog2e;
+    if (!kGated<A> && A::kOnline && shape.has_decay) slope2 = shape.tables.log_gamma[h] * kLog2e;
+    const size_t gate_at = (size_t)blockIdx.x * T;  // of the head's first token
+    float tail[2] = {0, 0}, gate_sums[2] = {0, 0};
 
     auto load_queries = [&](int i) {
         bf16* stage = query_tiles + i % 2 * 2 * Tiles::size;
@@ -232,8 +306,18 @@ __global__ __launch_bounds__(kAttentionThreads,
         const int row = threadIdx.x;
         if (row >= kAttentionTile) return;
         RowTerms r = weighted_row_terms<A>(stats, dot, shape, blockIdx.x, i0 + row);
-        if (!A::kOnline && shape.has_decay && i > tile && i0 + row < T)
+        if constexpr (kGated<A>) {
+            if (i > tile && i0 + row < T) {
+                const float head = shape.gate.head[gate_at + i0 + row];
+                if (A::kOnline) {
+                    r.weight += head;
+                } else {
+                    r.weight *= head, r.dot *= head;
+                }
+            }
+        } else if (!A::kOnline && shape.has_decay && i > tile && i0 + row < T) {
             r.weight *= fade[row], r.dot *= fade[row];
+        }
         terms[i % 2 * 2 * kAttentionTile + row] = r.weight;
         terms[(i % 2 * 2 + 1) * kAttentionTile + row] = r.dot;
     };
@@ -241,18 +325,27 @@ __global__ __launch_bounds__(kAttentionThreads,
     load_tile<kD>(k_tile, keys, stride, T - j0, D);
     load_tile<kD>(v_tile, keys + C, stride, T - j0, D);
     load_queries(tile);
-    if (!A::kOnline && shape.has_decay && threadIdx.x < kAttentionTile)
+    if constexpr (kGated<A>) {
+        for (int r = 0; r < 2; r++) tail[r] = shape.gate.tail[gate_at + min(j0 + key + 8 * r, T - 1)];
+        const int n = threadIdx.x;
+        if (n < kAttentionTile) prefixes[n] = j0 + n < T ? shape.gate.prefix[gate_at + j0 + n] : float2{0, 0};
+    } else if (!A::kOnline && shape.has_decay && threadIdx.x < kAttentionTile) {
         fade_inside[threadIdx.x] = (int)threadIdx.x < T ? fade[threadIdx.x] : 0;
+    }
 
     float dk[kD / 8][4] = {}, dv[kD / 8][4] = {};
     auto add_queries = [&](int i, auto is_diagonal) {
         constexpr bool kDiagonal = decltype(is_diagonal)::value;
         const bf16 *q = query_tiles + i % 2 * 2 * Tiles::size, *d_o = q + Tiles::size;
         const float *weights = terms + i % 2 * 2 * kAttentionTile + 2 * t, *dots = weights + kAttentionTile;
-        const int distance = i * kAttentionTile - j0 - key;  // from key g to the tile's first query
+        [[maybe_unused]] const int distance = i * kAttentionTile - j0 - key;  // from key g to the first query
         float fade_beyond[2] = {1, 1};
-        if (!A::kOnline && !kDiagonal && shape.has_decay)
+        if constexpr (kGated<A>) {
+            const float between = kDiagonal ? 0 : gate_between<A>(shape, i, tile, gridDim.y);
+            for (int r = 0; r < 2; r++) fade_beyond[r] = A::kOnline ? tail[r] + between : tail[r] * between;
+        } else if (!A::kOnline && !kDiagonal && shape.has_decay) {
             for (int r = 0; r < 2; r++) fade_beyond[r] = fade[distance - 8 * r];
+        }
 #pragma unroll 1
         for (int q0 = 0; q0 < kAttentionTile; q0 += kStep) {
             if (kDiagonal && q0 + kStep <= 16 * warp) continue;  // all these queries come before the keys
@@ -286,7 +379,21 @@ __global__ __launch_bounds__(kAttentionThreads,
                         rows[e] = i * kAttentionTile + column + 2 * t + e % 2;
                         visible[e] = !kDiagonal || column + 2 * t + e % 2 >= key + e / 2 * 8;
                     }
-                    if (shape.has_decay) {
+                    if constexpr (kGated<A>) {
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            float by = fade_beyond[e / 2];
+                            if (kDiagonal) {
+                                by = gate_inside(prefixes[column + 2 * t + e % 2], prefixes[key + e / 2 * 8]);
+                                if (!A::kOnline) by = fast_exp2(by);
+                            }
+                            if (A::kOnline) {
+                                w[e] += by;
+                            } else {
+                                w[e] *= by, row_dot[e] *= by;
+                            }
+                        }
+                    } else if (shape.has_decay) {
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
                             int from_key = column + 2 * t + e % 2 - e / 2 * 8;  // is added to `distance`
@@ -299,8 +406,15 @@ __global__ __launch_bounds__(kAttentionThreads,
                             }
                         }
                     }
+                    float pairs[4];
                     score_gradients<A, Leave::weights, kRowSum>(s[n], da[n], w, row_dot, rows, visible,
-                                                                shape.qk_to_score);
+                                                                shape.qk_to_score, pairs);
+                    if constexpr (kGated<A>) {
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            if (!kDiagonal || column + 2 * t + e % 2 != key + e / 2 * 8)
+                                gate_sums[e / 2] += pairs[e];
+                    }
                 }
             });
 #pragma unroll
@@ -335,6 +449,10 @@ __global__ __launch_bounds__(kAttentionThreads,
     bf16* to = dqkv + head_at + j0 * stride + C;
     store_rows<kD>(to, stride, k_tile, dk, factor, factor, T - j0, D);
     store_rows<kD>(to + C, stride, v_tile, dv, 1.0f, 1.0f, T - j0, D);
+    if constexpr (kGated<A>)
+        for (int r = 0; r < 2; r++)
+            store_gate_sum<1, 2>(shape.gate.column_sums, gate_sums[r], shape, j0 + key + 8 * r, t == 0,
+                                 kSegments && end < (int)gridDim.y);
 }
 
 // Computes dq and, if it is wanted, each block's share of the gradient of log gamma. Blocks: (B H, tiles of
@@ -342,7 +460,7 @@ __global__ __launch_bounds__(kAttentionThreads,
 template <class A, int kD>
 __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queries_kernel(
     bf16* dqkv, double* dlog_gamma /*(B,H,tiles), or null*/, const bf16* dout, const float* stats,
-    const float* dot, const bf16* qkv, AttentionShape shape) {
+    const float* dot, const bf16* qkv, ShapeOf<A> shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = Tile<kD>;
     constexpr bool kSegments = kHasSegments<A, kD>;
@@ -361,7 +479,9 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
     const float* fade = shape.tables.fade + table;
     const int query = 16 * warp + g;
     float slope2 = 0;
-    if (A::kOnline && shape.has_decay) slope2 = shape.tables.log_gamma[h] * kLog2e;
+    if (!kGated<A> && A::kOnline && shape.has_decay) slope2 = shape.tables.log_gamma[h] * kLog2e;
+    QueryGates<A> gates(fade_inside, shape, i0, i0 + query);
+    float gate_sums[2] = {0, 0}, own_terms[2] = {0, 0};
 
     auto load_keys = [&](int j) {
         bf16* stage = kv_tiles + j % 2 * 2 * Tiles::size;
@@ -369,12 +489,13 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
         load_tile<kD>(stage, keys, stride, T - j * kAttentionTile, D);
         load_tile<kD>(stage + Tiles::size, keys + C, stride, T - j * kAttentionTile, D);
         commit_copies();
+        gates.load_keys(j);
     };
     load_tile<kD>(q_tile, head + i0 * stride, stride, T - i0, D);
     load_tile<kD>(d_o_tile, dout + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
-    const int first = shape.first_tile<kAttentionTile, kSegments>(tile);
+    const int first = shape.template first_tile<kAttentionTile, kSegments>(tile);
     load_keys(first);
-    if (!A::kOnline && shape.has_decay && threadIdx.x < kAttentionTile)
+    if (!kGated<A> && !A::kOnline && shape.has_decay && threadIdx.x < kAttentionTile)
         fade_inside[threadIdx.x] = (int)threadIdx.x < T ? fade[threadIdx.x] : 0;
     QueryRows rows;
     for (int r = 0; r < 2; r++)
@@ -387,7 +508,8 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
         const bf16 *k = kv_tiles + j % 2 * 2 * Tiles::size, *v = k + Tiles::size;
         const int distance = i0 + query - j * kAttentionTile;  // of row g to the tile's first key
         float fade_beyond[2] = {1, 1}, tile_share[2] = {0, 0};
-        if (!A::kOnline && !kDiagonal && shape.has_decay)
+        if (!kDiagonal) gates.begin(tile, j);
+        if (!kGated<A> && !A::kOnline && !kDiagonal && shape.has_decay)
             for (int r = 0; r < 2; r++)
                 fade_beyond[r] = fade[min(distance + 8 * r - (kAttentionTile - 1), T - 1)];
 #pragma unroll 1
@@ -419,7 +541,14 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
                         row_numbers[e] = i0 + query + e / 2 * 8;
                         visible[e] = !kDiagonal || column + e % 2 <= query + e / 2 * 8;
                     }
-                    if constexpr (kHasDecay) {
+                    if constexpr (kGated<A>) {
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            const float by =
+                                gates.template fade<kDiagonal>(e / 2, query + e / 2 * 8, column + e % 2, j);
+                            w[e] = A::kOnline ? w[e] + by : by;
+                        }
+                    } else if constexpr (kHasDecay) {
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
                             int key = column + e % 2;
@@ -434,6 +563,15 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
                     }
                     score_gradients<A, Leave::decay_terms, kRowSum>(s[n], da[n], w, row_dot, row_numbers,
                                                                     visible, shape.qk_to_score);
+                    if constexpr (kGated<A>) {
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            if (kDiagonal && column + e % 2 == query + e / 2 * 8) {
+                                own_terms[e / 2] = s[n][e];
+                            } else {
+                                gate_sums[e / 2] += s[n][e];
+                            }
+                    }
                     if (kHasDecay && dlog_gamma) {
 #pragma unroll
                         for (int e = 0; e < 4; e++)
@@ -443,7 +581,8 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
                 }
             };
             with_row_sum<A>(shape.has_row_sum, [&](auto row_sum) {
-                with_constant(shape.has_decay, [&](auto has_decay) { make_gradients(row_sum, has_decay); });
+                with_constant(!kGated<A> && shape.has_decay,
+                              [&](auto has_decay) { make_gradients(row_sum, has_decay); });
             });
 #pragma unroll
             for (int n = 0; n < kStep / 16; n++)
@@ -474,6 +613,14 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
         add_rows<kD>(dq, shape.segments.sums + head_at + i0 * stride, stride, T - i0, D);
     store_rows<kD>(dqkv + head_at + i0 * stride, stride, q_tile, dq, 1.0f, 1.0f, T - i0, D);
     if (dlog_gamma) store_share(dlog_gamma + (size_t)blockIdx.x * gridDim.y + tile, dlog_gamma_share);
+    if constexpr (kGated<A>)
+        for (int r = 0; r < 2; r++) {
+            const float factor = rows.row_factor[r];
+            const int i = i0 + query + 8 * r;
+            store_gate_sum<1, 2>(shape.gate.row_sums, gate_sums[r] * factor, shape, i, t == 0,
+                                 kSegments && first > 0);
+            store_gate_sum<1, 2>(shape.gate.own_terms, own_terms[r] * factor, shape, i, t == 0);
+        }
 }
 
 }  // namespace gpu

@@ -14,7 +14,7 @@ constexpr bool kFloatHasSegments = kHasSegments<A, kD == 64 ? 1 : kD>;
 template <class A, int kD>
 __global__ __launch_bounds__(kAttentionThreads,
                              2) void attention_forward_float_kernel(float* out, float* stats,
-                                                                    const float* qkv, AttentionShape shape) {
+                                                                    const float* qkv, ShapeOf<A> shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = FloatTile<kD>;
     constexpr bool kSegments = kFloatHasSegments<A, kD>;
@@ -23,7 +23,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     const int T = shape.T, D = shape.D, C = shape.C();
     const int b = blockIdx.x / shape.H, h = blockIdx.x % shape.H;
     const int tile = gridDim.y - 1 - blockIdx.y, i0 = tile * kFloatTile;
-    const int first = shape.first_tile<kFloatTile, kSegments>(tile);
+    const int first = shape.template first_tile<kFloatTile, kSegments>(tile);
     const int x = threadIdx.x % 8, row = i0 + threadIdx.x / 8 * 2;
     const size_t stride = 3 * (size_t)C, table = (size_t)h * shape.tables.stride;
     const float* head = qkv + b * T * stride + h * D;
@@ -40,6 +40,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         __syncthreads();
         float s[2][4];
         Tiles::scores(s, q, k, D);
+        const TileGates<A> gates(shape, tile, j0 / kFloatTile);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             if constexpr (A::kOnline) {
@@ -47,6 +48,8 @@ __global__ __launch_bounds__(kAttentionThreads,
 #pragma unroll
                 for (int m = 0; m < 4; m++) {
                     const int distance = row + r - j0 - x - 8 * m;
+                    if constexpr (kGated<A>)
+                        s[r][m] = fmaf(gates(row + r, row + r - distance), 1 / qk_to_log2, s[r][m]);
                     s[r][m] = distance >= 0 ? s[r][m] + distance * slope : -INFINITY;
                     new_max = fmaxf(new_max, s[r][m]);
                 }
@@ -64,7 +67,11 @@ __global__ __launch_bounds__(kAttentionThreads,
                     const int distance = row + r - j0 - x - 8 * m;
                     const float x = activation_argument<A>(s[r][m], shape.qk_to_score);
                     s[r][m] = distance >= 0 ? A::value(x, row + r + 1.0f, DeviceMath()) : 0;
-                    if (shape.has_decay) s[r][m] *= shape.tables.fade[table + max(0, min(distance, T - 1))];
+                    if constexpr (kGated<A>) {
+                        s[r][m] *= gates(row + r, row + r - distance);
+                    } else if (shape.has_decay) {
+                        s[r][m] *= shape.tables.fade[table + max(0, min(distance, T - 1))];
+                    }
                     rows.running_sum[r] += fabsf(s[r][m]);
                 }
             }
@@ -81,10 +88,12 @@ __global__ __launch_bounds__(kAttentionThreads,
 }
 
 // score_gradients() of a thread's 2 x 4 scores. Functions of the place (r, m) of a score give the number of
-// its query, the distance from the query to the key, and the query's terms.
+// its query, the distance from the query to the key, and the query's terms. gates gives the fade of a pair if
+// there are gates, and pairs then receives what score_gradients() says.
 template <class A, Leave kLeave, class Row, class Distance, class Terms>
 __device__ void float_gradients(float (&s)[2][4], float (&da)[2][4], const AttentionShape& shape, int h,
-                                float slope2, Row row_of, Distance distance_of, Terms terms) {
+                                float slope2, Row row_of, Distance distance_of, Terms terms,
+                                const TileGates<A>& gates, float (&pairs)[2][4]) {
     const float* fade = shape.tables.fade + (size_t)h * shape.tables.stride;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -98,7 +107,15 @@ __device__ void float_gradients(float (&s)[2][4], float (&da)[2][4], const Atten
             const RowTerms row = terms(r, m);
             visible[m] = distance >= 0;
             w[m] = row.weight, dot[m] = row.dot;
-            if constexpr (A::kOnline) {
+            if constexpr (kGated<A>) {
+                const float by = gates(rows[m], rows[m] - distance);
+                if (A::kOnline) {
+                    w[m] += by;
+                } else {
+                    w[m] *= by;
+                    if (kLeave == Leave::weights) dot[m] *= by;
+                }
+            } else if constexpr (A::kOnline) {
                 w[m] = fmaf(distance, slope2, w[m]);
             } else if (shape.has_decay) {
                 const float by = fade[max(0, min(distance, shape.T - 1))];
@@ -108,7 +125,7 @@ __device__ void float_gradients(float (&s)[2][4], float (&da)[2][4], const Atten
         }
         with_row_sum<A>(shape.has_row_sum, [&](auto row_sum) {
             score_gradients<A, kLeave, decltype(row_sum)::value>(s[r], da[r], w, dot, rows, visible,
-                                                                 shape.qk_to_score);
+                                                                 shape.qk_to_score, pairs[r]);
         });
     }
 }
@@ -119,7 +136,7 @@ __global__ __launch_bounds__(kAttentionThreads,
                              2) void attention_backward_keys_float_kernel(float* dqkv, const float* dout,
                                                                           const float* stats,
                                                                           const float* dot, const float* qkv,
-                                                                          AttentionShape shape) {
+                                                                          ShapeOf<A> shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = FloatTile<kD>;
     constexpr bool kSegments = kFloatHasSegments<A, kD>;
@@ -128,7 +145,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     __shared__ RowTerms rows[kFloatTile];
     const int T = shape.T, D = shape.D, C = shape.C();
     const int b = blockIdx.x / shape.H, h = blockIdx.x % shape.H, j0 = blockIdx.y * kFloatTile;
-    const int end = shape.end_tile<kFloatTile, kSegments>(blockIdx.y, gridDim.y);
+    const int end = shape.template end_tile<kFloatTile, kSegments>(blockIdx.y, gridDim.y);
     const int x = threadIdx.x % 8, key = j0 + threadIdx.x / 8 * 2;
     const size_t stride = 3 * (size_t)C, head_at = b * T * stride + h * D;
     const float* head = qkv + head_at;
@@ -137,6 +154,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     Tiles::load(k, head + j0 * stride + C, stride, T - j0, D);
     Tiles::load(v, head + j0 * stride + 2 * C, stride, T - j0, D);
     FloatSums<kD> dk, dv;
+    double gate_sums[2] = {0, 0};
     __builtin_assume(j0 < end * kFloatTile);
     for (int i0 = j0; i0 < end * kFloatTile; i0 += kFloatTile) {
         __syncthreads();
@@ -148,10 +166,19 @@ __global__ __launch_bounds__(kAttentionThreads,
         float s[2][4], da[2][4];
         Tiles::scores(s, k, q, D);
         Tiles::scores(da, v, d_o, D);
+        auto distance = [&](int r, int m) { return i0 + x + 8 * m - key - r; };
+        float pairs[2][4];
         float_gradients<A, Leave::weights>(
-            s, da, shape, h, slope2, [&](int, int m) { return i0 + x + 8 * m; },
-            [&](int r, int m) { return i0 + x + 8 * m - key - r; },
-            [&](int, int m) { return rows[x + 8 * m]; });
+            s, da, shape, h, slope2, [&](int, int m) { return i0 + x + 8 * m; }, distance,
+            [&](int, int m) { return rows[x + 8 * m]; }, TileGates<A>(shape, i0 / kFloatTile, blockIdx.y),
+            pairs);
+        if constexpr (kGated<A>) {
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+#pragma unroll
+                for (int m = 0; m < 4; m++)
+                    if (distance(r, m) != 0) gate_sums[r] += pairs[r][m];
+        }
         FloatWeights::store(weights, s);
         dv.add(weights, d_o, D);
         FloatWeights::store(weights, da);
@@ -167,6 +194,10 @@ __global__ __launch_bounds__(kAttentionThreads,
     float* to = dqkv + head_at + j0 * stride + C;
     dk.store(to, stride, T - j0, D);
     dv.store(to + C, stride, T - j0, D);
+    if constexpr (kGated<A>)
+        for (int r = 0; r < 2; r++)
+            store_gate_sum<4, 2, 1>(shape.gate.column_sums, gate_sums[r], shape, key + r, x == 0,
+                                    kSegments && end < (int)gridDim.y);
 }
 
 // Computes dq and, if it is wanted, each block's share of the gradient of log gamma. Blocks: (B H, tiles of
@@ -174,7 +205,7 @@ __global__ __launch_bounds__(kAttentionThreads,
 template <class A, int kD>
 __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queries_float_kernel(
     float* dqkv, double* dlog_gamma /*(B,H,tiles), or null*/, const float* dout, const float* stats,
-    const float* dot, const float* qkv, AttentionShape shape) {
+    const float* dot, const float* qkv, ShapeOf<A> shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = FloatTile<kD>;
     constexpr bool kSegments = kFloatHasSegments<A, kD>;
@@ -193,8 +224,9 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
     QueryRows rows;
     for (int r = 0; r < 2; r++) rows.load<A>(r, stats, dot, shape, h, row + r, dlog_gamma != nullptr);
     FloatSums<kD> dq;
-    double dlog_gamma_share = 0;
-    const int first = shape.first_tile<kFloatTile, kSegments>(tile);
+    double dlog_gamma_share = 0, gate_sums[2] = {0, 0};
+    float own_terms[2] = {0, 0};
+    const int first = shape.template first_tile<kFloatTile, kSegments>(tile);
     for (int j0 = first * kFloatTile; j0 <= i0; j0 += kFloatTile) {
         __syncthreads();
         Tiles::load(k, head + j0 * stride + C, stride, T - j0, D);
@@ -204,9 +236,21 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
         Tiles::scores(s, q, k, D);
         Tiles::scores(da, d_o, v, D);
         auto distance = [&](int r, int m) { return row + r - j0 - x - 8 * m; };
+        float unused[2][4];
         float_gradients<A, Leave::decay_terms>(
             s, da, shape, h, slope2, [&](int r, int) { return row + r; }, distance,
-            [&](int r, int) { return rows.terms[r]; });
+            [&](int r, int) { return rows.terms[r]; }, TileGates<A>(shape, tile, j0 / kFloatTile), unused);
+        if constexpr (kGated<A>) {
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+#pragma unroll
+                for (int m = 0; m < 4; m++)
+                    if (distance(r, m) == 0) {
+                        own_terms[r] = s[r][m];
+                    } else {
+                        gate_sums[r] += s[r][m];
+                    }
+        }
         if (dlog_gamma) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
@@ -224,6 +268,13 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
     if (kSegments && first > 0) dq.add_rows(shape.segments.sums + head_at + i0 * stride, stride, T - i0, D);
     dq.store(dqkv + head_at + i0 * stride, stride, T - i0, D);
     if (dlog_gamma) store_share(dlog_gamma + (size_t)blockIdx.x * gridDim.y + tile, dlog_gamma_share);
+    if constexpr (kGated<A>)
+        for (int r = 0; r < 2; r++) {
+            const float factor = rows.row_factor[r];
+            store_gate_sum<4, 2, 1>(shape.gate.row_sums, gate_sums[r] * factor, shape, row + r, x == 0,
+                                    kSegments && first > 0);
+            store_gate_sum<4, 2, 1>(shape.gate.own_terms, own_terms[r] * factor, shape, row + r, x == 0);
+        }
 }
 
 }  // namespace gpu

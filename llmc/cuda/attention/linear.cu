@@ -31,17 +31,20 @@ constexpr int kScanBlock = kAttentionThreads * 4;  // how many numbers of a stat
 // What lies in scratch after that of the tiles.
 template <class Real>
 struct LinearBuffers {
-    float* sums;            // forward (B,T,C), backward (B,T,3C)
-    float* totals;          // (B,H,T), for `sum`
-    float* parts[2];        // (B,H,slots,size): of the segments' keys, and of their queries
-    Real* states[2];        // (B,H,slots,size); in float they take the place of parts
-    float* z[2];            // (B,H,slots,features), for `sum`
-    double* dlog_gamma[4];  // shares of the queries, of the keys, of the states' scan and of z's
-    size_t size;            // floats in all of scratch
+    float* sums;                 // forward (B,T,C), backward (B,T,3C)
+    float* totals;               // (B,H,T), for `sum`
+    float* parts[2];             // (B,H,slots,size): of the segments' keys, and of their queries
+    Real* states[2];             // (B,H,slots,size); in float they take the place of parts
+    float* z[2];                 // (B,H,slots,features), for `sum`
+    double* dlog_gamma[4];       // shares of the queries, of the keys, of the states' scan and of z's
+    float* fades[3];             // with gates: the three of LinearShape
+    double* crossing = nullptr;  // with gates: (B,H,slots)
+    size_t size;                 // floats in all of scratch
 
-    LinearBuffers(float* scratch, bool backward, const LinearShape& shape, const AttentionConfig& config,
-                  int B, int T, int H, int D) {
-        size = backward ? attention_backward_scratch(B, T, H) : attention_forward_scratch(T, H);
+    LinearBuffers(float* scratch, bool backward, bool gates, const LinearShape& shape,
+                  const AttentionConfig& config, int B, int T, int H, int D) {
+        size = backward ? attention_backward_scratch(B, T, H, gates)
+                        : attention_forward_scratch(T, H, gates ? B : 0);
         if (shape.slots == 0) return;
         auto floats = [&](size_t n) {
             size_t at = ceil_div<size_t>(size, 4) * 4;
@@ -60,8 +63,15 @@ struct LinearBuffers {
                 states[i] = reinterpret_cast<Real*>(floats(states_size / 2));
             }
         }
+        if (gates)
+            fades[0] = floats(heads * T), fades[1] = floats(heads * T),
+            fades[2] = floats(heads * (shape.slots + 1));
         if (!backward) return;
         auto doubles = [&](size_t n) { return reinterpret_cast<double*>(floats(2 * heads * n)); };
+        if (gates) {
+            crossing = doubles(shape.slots);
+            return;
+        }
         dlog_gamma[0] = doubles(row_tiles<Real>(Rows::gradients, shape, T));
         dlog_gamma[1] = doubles(row_tiles<Real>(Rows::keys, shape, T));
         dlog_gamma[2] = doubles(ceil_div(shape.size(), kScanBlock));
@@ -112,6 +122,13 @@ struct LinearKernels {
         if (z) scan(z, z, others, dlog_gamma, 1, -1, from_right);
     }
 
+    void crossing(double* to, const Real* keys, const Real* queries, const float* keys_z,
+                  const float* queries_z) const {
+        linear_crossing_kernel<P>
+            <<<dim3(shape.slots, heads), 256, 0, stream>>>(to, keys, queries, keys_z, queries_z, shape);
+        check_launch();
+    }
+
     template <Rows kRows>
     void rows(float* sums, float* totals, double* dlog_gamma, const Real* states, const float* z) const {
         constexpr bool kGradient = kRows != Rows::queries;
@@ -153,34 +170,52 @@ void with_linear_kernels(const AttentionConfig& config, const LinearShape& shape
     });
 }
 
+// Makes the fades of gates and tells the shape where they are.
+template <class Real>
+void make_fades(LinearShape& shape, const LinearBuffers<Real>& buffers, const GateTables& gate,
+                const Decay& decay, int B, cudaStream_t stream) {
+    if (!decay.log_f) return;
+    const AttentionShape& attention = shape.attention;
+    gate_segment_tables<>
+        <<<dim3(ceil_div(attention.T, kGateThreads), B * attention.H), kGateThreads, 0, stream>>>(
+            buffers.fades[0], buffers.fades[1], buffers.fades[2], gate, shape.segment, attention_tile<Real>,
+            attention.T);
+    check_launch();
+    shape.key_fades = buffers.fades[0], shape.query_fades = buffers.fades[1];
+    shape.segment_fades = buffers.fades[2];
+    shape.row_sums = gate.row_sums, shape.column_sums = gate.column_sums;
+}
+
 }  // namespace
 
 template <class Real>
 size_t attention_linear_forward_scratch(const AttentionConfig& config, int B, int T, int H, int D,
-                                        int segment) {
-    return LinearBuffers<Real>(nullptr, false, linear_shape(config, T, D, segment), config, B, T, H, D).size;
+                                        int segment, bool gates) {
+    return LinearBuffers<Real>(nullptr, false, gates, linear_shape(config, T, D, segment), config, B, T, H, D)
+        .size;
 }
 template <class Real>
 size_t attention_linear_backward_scratch(const AttentionConfig& config, int B, int T, int H, int D,
-                                         int segment) {
-    return LinearBuffers<Real>(nullptr, true, linear_shape(config, T, D, segment), config, B, T, H, D).size;
+                                         int segment, bool gates) {
+    return LinearBuffers<Real>(nullptr, true, gates, linear_shape(config, T, D, segment), config, B, T, H, D)
+        .size;
 }
 
 template <class Real>
-void attention_linear_forward(Real* out,           // (B,T,C)
-                              float* stats,        // (stats_size)
-                              float* scratch,      // (attention_linear_forward_scratch)
-                              const Real* qkv,     // (B,T,3C)
-                              const float* decay,  // (H): delta, or null
-                              const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
-                              int segment) {
+void attention_linear_forward(Real* out,        // (B,T,C)
+                              float* stats,     // (stats_size)
+                              float* scratch,   // (attention_linear_forward_scratch)
+                              const Real* qkv,  // (B,T,3C)
+                              const Decay& decay, const AttentionConfig& config, int B, int T, int H, int D,
+                              cudaStream_t stream, int segment) {
     LinearShape shape = linear_shape(config, T, D, segment);
     if (shape.slots == 0)
         return attention_forward(out, stats, scratch, qkv, decay, config, B, T, H, D, stream);
-    AttentionTables tables(scratch, decay != nullptr, T, H);
-    make_tables(tables, decay, config, T, H, D, stream);
+    LayerTables tables(scratch, decay, config, B, T, H, attention_tile<Real>);
+    make_tables(tables, decay, config, B, T, H, D, attention_tile<Real>, stream);
     shape.attention = attention_shape(config, decay, T, H, D, tables, {});
-    LinearBuffers<Real> buffers(scratch, false, shape, config, B, T, H, D);
+    LinearBuffers<Real> buffers(scratch, false, decay.log_f != nullptr, shape, config, B, T, H, D);
+    make_fades(shape, buffers, tables.gate, decay, B, stream);
     with_linear_kernels<Real>(
         config, shape, B, qkv, nullptr, nullptr, nullptr, stream, [&](const auto& kernels) {
             kernels.template states<Rows::keys>(buffers.parts[0], buffers.z[0]);
@@ -195,15 +230,14 @@ void attention_linear_forward(Real* out,           // (B,T,C)
 
 template <class Real>
 void attention_linear_backward(Real* dqkv,          // (B,T,3C)
-                               float* ddecay,       // (H) +=, or null if it is not wanted
+                               float* ddecay,       // as in attention_backward
                                float* scratch,      // (attention_linear_backward_scratch)
                                const Real* dout,    // (B,T,C)
                                const Real* out,     // (B,T,C)
                                const float* stats,  // (stats_size)
                                const Real* qkv,     // (B,T,3C)
-                               const float* decay,  // (H): delta, or null
-                               const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
-                               int segment) {
+                               const Decay& decay, const AttentionConfig& config, int B, int T, int H, int D,
+                               cudaStream_t stream, int segment) {
     LinearShape shape = linear_shape(config, T, D, segment);
     if (shape.slots == 0)
         return attention_backward(dqkv, ddecay, scratch, dout, out, stats, qkv, decay, config, B, T, H, D,
@@ -211,44 +245,50 @@ void attention_linear_backward(Real* dqkv,          // (B,T,3C)
     AttentionBackwardTerms terms =
         attention_backward_terms(scratch, dout, out, stats, decay, config, B, T, H, D, stream);
     shape.attention = attention_shape(config, decay, T, H, D, terms.tables, {});
-    LinearBuffers<Real> buffers(scratch, true, shape, config, B, T, H, D);
+    LinearBuffers<Real> buffers(scratch, true, decay.log_f != nullptr, shape, config, B, T, H, D);
+    make_fades(shape, buffers, terms.tables.gate, decay, B, stream);
     double* dlog_gamma[4] = {};
-    if (ddecay) std::copy_n(buffers.dlog_gamma, 4, dlog_gamma);
+    const bool wants_shares = ddecay && decay.delta;
+    if (wants_shares) std::copy_n(buffers.dlog_gamma, 4, dlog_gamma);
     with_linear_kernels<Real>(
         config, shape, B, qkv, dout, stats, terms.dot, stream, [&](const auto& kernels) {
-            auto& [sums, totals, parts, states, z, shares, size] = buffers;
+            auto& [sums, totals, parts, states, z, shares, fades, crossing, size] = buffers;
             kernels.template states<Rows::keys>(parts[0], z[0]);
             kernels.scan_states(states[0], parts[0], nullptr, nullptr, false);
             kernels.scan_z(z[0], nullptr, nullptr, false);
             kernels.template states<Rows::gradients>(parts[1], z[1]);
-            kernels.scan_states(states[1], parts[1], ddecay ? states[0] : nullptr, dlog_gamma[2], true);
-            kernels.scan_z(z[1], ddecay ? z[0] : nullptr, dlog_gamma[3], true);
+            kernels.scan_states(states[1], parts[1], wants_shares ? states[0] : nullptr, dlog_gamma[2], true);
+            kernels.scan_z(z[1], wants_shares ? z[0] : nullptr, dlog_gamma[3], true);
+            if (decay.log_f) kernels.crossing(crossing, states[0], states[1], z[0], z[1]);
             kernels.template rows<Rows::gradients>(sums, nullptr, dlog_gamma[0], states[0], z[0]);
             kernels.template rows<Rows::keys>(sums, nullptr, dlog_gamma[1], states[1], z[1]);
         });
-    if (ddecay) {
+    if (wants_shares) {
         int shares[4] = {row_tiles<Real>(Rows::gradients, shape, T), row_tiles<Real>(Rows::keys, shape, T),
                          ceil_div(shape.size(), kScanBlock), ceil_div(shape.features(), kScanBlock)};
         for (int i = 0; i < (config.has_row_sum() ? 4 : 3); i++)
-            add_decay_gradient(ddecay, dlog_gamma[i], decay, B, shares[i], H, stream);
+            add_decay_gradient(ddecay, dlog_gamma[i], decay.delta, B, shares[i], H, stream);
     }
     attention_backward(dqkv, ddecay, scratch, dout, out, stats, qkv, decay, config, B, T, H, D, stream,
-                       {shape.segment, buffers.sums, nullptr});
+                       {shape.segment, buffers.sums, nullptr}, buffers.crossing);
 }
 
-template size_t attention_linear_forward_scratch<float>(const AttentionConfig&, int, int, int, int, int);
-template size_t attention_linear_forward_scratch<bf16>(const AttentionConfig&, int, int, int, int, int);
-template size_t attention_linear_backward_scratch<float>(const AttentionConfig&, int, int, int, int, int);
-template size_t attention_linear_backward_scratch<bf16>(const AttentionConfig&, int, int, int, int, int);
-template void attention_linear_forward(float*, float*, float*, const float*, const float*,
+template size_t attention_linear_forward_scratch<float>(const AttentionConfig&, int, int, int, int, int,
+                                                        bool);
+template size_t attention_linear_forward_scratch<bf16>(const AttentionConfig&, int, int, int, int, int, bool);
+template size_t attention_linear_backward_scratch<float>(const AttentionConfig&, int, int, int, int, int,
+                                                         bool);
+template size_t attention_linear_backward_scratch<bf16>(const AttentionConfig&, int, int, int, int, int,
+                                                        bool);
+template void attention_linear_forward(float*, float*, float*, const float*, const Decay&,
                                        const AttentionConfig&, int, int, int, int, cudaStream_t, int);
-template void attention_linear_forward(bf16*, float*, float*, const bf16*, const float*,
+template void attention_linear_forward(bf16*, float*, float*, const bf16*, const Decay&,
                                        const AttentionConfig&, int, int, int, int, cudaStream_t, int);
 template void attention_linear_backward(float*, float*, float*, const float*, const float*, const float*,
-                                        const float*, const float*, const AttentionConfig&, int, int, int,
+                                        const float*, const Decay&, const AttentionConfig&, int, int, int,
                                         int, cudaStream_t, int);
 template void attention_linear_backward(bf16*, float*, float*, const bf16*, const bf16*, const float*,
-                                        const bf16*, const float*, const AttentionConfig&, int, int, int, int,
+                                        const bf16*, const Decay&, const AttentionConfig&, int, int, int, int,
                                         cudaStream_t, int);
 
 }  // namespace gpu

@@ -57,30 +57,29 @@ inline bool linear_pays(const AttentionConfig& config, int T, int D) {
 // The numbers of floats in the scratch buffers of the two functions, for the same segment.
 template <class Real>
 size_t attention_linear_forward_scratch(const AttentionConfig& config, int B, int T, int H, int D,
-                                        int segment = 0);
+                                        int segment = 0, bool gates = false);
 template <class Real>
 size_t attention_linear_backward_scratch(const AttentionConfig& config, int B, int T, int H, int D,
-                                         int segment = 0);
+                                         int segment = 0, bool gates = false);
 
 template <class Real>
-void attention_linear_forward(Real* out,           // (B,T,C)
-                              float* stats,        // (stats_size)
-                              float* scratch,      // (attention_linear_forward_scratch)
-                              const Real* qkv,     // (B,T,3C)
-                              const float* decay,  // (H): delta, or null
-                              const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
+void attention_linear_forward(Real* out,        // (B,T,C)
+                              float* stats,     // (stats_size)
+                              float* scratch,   // (attention_linear_forward_scratch)
+                              const Real* qkv,  // (B,T,3C)
+                              const Decay& decay, const AttentionConfig& config, int B, int T, int H, int D,
+                              cudaStream_t stream,
                               int segment = 0 /*tokens, a multiple of 64; 0 stands for linear_segment()*/);
 
 template <class Real>
 void attention_linear_backward(Real* dqkv,        // (B,T,3C)
-                               float* ddecay,     // (H) +=, or null if it is not wanted
+                               float* ddecay,     // as in attention_backward
                                float* scratch,    // (attention_linear_backward_scratch), at a 16-byte address
                                const Real* dout,  // (B,T,C)
                                const Real* out,   // (B,T,C)
                                const float* stats,  // (stats_size)
                                const Real* qkv,     // (B,T,3C)
-                               const float* decay,  // (H): delta, or null
-                               const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream,
-                               int segment = 0);
+                               const Decay& decay, const AttentionConfig& config, int B, int T, int H, int D,
+                               cudaStream_t stream, int segment = 0);
 
 }  // namespace gpu

@@ -248,7 +248,7 @@ __global__ __launch_bounds__(kAttentionThreads,
 #pragma unroll
             for (int c = lane; c < kD; c += kWarp)
                 if (c < D) to[(16 * warp + r) * stride + c] = dx[r * kWidth + c];
-        work.store_slope(dlog_gamma, slope, shape, i);
+        work.template store_slope<16>(dlog_gamma, slope, shape, i);
     }
 }
 

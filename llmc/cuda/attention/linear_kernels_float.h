@@ -173,7 +173,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
 #pragma unroll
             for (int c = threadIdx.x % kWarp; c < kD; c += kWarp)
                 if (c < D) to[r * stride + c] = dx[r * Tiles::stride + c];
-        work.store_slope(dlog_gamma, slope, shape, i);
+        work.template store_slope<8, 16>(dlog_gamma, slope, shape, i);
     }
 }
 

@@ -15,6 +15,10 @@ struct LinearShape {
     int blocks;   // of channels
     int block;    // channels in a block
     int width;    // numbers in a row of a state: D, rounded up to 8
+    // With gates, the fades between a key or query and its boundary, and over a segment (gates.h).
+    const float *key_fades, *query_fades;  // (B,H,T)
+    const float* segment_fades;            // (B,H,slots+1)
+    float *row_sums, *column_sums;         // (B,H,T), as in GateTables
 
     int features() const { return tiles * kFeatures; }
     int size() const { return features() * width; }  // numbers in a state
@@ -61,7 +65,8 @@ __device__ RowTerms linear_terms(const float* stats, const float* dot, const Lin
     if (i >= attention.T) return terms;
     if (kRows == Rows::gradients) {
         if (!kHasTotals<Poly<P>>) __builtin_assume(!attention.has_row_sum);
-        terms = weighted_row_terms<Poly<P>>(stats, dot, attention, bh, i);
+        terms = shape.key_fades ? weighted_row_terms<Gated<Poly<P>>>(stats, dot, attention, bh, i)
+                                : weighted_row_terms<Poly<P>>(stats, dot, attention, bh, i);
     } else {
         terms.weight = terms.dot = 1;
     }
@@ -69,6 +74,11 @@ __device__ RowTerms linear_terms(const float* stats, const float* dot, const Lin
         const float fade =
             attention.tables
                 .fade[(size_t)(bh % attention.H) * attention.tables.stride + std::abs(i - boundary)];
+        terms.weight *= fade, terms.dot *= fade;
+    }
+    if (shape.key_fades) {
+        const float fade =
+            (kRows == Rows::keys ? shape.key_fades : shape.query_fades)[(size_t)bh * attention.T + i];
         terms.weight *= fade, terms.dot *= fade;
     }
     return terms;
@@ -105,8 +115,16 @@ struct RowWork {
         const int H = shape.attention.H;
         return sums + ((size_t)(bh / H) * shape.attention.T + i0) * out_stride + bh % H * shape.attention.D;
     }
-    // Stores the block's share of the gradient of log gamma. slope: the thread's, of row i.
+    // Stores the block's share of the gradient of log gamma or, with gates, the sum of row i. slope: the
+    // thread's, of row i, which it shares with the lanes that differ from it in kBits.
+    template <int... kBits>
     __device__ void store_slope(double* dlog_gamma, float slope, const LinearShape& shape, int i) const {
+        if (shape.key_fades) {
+            slope = reduce_lanes<Sum, kBits...>(slope);
+            if (i < shape.attention.T)
+                (kRows == Rows::keys ? shape.column_sums
+                                     : shape.row_sums)[(size_t)bh * shape.attention.T + i] = slope;
+        }
         if (!dlog_gamma) return;
         store_share(
             dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x,
@@ -145,9 +163,9 @@ __global__ void linear_scan_kernel(Real* states,        // (B,H,slots,size), may
     const AttentionTables& tables = shape.attention.tables;
     const int bh = blockIdx.y, at = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
     const int size = shape.tiles * kFeatures * width;
-    const float fade = shape.attention.has_decay
-                           ? tables.fade[(size_t)(bh % shape.attention.H) * tables.stride + shape.segment]
-                           : 1.0f;
+    float fade = shape.attention.has_decay
+                     ? tables.fade[(size_t)(bh % shape.attention.H) * tables.stride + shape.segment]
+                     : 1.0f;
     float sum[4] = {};
     double total = 0;
     for (int n = 0; n < shape.slots && at < size; n++) {
@@ -156,6 +174,8 @@ __global__ void linear_scan_kernel(Real* states,        // (B,H,slots,size), may
         float part[4], other[4] = {};
         load_few(part, parts + place);
         if (others) load_few(other, others + place);
+        if (shape.segment_fades)  // of the segment between this boundary and the one before
+            fade = shape.segment_fades[(size_t)bh * (shape.slots + 1) + slot + from_right];
         float product = 0;
 #pragma unroll
         for (int e = 0; e < 4; e++) {
@@ -177,6 +197,29 @@ __global__ void linear_scan_kernel(Real* states,        // (B,H,slots,size), may
     if (tile < shape.tiles)
         total *= sign * shape.segment / FeatureTile<P>::at(tile, shape.blocks).multiplicity();
     store_share(dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x, total);
+}
+
+// Adds up the products of both states of each boundary: what pairs on its two sides add to the gradient of
+// log f at the token that follows it. Blocks: (slots, B H).
+template <int P, class Real, int kThreads = 256>
+__global__ void linear_crossing_kernel(double* crossing /*(B,H,slots)*/, const Real* keys,
+                                       const Real* queries, const float* keys_z, const float* queries_z,
+                                       LinearShape shape) {
+    __shared__ double warp_sums[kThreads / kWarp];
+    const size_t row0 = shape.row(blockIdx.y, blockIdx.x);
+    double total = 0;
+    auto tile = FeatureTile<P>::at(0, shape.blocks);
+    for (int n = 0; n < shape.tiles; n++, tile.next(shape.blocks)) {
+        const size_t first = row0 + n * kFeatures, at = first * shape.width;
+        float sum = 0;
+        for (int i = threadIdx.x; i < kFeatures * shape.width; i += kThreads)
+            sum += to_float(keys[at + i]) * to_float(queries[at + i]);
+        if (keys_z && threadIdx.x < kFeatures)
+            sum -= keys_z[first + threadIdx.x] * queries_z[first + threadIdx.x];
+        total += sum / tile.multiplicity();  // both states include it, so it counts once too often
+    }
+    total = block_sum_in_order<kThreads>(total, warp_sums);
+    if (threadIdx.x == 0) crossing[(size_t)blockIdx.y * shape.slots + blockIdx.x] = total;
 }
 
 }  // namespace gpu

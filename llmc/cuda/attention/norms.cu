@@ -220,14 +220,14 @@ template <class Real, class A, bool kRowSum>
 __global__ __launch_bounds__(kAttentionThreads,
                              3) void attention_norms_kernel(NormSums* parts /*(H,B,tiles)*/, const Real* qkv,
                                                             const float* stats, float c_factor,
-                                                            AttentionShape shape) {
+                                                            ShapeOf<A> shape) {
     using Tiles = NormTile<Real>;
     __shared__ __align__(16) Real q[Tiles::kSize], k[Tiles::kSize];
     __shared__ double row_norms[Tiles::kRows][kNumbers];  // a NormSums for each row
     const int T = shape.T, D = shape.D, C = shape.C();
     const int b = blockIdx.x / shape.H, h = blockIdx.x % shape.H;
     const int tile = gridDim.y - 1 - blockIdx.y, i0 = tile * Tiles::kRows;
-    const size_t stride = 3 * (size_t)C, table = (size_t)h * shape.tables.stride;
+    const size_t stride = 3 * (size_t)C, table = shape.template table<A>(blockIdx.x, h);
     const Real* head = qkv + b * T * stride + h * D;
     const float log_gamma = A::kOnline && shape.has_decay ? shape.tables.log_gamma[h] : 0;
 
@@ -251,6 +251,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         __syncthreads();
         float s[2][Tiles::kKeys];
         Tiles::scores(s, q, k, D);
+        const TileGates<A> gates(shape, tile, j0 / Tiles::kRows);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int i = i0 + Tiles::row(r), nearest = i < T ? i - j0 : -1;  // the last key that it sees
@@ -258,9 +259,13 @@ __global__ __launch_bounds__(kAttentionThreads,
             for (int m = 0; m < Tiles::kKeys; m++) {
                 const int distance = nearest - Tiles::key(m);
                 if (distance < 0) continue;
-                const float fade = A::kOnline        ? distance * log_gamma
-                                   : shape.has_decay ? shape.tables.fade[table + distance]
-                                                     : 1.0f;
+                float fade = A::kOnline        ? distance * log_gamma
+                             : shape.has_decay ? shape.tables.fade[table + distance]
+                                               : 1.0f;
+                if constexpr (kGated<A>) {
+                    fade = gates(i, i - distance);
+                    if (A::kOnline) fade *= 1 / kLog2e;
+                }
                 rows[r].add(s[r][m] * shape.qk_to_score, fade, factor[r], i + 1.0f);
             }
         }
@@ -297,10 +302,10 @@ static __global__ void add_norms_kernel(NormSums* sums, const NormSums* parts /*
     if (threadIdx.x == 0) reinterpret_cast<double*>(sums + h)[number] = total;
 }
 
-size_t attention_norms_scratch(int B, int T, int H) {
+size_t attention_norms_scratch(int B, int T, int H, bool gates) {
     size_t tiles =
         (size_t)B * H * ceil_div(T, kFloatTile);  // of the two sizes of tiles the one that gives more
-    return tiles * sizeof(NormSums) / sizeof(float) + AttentionTables::size(T, H);
+    return tiles * sizeof(NormSums) / sizeof(float) + LayerTables::size(T, H, gates ? B : 0);
 }
 
 template <class Real>
@@ -308,16 +313,17 @@ void attention_norms(NormSums* sums,      // (H)
                      float* scratch,      // (attention_norms_scratch)
                      const Real* qkv,     // (B,T,3C), as attention_forward read it
                      const float* stats,  // as attention_forward left them; may be null if stats_size is 0
-                     const float* decay,  // (H): delta, or null
-                     const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream) {
+                     const Decay& decay, const AttentionConfig& config, int B, int T, int H, int D,
+                     cudaStream_t stream) {
     if (D > 128) fail("attention: head size ", D, ", the CUDA kernels go up to 128");
     int tiles = ceil_div(T, attention_tile<Real>);
     NormSums* parts = reinterpret_cast<NormSums*>(scratch);
-    AttentionTables tables(reinterpret_cast<float*>(parts + (size_t)B * H * tiles), decay != nullptr, T, H);
-    make_tables(tables, decay, config, T, H, D, stream);
-    AttentionShape shape = attention_shape(config, decay, T, H, D, tables, {});
+    LayerTables tables(reinterpret_cast<float*>(parts + (size_t)B * H * tiles), decay, config, B, T, H,
+                       attention_tile<Real>);
+    make_tables(tables, decay, config, B, T, H, D, attention_tile<Real>, stream);
+    const auto shape = attention_shape(config, decay, T, H, D, tables, {});
     float c_factor = (float)std::pow((double)D, 0.5 * config.power());
-    with_activation(config.kind, [&]<class A>(A) {
+    with_gated_activation(config.kind, decay, [&]<class A>(A) {
         auto* kernel = &attention_norms_kernel<Real, A, false>;
         if constexpr (A::kPower > 0)
             if (config.has_row_sum()) kernel = &attention_norms_kernel<Real, A, true>;
@@ -328,9 +334,9 @@ void attention_norms(NormSums* sums,      // (H)
     check_launch();
 }
 
-template void attention_norms(NormSums*, float*, const float*, const float*, const float*,
+template void attention_norms(NormSums*, float*, const float*, const float*, const Decay&,
                               const AttentionConfig&, int, int, int, int, cudaStream_t);
-template void attention_norms(NormSums*, float*, const bf16*, const float*, const float*,
+template void attention_norms(NormSums*, float*, const bf16*, const float*, const Decay&,
                               const AttentionConfig&, int, int, int, int, cudaStream_t);
 
 }  // namespace gpu

@@ -9,6 +9,26 @@
 
 namespace gpu {
 
+// An activation with gates (gates.h). Its kernels are instances of their own, so that the others stay as they
+// are.
+template <class A>
+struct Gated : A {
+    static constexpr bool kIsGated = true;
+};
+template <class A>
+constexpr bool kGated = requires {
+    A::kIsGated;
+};
+
+// Calls f with the activation of this kind, which is Gated if there are gates.
+template <class F>
+void with_gated_activation(AttentionKind kind, const Decay& decay, F f) {
+    with_activation(kind, [&]<class A>(A activation) {
+        if (decay.log_f) return f(Gated<A>());
+        f(activation);
+    });
+}
+
 // Whether a kernel for heads of up to kD channels supports segments.
 template <class A, int kD>
 constexpr bool kHasSegments = has_linear_form(A::kPower, kD);
@@ -19,13 +39,18 @@ constexpr bool kHasTotals = has_linear_sum(A::kPower);
 // The sizes and tables of a call, for its kernels.
 struct AttentionShape {
     int T, H, D;
-    bool has_row_sum;  // the scale is `sum`
-    bool has_decay;
+    bool has_row_sum;   // the scale is `sum`
+    bool has_decay;     // a factor for each head, not gates
     float qk_to_score;  // 1 / sqrt(D)
     AttentionTables tables;
     AttentionSegments segments;
 
     __device__ int C() const { return H * D; }
+    // Where the tables of head h of the block's sequence begin.
+    template <class A>
+    __device__ size_t table(int bh, int h) const {
+        return (size_t)(kGated<A> ? bh : h) * tables.stride;
+    }
     // The first tile of the segment that `tile` is in, where tiles have kTile tokens.
     template <int kTile, bool kSegments>
     __device__ int first_tile(int tile) const {
@@ -39,9 +64,18 @@ struct AttentionShape {
     }
 };
 
-inline AttentionShape attention_shape(const AttentionConfig& config, const float* decay, int T, int H, int D,
-                                      const AttentionTables& tables, const AttentionSegments& segments) {
-    return {T, H, D, config.has_row_sum(), decay != nullptr, 1 / std::sqrt((float)D), tables, segments};
+// The same with gates.
+struct GatedShape : AttentionShape {
+    GateTables gate;
+};
+template <class A>
+using ShapeOf = std::conditional_t<kGated<A>, GatedShape, AttentionShape>;
+
+inline GatedShape attention_shape(const AttentionConfig& config, const Decay& decay, int T, int H, int D,
+                                  const LayerTables& tables, const AttentionSegments& segments) {
+    return {
+        {T, H, D, config.has_row_sum(), decay.delta != nullptr, 1 / std::sqrt((float)D), tables, segments},
+        tables.gate};
 }
 
 // Launches with dynamic shared memory, of which a block may only have more than 48 KB if the kernel asks for
@@ -52,6 +86,52 @@ void launch_attention(Kernel* kernel, dim3 grid, size_t shared, cudaStream_t str
     kernel<<<grid, kAttentionThreads, shared, stream>>>(args...);
     check_launch();
 }
+
+// log2 F for softmax, F for every other activation, over the whole tiles between one of queries and an
+// earlier one of keys.
+template <class A>
+__device__ float gate_between(const GatedShape& shape, int query_tile, int key_tile, int tiles) {
+    const double* before = shape.gate.before + (size_t)blockIdx.x * (tiles + 1);
+    const float log2_f = (float)(before[query_tile] - before[key_tile + 1]);
+    return A::kOnline ? log2_f : fast_exp2(log2_f);
+}
+// log2 F of a pair in one tile, given the prefixes of its query and of its key. It is 0 if the pair is not
+// visible.
+__device__ inline float gate_inside(float2 query, float2 key) {
+    return fminf((query.x - key.x) + (query.y - key.y), 0);
+}
+
+// The gates of pairs in a tile of queries and one of keys, for kernels that take each pair alone.
+template <class A, bool = kGated<A>>
+struct TileGates {
+    __device__ TileGates(const AttentionShape&, int, int) {}
+};
+template <class A>
+struct TileGates<A, true> {
+    const GateTables& tables;
+    size_t at;  // of the head's first token
+    int last;   // the last token
+    bool is_diagonal;
+    float between;
+
+    __device__ TileGates(const GatedShape& shape, int query_tile, int key_tile)
+        : tables(shape.gate),
+          at((size_t)blockIdx.x * shape.T),
+          last(shape.T - 1),
+          is_diagonal(query_tile == key_tile),
+          between(is_diagonal ? 0 : gate_between<A>(shape, query_tile, key_tile, gridDim.y)) {}
+
+    // log2 F_ij for softmax, F_ij for every other activation.
+    __device__ float operator()(int i, int j) const {
+        const size_t query = at + min(i, last), key = at + min(j, last);
+        if (is_diagonal) {
+            const float log2_f = gate_inside(tables.prefix[query], tables.prefix[key]);
+            return A::kOnline ? log2_f : fast_exp2(log2_f);
+        }
+        return A::kOnline ? tables.head[query] + (tables.tail[key] + between)
+                          : tables.head[query] * (tables.tail[key] * between);
+    }
+};
 
 // The argument of an activation: q . k if it is a power, otherwise the score.
 template <class A>
@@ -82,7 +162,7 @@ struct ForwardRows {
             factor = 1 / total;
             stat = running_max[r] * shape.qk_to_score + logf(total);
         } else {
-            factor = exists ? shape.tables.row_factor[(size_t)h * shape.tables.stride + i] : 0;
+            factor = exists ? shape.tables.row_factor[shape.table<A>(blockIdx.x, h) + i] : 0;
             stat = total * factor + (float)kRowSumEps;
             if (shape.has_row_sum) factor /= stat;
         }
@@ -108,7 +188,7 @@ __device__ RowTerms row_terms(const float* stats, const float* dot, const Attent
         terms.weight = -stats[at] * kLog2e;
         terms.dot = dot[at];
     } else {
-        terms.weight = shape.tables.row_factor[(size_t)(bh % shape.H) * shape.tables.stride + i];
+        terms.weight = shape.tables.row_factor[shape.table<A>(bh, bh % shape.H) + i];
         if (shape.has_row_sum) {
             terms.weight /= stats[at];
             terms.dot = dot[at];
@@ -153,9 +233,11 @@ enum class Leave { weights, decay_terms };
 //      (with Leave::decay_terms it is the fade alone, and the results lack the row factor)
 //   dot: dO_i . O_i, if there is a normaliser (with Leave::weights and the scale `sum`: times w)
 //   rows: the number of each pair's row
+//   pairs: with gates and Leave::weights it receives what Leave::decay_terms would leave, with the row factor
 template <class A, Leave kLeave, bool kRowSum>
 __device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[4], const float (&dot)[4],
-                                const int (&rows)[4], const bool (&visible)[4], float qk_to_score) {
+                                const int (&rows)[4], const bool (&visible)[4], float qk_to_score,
+                                float* pairs = nullptr) {
     constexpr bool kWeights = kLeave == Leave::weights;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
@@ -164,6 +246,7 @@ __device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[
             value = visible[e] ? fast_exp2(fmaf(s[e], qk_to_score * kLog2e, w[e])) : 0;
             da[e] = value * (da[e] - dot[e]);
             s[e] = kWeights ? value : da[e];
+            if constexpr (kGated<A> && kWeights) pairs[e] = da[e];
         } else {
             const float x = activation_argument<A>(s[e], qk_to_score), keys = rows[e] + 1.0f;
             A::weighted(value, slope, x, w[e], keys, DeviceMath());
@@ -173,6 +256,7 @@ __device__ void score_gradients(float (&s)[4], float (&da)[4], const float (&w)[
             }
             s[e] = !visible[e] ? 0 : kWeights ? value : value * da[e];
             if (kRowSum && kWeights) A::weighted(value, slope, x, 1.0f, keys, DeviceMath());
+            if constexpr (kGated<A> && kWeights) pairs[e] = visible[e] ? value * da[e] : 0;
             da[e] = visible[e] ? slope * da[e] : 0;
         }
     }
@@ -201,6 +285,18 @@ __device__ float gradient_factor(const AttentionShape& shape) {
     } else {
         return shape.qk_to_score;
     }
+}
+
+// Adds up what the lanes that share a row have of it, and writes it to row i of a sequence. The lanes differ
+// in kBits, and one of them has is_writer.
+//   adds: whether the pairs outside of the segment are there already
+template <int... kBits, class Number>
+__device__ void store_gate_sum(float* to /*(B,H,T)*/, Number x, const AttentionShape& shape, int i,
+                               bool is_writer, bool adds = false) {
+    x = reduce_lanes<Sum, kBits...>(x);
+    if (!is_writer || i >= shape.T) return;
+    to += (size_t)blockIdx.x * shape.T + i;
+    *to = (float)(adds ? *to + x : x);
 }
 
 // Writes the sum over a block of kAttentionThreads, its share in the gradient of log gamma.

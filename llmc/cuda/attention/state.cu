@@ -23,7 +23,8 @@ __global__ void attention_state_kernel(
     const Real* q,       // n rows; null if shares is null
     const Real* k,       // n rows; v follows at C
     const float* decay,  // (H), or null
-    int stride, int n, int H, int D, int blocks) {
+    const float* log_f,  // of the first head's first token, or null; log_f_stride from one head to the next
+    int log_f_stride, int stride, int n, int H, int D, int blocks) {
     constexpr int kWarps = kStateThreads / kWarp, kRows = kFeatures / kWarps, kColumns = kD / kWarp;
     __shared__ float channels[2][kStateThreads];  // of k and of q, followed by zeros
     __shared__ float phi[2][kFeatures];
@@ -31,7 +32,7 @@ __global__ void attention_state_kernel(
     const int tiles = gridDim.x, h = blockIdx.y, thread = threadIdx.x, warp = thread / kWarp,
               lane = thread % kWarp;
     const auto tile = FeatureTile<P>::at(blockIdx.x, blocks);
-    const float gamma = decay ? (float)exp(log_gamma(decay[h])) : 1;
+    float gamma = decay ? (float)exp(log_gamma(decay[h])) : 1;
     float* s = state + ((size_t)h * tiles + blockIdx.x) * kFeatures * D + h * tiles * kFeatures;
     float* z = state + ((size_t)h * (D + 1) + D) * tiles * kFeatures + blockIdx.x * kFeatures;
     auto for_each_number = [&](auto f) {
@@ -56,6 +57,7 @@ __global__ void attention_state_kernel(
         for (int m = 0; m < kColumns; m++)
             if (lane + m * kWarp < D)
                 v[m] = to_float(k[(size_t)t * stride + H * D + h * D + lane + m * kWarp]);
+        if (log_f) gamma = expf(log_f[(size_t)h * log_f_stride + t]);
         for_each_number([&](int i, int m, int) {
             sums[i][m] = gamma * sums[i][m] + phi[0][warp * kRows + i] * v[m];
             o[m] += phi[1][warp * kRows + i] * sums[i][m];
@@ -96,32 +98,36 @@ __global__ void attention_state_rows(Real* out, const float* shares, const float
 }
 
 template <class Real>
-void launch_state_kernel(float* shares, float* state, const Real* q, const Real* k, const float* decay,
-                         AttentionKind kind, int stride, int n, int H, int D, cudaStream_t stream) {
+void launch_state_kernel(float* shares, float* state, const Real* q, const Real* k, const Decay& decay,
+                         int log_f_stride, AttentionKind kind, int stride, int n, int H, int D,
+                         cudaStream_t stream) {
     with_linear_power(kind, [&](auto power) {
         constexpr int P = power;
         auto *kernel = attention_state_kernel < P, P == 3 ? 32 : 64, Real > ;
         if constexpr (P < 3)
             if (D > 64) kernel = attention_state_kernel<P, 128, Real>;
         kernel<<<dim3(feature_tiles(P, D), H), kStateThreads, 0, stream>>>(
-            shares, state, q, k, decay, stride, n, H, D, ceil_div(D, feature_block(P)));
+            shares, state, q, k, decay.delta, decay.log_f, log_f_stride, stride, n, H, D,
+            ceil_div(D, feature_block(P)));
         check_launch();
     });
 }
 
 template <class Real>
-void attention_state_forward(Real* out,               // (n,C)
-                             float* state,            // (H,state_size)
-                             float* scratch,          // (attention_state_scratch)
-                             const Real* qkv,         // (n,3C)
-                             const float* decay,      // (H): delta, or null
+void attention_state_forward(Real* out,        // (n,C)
+                             float* state,     // (H,state_size)
+                             float* scratch,   // (attention_state_scratch)
+                             const Real* qkv,  // (n,3C)
+                             const Decay& decay,
                              const float* row_scale,  // (n,H)
                              const AttentionConfig& config, int n, int H, int D, cudaStream_t stream) {
     const int C = H * D, tiles = feature_tiles(config.power(), D);
     for (int t = 0; t < n; t += kStateTokens) {
         int count = std::min(kStateTokens, n - t);
         const Real* rows = qkv + (size_t)t * 3 * C;
-        launch_state_kernel(scratch, state, rows, rows + C, decay, config.kind, 3 * C, count, H, D, stream);
+        Decay here = decay;
+        if (decay.log_f) here.log_f += t;
+        launch_state_kernel(scratch, state, rows, rows + C, here, n, config.kind, 3 * C, count, H, D, stream);
         attention_state_rows<<<dim3(count, H), kStateThreads, 0, stream>>>(
             out + (size_t)t * C, scratch, row_scale + (size_t)t * H, config.has_row_sum(), tiles, H, D);
         check_launch();
@@ -129,20 +135,21 @@ void attention_state_forward(Real* out,               // (n,C)
 }
 
 template <class Real>
-void attention_state_of_cache(float* state,        // (H,state_size)
-                              const Real* cache,   // (n,2C)
-                              const float* decay,  // (H): delta, or null
-                              const AttentionConfig& config, int n, int H, int D, cudaStream_t stream) {
-    launch_state_kernel<Real>(nullptr, state, nullptr, cache, decay, config.kind, 2 * H * D, n, H, D, stream);
+void attention_state_of_cache(float* state,       // (H,state_size)
+                              const Real* cache,  // (n,2C)
+                              const Decay& decay, const AttentionConfig& config, int n, int H, int D,
+                              cudaStream_t stream) {
+    launch_state_kernel<Real>(nullptr, state, nullptr, cache, decay, n, config.kind, 2 * H * D, n, H, D,
+                              stream);
 }
 
-template void attention_state_forward(float*, float*, float*, const float*, const float*, const float*,
+template void attention_state_forward(float*, float*, float*, const float*, const Decay&, const float*,
                                       const AttentionConfig&, int, int, int, cudaStream_t);
-template void attention_state_forward(bf16*, float*, float*, const bf16*, const float*, const float*,
+template void attention_state_forward(bf16*, float*, float*, const bf16*, const Decay&, const float*,
                                       const AttentionConfig&, int, int, int, cudaStream_t);
-template void attention_state_of_cache(float*, const float*, const float*, const AttentionConfig&, int, int,
+template void attention_state_of_cache(float*, const float*, const Decay&, const AttentionConfig&, int, int,
                                        int, cudaStream_t);
-template void attention_state_of_cache(float*, const bf16*, const float*, const AttentionConfig&, int, int,
+template void attention_state_of_cache(float*, const bf16*, const Decay&, const AttentionConfig&, int, int,
                                        int, cudaStream_t);
 
 }  // namespace gpu

@@ -28,7 +28,7 @@ void attention_state_forward(Real* out,               // (n,C)
                              float* state,            // (H,state_size)
                              float* scratch,          // (attention_state_scratch)
                              const Real* qkv,         // (n,3C)
-                             const float* decay,      // (H): delta, or null
+                             const Decay& decay,      // gates: log_f (H,n)
                              const float* row_scale,  // (n,H): c_i of the new rows; `sum` ignores it
                              const AttentionConfig& config, int n, int H, int D, cudaStream_t stream);
 
@@ -36,7 +36,7 @@ void attention_state_forward(Real* out,               // (n,C)
 template <class Real>
 void attention_state_of_cache(float* state,        // (H,state_size)
                               const Real* cache,   // (n,2C)
-                              const float* decay,  // (H): delta, or null
+                              const Decay& decay,  // gates: log_f (H,n)
                               const AttentionConfig& config, int n, int H, int D, cudaStream_t stream);
 
 }  // namespace gpu

@@ -7,12 +7,14 @@
 
 #include "llmc/attention_scale.h"
 #include "llmc/config.h"
+#include "llmc/cuda/attention/attention.h"
+#include "llmc/cuda/attention/gates.h"
 #include "llmc/cuda/reduce.h"
 
 namespace gpu {
 
-// With a decay every head has its own tables, otherwise one set serves all heads. A kernel fills them,
-// because a learned decay is known only on the device.
+// With a decay every head has its own tables, otherwise one set serves all heads. With gates every head of
+// every sequence has its own. A kernel fills them, because a learned decay is known only on the device.
 struct AttentionTables {
     // (heads,T): c_i / sqrt(D)^p of a polynomial, or 1 / sqrt(D)^p with the scale `sum`, whose c_i depends on
     // the scores. It is 1 for every other kind of attention.
@@ -23,14 +25,30 @@ struct AttentionTables {
     float* neutral_distance = nullptr;
     float* log_gamma = nullptr;  // (heads)
     int stride = 0;              // from one head to the next: T, or 0 if all heads share one set
+};
 
-    static size_t size(int T, int H) { return (3 * (size_t)T + 1) * H; }
+// Both kinds of tables, and where they lie in scratch.
+struct LayerTables : AttentionTables {
+    GateTables gate;  // with gates, in place of all but row_factor
 
-    AttentionTables() = default;
-    AttentionTables(float* scratch /*(size)*/, bool has_decay, int T, int H) : stride(has_decay ? T : 0) {
-        size_t n = (size_t)T * (has_decay ? H : 1);
+    // gates: B if there are gates, otherwise 0.
+    static size_t size(int T, int H, int gates) {
+        if (gates) return GateTables::size(gates, T, H, kFloatTile) + (size_t)gates * T * H;
+        return (3 * (size_t)T + 1) * H;
+    }
+
+    // tile: the number of tokens in a tile of the kernels
+    LayerTables(float* scratch /*(size), with gates at an 8-byte address*/, const Decay& decay,
+                const AttentionConfig& config, int B, int T, int H, int tile) {
+        if (decay.log_f) {
+            row_factor = gate.place(scratch, B, T, H, tile);
+            if (config.polynomial() && config.scale == ScaleKind::row) stride = T;
+            return;
+        }
+        stride = decay.delta ? T : 0;
+        size_t n = (size_t)T * (decay.delta ? H : 1);
         row_factor = std::exchange(scratch, scratch + n);
-        if (!has_decay) return;
+        if (!decay.delta) return;
         fade = std::exchange(scratch, scratch + n);
         neutral_distance = std::exchange(scratch, scratch + n);
         log_gamma = scratch;
@@ -41,7 +59,7 @@ struct AttentionTables {
 struct AttentionBackwardTerms {
     double* dlog_gamma;  // (B,H,tiles): the share of each tile of queries in the gradient of log gamma
     float* dot;          // (B,H,T): dO_i . O_i, only for softmax and the scale `sum`
-    AttentionTables tables;
+    LayerTables tables;
 };
 
 // Computes dot and the tables. attention_backward begins with it, except when it gets segments: then the
@@ -51,9 +69,8 @@ AttentionBackwardTerms attention_backward_terms(float* scratch,      // (attenti
                                                 const Real* dout,    // (B,T,C)
                                                 const Real* out,     // (B,T,C)
                                                 const float* stats,  // (stats_size)
-                                                const float* decay,  // (H): delta, or null
-                                                const AttentionConfig& config, int B, int T, int H, int D,
-                                                cudaStream_t stream);
+                                                const Decay& decay, const AttentionConfig& config, int B,
+                                                int T, int H, int D, cudaStream_t stream);
 
 // 1 / (e^y - 1) - 1 / y, by its series where the difference would lose precision.
 __device__ inline double smooth_part(double y) {
@@ -87,9 +104,25 @@ __global__ void attention_tables(AttentionTables tables, const float* decay /*(H
     if (i == 0) tables.log_gamma[h] = (float)log_g;
 }
 
-inline void make_tables(const AttentionTables& tables, const float* decay, const AttentionConfig& config,
-                        int T, int H, int D, cudaStream_t stream) {
-    if (config.softmax() && !decay) return;
+inline void make_gate_tables(const LayerTables& tables, const float* log_f, const AttentionConfig& config,
+                             double factor, int B, int T, int H, int tile, cudaStream_t stream) {
+    const dim3 grid(ceil_div(T, tile), B * H);
+    if (tile == kFloatTile) {
+        gate_tile_tables<kFloatTile>
+            <<<grid, kFloatTile, 0, stream>>>(tables.gate, log_f, config.softmax(), T);
+    } else {
+        gate_tile_tables<kAttentionTile>
+            <<<grid, kAttentionTile, 0, stream>>>(tables.gate, log_f, config.softmax(), T);
+    }
+    check_launch();
+    gate_row_tables<><<<B * H, kGateThreads, 0, stream>>>(
+        tables.gate, log_f, tables.stride ? tables.row_factor : nullptr, factor, T, grid.x);
+    check_launch();
+}
+
+inline void make_tables(const LayerTables& tables, const Decay& decay, const AttentionConfig& config, int B,
+                        int T, int H, int D, int tile, cudaStream_t stream) {
+    if (config.softmax() && !decay.delta && !decay.log_f) return;
     ScaleKind kind = ScaleKind::constant;  // c_i is 1 if the activation is not a power
     double factor = 1;
     if (config.polynomial()) {
@@ -100,8 +133,10 @@ inline void make_tables(const AttentionTables& tables, const float* decay, const
         if (kind == ScaleKind::context) factor /= std::sqrt((double)config.context);
         if (kind == ScaleKind::constant) factor *= config.constant;
     }
-    attention_tables<>
-        <<<dim3(ceil_div(T, 128), decay ? H : 1), 128, 0, stream>>>(tables, decay, kind, factor, T);
+    if (decay.log_f) make_gate_tables(tables, decay.log_f, config, factor, B, T, H, tile, stream);
+    if (decay.log_f && (config.softmax() || tables.stride)) return;  // these have all tables that they need
+    attention_tables<><<<dim3(ceil_div(T, 128), decay.delta ? H : 1), 128, 0, stream>>>(tables, decay.delta,
+                                                                                        kind, factor, T);
     check_launch();
 }
 
