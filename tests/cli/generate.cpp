@@ -49,7 +49,7 @@ void write_model(const std::string& folder, GPTConfig config, bool ends = false)
     for (const ParameterTensor& t : table.tensors) {
         std::vector<float> values(t.size);
         fill_normal(values.data(), t.size, 0.5f, 5, random_stream(t.name.c_str()));
-        if (t.init == Init::ones)
+        if (t.init == Init::ones || t.init == Init::constant)
             for (float& x : values) x += 1;
         if (t.name == "wte.weight")
             for (size_t i = 128 * 16; i < values.size(); i++)
