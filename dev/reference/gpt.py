@@ -256,7 +256,7 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 def is_attention(name: str) -> bool:
     """Whether --attention-lr is for this parameter."""
-    return ".attn.c_attn." in name or name.endswith((".attn.q_gain", ".attn.out_gate.weight"))
+    return any(f".attn.{part}" in name for part in ("c_attn.", "q_gain", "out_gate.", "decay_gate."))
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, fused: bool = False) -> GPT:
