@@ -32,6 +32,7 @@ struct AttentionNorms {
 struct NormSums {
     double square = 0, jacobian = 0, absolute = 0, negative = 0, effective_keys = 0, entropy = 0;
     double score = 0, score_square = 0, moment = 0;
+    double gate = 0;  // f_t, with gates
     double max_weight = 0, max_score = 0;
 
     void add(const NormSums& other) {
@@ -44,6 +45,7 @@ struct NormSums {
         score += other.score;
         score_square += other.score_square;
         moment += other.moment;
+        gate += other.gate;
         max_weight = std::max(max_weight, other.max_weight);
         max_score = std::max(max_score, other.max_score);
     }
@@ -62,6 +64,7 @@ struct NormSums {
         n.score_std = std::sqrt(std::max(score_square / pairs - mean * mean, 0.0));
         n.max_score = max_score;
         n.moment_excess = config.polynomial() ? moment / pairs / gaussian_moment(config.power(), D) - 1 : 0;
+        if (gate > 0) n.mean_gate = gate / rows;
         return n;
     }
 };

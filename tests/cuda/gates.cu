@@ -126,9 +126,20 @@ TEST_CASE_TEMPLATE("cuda attention with gates: gates near 0 and near 1, and the 
                 for (int T : {1, kEdge<Real> + 1}) check_gates<Real>(config, {1, T, 2, 8}, gates);
 }
 
+TEST_CASE_TEMPLATE("cuda attention with gates: every head size and every activation", Real, float,
+                   gpu::bf16) {
+    const std::vector<int> sizes = kIsFloat<Real> ? std::vector{64, 128} : std::vector{32, 64, 80, 96, 128};
+    for (AttentionKind kind : reference::every_kind())
+        for (size_t i = 0; i < sizes.size(); i++) {
+            if (!thorough() && (int)kind % sizes.size() != i) continue;
+            check_gates<Real>({.kind = kind, .scale = i % 2 ? ScaleKind::row : ScaleKind::sum},
+                              {1, kEdge<Real> + 16, 1, sizes[i] - (int)kind % 2});
+        }
+}
+
 TEST_CASE_TEMPLATE("cuda attention with gates: a long sequence", Real, float, gpu::bf16) {
     for (AttentionKind kind : {AttentionKind::softmax, AttentionKind::poly3})
-        check_gates<Real>({.kind = kind}, {1, 400, 1, 8}, Gates::mixed);
+        check_gates<Real>({.kind = kind}, {1, thorough() ? 2048 : 400, 1, 8}, Gates::mixed);
 }
 
 TEST_CASE_TEMPLATE("cuda linear attention with gates: every power over several segments", Real, float,

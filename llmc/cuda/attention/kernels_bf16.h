@@ -305,7 +305,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         commit_copies();
         const int row = threadIdx.x;
         if (row >= kAttentionTile) return;
-        RowTerms r = weighted_row_terms<A>(stats, dot, shape, blockIdx.x, i0 + row);
+        RowTerms r = weighted_row_terms<A>(stats, dot, shape, blockIdx.x, i0 + row, h);
         if constexpr (kGated<A>) {
             if (i > tile && i0 + row < T) {
                 const float head = shape.gate.head[gate_at + i0 + row];

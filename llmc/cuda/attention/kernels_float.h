@@ -161,7 +161,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         Tiles::load(q, head + i0 * stride, stride, T - i0, D);
         Tiles::load(d_o, dout + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
         if (threadIdx.x < kFloatTile)
-            rows[threadIdx.x] = weighted_row_terms<A>(stats, dot, shape, blockIdx.x, i0 + threadIdx.x);
+            rows[threadIdx.x] = weighted_row_terms<A>(stats, dot, shape, blockIdx.x, i0 + threadIdx.x, h);
         __syncthreads();
         float s[2][4], da[2][4];
         Tiles::scores(s, k, q, D);

@@ -27,6 +27,7 @@ int row_tiles(Rows rows, const LinearShape& shape, int T) {
 }
 
 constexpr int kScanBlock = kAttentionThreads * 4;  // how many numbers of a state a block scans
+constexpr int kShareBlock = kAttentionThreads;     // tokens of a block that makes shares of their slopes
 
 // What lies in scratch after that of the tiles.
 template <class Real>
@@ -36,8 +37,9 @@ struct LinearBuffers {
     float* parts[2];             // (B,H,slots,size): of the segments' keys, and of their queries
     Real* states[2];             // (B,H,slots,size); in float they take the place of parts
     float* z[2];                 // (B,H,slots,features), for `sum`
-    double* dlog_gamma[4];       // shares of the queries, of the keys, of the states' scan and of z's
-    float* fades[3];             // with gates: the three of LinearShape
+    LinearFades fades;           // of the decay, or of gates
+    float* slopes[2] = {};       // (B,H,T): of the queries and of the keys; with gates they lie elsewhere
+    double* dlog_gamma[3] = {};  // shares of the rows, of the states' scan and of z's
     double* crossing = nullptr;  // with gates: (B,H,slots)
     size_t size;                 // floats in all of scratch
 
@@ -63,19 +65,18 @@ struct LinearBuffers {
                 states[i] = reinterpret_cast<Real*>(floats(states_size / 2));
             }
         }
-        if (gates)
-            fades[0] = floats(heads * T), fades[1] = floats(heads * T),
-            fades[2] = floats(heads * (shape.slots + 1));
+        const size_t fade_heads = gates ? heads : H;
+        fades = {floats(fade_heads * T), floats(fade_heads * T), floats(fade_heads * (shape.slots + 1))};
         if (!backward) return;
         auto doubles = [&](size_t n) { return reinterpret_cast<double*>(floats(2 * heads * n)); };
         if (gates) {
             crossing = doubles(shape.slots);
             return;
         }
-        dlog_gamma[0] = doubles(row_tiles<Real>(Rows::gradients, shape, T));
-        dlog_gamma[1] = doubles(row_tiles<Real>(Rows::keys, shape, T));
-        dlog_gamma[2] = doubles(ceil_div(shape.size(), kScanBlock));
-        dlog_gamma[3] = config.has_row_sum() ? doubles(ceil_div(shape.features(), kScanBlock)) : nullptr;
+        for (float*& of_rows : slopes) of_rows = floats(heads * T);
+        dlog_gamma[0] = doubles(ceil_div(T, kShareBlock));
+        dlog_gamma[1] = doubles(ceil_div(shape.size(), kScanBlock));
+        dlog_gamma[2] = config.has_row_sum() ? doubles(ceil_div(shape.features(), kScanBlock)) : nullptr;
     }
 };
 
@@ -84,16 +85,28 @@ template <class Real, int P, int kD>
 struct LinearKernels {
     static constexpr bool kIsFloat = std::is_same_v<Real, float>;
     LinearShape shape;
+    LinearFades fades;
     int heads;  // B H
     const Real *qkv, *dout;
     const float *stats, *dot;
     cudaStream_t stream;
 
+    // The shape for a kernel that reads these fades.
+    LinearShape with(float* fade) const {
+        LinearShape with_fade = shape;
+        with_fade.attention.tables.fade = fade;
+        return with_fade;
+    }
+    template <Rows kRows>
+    float* fades_of() const {
+        return kRows == Rows::keys ? fades.keys : fades.queries;
+    }
+
     template <Rows kRows>
     void states(float* parts, float* z) const {
         auto launch = [&](auto kernel, int at_once, size_t shared) {
             launch_attention(kernel, dim3(ceil_div(shape.tiles, at_once), shape.slots, heads), shared, stream,
-                             parts, z, qkv, dout, stats, dot, shape);
+                             parts, z, qkv, dout, stats, dot, with(fades_of<kRows>()));
         };
         if constexpr (kIsFloat) {
             launch(linear_states_float_kernel<P, kD, kRows>, 1,
@@ -110,7 +123,7 @@ struct LinearKernels {
               float sign, bool from_right) const {
         linear_scan_kernel<P>
             <<<dim3(ceil_div(shape.features() * width, kScanBlock), heads), kAttentionThreads, 0, stream>>>(
-                states, parts, others, dlog_gamma, width, sign, from_right, shape);
+                states, parts, others, dlog_gamma, width, sign, from_right, with(fades.segments));
         check_launch();
     }
     void scan_states(Real* states, const float* parts, const Real* others, double* dlog_gamma,
@@ -130,11 +143,12 @@ struct LinearKernels {
     }
 
     template <Rows kRows>
-    void rows(float* sums, float* totals, double* dlog_gamma, const Real* states, const float* z) const {
+    void rows(float* sums, float* totals, float* slopes, const Real* states, const float* z) const {
         constexpr bool kGradient = kRows != Rows::queries;
         auto launch = [&](auto kernel, size_t shared) {
             launch_attention(kernel, dim3(row_tiles<Real>(kRows, shape, shape.attention.T), heads), shared,
-                             stream, sums, totals, dlog_gamma, states, z, qkv, dout, stats, dot, shape);
+                             stream, sums, totals, slopes, states, z, qkv, dout, stats, dot,
+                             with(fades_of<kRows>()));
         };
         if constexpr (kIsFloat) {
             launch(linear_rows_float_kernel<P, kD, kRows>,
@@ -149,12 +163,13 @@ struct LinearKernels {
 
 // Calls f with the kernels for heads of D channels.
 template <class Real, class F>
-void with_linear_kernels(const AttentionConfig& config, const LinearShape& shape, int B, const Real* qkv,
-                         const Real* dout, const float* stats, const float* dot, cudaStream_t stream, F f) {
+void with_linear_kernels(const AttentionConfig& config, const LinearShape& shape, const LinearFades& fades,
+                         int B, const Real* qkv, const Real* dout, const float* stats, const float* dot,
+                         cudaStream_t stream, F f) {
     constexpr bool kIsFloat = std::is_same_v<Real, float>;
     const int D = shape.attention.D;
     auto with = [&]<int P, int kD>() {
-        f(LinearKernels<Real, P, kD>{shape, B * shape.attention.H, qkv, dout, stats, dot, stream});
+        f(LinearKernels<Real, P, kD>{shape, fades, B * shape.attention.H, qkv, dout, stats, dot, stream});
     };
     with_linear_power(config.kind, [&](auto power) {
         constexpr int P = power;
@@ -170,20 +185,21 @@ void with_linear_kernels(const AttentionConfig& config, const LinearShape& shape
     });
 }
 
-// Makes the fades of gates and tells the shape where they are.
+// Completes the shape, and makes the fades.
 template <class Real>
-void make_fades(LinearShape& shape, const LinearBuffers<Real>& buffers, const GateTables& gate,
-                const Decay& decay, int B, cudaStream_t stream) {
-    if (!decay.log_f) return;
-    const AttentionShape& attention = shape.attention;
-    gate_segment_tables<>
-        <<<dim3(ceil_div(attention.T, kGateThreads), B * attention.H), kGateThreads, 0, stream>>>(
-            buffers.fades[0], buffers.fades[1], buffers.fades[2], gate, shape.segment, attention_tile<Real>,
-            attention.T);
-    check_launch();
-    shape.key_fades = buffers.fades[0], shape.query_fades = buffers.fades[1];
-    shape.segment_fades = buffers.fades[2];
-    shape.row_sums = gate.row_sums, shape.column_sums = gate.column_sums;
+void make_fades(LinearShape& shape, const LinearFades& fades, const Decay& decay, const LayerTables& tables,
+                const AttentionConfig& config, int B, int T, int H, int D, cudaStream_t stream) {
+    shape.attention = attention_shape(config, decay, T, H, D, tables, {});
+    shape.attention.has_decay = decay.delta || decay.log_f;
+    shape.fade_heads = decay.log_f ? B * H : H;
+    if (decay.log_f) {
+        gate_segment_tables<><<<dim3(ceil_div(T, kGateThreads), B * H), kGateThreads, 0, stream>>>(
+            fades.keys, fades.queries, fades.segments, tables.gate, shape.segment, attention_tile<Real>, T);
+        check_launch();
+    } else if (decay.delta) {
+        linear_decay_fades<><<<dim3(ceil_div(T, 128), H), 128, 0, stream>>>(fades, tables, shape.segment, T);
+        check_launch();
+    }
 }
 
 }  // namespace
@@ -213,11 +229,10 @@ void attention_linear_forward(Real* out,        // (B,T,C)
         return attention_forward(out, stats, scratch, qkv, decay, config, B, T, H, D, stream);
     LayerTables tables(scratch, decay, config, B, T, H, attention_tile<Real>);
     make_tables(tables, decay, config, B, T, H, D, attention_tile<Real>, stream);
-    shape.attention = attention_shape(config, decay, T, H, D, tables, {});
     LinearBuffers<Real> buffers(scratch, false, decay.log_f != nullptr, shape, config, B, T, H, D);
-    make_fades(shape, buffers, tables.gate, decay, B, stream);
+    make_fades<Real>(shape, buffers.fades, decay, tables, config, B, T, H, D, stream);
     with_linear_kernels<Real>(
-        config, shape, B, qkv, nullptr, nullptr, nullptr, stream, [&](const auto& kernels) {
+        config, shape, buffers.fades, B, qkv, nullptr, nullptr, nullptr, stream, [&](const auto& kernels) {
             kernels.template states<Rows::keys>(buffers.parts[0], buffers.z[0]);
             kernels.scan_states(buffers.states[0], buffers.parts[0], nullptr, nullptr, false);
             kernels.scan_z(buffers.z[0], nullptr, nullptr, false);
@@ -244,29 +259,33 @@ void attention_linear_backward(Real* dqkv,          // (B,T,3C)
                                   stream);
     AttentionBackwardTerms terms =
         attention_backward_terms(scratch, dout, out, stats, decay, config, B, T, H, D, stream);
-    shape.attention = attention_shape(config, decay, T, H, D, terms.tables, {});
     LinearBuffers<Real> buffers(scratch, true, decay.log_f != nullptr, shape, config, B, T, H, D);
-    make_fades(shape, buffers, terms.tables.gate, decay, B, stream);
-    double* dlog_gamma[4] = {};
+    make_fades<Real>(shape, buffers.fades, decay, terms.tables, config, B, T, H, D, stream);
     const bool wants_shares = ddecay && decay.delta;
-    if (wants_shares) std::copy_n(buffers.dlog_gamma, 4, dlog_gamma);
+    double* dlog_gamma[3] = {};
+    if (wants_shares) std::copy_n(buffers.dlog_gamma, 3, dlog_gamma);
+    float *query_slopes = terms.tables.gate.row_sums, *key_slopes = terms.tables.gate.column_sums;
+    if (wants_shares) query_slopes = buffers.slopes[0], key_slopes = buffers.slopes[1];
     with_linear_kernels<Real>(
-        config, shape, B, qkv, dout, stats, terms.dot, stream, [&](const auto& kernels) {
-            auto& [sums, totals, parts, states, z, shares, fades, crossing, size] = buffers;
+        config, shape, buffers.fades, B, qkv, dout, stats, terms.dot, stream, [&](const auto& kernels) {
+            auto& [sums, totals, parts, states, z, fades, slopes, shares, crossing, size] = buffers;
             kernels.template states<Rows::keys>(parts[0], z[0]);
             kernels.scan_states(states[0], parts[0], nullptr, nullptr, false);
             kernels.scan_z(z[0], nullptr, nullptr, false);
             kernels.template states<Rows::gradients>(parts[1], z[1]);
-            kernels.scan_states(states[1], parts[1], wants_shares ? states[0] : nullptr, dlog_gamma[2], true);
-            kernels.scan_z(z[1], wants_shares ? z[0] : nullptr, dlog_gamma[3], true);
+            kernels.scan_states(states[1], parts[1], wants_shares ? states[0] : nullptr, dlog_gamma[1], true);
+            kernels.scan_z(z[1], wants_shares ? z[0] : nullptr, dlog_gamma[2], true);
             if (decay.log_f) kernels.crossing(crossing, states[0], states[1], z[0], z[1]);
-            kernels.template rows<Rows::gradients>(sums, nullptr, dlog_gamma[0], states[0], z[0]);
-            kernels.template rows<Rows::keys>(sums, nullptr, dlog_gamma[1], states[1], z[1]);
+            kernels.template rows<Rows::gradients>(sums, nullptr, query_slopes, states[0], z[0]);
+            kernels.template rows<Rows::keys>(sums, nullptr, key_slopes, states[1], z[1]);
         });
     if (wants_shares) {
-        int shares[4] = {row_tiles<Real>(Rows::gradients, shape, T), row_tiles<Real>(Rows::keys, shape, T),
-                         ceil_div(shape.size(), kScanBlock), ceil_div(shape.features(), kScanBlock)};
-        for (int i = 0; i < (config.has_row_sum() ? 4 : 3); i++)
+        int shares[3] = {ceil_div(T, kShareBlock), ceil_div(shape.size(), kScanBlock),
+                         ceil_div(shape.features(), kScanBlock)};
+        linear_decay_shares<><<<dim3(shares[0], B * H), kShareBlock, 0, stream>>>(
+            dlog_gamma[0], query_slopes, key_slopes, terms.tables, shape.segment, T, H);
+        check_launch();
+        for (int i = 0; i < (config.has_row_sum() ? 3 : 2); i++)
             add_decay_gradient(ddecay, dlog_gamma[i], decay.delta, B, shares[i], H, stream);
     }
     attention_backward(dqkv, ddecay, scratch, dout, out, stats, qkv, decay, config, B, T, H, D, stream,

@@ -80,7 +80,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         load_tile<kD>(x + Tiles::size, rows.y + i0 * rows.y_stride, rows.y_stride, end - i0, D);
         commit_copies();
         if (threadIdx.x >= kAttentionTile) return;
-        RowTerms row = linear_terms<P, kRows>(stats, dot, shape, bh, i0 + threadIdx.x, boundary);
+        RowTerms row = linear_terms<P, kRows>(stats, dot, shape, bh, i0 + threadIdx.x);
         terms[2 * stage * kAttentionTile + threadIdx.x] = row.weight;
         terms[(2 * stage + 1) * kAttentionTile + threadIdx.x] = row.dot;
     };
@@ -136,7 +136,7 @@ template <int P, int kD, Rows kRows>
 __global__ __launch_bounds__(kAttentionThreads,
                              2) void linear_rows_kernel(float* sums,    // (B,T,C), or (B,T,3C) for gradients
                                                         float* totals,  // (B,H,T), or null
-                                                        double* dlog_gamma,  // (B,H,tiles of rows), or null
+                                                        float* slopes,  // (B,H,T), or null
                                                         const bf16* states,  // (B,H,slots,features,width)
                                                         const float* z,      // (B,H,slots,features), or null
                                                         const bf16* qkv, const bf16* dout, const float* stats,
@@ -158,7 +158,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     float* dx = warp_rows + 4 * 16 * kStride + warp * 16 * kWidth;
 
     const RowWork<bf16, kRows> work(states, z, shape, kAttentionTile);
-    const int bh = work.bh, i0 = work.i0, boundary = work.boundary, width = work.width;
+    const int bh = work.bh, i0 = work.i0, width = work.width;
     const int T = shape.attention.T, D = shape.attention.D, C = shape.attention.C();
     z = work.z;
     const LinearRows<bf16, kRows> rows(qkv, dout, shape, bh);
@@ -176,7 +176,7 @@ __global__ __launch_bounds__(kAttentionThreads,
     // A lane makes half of the features, and half of the gradients of the channels, of one row.
     const int row = lane % 16, half = lane / 16, i = i0 + 16 * warp + row;
     const RowOfTile<kD> channels{x_tile, 16 * warp + row};
-    const RowTerms terms = linear_terms<P, kRows>(stats, dot, shape, bh, i, boundary);
+    const RowTerms terms = linear_terms<P, kRows>(stats, dot, shape, bh, i);
     float o[kD / 8][4] = {}, total = 0, slope = 0;
     FeatureTile<P> tile;
     for (int n = 0; n < shape.tiles; n++, tile.next(shape.blocks)) {
@@ -248,7 +248,7 @@ __global__ __launch_bounds__(kAttentionThreads,
 #pragma unroll
             for (int c = lane; c < kD; c += kWarp)
                 if (c < D) to[(16 * warp + r) * stride + c] = dx[r * kWidth + c];
-        work.template store_slope<16>(dlog_gamma, slope, shape, i);
+        work.template store_slope<16>(slopes, slope, shape, i);
     }
 }
 

@@ -47,7 +47,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         Tiles::load(x, rows.x + i0 * rows.x_stride, rows.x_stride, end - i0, D, shape.channels());
         Tiles::load(y, rows.y + i0 * rows.y_stride, rows.y_stride, end - i0, D, width);
         if (threadIdx.x < kFloatTile) {
-            terms[token] = linear_terms<P, kRows>(stats, dot, shape, bh, i0 + token, boundary);
+            terms[token] = linear_terms<P, kRows>(stats, dot, shape, bh, i0 + token);
             dots[token] = terms[token].dot;
         }
         __syncthreads();
@@ -75,7 +75,7 @@ __global__ __launch_bounds__(kAttentionThreads,
 // row. For the rest see linear_rows_kernel.
 template <int P, int kD, Rows kRows>
 __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel(
-    float* sums, float* totals, double* dlog_gamma, const float* states, const float* z, const float* qkv,
+    float* sums, float* totals, float* slopes, const float* states, const float* z, const float* qkv,
     const float* dout, const float* stats, const float* dot, LinearShape shape) {
     extern __shared__ uint4 attention_shared[];
     using Tiles = FloatTile<kD>;
@@ -91,7 +91,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
     static_assert(kStride <= 2 * FloatWeights::stride);
 
     const RowWork<float, kRows> work(states, z, shape, kFloatTile);
-    const int bh = work.bh, i0 = work.i0, boundary = work.boundary, width = work.width;
+    const int bh = work.bh, i0 = work.i0, width = work.width;
     const int T = shape.attention.T, D = shape.attention.D, C = shape.attention.C();
     z = work.z;
     const LinearRows<float, kRows> rows(qkv, dout, shape, bh);
@@ -104,7 +104,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
     const int row = threadIdx.x / kWarp * 8 + threadIdx.x % 8, quarter = threadIdx.x % kWarp / 8;
     const int i = i0 + row;
     const RowOfFloatTile<kD> channels{x_tile, row};
-    const RowTerms terms = linear_terms<P, kRows>(stats, dot, shape, bh, i, boundary);
+    const RowTerms terms = linear_terms<P, kRows>(stats, dot, shape, bh, i);
     FloatSums<kD> o;
     float total = 0, slope = 0;
     FeatureTile<P> tile;
@@ -173,7 +173,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void linear_rows_float_kernel
 #pragma unroll
             for (int c = threadIdx.x % kWarp; c < kD; c += kWarp)
                 if (c < D) to[r * stride + c] = dx[r * Tiles::stride + c];
-        work.template store_slope<8, 16>(dlog_gamma, slope, shape, i);
+        work.template store_slope<8, 16>(slopes, slope, shape, i);
     }
 }
 

@@ -6,19 +6,17 @@
 
 namespace gpu {
 
-// The sizes of a call, for its kernels.
+// The sizes of a call, for its kernels. attention.has_decay also stands for gates, and attention.tables.fade
+// has what a kernel needs of LinearFades.
 struct LinearShape {
     AttentionShape attention;
-    int segment;  // tokens in a segment
-    int slots;    // boundaries between segments, each of which has a state
-    int tiles;    // of features
-    int blocks;   // of channels
-    int block;    // channels in a block
-    int width;    // numbers in a row of a state: D, rounded up to 8
-    // With gates, the fades between a key or query and its boundary, and over a segment (gates.h).
-    const float *key_fades, *query_fades;  // (B,H,T)
-    const float* segment_fades;            // (B,H,slots+1)
-    float *row_sums, *column_sums;         // (B,H,T), as in GateTables
+    int segment;     // tokens in a segment
+    int slots;       // boundaries between segments, each of which has a state
+    int tiles;       // of features
+    int blocks;      // of channels
+    int block;       // channels in a block
+    int width;       // numbers in a row of a state: D, rounded up to 8
+    int fade_heads;  // how many heads have fades of their own: H with a decay, B H with gates
 
     int features() const { return tiles * kFeatures; }
     int size() const { return features() * width; }  // numbers in a state
@@ -59,44 +57,28 @@ struct LinearRows {
 // are the fade between row and boundary. For gradients both include the row factor, and dot also dO_i . O_i.
 template <int P, Rows kRows>
 __device__ RowTerms linear_terms(const float* stats, const float* dot, const LinearShape& shape, int bh,
-                                 int i, int boundary) {
+                                 int i) {
     const AttentionShape& attention = shape.attention;
     RowTerms terms;
     if (i >= attention.T) return terms;
     if (kRows == Rows::gradients) {
         if (!kHasTotals<Poly<P>>) __builtin_assume(!attention.has_row_sum);
-        terms = shape.key_fades ? weighted_row_terms<Gated<Poly<P>>>(stats, dot, attention, bh, i)
-                                : weighted_row_terms<Poly<P>>(stats, dot, attention, bh, i);
+        terms = weighted_row_terms<Poly<P>>(stats, dot, attention, bh, i, bh % shape.fade_heads);
     } else {
         terms.weight = terms.dot = 1;
     }
     if (attention.has_decay) {
-        const float fade =
-            attention.tables
-                .fade[(size_t)(bh % attention.H) * attention.tables.stride + std::abs(i - boundary)];
-        terms.weight *= fade, terms.dot *= fade;
-    }
-    if (shape.key_fades) {
-        const float fade =
-            (kRows == Rows::keys ? shape.key_fades : shape.query_fades)[(size_t)bh * attention.T + i];
+        const float fade = attention.tables.fade[(size_t)(bh % shape.fade_heads) * attention.T + i];
         terms.weight *= fade, terms.dot *= fade;
     }
     return terms;
-}
-
-// The factor of a row's term in the gradient of log gamma: the distance between row and boundary.
-template <Rows kRows>
-__device__ float linear_distance(const LinearShape& shape, int bh, int i, int boundary) {
-    const AttentionTables& tables = shape.attention.tables;
-    if (kRows == Rows::keys) return boundary - i;
-    return i - boundary - tables.neutral_distance[(size_t)(bh % shape.attention.H) * tables.stride + i];
 }
 
 // What a block of a rows kernel works on: the rows from i0 on, which take from the state of a boundary. All
 // of them belong to the same boundary, because a segment is a multiple of a block's rows.
 template <class Real, Rows kRows>
 struct RowWork {
-    int bh = blockIdx.y, i0, boundary, width;
+    int bh = blockIdx.y, i0, width;
     const Real* state;  // (features,width)
     const float* z;     // (features), or null
     size_t out_stride;  // between the rows of the result
@@ -106,7 +88,6 @@ struct RowWork {
           width(shape.state_width()),
           out_stride((kRows == Rows::queries ? 1 : 3) * (size_t)shape.attention.C()) {
         const int slot = i0 / shape.segment - (kRows == Rows::keys ? 0 : 1);
-        boundary = shape.boundary(slot);
         state = states + shape.row(bh, slot) * width;
         z = all_z ? all_z + shape.row(bh, slot) : nullptr;
     }
@@ -115,20 +96,13 @@ struct RowWork {
         const int H = shape.attention.H;
         return sums + ((size_t)(bh / H) * shape.attention.T + i0) * out_stride + bh % H * shape.attention.D;
     }
-    // Stores the block's share of the gradient of log gamma or, with gates, the sum of row i. slope: the
-    // thread's, of row i, which it shares with the lanes that differ from it in kBits.
+    // Stores the sum of row i over the pairs across the boundary, for the gradient of the decay. slope: the
+    // thread's share, whose other shares the lanes have that differ from it in kBits.
     template <int... kBits>
-    __device__ void store_slope(double* dlog_gamma, float slope, const LinearShape& shape, int i) const {
-        if (shape.key_fades) {
-            slope = reduce_lanes<Sum, kBits...>(slope);
-            if (i < shape.attention.T)
-                (kRows == Rows::keys ? shape.column_sums
-                                     : shape.row_sums)[(size_t)bh * shape.attention.T + i] = slope;
-        }
-        if (!dlog_gamma) return;
-        store_share(
-            dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x,
-            i < shape.attention.T ? (double)slope * linear_distance<kRows>(shape, bh, i, boundary) : 0);
+    __device__ void store_slope(float* slopes, float slope, const LinearShape& shape, int i) const {
+        if (!slopes) return;
+        slope = reduce_lanes<Sum, kBits...>(slope);
+        if (i < shape.attention.T) slopes[(size_t)bh * shape.attention.T + i] = slope;
     }
 };
 
@@ -160,12 +134,9 @@ __global__ void linear_scan_kernel(Real* states,        // (B,H,slots,size), may
                                    const Real* others,  // (B,H,slots,size): the keys' states, or null
                                    double* dlog_gamma,  // (B,H,blocks): shares, written if others is given
                                    int width, float sign, bool from_right, LinearShape shape) {
-    const AttentionTables& tables = shape.attention.tables;
     const int bh = blockIdx.y, at = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
     const int size = shape.tiles * kFeatures * width;
-    float fade = shape.attention.has_decay
-                     ? tables.fade[(size_t)(bh % shape.attention.H) * tables.stride + shape.segment]
-                     : 1.0f;
+    float fade = 1;
     float sum[4] = {};
     double total = 0;
     for (int n = 0; n < shape.slots && at < size; n++) {
@@ -174,8 +145,9 @@ __global__ void linear_scan_kernel(Real* states,        // (B,H,slots,size), may
         float part[4], other[4] = {};
         load_few(part, parts + place);
         if (others) load_few(other, others + place);
-        if (shape.segment_fades)  // of the segment between this boundary and the one before
-            fade = shape.segment_fades[(size_t)bh * (shape.slots + 1) + slot + from_right];
+        if (shape.attention.has_decay)  // of the segment between this boundary and the one before
+            fade = shape.attention.tables
+                       .fade[(size_t)(bh % shape.fade_heads) * (shape.slots + 1) + slot + from_right];
         float product = 0;
 #pragma unroll
         for (int e = 0; e < 4; e++) {
@@ -197,6 +169,43 @@ __global__ void linear_scan_kernel(Real* states,        // (B,H,slots,size), may
     if (tile < shape.tiles)
         total *= sign * shape.segment / FeatureTile<P>::at(tile, shape.blocks).multiplicity();
     store_share(dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x, total);
+}
+
+// The fades of a call: over the tokens between a key and the end of its segment, between the beginning of its
+// segment and a query, and over each segment.
+struct LinearFades {
+    float *keys = nullptr, *queries = nullptr;  // (fade_heads,T)
+    float* segments = nullptr;                  // (fade_heads,slots+1)
+};
+
+// Makes them of a decay, whose gamma^n is in tables.fade. Blocks: (tokens, H).
+template <int kThreads = 128>
+__global__ void linear_decay_fades(LinearFades fades, AttentionTables tables, int segment, int T) {
+    const int t = blockIdx.x * kThreads + threadIdx.x, h = blockIdx.y;
+    if (t >= T) return;
+    const float* fade = tables.fade + (size_t)h * tables.stride;
+    const size_t at = (size_t)h * T + t;
+    fades.keys[at] = fade[min(segment - t % segment, T - 1)];
+    fades.queries[at] = fade[t % segment];
+    if (t % segment == 0)
+        fades.segments[(size_t)h * ceil_div(T, segment) + t / segment] = fade[min(segment, T - 1)];
+}
+
+// Makes shares of the gradient of log gamma from the sums of the rows: a pair's distance is that of its query
+// to the boundary and that of its key. Blocks: (tokens, B H).
+template <int kThreads = 128>
+__global__ void linear_decay_shares(double* dlog_gamma /*(B,H,blocks)*/,
+                                    const float* query_slopes /*(B,H,T)*/,
+                                    const float* key_slopes /*(B,H,T)*/, AttentionTables tables, int segment,
+                                    int T, int H) {
+    const int t = blockIdx.x * kThreads + threadIdx.x, bh = blockIdx.y;
+    const size_t at = (size_t)bh * T + t;
+    double share = 0;
+    if (t < T && t >= segment)
+        share += (double)query_slopes[at] *
+                 (t % segment - tables.neutral_distance[(size_t)(bh % H) * tables.stride + t]);
+    if (t < (T - 1) / segment * segment) share += (double)key_slopes[at] * (segment - t % segment);
+    store_share(dlog_gamma + (size_t)bh * gridDim.x + blockIdx.x, share);
 }
 
 // Adds up the products of both states of each boundary: what pairs on its two sides add to the gradient of

@@ -209,6 +209,13 @@ struct RowNorms {
     }
 };
 
+// The gate of token i, which is row `row` of its tile.
+__device__ inline double gate_of_row(const GatedShape& shape, int i, int row) {
+    const float2* prefix = shape.gate.prefix + (size_t)blockIdx.x * shape.T + i;
+    return exp2(row == 0 ? (double)prefix[0].x + prefix[0].y
+                         : ((double)prefix[0].x - prefix[-1].x) + ((double)prefix[0].y - prefix[-1].y));
+}
+
 // Joins a number of two NormSums. Its numbers are sums, except the last ones, which are maxima.
 __device__ inline double joined(int number, double a, double b) {
     return number < kNumbers - kMaxima ? a + b : fmax(a, b);
@@ -278,9 +285,12 @@ __global__ __launch_bounds__(kAttentionThreads,
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         rows[r].gather(Tiles::kLanes, factor[r]);
-        if (threadIdx.x % Tiles::kLanes == 0)
-            *reinterpret_cast<NormSums*>(row_norms[Tiles::row(r)]) =
-                i0 + Tiles::row(r) < T ? rows[r].finish(factor[r]) : NormSums();
+        if (threadIdx.x % Tiles::kLanes != 0) continue;
+        const int row = Tiles::row(r), i = i0 + row;
+        NormSums sums = i < T ? rows[r].finish(factor[r]) : NormSums();
+        if constexpr (kGated<A>)
+            if (i < T) sums.gate = gate_of_row(shape, i, row);
+        *reinterpret_cast<NormSums*>(row_norms[row]) = sums;
     }
     __syncthreads();
     if (threadIdx.x >= kNumbers) return;

@@ -173,14 +173,14 @@ struct ForwardRows {
 
 // ----------------------------------------------------------------------------------------------- backward
 
-// The inputs of the backward pass that belong to a row.
+// The inputs of the backward pass that belong to a row i of head h.
 struct RowTerms {
     float weight = 0;  // the row factor; for softmax minus log2(e) times the log-sum-exp, which is a summand
     float dot = 0;     // dO_i . O_i
 };
 template <class A>
 __device__ RowTerms row_terms(const float* stats, const float* dot, const AttentionShape& shape, int bh,
-                              int i) {
+                              int i, int h) {
     RowTerms terms;
     if (i >= shape.T) return terms;
     size_t at = (size_t)bh * shape.T + i;
@@ -188,7 +188,7 @@ __device__ RowTerms row_terms(const float* stats, const float* dot, const Attent
         terms.weight = -stats[at] * kLog2e;
         terms.dot = dot[at];
     } else {
-        terms.weight = shape.tables.row_factor[shape.table<A>(bh, bh % shape.H) + i];
+        terms.weight = shape.tables.row_factor[shape.table<A>(bh, h) + i];
         if (shape.has_row_sum) {
             terms.weight /= stats[at];
             terms.dot = dot[at];
@@ -199,8 +199,8 @@ __device__ RowTerms row_terms(const float* stats, const float* dot, const Attent
 // The same with dot times the row factor, for kernels that multiply every pair by the row factor.
 template <class A>
 __device__ RowTerms weighted_row_terms(const float* stats, const float* dot, const AttentionShape& shape,
-                                       int bh, int i) {
-    RowTerms terms = row_terms<A>(stats, dot, shape, bh, i);
+                                       int bh, int i, int h) {
+    RowTerms terms = row_terms<A>(stats, dot, shape, bh, i, h);
     if (!A::kOnline) terms.dot *= terms.weight;
     return terms;
 }
@@ -216,7 +216,7 @@ struct QueryRows {
     template <class A>
     __device__ void load(int r, const float* stats, const float* dot, const AttentionShape& shape, int h,
                          int i, bool wants_decay) {
-        terms[r] = row_terms<A>(stats, dot, shape, blockIdx.x, i);
+        terms[r] = row_terms<A>(stats, dot, shape, blockIdx.x, i, h);
         if (!A::kOnline) row_factor[r] = terms[r].weight, terms[r].weight = 1;
         if (wants_decay && i < shape.T)
             neutral_distance[r] = shape.tables.neutral_distance[(size_t)h * shape.tables.stride + i];
