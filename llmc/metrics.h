@@ -67,5 +67,5 @@ inline void append_norms(nlohmann::ordered_json& line, const AttentionNorms& nor
     line["score_std"] = norms.score_std;
     line["max_score"] = norms.max_score;
     if (config.polynomial()) line["moment_excess"] = norms.moment_excess;
-    if (norms.mean_gate) line["mean_gate"] = *norms.mean_gate;
+    if (norms.mean_gate > 0) line["mean_gate"] = norms.mean_gate;
 }

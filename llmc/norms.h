@@ -25,7 +25,7 @@ struct AttentionNorms {
     double score_std;       // standard deviation of x_ij about its mean, over pairs
     double max_score;       // largest |x_ij|
     double moment_excess;   // poly<p>: mean of x_ij^(2p) over pairs, divided by m_p, minus 1; otherwise 0
-    std::optional<double> mean_gate = {};  // --decay gate: mean of f_t
+    double mean_gate = 0;   // --decay gate: mean of f_t; otherwise 0
 };
 
 // What a backend measures of a head: sums over rows and pairs, and maxima.
