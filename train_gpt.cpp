@@ -45,7 +45,7 @@ struct GPT : Model {
     static constexpr bool kIsFloat = std::is_same_v<Real, float>;
 
     AttentionConfig attention;
-    int L, H, D, C, V, Vp;
+    int L, H, D, C, F, V, Vp;
     ParameterStore<HostMemory, Real> parameters;
     const Tensors<float>&weights = parameters.weights, &gradients = parameters.gradients;
     const Tensors<Real>& weights_real = parameters.weights_real;
@@ -64,6 +64,7 @@ struct GPT : Model {
           H(config.heads),
           D(config.head_size()),
           C(config.channels),
+          F(config.mlp_width()),
           V(config.vocab_size),
           Vp(padded_vocabulary(config)),
           parameters(table, sharding, options.purpose == Purpose::training),
@@ -117,7 +118,7 @@ struct GPT : Model {
                                   C);
             forward_to_gelu(l, residual, B, T, cache);
             if (norms) attention_norms(norms + l * H, a.heads, a.attn_stats, decay(l), attention, B, T, H, D);
-            matmul_forward(acts.delta, a.gelu, w_real.fc_proj_weight, w.fc_proj_bias, N, 4 * C, C);
+            matmul_forward(acts.delta, a.gelu, w_real.fc_proj_weight, w.fc_proj_bias, N, F, C);
             // One function adds to the residual stream and applies the LayerNorm that reads the sum next.
             bool last = l + 1 == L;
             residual_layernorm_forward(a.residual_mlp, last ? acts.ln_f : acts.h[l + 1].ln_1,
@@ -161,8 +162,8 @@ struct GPT : Model {
         matmul_forward(acts.delta, a.gated, w_real.attn_proj_weight, w.attn_proj_bias, N, C, C);
         residual_layernorm_forward(a.residual_attn, a.ln_2, a.ln_2_mean, a.ln_2_rstd, residual, acts.delta,
                                    w.ln_2_weight, w.ln_2_bias, N, C);
-        matmul_forward(a.fc, a.ln_2, w_real.fc_weight, w.fc_bias, N, C, 4 * C);
-        gelu_forward(a.gelu, a.fc, (size_t)N * 4 * C);
+        matmul_forward(a.fc, a.ln_2, w_real.fc_weight, w.fc_bias, N, C, F);
+        gelu_forward(a.gelu, a.fc, (size_t)N * F);
     }
 
     // Runs after the forward pass. The classifier has already put the gradient of ln_f's output into
@@ -184,10 +185,10 @@ struct GPT : Model {
             recompute(l, residual, B, T);
             call(hooks.before_backward, table.bucket_of_block(l));
             matmul_backward(grads.fc, d.fc_proj_weight, d.fc_proj_bias, grads.residual_real, a.gelu,
-                            w_real.fc_proj_weight, accumulate, N, 4 * C, C);
-            gelu_backward(grads.fc, d.fc_bias, grads.fc, a.fc, N, 4 * C);
+                            w_real.fc_proj_weight, accumulate, N, F, C);
+            gelu_backward(grads.fc, d.fc_bias, grads.fc, a.fc, N, F);
             matmul_backward(grads.norm, d.fc_weight, nullptr, grads.fc, a.ln_2, w_real.fc_weight, accumulate,
-                            N, C, 4 * C);
+                            N, C, F);
             layernorm_backward(grads.residual, grads.residual_real, d.ln_2_weight, d.ln_2_bias, grads.norm,
                                a.residual_attn, a.ln_2_mean, a.ln_2_rstd, w.ln_2_weight, N, C);
             matmul_backward(grads.norm, d.attn_proj_weight, d.attn_proj_bias, grads.residual_real, a.gated,
@@ -241,7 +242,7 @@ struct GPT : Model {
         }
         if (is_recomputed(options, Recompute::gelu, l, L)) {
             if (config.output_gate) output_gate_forward(a.gated, a.attn, a.gate, (size_t)N * C);
-            gelu_forward(a.gelu, a.fc, (size_t)N * 4 * C);
+            gelu_forward(a.gelu, a.fc, (size_t)N * F);
         }
         if (is_recomputed(options, Recompute::layernorm, l, L)) {
             layernorm_recompute(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N, C);

@@ -48,7 +48,7 @@ struct GPT : Model {
     static constexpr bool kFloatGradients = std::is_same_v<Gradient, float>;
 
     AttentionConfig attention;
-    int L, H, D, C, V, Vp;
+    int L, H, D, C, F, V, Vp;
     ParameterStore<DeviceMemory, Real, Gradient> parameters;
     const Tensors<float>& weights = parameters.weights;
     const Tensors<Real>& weights_real = parameters.weights_real;
@@ -68,6 +68,7 @@ struct GPT : Model {
           H(config.heads),
           D(config.head_size()),
           C(config.channels),
+          F(config.mlp_width()),
           V(config.vocab_size),
           Vp(padded_vocabulary(config)),
           parameters(table, sharding, options.purpose == Purpose::training),
@@ -146,8 +147,8 @@ struct GPT : Model {
             if (sums)
                 attention_norms(sums + l * H, scratch, a.heads, a.attn_stats, decay(l), attention, B, T, H, D,
                                 stream);
-            matmul_forward(acts.delta, a.gelu, w_real.fc_proj_weight, w_real.fc_proj_bias, N, 4 * C, C,
-                           *matmuls, stream);
+            matmul_forward(acts.delta, a.gelu, w_real.fc_proj_weight, w_real.fc_proj_bias, N, F, C, *matmuls,
+                           stream);
             // One kernel adds to the residual stream and applies the LayerNorm that reads the sum next.
             bool last = l + 1 == L;
             residual_layernorm_forward(a.residual_mlp, last ? acts.ln_f : acts.h[l + 1].ln_1,
@@ -195,12 +196,12 @@ struct GPT : Model {
                        stream);
         residual_layernorm_forward(a.residual_attn, a.ln_2, a.ln_2_mean, a.ln_2_rstd, residual, acts.delta,
                                    w.ln_2_weight, w.ln_2_bias, N, C, stream);
-        if (gelu_fuses(4 * C)) {
-            matmul_gelu_forward(a.gelu, a.fc, a.ln_2, w_real.fc_weight, w_real.fc_bias, N, C, 4 * C, *matmuls,
+        if (gelu_fuses(F)) {
+            matmul_gelu_forward(a.gelu, a.fc, a.ln_2, w_real.fc_weight, w_real.fc_bias, N, C, F, *matmuls,
                                 stream);
         } else {
-            matmul_forward(a.fc, a.ln_2, w_real.fc_weight, w_real.fc_bias, N, C, 4 * C, *matmuls, stream);
-            gelu_forward(a.gelu, a.fc, (size_t)N * 4 * C, stream);
+            matmul_forward(a.fc, a.ln_2, w_real.fc_weight, w_real.fc_bias, N, C, F, *matmuls, stream);
+            gelu_forward(a.gelu, a.fc, (size_t)N * F, stream);
         }
     }
 
@@ -223,13 +224,13 @@ struct GPT : Model {
             const float* residual = l > 0 ? acts.h[l - 1].residual_mlp : acts.embedded;
             recompute(l, residual, B, T);
             call(hooks.before_backward, table.bucket_of_block(l));
-            bool fuses = gelu_fuses(4 * C);
+            bool fuses = gelu_fuses(F);
             matmul_gelu_backward(grads.fc, d.fc_proj_weight, d.fc_proj_bias, grads.residual_real, a.gelu,
-                                 w_real.fc_proj_weight, fuses ? a.fc : nullptr, accumulate, N, 4 * C, C,
-                                 *matmuls, stream);
-            if (!fuses) gelu_backward(grads.fc, d.fc_bias, scratch, grads.fc, a.fc, N, 4 * C, stream);
+                                 w_real.fc_proj_weight, fuses ? a.fc : nullptr, accumulate, N, F, C, *matmuls,
+                                 stream);
+            if (!fuses) gelu_backward(grads.fc, d.fc_bias, scratch, grads.fc, a.fc, N, F, stream);
             matmul_backward(grads.norm, d.fc_weight, fuses ? d.fc_bias : nullptr, grads.fc, a.ln_2,
-                            w_real.fc_weight, accumulate, N, C, 4 * C, *matmuls, stream);
+                            w_real.fc_weight, accumulate, N, C, F, *matmuls, stream);
             layernorm_backward(grads.residual, grads.residual_real, d.ln_2_weight, d.ln_2_bias, scratch,
                                grads.norm, a.residual_attn, a.ln_2_mean, a.ln_2_rstd, w.ln_2_weight, N, C,
                                stream);
@@ -296,7 +297,7 @@ struct GPT : Model {
         }
         if (is_recomputed(options, Recompute::gelu, l, L)) {
             if (config.output_gate) output_gate_forward(a.gated, a.attn, a.gate, (size_t)N * C, stream);
-            gelu_forward(a.gelu, a.fc, (size_t)N * 4 * C, stream);
+            gelu_forward(a.gelu, a.fc, (size_t)N * F, stream);
         }
         if (is_recomputed(options, Recompute::layernorm, l, L)) {
             layernorm_recompute(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N, C,

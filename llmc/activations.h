@@ -33,8 +33,8 @@ struct LayerActivations {
     Real* ln_2;            // (B,T,C)
     float* ln_2_mean;      // (B,T)
     float* ln_2_rstd;      // (B,T)
-    Real* fc;              // (B,T,4C)
-    Real* gelu;            // (B,T,4C)
+    Real* fc;              // (B,T,F)
+    Real* gelu;            // (B,T,F)
     float* residual_mlp;   // (B,T,C): residual stream after the MLP
 };
 
@@ -59,7 +59,7 @@ struct ActivationGradients {
     Real* conv;           // (B,T,3C), with short_conv
     Real* gate;           // (B,T,C), with output_gate; the same memory as fc
     float* log_f;         // (B,H,T), with --decay gate
-    Real* fc;             // (B,T,4C)
+    Real* fc;             // (B,T,F)
 };
 
 // Whether the backward pass must compute these activations of block l again because later blocks have
@@ -75,6 +75,7 @@ template <class Real, class Memory>
 void plan_activations(MemoryPlan<Memory>& plan, Activations<Real>& acts, ActivationGradients<Real>& grads,
                       const GPTConfig& config, const ModelOptions& options, size_t attn_stats) {
     size_t N = (size_t)options.batch * options.seq, C = config.channels, H = config.heads;
+    size_t F = config.mlp_width();
     bool training = options.purpose == Purpose::training;
     acts.h.resize(config.layers);
     plan.add(acts.embedded, N * C, "embedded");
@@ -119,8 +120,8 @@ void plan_activations(MemoryPlan<Memory>& plan, Activations<Real>& acts, Activat
         add(a.ln_2, first.ln_2, N * C, "ln_2", Recompute::layernorm);
         add(a.ln_2_mean, first.ln_2_mean, N, "ln_2 mean", block);
         add(a.ln_2_rstd, first.ln_2_rstd, N, "ln_2 rstd", block);
-        add(a.fc, first.fc, N * 4 * C, "mlp.fc", block);
-        add(a.gelu, first.gelu, N * 4 * C, "mlp.gelu", Recompute::gelu);
+        add(a.fc, first.fc, N * F, "mlp.fc", block);
+        add(a.gelu, first.gelu, N * F, "mlp.gelu", Recompute::gelu);
         if (training || l == 0) {
             plan.add(a.residual_mlp, N * C, h + "mlp.residual");
         } else {
@@ -144,7 +145,7 @@ void plan_activations(MemoryPlan<Memory>& plan, Activations<Real>& acts, Activat
     plan.add(grads.qkv, N * 3 * C);
     if (config.short_conv) plan.add(grads.conv, N * 3 * C);
     if (config.decay == DecayKind::gate) plan.add(grads.log_f, N * H);
-    plan.add(grads.fc, N * 4 * C);
+    plan.add(grads.fc, N * (config.output_gate ? std::max(F, C) : F));
     if (config.output_gate) plan.alias(grads.gate, grads.fc);
 }
 

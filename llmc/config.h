@@ -60,7 +60,8 @@ struct GPTConfig {
     int layers = 12;
     int heads = 12;
     int channels = 768;
-    int context = 1024;  // longest training sequence, and the length of the table of learned positions
+    int mlp_channels = 0;  // width of the MLP's hidden layer; 0: 4 channels
+    int context = 1024;    // longest training sequence, and the length of the table of learned positions
     int vocab_size = 50257;
     int bos_token = -1;           // starts a text; -1: config.json does not say it
     std::vector<int> eos_tokens;  // each of them ends a text; empty: config.json does not say it
@@ -76,6 +77,9 @@ struct GPTConfig {
     bool operator==(const GPTConfig&) const = default;
 
     int head_size() const { return channels / heads; }
+    int mlp_width() const { return mlp_channels ? mlp_channels : 4 * channels; }
+    // 0 stands for the usual width, so that equal models have equal configurations.
+    void set_mlp_channels(int64_t width) { mlp_channels = width == 4 * int64_t{channels} ? 0 : (int)width; }
     bool rope() const { return positions == PositionKind::rope; }
 
     // `token` stands between the documents of a dataset. It is -1 if the dataset does not say it.
@@ -110,6 +114,7 @@ struct GPTConfig {
         in_range("layers (n_layer)", layers, 1, 1000);
         in_range("heads (n_head)", heads, 1, 1024);
         in_range("channels (n_embd)", channels, 1, 65536);
+        in_range("mlp_channels (n_inner)", mlp_channels, 0, 1 << 18);
         in_range("context (n_positions)", context, 1, 1 << 24);
         in_range("vocab_size", vocab_size, 2, 1 << 24);
         in_range("short_conv", short_conv, 0, 64);

@@ -17,6 +17,7 @@ inline nlohmann::ordered_json config_to_json(const GPTConfig& c) {
                                    {"n_layer", c.layers},
                                    {"n_head", c.heads},
                                    {"n_embd", c.channels},
+                                   {"n_inner", nullptr},
                                    {"n_positions", c.context},
                                    {"n_ctx", c.context},
                                    {"vocab_size", c.vocab_size},
@@ -30,6 +31,7 @@ inline nlohmann::ordered_json config_to_json(const GPTConfig& c) {
                                    {"decay", kDecayNames[(int)c.decay]},
                                    {"short_conv", c.short_conv},
                                    {"output_gate", c.output_gate}};
+    if (c.mlp_channels) json["n_inner"] = c.mlp_channels;
     // Unknown ids are written as null, because Hugging Face's GPT-2 reads a missing key as 50256.
     json["bos_token_id"] = json["eos_token_id"] = nullptr;
     if (c.bos_token >= 0) json["bos_token_id"] = c.bos_token;
@@ -94,10 +96,11 @@ inline GPTConfig config_from_json(const nlohmann::json& json, const std::string&
     c.positions = (PositionKind)name("positions", kPositionNames);
     c.decay = (DecayKind)name("decay", kDecayNames);
     c.short_conv = integer("short_conv", 0);
-    if (json.contains("n_inner") && !json.at("n_inner").is_null() &&
-        json.at("n_inner") != 4 * int64_t{c.channels})
-        fail(where, ": \"n_inner\" is ", brief(json.at("n_inner")),
-             ", but this trainer supports only 4 n_embd");
+    if (json.contains("n_inner") && !json.at("n_inner").is_null()) {
+        int width = integer("n_inner", -1);
+        if (width < 1) fail(where, ": \"n_inner\" is ", width, ", expected a width of at least 1, or null");
+        c.set_mlp_channels(width);
+    }
     auto boolean = [&](const char* key) {
         if (!json.contains(key)) return false;
         if (!json.at(key).is_boolean())

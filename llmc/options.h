@@ -27,7 +27,7 @@
 // a checkpoint.
 struct ModelFlags {
     std::optional<std::string> preset, attention, attention_scale, positions, decay;
-    std::optional<int> layers, heads, channels, context, short_conv;
+    std::optional<int> layers, heads, channels, mlp_channels, context, short_conv;
     std::optional<bool> qk_norm, output_gate;
     std::optional<double> q_gain;
 
@@ -37,6 +37,7 @@ struct ModelFlags {
         if (layers) config.layers = *layers;
         if (heads) config.heads = *heads;
         if (channels) config.channels = *channels;
+        if (mlp_channels) config.set_mlp_channels(*mlp_channels);
         if (context) config.context = *context;
         if (attention)
             config.attention_kind = (AttentionKind)index_of_name(*attention, kAttentionNames, "--attention");
@@ -359,6 +360,9 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     model("--layers", o.model.layers, "number of blocks")->check(integer_in(1, 1000));
     model("--heads", o.model.heads, "number of attention heads in a block")->check(integer_in(1, 1024));
     model("--channels", o.model.channels, "width of the residual stream")->check(integer_in(1, 65536));
+    model("--mlp-channels", o.model.mlp_channels,
+          "width of the MLP's hidden layer (default 4 times --channels)")
+        ->check(integer_in(1, 1 << 18));
     model("--context", o.model.context, "length of the longest sequence")->check(integer_in(1, 1 << 24));
     model("--attention", o.model.attention, "function that turns scores into weights (default softmax)")
         ->check(one_of(kAttentionNames));

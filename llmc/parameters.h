@@ -50,9 +50,9 @@ struct LayerTensors {
     Vector* attn_proj_bias;     // (C)
     Vector* ln_2_weight;        // (C)
     Vector* ln_2_bias;          // (C)
-    Matrix* fc_weight;          // (C,4C)
-    Vector* fc_bias;            // (4C)
-    Matrix* fc_proj_weight;     // (4C,C)
+    Matrix* fc_weight;          // (C,F)
+    Vector* fc_bias;            // (F)
+    Matrix* fc_proj_weight;     // (F,C)
     Vector* fc_proj_bias;       // (C)
 };
 
@@ -180,9 +180,9 @@ struct ParameterTable {
 
     // Calls f(member of `to`, name, kind, layer, shape, init, value, rate) for every tensor that the model
     // has, in the order of the array.
-    template <class Matrix, class Vector, class F>
-    void walk(Tensors<Matrix, Vector>& to, F f) const {
-        int64_t C = config_.channels, H = config_.heads, L = config_.layers;
+    template <class Matrix, class Vector, class Visit>
+    void walk(Tensors<Matrix, Vector>& to, Visit f) const {
+        int64_t C = config_.channels, F = config_.mlp_width(), H = config_.heads, L = config_.layers;
         double residual_std = 0.02 / std::sqrt(2.0 * L);
         to.h.resize(L);
         f(to.wte, "wte.weight", TensorKind::embedding, -1, Shape{config_.vocab_size, C}, Init::normal, 0.02,
@@ -221,9 +221,9 @@ struct ParameterTable {
             vector(layer.attn_proj_bias, "attn.c_proj.bias", {C}, Init::zeros);
             vector(layer.ln_2_weight, "ln_2.weight", {C}, Init::ones);
             vector(layer.ln_2_bias, "ln_2.bias", {C}, Init::zeros);
-            matrix(layer.fc_weight, "mlp.c_fc.weight", C, 4 * C, 0.02);
-            vector(layer.fc_bias, "mlp.c_fc.bias", {4 * C}, Init::zeros);
-            matrix(layer.fc_proj_weight, "mlp.c_proj.weight", 4 * C, C, residual_std);
+            matrix(layer.fc_weight, "mlp.c_fc.weight", C, F, 0.02);
+            vector(layer.fc_bias, "mlp.c_fc.bias", {F}, Init::zeros);
+            matrix(layer.fc_proj_weight, "mlp.c_proj.weight", F, C, residual_std);
             vector(layer.fc_proj_bias, "mlp.c_proj.bias", {C}, Init::zeros);
         }
         f(to.ln_f_weight, "ln_f.weight", TensorKind::vector, -1, Shape{C}, Init::ones, 0.0, Rate::base);

@@ -59,8 +59,8 @@ inline void catch_stop_signals(bool mpirun) {
 // average. The backward pass costs twice as much.
 inline double operations_per_token(const GPTConfig& config, int T) {
     double L = config.layers, C = config.channels;
-    double matrices = config.output_gate ? 13 : 12;  // of a block, in C^2
-    return 3 * (2 * (matrices * L * C * C + config.vocab_size * C) + 2 * L * C * T);
+    double block = C * ((config.output_gate ? 5 : 4) * C + 2.0 * config.mlp_width());  // weights
+    return 3 * (2 * (L * block + config.vocab_size * C) + 2 * L * C * T);
 }
 
 inline std::string duration_text(double seconds) {
@@ -429,8 +429,9 @@ class Trainer {
                 config.decay != DecayKind::none ? str(", decay ", kDecayNames[(int)config.decay]) : "",
                 config.short_conv ? str(", short conv ", config.short_conv) : "",
                 config.output_gate ? ", output gate" : "");
-        printf("model      %d layers, %d heads, %d channels, context %d, vocabulary %d: %zu parameters\n",
-               config.layers, config.heads, config.channels, config.context, config.vocab_size,
+        std::string mlp = config.mlp_channels ? str(", MLP ", config.mlp_channels) : "";
+        printf("model      %d layers, %d heads, %d channels%s, context %d, vocabulary %d: %zu parameters\n",
+               config.layers, config.heads, config.channels, mlp.c_str(), config.context, config.vocab_size,
                model->table.count);
         printf("attention  %s\n", attention.c_str());
         printf("data       %s: %lld tokens, %lld sequences of %d\n", printable(o.data).c_str(),

@@ -49,6 +49,7 @@ class GPTConfig:
     decay: str = "none"  # fixed, learned, gate
     short_conv: int = 0  # its width; 0: none
     output_gate: bool = False
+    n_inner: int | None = None  # width of the MLP's hidden layer; None: 4 n_embd
 
     @classmethod
     def from_json(cls, config: dict) -> "GPTConfig":
@@ -199,8 +200,9 @@ class FusedAttention(Attention):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        width = config.n_inner or 4 * config.n_embd
+        self.c_fc = Linear(config.n_embd, width)
+        self.c_proj = Linear(width, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))

@@ -37,7 +37,7 @@ size_t scratch_size(const GPTConfig& config, const ModelOptions& options, bool l
     if (options.purpose != Purpose::training) return forward;
     return std::max({forward, backward, attention_norms_scratch(B, T, H, gates),
                      embedding_backward_scratch(B, T, C), layernorm_backward_scratch(N, C),
-                     gelu_backward_scratch(N, 4 * C), config.qk_norm ? qk_norm_rope_scratch(B, T, H) : 0,
+                     gelu_backward_scratch(N, config.mlp_width()), config.qk_norm ? qk_norm_rope_scratch(B, T, H) : 0,
                      gates ? decay_gate_scratch(B, T, C, H) : 0, K ? short_conv_scratch(B, T, 3 * C, K) : 0});
 }
 

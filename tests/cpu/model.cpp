@@ -118,6 +118,50 @@ TEST_CASE("loss, logits and every gradient equal the PyTorch twin's") {
     }
 }
 
+TEST_CASE("a narrow MLP is the usual one without the channels whose weights are 0") {
+    SafetensorsFile params(kGolden + "params.safetensors");
+    std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
+    GPTConfig config = golden_cases()[1].config;
+    config.output_gate = true;  // its gradient shares memory with the MLP's
+    GPTConfig narrow_config = config;
+    const int kept = config.channels / 2 - 1, width = config.mlp_width();
+    narrow_config.set_mlp_channels(kept);
+    auto wide = golden_model(config, params, {Purpose::training, kBatch, kSeq});
+    cpu::GPT<float> narrow(narrow_config, {Purpose::training, kBatch, kSeq});
+    narrow.allocate();
+    // Calls f(tensor of the wide model, of the narrow one, their elements that mean the same).
+    auto each = [&](auto f) {
+        for (size_t i = 0; i < wide->table.tensors.size(); i++) {
+            const ParameterTensor &from = wide->table.tensors[i], &to = narrow.table.tensors[i];
+            std::vector<std::pair<size_t, size_t>> same;
+            for (size_t j = 0; j < to.size; j++) {
+                bool rows_are_shorter = to.shape.back() == kept;  // otherwise there are fewer of them
+                same.push_back(
+                    {rows_are_shorter && from.size > to.size ? j / kept * width + j % kept : j, j});
+            }
+            f(from, to, same);
+        }
+    };
+    each([&](const ParameterTensor& from, const ParameterTensor& to, const auto& same) {
+        std::vector<float> values(from.size), zeroed(from.size), few(to.size);
+        wide->read(Store::weights, from, values.data());
+        for (auto [w, n] : same) zeroed[w] = few[n] = values[w];
+        wide->write(Store::weights, from, zeroed.data());
+        narrow.write(Store::weights, to, few.data());
+    });
+    const Batch batch{inputs.data(), targets.data(), kBatch, kSeq};
+    double loss = wide->loss(batch, Pass::training());
+    CHECK(std::abs(narrow.loss(batch, Pass::training()) - loss) < 1e-6 * loss);
+    each([&](const ParameterTensor& from, const ParameterTensor& to, const auto& same) {
+        CAPTURE(to.name);
+        std::vector<float> all(from.size), found(to.size, NAN), expected(to.size);
+        wide->read(Store::gradients, from, all.data());
+        narrow.read(Store::gradients, to, found.data());
+        for (auto [w, n] : same) expected[n] = all[w];
+        CHECK(relative_error(found.data(), expected.data(), to.size) < 1e-5);
+    });
+}
+
 TEST_CASE("bf16: loss and gradients are those of float32 but for rounding") {
     SafetensorsFile params(kGolden + "params.safetensors");
     std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");

@@ -261,12 +261,17 @@ TEST_CASE("config.json goes out and comes back; what it may not say is refused")
     config.attention_kind = AttentionKind::poly2, config.attention_scale = "0.125",
     config.positions = PositionKind::rope;
     config.qk_norm = true, config.decay = DecayKind::gate, config.short_conv = 4;
-    config.q_gain = 0.3, config.output_gate = true;
+    config.q_gain = 0.3, config.output_gate = true, config.mlp_channels = 7;
     for (const std::vector<int>& ends : {std::vector<int>(), {98}, {3, 0}}) {
         config.bos_token = ends.empty() ? -1 : ends[0], config.eos_tokens = ends;
         CHECK(config_from_json(nlohmann::json::parse(config_to_json(config).dump()), "f") == config);
     }
     CHECK(config_to_json(GPTConfig()).at("eos_token_id").is_null());
+    // GPT-2's own width says the same as null, which other GPT-2s have.
+    nlohmann::json usual = config_to_json(config);
+    usual["n_inner"] = 80;
+    CHECK(config_to_json(config_from_json(usual, "f")).at("n_inner").is_null());
+    CHECK(config_from_json(usual, "f").mlp_width() == 80);
     const nlohmann::json good = config_to_json(config);
     auto refused = [&](const char* key, nlohmann::json value, std::initializer_list<std::string> parts) {
         CAPTURE(key);
@@ -295,7 +300,9 @@ TEST_CASE("config.json goes out and comes back; what it may not say is refused")
     refused("output_gate", "open", {"the/file", "output_gate", "open", "true or false"});
     refused("model_type", "llama", {"the/file", "llama"});
     refused("activation_function", "relu", {"the/file", "relu"});
-    refused("n_inner", 7, {"the/file", "n_inner"});
+    for (int width : {0, -1, 1 << 19})
+        refused("n_inner", width, {"the/file", "n_inner", std::to_string(width)});
+    refused("n_inner", "wide", {"the/file", "n_inner", "wide"});
     for (const char* key : {"bos_token_id", "eos_token_id"})
         for (const nlohmann::json& value :
              {R"("</s>")"_json, "1.5"_json, "true"_json, "[1, null]"_json, "[[1]]"_json})

@@ -21,7 +21,7 @@ using reference::Vector;
 std::string describe(const GPTConfig& c) {
     return str(kAttentionNames[(int)c.attention_kind], ", scale ", c.attention_scale, ", ",
                c.rope() ? "rope" : "learned", c.qk_norm ? ", qk-norm" : "", ", decay ", (int)c.decay,
-               ", conv ", c.short_conv, c.output_gate ? ", output gate" : "");
+               ", conv ", c.short_conv, c.output_gate ? ", output gate" : "", ", MLP ", c.mlp_width());
 }
 
 // Fills the weights as after some training: also those that start as zero or one get noise.
@@ -189,6 +189,7 @@ std::vector<GPTConfig> configs() {
                 GPTConfig c = small();
                 c.attention_kind = kind, c.positions = positions, c.qk_norm = qk_norm;
                 c.short_conv = qk_norm ? 3 : 0, c.output_gate = !qk_norm;
+                c.mlp_channels = qk_norm ? 0 : 13;  // fewer than channels, and odd
                 all.push_back(c);
             }
     for (AttentionKind kind : reference::every_kind())
