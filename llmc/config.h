@@ -56,6 +56,21 @@ inline double gaussian_moment(int power, int D) {
 
 constexpr double kLeastQGain = 0.001, kMostQGain = 1000;
 
+// What q_gain starts at in a new model of this kind, where nobody says otherwise. A polynomial learns best if
+// its scores start small, the more so the lower its degree: dev/experiments/gain.yaml.
+inline double default_q_gain(AttentionKind kind) {
+    switch (attention_power(kind)) {
+        case 1:
+        case 2:
+            return 0.25;
+        case 3:
+        case 4:
+            return 0.5;
+        default:
+            return 1;
+    }
+}
+
 struct GPTConfig {
     int layers = 12;
     int heads = 12;
@@ -144,12 +159,25 @@ inline constexpr Preset kPresets[] = {{"nano", 4, 4, 128, 256},
                                       {"gpt2-large", 36, 20, 1280, 1024},
                                       {"gpt2-xl", 48, 25, 1600, 1024}};
 
-// Returns `config` with the sizes of a preset in kPresets.
+// The kind of attention at the end of the name of a preset, as in "nano-poly3"; softmax if there is none.
+inline AttentionKind attention_of_preset(const std::string& name) {
+    for (AttentionKind kind :
+         {AttentionKind::poly1, AttentionKind::poly2, AttentionKind::poly3, AttentionKind::poly4})
+        if (name.ends_with(str("-", kAttentionNames[(int)kind]))) return kind;
+    return AttentionKind::softmax;
+}
+
+// Returns `config` with the sizes of a preset: one of kPresets, or one of them with a polynomial, as in
+// "nano-poly3". Those have that kind of attention, and a MLP as much narrower as an output gate has weights,
+// so that the model keeps its number of parameters.
 inline GPTConfig with_preset(GPTConfig config, const std::string& name) {
+    const AttentionKind kind = attention_of_preset(name);
+    const bool polynomial = kind != AttentionKind::softmax;
     for (const Preset& p : kPresets) {
-        if (name != p.name) continue;
+        if (name != (polynomial ? str(p.name, "-", kAttentionNames[(int)kind]) : p.name)) continue;
         config.layers = p.layers, config.heads = p.heads, config.channels = p.channels,
         config.context = p.context;
+        if (polynomial) config.attention_kind = kind, config.set_mlp_channels(7 * p.channels / 2);
         return config;
     }
     fail("unknown preset \"", name, "\"");

@@ -36,7 +36,11 @@ struct ModelFlags {
         if (preset) config = with_preset(config, *preset);
         if (layers) config.layers = *layers;
         if (heads) config.heads = *heads;
-        if (channels) config.channels = *channels;
+        if (channels) {  // a width that the preset gives to the MLP grows with it
+            if (config.mlp_channels)
+                config.mlp_channels = (int)((int64_t)config.mlp_channels * *channels / config.channels);
+            config.channels = *channels;
+        }
         if (mlp_channels) config.set_mlp_channels(*mlp_channels);
         if (context) config.context = *context;
         if (attention)
@@ -54,7 +58,8 @@ struct ModelFlags {
 
     // The configuration of a new model. With softmax the defaults are those of GPT-2. Every other attention
     // has RoPE and qk-norm, because it has no normaliser, so the size of its weights follows from the size of
-    // its scores.
+    // its scores. A polynomial has both gates, too, with which it learns as well as softmax:
+    // docs/evidence.md.
     GPTConfig fresh(int vocab_size, int eot_token) const {
         GPTConfig config = with_preset(GPTConfig(), "nano");
         config.vocab_size = vocab_size;
@@ -63,7 +68,12 @@ struct ModelFlags {
             config.positions = PositionKind::rope;
             config.qk_norm = true;
         }
+        if (over(config).attention().polynomial()) {
+            config.decay = DecayKind::gate;
+            config.output_gate = true;
+        }
         config = over(config);
+        if (config.qk_norm && !q_gain) config.q_gain = default_q_gain(config.attention_kind);
         if (q_gain && !config.qk_norm) usage_error("--q-gain: only a model with --qk-norm true has gains");
         return config;
     }
@@ -317,6 +327,14 @@ inline CLI::Validator attention_scale_value() {
     return CLI::Validator(check, "row|context|mean|sum|NUMBER");
 }
 
+inline CLI::Validator preset_value() {
+    std::vector<std::string> sizes, names;
+    for (const Preset& p : kPresets) sizes.push_back(p.name), names.push_back(p.name);
+    for (const std::string& size : sizes)
+        for (int p = 1; p <= 4; p++) names.push_back(str(size, "-poly", p));
+    return one_of(names).description(one_of(sizes).get_description());
+}
+
 namespace options_detail {
 
 constexpr int kMostInt = std::numeric_limits<int>::max();
@@ -354,9 +372,10 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     auto model = [&](const char* flag, auto& value, const char* help) {
         return app.add_option(flag, value, help)->group("Model");
     };
-    std::vector<std::string> presets;
-    for (const Preset& p : kPresets) presets.push_back(p.name);
-    model("--preset", o.model.preset, "sizes of the model (default nano)")->check(one_of(presets));
+    model("--preset", o.model.preset,
+          "sizes of the model (default nano); with -poly1 to -poly4 at the end, as in nano-poly3, also its "
+          "attention")
+        ->check(preset_value());
     model("--layers", o.model.layers, "number of blocks")->check(integer_in(1, 1000));
     model("--heads", o.model.heads, "number of attention heads in a block")->check(integer_in(1, 1024));
     model("--channels", o.model.channels, "width of the residual stream")->check(integer_in(1, 65536));
@@ -374,15 +393,20 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     model("--qk-norm", o.model.qk_norm,
           "RMS-normalise q and k: true or false (default: false with softmax, otherwise true)")
         ->check(one_of({"true", "false"}));
-    model("--q-gain", o.model.q_gain, "gain that q starts with in a new model with qk-norm (default 1)")
+    model("--q-gain", o.model.q_gain,
+          "gain that q starts with in a new model with qk-norm (default: 0.25 with poly1 and poly2, 0.5 with "
+          "poly3 and poly4, otherwise 1)")
         ->check(number_in(kLeastQGain, kMostQGain));
-    model("--decay", o.model.decay, "how attention fades with distance (default none)")
+    model("--decay", o.model.decay,
+          "how attention fades with distance (default: gate with a polynomial, otherwise none)")
         ->check(one_of(kDecayNames));
     model("--short-conv", o.model.short_conv,
           "width of a causal convolution on q, k and v; 0: no convolution (default 0)")
         ->check(integer_in(0, 64));
-    model("--output-gate", o.model.output_gate,
-          "multiply attention's output by a sigmoid gate for each channel: true or false (default false)")
+    model(
+        "--output-gate", o.model.output_gate,
+        "multiply attention's output by a sigmoid gate for each channel: true or false (default: true with a "
+        "polynomial, otherwise false)")
         ->check(one_of({"true", "false"}));
     CLI::Option* init_from =
         model("--init-from", o.init_from,

@@ -10,6 +10,7 @@
 #include "llmc/attention_scale.h"
 #include "llmc/config_json.h"
 #include "llmc/metrics.h"
+#include "llmc/options.h"
 #include "llmc/parameters.h"
 #include "llmc/peak.h"
 #include "llmc/rng.h"
@@ -70,6 +71,28 @@ TEST_CASE("the table has GPT-2's tensors and numbers of parameters") {
     CHECK(count("gpt2-medium") == 354823168);
     CHECK(count("gpt2-large") == 774030080);
     CHECK(count("gpt2-xl") == 1557611200);
+    // With a polynomial, a model of this size has its recipe and as many parameters, but no table of
+    // positions.
+    for (const char* name : {"nano-poly3", "gpt2-poly1", "gpt2-medium-poly2", "gpt2-large-poly4"}) {
+        CAPTURE(name);
+        ModelFlags flags;
+        flags.preset = name;
+        const GPTConfig config = flags.fresh(50304, -1);
+        CHECK(config.attention_kind == attention_of_preset(name));
+        CHECK(config.decay == DecayKind::gate);
+        CHECK((config.output_gate && config.qk_norm && config.rope()));
+        const std::string size = std::string(name).substr(0, std::string(name).find("-poly"));
+        const double usual = (double)count(size.c_str()) - (double)config.context * config.channels;
+        CHECK(std::abs(ParameterTable(config, 50304).count / usual - 1) < 2e-3);
+        // Given flags are stronger, and the MLP keeps its share of a given width.
+        flags.channels = 2 * config.channels, flags.attention = "softmax", flags.decay = "none";
+        const GPTConfig other = flags.fresh(50304, -1);
+        CHECK(other.attention_kind == AttentionKind::softmax);
+        CHECK(other.decay == DecayKind::none);
+        CHECK(other.mlp_width() == 7 * config.channels);
+        flags.mlp_channels = 9;
+        CHECK(flags.fresh(50304, -1).mlp_width() == 9);
+    }
 
     GPTConfig config;
     config.layers = 2, config.heads = 3, config.channels = 12, config.context = 9, config.vocab_size = 17;
