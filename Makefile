@@ -98,7 +98,7 @@ on_sim   := $(addprefix $(BUILD)/ptx/,$(objects))
 cutests  := $(patsubst tests/%.cu,$(BUILD)/test/%.o,$(wildcard tests/cuda/*.cu tests/ptxsim/*.cu))
 hosttests := $(patsubst tests/%.cpp,$(BUILD)/test/%.o,$(wildcard tests/cuda/*.cpp tests/ptxsim/*.cpp))
 
-.PHONY: all quickstart test test-thorough test-distributed compare resources bench bench-quick gpu-test gpu-check ptxsim-bench docs format clean help
+.PHONY: all quickstart test test-thorough test-distributed compare resources bench bench-quick experiments gpu-test gpu-check ptxsim-bench docs format clean help
 all: train_gpt
 
 # The order matters: the linker uses the first copy of an inline function that several objects have, and this one must run
@@ -308,6 +308,12 @@ bench-quick: ## the same with a small model, less than 2 minutes
 	@dev/setup.sh torch
 	@$(MAKE) --no-print-directory -j$$(nproc) train_gpt $(BUILD)/attention
 	$(PYTHON) dev/bench/bench.py --train-gpt ./train_gpt --attention $(BUILD)/attention --quick
+
+experiments: ## train what is missing in the studies of dev/experiments (hours), then write their tables and plots
+	@dev/setup.sh
+	@$(MAKE) --no-print-directory -j$$(nproc) train_gpt
+	$(PYTHON) dev/experiments/run.py
+	$(PYTHON) dev/experiments/report.py
 
 docs: $(BUILD)/train_gpt ## write docs/options.md again, from --help
 	python3 dev/options_doc.py $< docs/options.md
