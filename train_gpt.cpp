@@ -82,14 +82,15 @@ struct GPT : Model {
     }
 
     void run(const Batch& batch, const Pass& pass, const BucketHooks& hooks = {}) override {
-        int N = batch.B * batch.T;
+        int N = batch.B * batch.T, counted = batch.counted;
         forward_blocks(batch.inputs, batch.B, batch.T, nullptr, pass.norms, hooks.before_forward);
         if (pass.backward) call(hooks.before_backward, table.bucket_of_embeddings());
         classifier(acts.losses, pass.backward ? grads.norm : nullptr, gradients.wte, logits, dlogits,
-                   acts.ln_f, weights_real.wte, batch.targets, pass.loss_scale / N, adds(pass), N, C, V, Vp);
+                   acts.ln_f, weights_real.wte, batch.targets, pass.loss_scale / counted, adds(pass), N, C, V,
+                   Vp);
         double total = 0;
         for (int n = 0; n < N; n++) total += acts.losses[n];
-        loss_sum += total / N;
+        loss_sum += total / counted;
         if (pass.backward) backward(batch, pass, hooks);
     }
 

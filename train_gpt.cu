@@ -92,26 +92,27 @@ struct GPT : Model {
 
     void run(const Batch& batch, const Pass& pass, const BucketHooks& hooks = {}) override {
         inputs.place(batch, stream);
-        if (!options.cuda_graph || pass.norms) return enqueue(batch.B, batch.T, pass, hooks);
+        if (!options.cuda_graph || pass.norms) return enqueue(batch.B, batch.T, batch.counted, pass, hooks);
         // The launch of a graph puts all of its kernels into the stream at once. So it comes after all
         // weights and before the first bucket is announced.
         for (int bucket = 0; bucket < (int)sharding.buckets.size(); bucket++)
             call(hooks.before_forward, bucket);
-        graphs.launch(batch.B, batch.T, pass, stream, [&] { enqueue(batch.B, batch.T, pass, {}); });
+        graphs.launch(batch.B, batch.T, pass, stream,
+                      [&] { enqueue(batch.B, batch.T, batch.counted, pass, {}); });
         for (int bucket = 0; pass.backward && bucket < (int)sharding.buckets.size(); bucket++)
             call(hooks.ready, bucket);
     }
 
     // Puts the kernels of a pass into the stream. The tokens must already be on the device.
-    void enqueue(int B, int T, const Pass& pass, const BucketHooks& hooks) {
+    void enqueue(int B, int T, int counted, const Pass& pass, const BucketHooks& hooks) {
         int N = B * T;
         if (pass.norms && norm_sums.size() == 0) norm_sums = DeviceArray<NormSums>(L * H);
         forward_blocks(B, T, nullptr, pass.norms ? norm_sums.get() : nullptr, hooks.before_forward);
         if (pass.backward) call(hooks.before_backward, table.bucket_of_embeddings());
         classifier(acts.losses, pass.backward ? grads.norm : nullptr, gradients.wte, logits, acts.ln_f,
-                   weights_real.wte, inputs.targets, pass.loss_scale / N, adds(pass), N, C, V, Vp, *matmuls,
-                   stream);
-        add_mean_loss(loss_sum, acts.losses, N, stream);
+                   weights_real.wte, inputs.targets, pass.loss_scale / counted, adds(pass), N, C, V, Vp,
+                   *matmuls, stream);
+        add_mean_loss(loss_sum, acts.losses, N, counted, stream);
         if (pass.backward) backward(B, T, pass, hooks);
         if (!pass.norms) return;
         std::vector<NormSums> sums(L * H);

@@ -67,11 +67,12 @@ struct MemoryGroup {
     size_t bytes;
 };
 
-// Sequences of tokens; targets[i] is the token that follows inputs[i].
+// Sequences of tokens; targets[i] is the token that follows inputs[i], or -1 if the loss leaves it out.
 struct Batch {
     const int* inputs;   // (B,T)
     const int* targets;  // (B,T)
     int B, T;
+    int counted = B * T;  // targets in the mean loss
 };
 
 // What one pass over a batch has to do. A step is a sequence of passes: the first one assigns the gradients,

@@ -116,7 +116,7 @@ struct TrainOptions {
     uint64_t seed = 1;
     ComputeFlags compute;
     std::string recompute = "none", gradients = "fp32";
-    bool cuda_graph = false, stochastic_rounding = false;
+    bool cuda_graph = false, stochastic_rounding = false, answers_only = false;
     int threads = 0;         // 0: all
     int zero = 0;            // what ranks divide among them: Sharding::level
     int comm_timeout = 600;  // seconds
@@ -468,6 +468,11 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
         ->check(number_in(1e-30, 1));
     optimise("--grad-clip", o.grad_clip, false, "largest norm of the gradient; 0: no limit")
         ->check(number_in(0, 1e30));
+    remember(app.add_flag("--answers-only", o.answers_only,
+                          "train on the answers in a dataset of data/prepare.py recall, and on nothing else")
+                 ->group("Optimise")
+                 ->check(one_of({"true", "false"}).description("")),
+             o.answers_only, false);
     optimise("--seed", o.seed, true, "seed of the weights, of the order of the data and of the samples")
         ->check(in_range<uint64_t>(0, UINT64_MAX));
     add_compute(app, o.compute, "Compute");

@@ -25,6 +25,19 @@ inline std::vector<int> answer_positions(const DatasetInfo& info, const int* inp
     return positions;
 }
 
+// Leaves only the answers among the targets of B sequences, so that a loss counts nothing else. Returns how
+// many there are.
+inline int keep_answers(const DatasetInfo& info, const int* inputs /*(B,T)*/, int* targets /*(B,T)*/, int B,
+                        int T) {
+    int answers = 0;
+    for (int b = 0; b < B; b++, inputs += T, targets += T) {
+        std::vector<int> kept(T, -1);
+        for (int t : answer_positions(info, inputs, targets, T)) kept[t] = targets[t], answers++;
+        std::copy(kept.begin(), kept.end(), targets);
+    }
+    return answers;
+}
+
 struct RecallScore {
     int64_t answers = 0, right = 0;  // right: the most probable token is the answer
     double loss = 0;                 // sum over the answers

@@ -30,6 +30,7 @@
 #include "llmc/norms.h"
 #include "llmc/options.h"
 #include "llmc/peak.h"
+#include "llmc/recall.h"
 #include "llmc/run_folder.h"
 #include "llmc/schedule.h"
 #include "llmc/tokenizer.h"
@@ -210,6 +211,7 @@ class Trainer {
     std::optional<MetricsLog> metrics;  // only rank 0 has it
     std::string tokenizer_text;         // text of tokenizer.json, which every checkpoint gets a copy of
     std::optional<Tokenizer> tokenizer;
+    DatasetInfo info;
     std::vector<int> inputs, targets;  // (B,T)
     std::string last_checkpoint;
     std::optional<Peak> peak;
@@ -260,6 +262,15 @@ class Trainer {
                 usleep(100'000);
             }
         });
+    }
+
+    // The B sequences from `first` on.
+    Batch read_batch(const DataLoader& loader, int64_t first, int B) {
+        loader.batch(first, B, inputs.data(), targets.data());
+        Batch batch{inputs.data(), targets.data(), B, o.seq};
+        if (o.answers_only)
+            batch.counted = std::max(1, keep_answers(info, inputs.data(), targets.data(), B, o.seq));
+        return batch;
     }
 
     // A checksum of sequences from all over the dataset.
@@ -356,7 +367,15 @@ class Trainer {
     }
 
     GPTConfig choose_model(const std::optional<Checkpoint>& initial, bool resumed) {
-        DatasetInfo info = read_dataset_info(o.data);
+        info = read_dataset_info(o.data);
+        if (o.answers_only && !info.recall)
+            usage_error("--answers-only: ", o.data,
+                        " has no answers; expected a dataset of data/prepare.py "
+                        "recall");
+        if (o.answers_only && o.cuda_graph)
+            usage_error(
+                "--answers-only: it does not work with --cuda-graph, because the number of answers in a "
+                "batch may change");
         GPTConfig config;
         if (initial) {
             config = initial->config;
@@ -465,11 +484,10 @@ class Trainer {
         if (is_root() && wants_norms) norms.resize((size_t)model->config.layers * model->config.heads);
         comm->set_step(state.step);
         for (int i = 0; i < passes; i++) {
-            loader.batch(state.samples + ((int64_t)i * ranks + comm->rank) * o.batch, o.batch, inputs.data(),
-                         targets.data());
+            const int64_t first = state.samples + ((int64_t)i * ranks + comm->rank) * o.batch;
             Pass pass = Pass::training(1.0f / (passes * ranks), i == 0, i + 1 == passes,
                                        i == 0 && !norms.empty() ? norms.data() : nullptr);
-            model->run({inputs.data(), targets.data(), o.batch, o.seq}, pass, parallel->hooks(pass));
+            model->run(read_batch(loader, first, o.batch), pass, parallel->hooks(pass));
         }
         int step = state.step + 1;
         double rate =
@@ -573,8 +591,7 @@ class Trainer {
         for (int64_t begin = (int64_t)comm->rank * o.batch; begin < sequences;
              begin += (int64_t)comm->ranks * o.batch) {
             int B = (int)std::min<int64_t>(o.batch, sequences - begin);
-            loader.batch(begin, B, inputs.data(), targets.data());
-            loss += model->loss({inputs.data(), targets.data(), B, o.seq}) * B / sequences;
+            loss += model->loss(read_batch(loader, begin, B)) * B / sequences;
         }
         loss = comm->sum(loss);
         if (!std::isfinite(loss)) diverged(state.step, str("the validation loss is ", loss));

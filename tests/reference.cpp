@@ -411,6 +411,7 @@ CrossEntropy cross_entropy(const Vector& logits /*(N,Vp)*/, const std::vector<in
                            int V, int Vp) {
     CrossEntropy y{Vector(N), Vector((size_t)N * Vp)};
     for (int n = 0; n < N; n++) {
+        if (targets[n] < 0) continue;
         const double* x = &logits[(size_t)n * Vp];
         double max = *std::max_element(x, x + V), sum = 0;
         for (int v = 0; v < V; v++) sum += std::exp(x[v] - max);

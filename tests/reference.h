@@ -199,6 +199,7 @@ struct CrossEntropy {
     Vector losses /*(N)*/, dlogits /*(N,Vp)*/;  // of the sum of the losses; 0 in the padding
 };
 
+// A row whose target is -1 has neither loss nor gradient.
 CrossEntropy cross_entropy(const Vector& logits /*(N,Vp)*/, const std::vector<int>& targets /*(N)*/, int N,
                            int V, int Vp);
 

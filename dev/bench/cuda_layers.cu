@@ -451,7 +451,7 @@ class Bench {
                           nullptr);
         });
         measure("mean of the losses", kFloat * N, 0,
-                [&] { add_mean_loss(sum.get(), losses.get(), N, nullptr); });
+                [&] { add_mean_loss(sum.get(), losses.get(), N, N, nullptr); });
         measure("classifier forward", kReal * (NC + (double)Vp * C), 2.0 * NC * Vp, [&] {
             gpu::classifier(losses.get(), dinp.get(), dwte.get(), logits.get(), inp.get(), wte.get(),
                             targets.get(), 0.0f, false, N, C, V, Vp, context, nullptr);

@@ -1,5 +1,6 @@
 // Softmax cross-entropy over the vocabulary: the loss and, if wanted, its gradient.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 
@@ -8,8 +9,9 @@
 
 namespace cpu::inline LLMC_ISA {
 
-// losses = -log softmax(logits[:V])[target]. If dlogits is not null, it gets the gradient of dloss times the
-// sum of the losses, with zeros in the padding V..Vp, and the logits are overwritten.
+// losses = -log softmax(logits[:V])[target], and 0 where the target is -1. If dlogits is not null, it gets
+// the gradient of dloss times the sum of the losses, with zeros in the padding V..Vp, and the logits are
+// overwritten.
 template <class Real>
 inline void cross_entropy(float* losses,       // (N)
                           Real* dlogits,       // (N,Vp), or null: not wanted; may be logits
@@ -19,6 +21,11 @@ inline void cross_entropy(float* losses,       // (N)
 #pragma omp parallel for schedule(static)
     for (int n = 0; n < N; n++) {
         float* row = logits + (size_t)n * Vp;
+        if (targets[n] < 0) {
+            losses[n] = 0;
+            if (dlogits) std::fill_n(dlogits + (size_t)n * Vp, Vp, Real(0.0f));
+            continue;
+        }
         float largest = row[0];
         int v = 0;
         if (V >= kLanes) {

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
     const Real* row = logits + (size_t)blockIdx.x * Vp;
     int target = targets[blockIdx.x], begin = threadIdx.x * kWidth, step = blockDim.x * kWidth;
     // This is read first, because the gradient may take its place.
-    float target_logit = threadIdx.x == 0 ? to_float(row[target]) : 0.0f;
+    float target_logit = threadIdx.x == 0 && target >= 0 ? to_float(row[target]) : 0.0f;
 
     // This thread's largest logit so far, and the sum of exponentials relative to it.
     float running_max = -INFINITY, total = 0;
@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
     }
     float largest = block_max(running_max, shared[0]);
     total = block_sum(total == 0 ? 0.0f : total * expf(running_max - largest), shared[1]);
-    if (threadIdx.x == 0) losses[blockIdx.x] = logf(total) + (largest - target_logit);
+    if (target < 0) dloss = 0;  // the row does not count
+    if (threadIdx.x == 0) losses[blockIdx.x] = target < 0 ? 0.0f : logf(total) + (largest - target_logit);
     if (!dlogits) return;
 
     float factor = dloss / total;
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(kCrossEntropyThreads)
     }
 }
 
-// losses = -log softmax(logits[:V])[target]. If dlogits is wanted, it is the gradient times dloss, with zeros
-// in the padding V..Vp.
+// losses = -log softmax(logits[:V])[target], and 0 where the target is -1. If dlogits is wanted, it is the
+// gradient times dloss, with zeros in the padding V..Vp.
 template <class Real>
 void cross_entropy(float* losses,       // (N)
                    Real* dlogits,       // (N,Vp), or null: not wanted; may be logits
@@ -96,19 +97,20 @@ void cross_entropy(float* losses,       // (N)
 constexpr int kMeanLossThreads = 1024;
 
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads) mean_loss_kernel(double* sum, const float* losses, int N) {
+__global__ void __launch_bounds__(kThreads)
+    mean_loss_kernel(double* sum, const float* losses, int N, int counted) {
     __shared__ double shared[kThreads / kWarp];
     double total = 0;
     for (int n = threadIdx.x; n < N; n += kThreads) total += losses[n];
     total = block_sum(total, shared);
-    if (threadIdx.x == 0) *sum += total / N;
+    if (threadIdx.x == 0) *sum += total / counted;
 }
 
-// Adds the mean loss to *sum, which stays on the device.
+// Adds the mean of the `counted` losses that are not left out to *sum, which stays on the device.
 inline void add_mean_loss(double* sum,          // (1) +=
                           const float* losses,  // (N)
-                          int N, cudaStream_t stream) {
-    mean_loss_kernel<kMeanLossThreads><<<1, kMeanLossThreads, 0, stream>>>(sum, losses, N);
+                          int N, int counted, cudaStream_t stream) {
+    mean_loss_kernel<kMeanLossThreads><<<1, kMeanLossThreads, 0, stream>>>(sum, losses, N, counted);
     check_launch();
 }
 

@@ -59,6 +59,21 @@ TEST_CASE("cli: eval of recall data scores the answers, and only these") {
         CHECK(number_after("accuracy ", scored) == doctest::Approx(right / 21.0).epsilon(1e-3));
         CHECK(number_after("loss ", scored) == doctest::Approx(loss / 21).epsilon(1e-5));
     }
+    // A training that counts the answers alone validates on them, too, and learns them.
+    const std::string run = folder / "answers",
+                      flags = kSizes + " --batch 2 --lr 1e-2 --steps 400 --answers-only";
+    const Result trained = train_gpt("train --val-every 400 --val-batches 9 --sample-every 0 --data " + data +
+                                     " --out " + run + " " + flags);
+    check_done(trained);
+    const Result known = train_gpt("eval --data " + data + " --model " + run);
+    check_done(known);
+    CHECK(number_after("accuracy ", known.out) == 1);
+    CHECK(
+        number_after("step 400: validation loss ", trained.out) ==
+        doctest::Approx(number_after("loss ", known.out.substr(known.out.find("answers: ")))).epsilon(1e-3));
+    write_dataset(folder / "text", kVocabulary, Tokens(100, 3), Tokens(100, 3));
+    check_failed(train_gpt("train --data " + (folder / "text") + " --out " + (folder / "no") + " " + flags), 2,
+                {"--answers-only", folder / "text", "recall"});
     // No key comes twice in a sequence of 8 tokens.
     CHECK_FALSE(contains(train_gpt("eval --seq 8" + on).out, "answers"));
 }

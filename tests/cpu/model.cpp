@@ -162,6 +162,25 @@ TEST_CASE("a narrow MLP is the usual one without the channels whose weights are 
     });
 }
 
+TEST_CASE("targets of -1 do not count") {
+    SafetensorsFile params(kGolden + "params.safetensors");
+    std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
+    const GPTConfig config = golden_cases()[1].config;
+    auto masked = golden_model(config, params, {Purpose::training, kBatch, kSeq}),
+         alone = golden_model(config, params, {Purpose::training, 1, kSeq});
+    double loss = alone->loss({inputs.data(), targets.data(), 1, kSeq}, Pass::training());
+    std::fill(targets.begin() + kSeq, targets.end(), -1);  // the second sequence
+    CHECK(masked->loss({inputs.data(), targets.data(), kBatch, kSeq, kSeq}, Pass::training()) ==
+          doctest::Approx(loss).epsilon(1e-6));
+    for (const ParameterTensor& t : alone->table.tensors) {
+        CAPTURE(t.name);
+        std::vector<float> found(t.size, NAN), expected(t.size);
+        masked->read(Store::gradients, t, found.data());
+        alone->read(Store::gradients, t, expected.data());
+        CHECK(relative_error(found.data(), expected.data(), t.size) < 1e-5);
+    }
+}
+
 TEST_CASE("bf16: loss and gradients are those of float32 but for rounding") {
     SafetensorsFile params(kGolden + "params.safetensors");
     std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
