@@ -7,7 +7,7 @@ values (usually of the learning rate) with the other seeds. The keys of a NAME.y
     question   what the study asks; the report prints it
     data       names of datasets, the keys of datasets.yaml; a row or column may have a `data` of its own
     flags      flags of all runs
-    try        one flag and the values to try: {lr: [3.0e-3, 6.0e-3]}
+    try        one flag and the values to try: {lr: [3.0e-3, 6.0e-3]}; a row may have its own
     seeds      the seeds, 1 to 3 if there is no such key
     rows       a list of {name: ..., FLAG: VALUE ...}; `only` lists the columns that a row has, if not all
     columns    the same
@@ -31,7 +31,7 @@ RESULTS = HERE / "results.jsonl"
 # Means over all heads of numbers that llmc/norms.h explains.
 NORMS = ("attention_norm", "jacobian_norm", "effective_keys", "mean_gate")
 KEYS = {"question", "data", "flags", "try", "seeds", "rows", "columns", "show", "plot", "jobs"}
-NOT_FLAGS = {"name", "only", "data"}
+NOT_FLAGS = {"name", "only", "data", "try"}
 
 
 class StudyError(Exception):
@@ -151,13 +151,14 @@ def read_study(path: Path) -> Study:
     for entry in rows + columns:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise StudyError(f"{path}: each row and column needs a name, a text: {entry}")
-    tries = content.get("try") or {}
-    if len(tries) > 1:
-        raise StudyError(f"{path}: `try` has {len(tries)} flags, expected one")
-    tried = [{flag: value} for flag, values in tries.items() for value in values] or [{}]
+    for tries in [entry.get("try") or {} for entry in [content, *rows]]:
+        if len(tries) > 1:
+            raise StudyError(f"{path}: `try` has {len(tries)} flags, expected one")
     names = [column["name"] for column in columns]
     cells = []
     for row in rows:
+        tries = row.get("try") or content.get("try") or {}
+        tried = [{flag: value} for flag, values in tries.items() for value in values] or [{}]
         if unknown := set(row.get("only", [])) - set(names):
             raise StudyError(f"{path}: row {row['name']!r}: no column is named {', '.join(sorted(unknown))}")
         for column in columns:
