@@ -35,6 +35,7 @@
 #include "llmc/cpu/qk_norm_rope.h"
 #include "llmc/cpu/short_conv.h"
 #include "llmc/cpu/threads.h"
+#include "llmc/cpu/value_scale.h"
 #include "llmc/model.h"
 #include "llmc/parameter_store.h"
 
@@ -147,6 +148,7 @@ struct GPT : Model {
         }
         if (config.qk_norm || config.rope())
             qk_norm_rope_forward(a.heads, a.qk_rstd, a.conv, w.q_gain, angles(), B, T, H, D);
+        if (attention.value_factor() != 1) scale_values(a.heads, (float)attention.value_factor(), N, C);
         if (config.decay == DecayKind::gate)
             decay_gate_forward(a.log_f, a.ln_1, w_real.decay_gate_weight, w.decay_gate_bias, B, T, C, H);
         if (cache) {
@@ -204,6 +206,7 @@ struct GPT : Model {
                 attention_backward(grads.qkv, ddecay, grads.norm, a.attn, a.attn_stats, a.heads, decay(l),
                                    attention, B, T, H, D);
             }
+            if (attention.value_factor() != 1) scale_values(grads.qkv, (float)attention.value_factor(), N, C);
             if (config.qk_norm || config.rope())
                 qk_norm_rope_backward(grads.qkv, d.q_gain, grads.qkv, a.conv, a.qk_rstd, w.q_gain, angles(),
                                       B, T, H, D);

@@ -36,6 +36,7 @@
 #include "llmc/cuda/qk_norm_rope.h"
 #include "llmc/cuda/scratch.h"
 #include "llmc/cuda/short_conv.h"
+#include "llmc/cuda/value_scale.h"
 #include "llmc/model.h"
 #include "llmc/parameter_store.h"
 
@@ -177,6 +178,8 @@ struct GPT : Model {
         }
         if (config.qk_norm || config.rope())
             qk_norm_rope_forward(a.heads, a.qk_rstd, a.conv, w.q_gain, inputs.rope, B, T, H, D, stream);
+        if (attention.value_factor() != 1)
+            scale_values(a.heads, (float)attention.value_factor(), N, C, stream);
         if (config.decay == DecayKind::gate)
             decay_gate_forward(a.log_f, a.ln_1, w_real.decay_gate_weight, w.decay_gate_bias, B, T, C, H,
                                stream);
@@ -248,6 +251,8 @@ struct GPT : Model {
                 attention_backward(grads.qkv, ddecay, scratch, grads.norm, a.attn, a.attn_stats, a.heads,
                                    decay(l), attention, B, T, H, D, stream);
             }
+            if (attention.value_factor() != 1)
+                scale_values(grads.qkv, (float)attention.value_factor(), N, C, stream);
             if (config.qk_norm || config.rope())
                 qk_norm_rope_backward(grads.qkv, d.q_gain, scratch, grads.qkv, a.conv, a.qk_rstd, w.q_gain,
                                       inputs.rope, B, T, H, D, stream);

@@ -32,16 +32,18 @@ int index_of_name(const std::string& name, const Names& names, const std::string
     fail(where, ": ", shown(name), " is not one of ", allowed);
 }
 
-// How q k^T / sqrt(D) becomes A. Only polynomials have a scale.
+// How q k^T / sqrt(D) becomes A. Only polynomials have a scale for each row.
 struct AttentionConfig {
     AttentionKind kind = AttentionKind::softmax;
     ScaleKind scale = ScaleKind::row;
-    double constant = 1.0;  // c_i for ScaleKind::constant
+    double constant = 1.0;  // for ScaleKind::constant
     int context = 1024;     // the model's context, for ScaleKind::context
 
     bool softmax() const { return kind == AttentionKind::softmax; }
     int power() const { return attention_power(kind); }
     bool polynomial() const { return power() > 0; }
+    // By how much a constant scale multiplies the weights of a kind without row scales.
+    double value_factor() const { return !polynomial() && scale == ScaleKind::constant ? constant : 1; }
     bool has_row_sum() const { return polynomial() && scale == ScaleKind::sum; }
 };
 

@@ -54,10 +54,12 @@ struct NormSums {
     AttentionNorms norms(const AttentionConfig& config, int B, int T, int D) const {
         double rows = (double)B * T, pairs = rows * (T + 1) / 2;
         AttentionNorms n;
-        n.norm = std::sqrt(square / rows);
-        n.jacobian_norm = std::sqrt(jacobian / rows);
-        n.max_weight = max_weight;
-        n.negative_mass = absolute == 0 ? 0 : negative / absolute;
+        // The sums are of weights without this factor.
+        const double factor = std::abs(config.value_factor());
+        n.norm = factor * std::sqrt(square / rows);
+        n.jacobian_norm = factor * std::sqrt(jacobian / rows);
+        n.max_weight = factor * max_weight;
+        n.negative_mass = config.value_factor() < 0 ? 1 : absolute == 0 ? 0 : negative / absolute;
         n.effective_keys = effective_keys / rows;
         n.entropy = entropy / rows;
         double mean = score / pairs;

@@ -385,7 +385,8 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     model("--context", o.model.context, "length of the longest sequence")->check(integer_in(1, 1 << 24));
     model("--attention", o.model.attention, "function that turns scores into weights (default softmax)")
         ->check(one_of(kAttentionNames));
-    model("--attention-scale", o.model.attention_scale, "scale of polynomial attention (default row)")
+    model("--attention-scale", o.model.attention_scale,
+          "scale of polynomial attention (default row); a number multiplies the weights of any attention")
         ->check(attention_scale_value());
     model("--positions", o.model.positions,
           "kind of positions (default: learned with softmax, otherwise rope)")

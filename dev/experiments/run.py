@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -164,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}, expected at least 1")
     names = args.studies or sorted(path.stem for path in HERE.glob("*.yaml") if path.stem != "datasets")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no training goes on alone
     try:
         studies = [read_study(HERE / f"{name}.yaml") for name in names]
         results = Results(args.results)

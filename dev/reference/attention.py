@@ -51,12 +51,13 @@ def attention_matrix(q: Tensor, k: Tensor, log_fade: Tensor | None, attention: s
     i = torch.arange(T, dtype=q.dtype, device=q.device)
     visible = i[:, None] >= i[None, :]
     log_fade = (q.new_zeros(1) if log_fade is None else log_fade).masked_fill(~visible, -math.inf)
+    factor = 1.0 if scale in ("row", "context", "mean", "sum") else float(scale)
     if attention == "softmax":
-        return (x + log_fade).softmax(-1)
+        return factor * (x + log_fade).softmax(-1)
 
     fade = log_fade.exp()  # 0 for j > i
     if attention == "sigmoid":
-        return torch.sigmoid(x - (i[:, None] + 1).log()) * fade
+        return factor * torch.sigmoid(x - (i[:, None] + 1).log()) * fade
 
     p = power_of(attention)
     power = x ** p
@@ -70,6 +71,6 @@ def attention_matrix(q: Tensor, k: Tensor, log_fade: Tensor | None, attention: s
             c = 1 / (math.sqrt(moment) * (i[:, None] + 1))
         case "sum":
             c = 1 / (1e-6 + (power * fade).abs().sum(-1, keepdim=True))
-        case number:
-            c = float(number)
+        case _:
+            c = factor
     return c * power * fade

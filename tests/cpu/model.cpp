@@ -162,6 +162,59 @@ TEST_CASE("a narrow MLP is the usual one without the channels whose weights are 
     });
 }
 
+TEST_CASE("a number as the scale of softmax and sigmoid is that of larger values") {
+    SafetensorsFile params(kGolden + "params.safetensors");
+    std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
+    const Batch batch{inputs.data(), targets.data(), kBatch, kSeq};
+    int cases = 0;
+    for (const GoldenCase& golden : golden_cases()) {
+        if (golden.config.attention().polynomial()) continue;
+        CAPTURE(golden.name);
+        cases++;
+        const float factor = -2.5f;
+        GPTConfig config = golden.config;
+        config.attention_scale = "-2.5";
+        auto scaled = golden_model(config, params, {Purpose::training, kBatch, kSeq}),
+             plain = golden_model(golden.config, params, {Purpose::training, kBatch, kSeq});
+        const int C = config.channels;
+        // Multiplies the part of c_attn's weight and bias that makes the values.
+        auto larger = [&](const ParameterTensor& t, std::vector<float> values) {
+            if (t.name.find("c_attn") != t.name.npos)
+                for (size_t i = 0; i < t.size; i++)
+                    if (i % (3 * C) >= size_t(2 * C)) values[i] *= factor;
+            return values;
+        };
+        for (const ParameterTensor& t : plain->table.tensors) {
+            std::vector<float> values(t.size);
+            plain->read(Store::weights, t, values.data());
+            plain->write(Store::weights, t, larger(t, values).data());
+        }
+        std::vector<AttentionNorms> norms(config.layers * config.heads), usual(norms.size());
+        const double loss = plain->loss(batch, Pass::training(1, true, true, usual.data()));
+        CHECK(scaled->loss(batch, Pass::training(1, true, true, norms.data())) ==
+              doctest::Approx(loss).epsilon(1e-6));
+        for (const ParameterTensor& t : plain->table.tensors) {
+            CAPTURE(t.name);
+            std::vector<float> found(t.size), expected(t.size);
+            scaled->read(Store::gradients, t, found.data());
+            plain->read(Store::gradients, t, expected.data());
+            const double norm = std::sqrt(squares(expected.data(), t.size));
+            if (norm < 1e-6) continue;  // that of a bias of k with softmax
+            CHECK(relative_error(found.data(), larger(t, expected).data(), t.size) < 1e-4);
+        }
+        // The first block reads the same in both models.
+        CHECK(norms[0].norm == doctest::Approx(2.5 * usual[0].norm).epsilon(1e-5));
+        CHECK(norms[0].jacobian_norm == doctest::Approx(2.5 * usual[0].jacobian_norm).epsilon(1e-5));
+        CHECK(norms[0].negative_mass == 1);
+        std::vector<float> logits((size_t)kSeq * scaled->V);
+        scaled->all_logits(logits.data(), inputs.data(), 1, kSeq);
+        scaled->clear_cache();
+        CHECK(relative_error(scaled->decode(inputs.data(), kSeq), &logits[(size_t)(kSeq - 1) * scaled->V],
+                             scaled->V) < 1e-5);
+    }
+    CHECK(cases > 3);
+}
+
 TEST_CASE("targets of -1 do not count") {
     SafetensorsFile params(kGolden + "params.safetensors");
     std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");

@@ -190,6 +190,7 @@ std::vector<GPTConfig> configs() {
                 c.attention_kind = kind, c.positions = positions, c.qk_norm = qk_norm;
                 c.short_conv = qk_norm ? 3 : 0, c.output_gate = !qk_norm;
                 c.mlp_channels = qk_norm ? 0 : 13;  // fewer than channels, and odd
+                if (attention_power(kind) == 0) c.attention_scale = "-1.5";
                 all.push_back(c);
             }
     for (AttentionKind kind : reference::every_kind())
