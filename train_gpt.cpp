@@ -45,7 +45,7 @@ template <class Real>
 struct GPT : Model {
     static constexpr bool kIsFloat = std::is_same_v<Real, float>;
 
-    AttentionConfig attention;
+    std::vector<AttentionConfig> attention;  // (L)
     int L, H, D, C, F, V, Vp;
     ParameterStore<HostMemory, Real> parameters;
     const Tensors<float>&weights = parameters.weights, &gradients = parameters.gradients;
@@ -60,7 +60,7 @@ struct GPT : Model {
 
     GPT(const GPTConfig& config, const ModelOptions& options)
         : Model(config, padded_vocabulary(config), options.sharding),
-          attention(config.attention()),
+          attention(config.attention_of_blocks()),
           L(config.layers),
           H(config.heads),
           D(config.head_size()),
@@ -72,7 +72,9 @@ struct GPT : Model {
           options(options) {
         if (config.decay == DecayKind::fixed) fixed_decay = initial_decays(H);
         size_t B = options.batch, T = options.seq;
-        plan_activations(plan, acts, grads, config, options, stats_size<Real>(attention, B, T, H, D));
+        std::vector<size_t> stats;  // (L)
+        for (const AttentionConfig& a : attention) stats.push_back(stats_size<Real>(a, B, T, H, D));
+        plan_activations(plan, acts, grads, config, options, stats);
         size_t logits_size = (size_t)classifier_rows((int)(B * T), Vp) * Vp;
         plan.add(logits, logits_size);
         if constexpr (kIsFloat) {
@@ -119,7 +121,8 @@ struct GPT : Model {
                 layernorm_forward(a.ln_1, a.ln_1_mean, a.ln_1_rstd, residual, w.ln_1_weight, w.ln_1_bias, N,
                                   C);
             forward_to_gelu(l, residual, B, T, cache);
-            if (norms) attention_norms(norms + l * H, a.heads, a.attn_stats, decay(l), attention, B, T, H, D);
+            if (norms)
+                attention_norms(norms + l * H, a.heads, a.attn_stats, decay(l), attention[l], B, T, H, D);
             matmul_forward(acts.delta, a.gelu, w_real.fc_proj_weight, w.fc_proj_bias, N, F, C);
             // One function adds to the residual stream and applies the LayerNorm that reads the sum next.
             bool last = l + 1 == L;
@@ -148,15 +151,15 @@ struct GPT : Model {
         }
         if (config.qk_norm || config.rope())
             qk_norm_rope_forward(a.heads, a.qk_rstd, a.conv, w.q_gain, angles(), B, T, H, D);
-        if (attention.value_factor() != 1) scale_values(a.heads, (float)attention.value_factor(), N, C);
+        if (attention[l].value_factor() != 1) scale_values(a.heads, (float)attention[l].value_factor(), N, C);
         if (config.decay == DecayKind::gate)
             decay_gate_forward(a.log_f, a.ln_1, w_real.decay_gate_weight, w.decay_gate_bias, B, T, C, H);
         if (cache) {
             cache->attention_forward(a.attn, a.heads, decay(l), l, T);
-        } else if (linear(T)) {
-            attention_linear_forward(a.attn, a.attn_stats, a.heads, decay(l), attention, B, T, H, D);
+        } else if (linear(l, T)) {
+            attention_linear_forward(a.attn, a.attn_stats, a.heads, decay(l), attention[l], B, T, H, D);
         } else {
-            attention_forward(a.attn, a.attn_stats, a.heads, decay(l), attention, B, T, H, D);
+            attention_forward(a.attn, a.attn_stats, a.heads, decay(l), attention[l], B, T, H, D);
         }
         if (config.output_gate) {
             matmul_forward<Real>(a.gate, a.ln_1, w_real.out_gate_weight, nullptr, N, C, C);
@@ -199,14 +202,15 @@ struct GPT : Model {
             if (config.output_gate)
                 output_gate_backward(grads.norm, grads.gate, grads.norm, a.attn, a.gate, (size_t)N * C);
             float* ddecay = config.decay == DecayKind::gate ? grads.log_f : d.decay;
-            if (linear(T)) {
+            if (linear(l, T)) {
                 attention_linear_backward(grads.qkv, ddecay, grads.norm, a.attn, a.attn_stats, a.heads,
-                                          decay(l), attention, B, T, H, D);
+                                          decay(l), attention[l], B, T, H, D);
             } else {
                 attention_backward(grads.qkv, ddecay, grads.norm, a.attn, a.attn_stats, a.heads, decay(l),
-                                   attention, B, T, H, D);
+                                   attention[l], B, T, H, D);
             }
-            if (attention.value_factor() != 1) scale_values(grads.qkv, (float)attention.value_factor(), N, C);
+            if (attention[l].value_factor() != 1)
+                scale_values(grads.qkv, (float)attention[l].value_factor(), N, C);
             if (config.qk_norm || config.rope())
                 qk_norm_rope_backward(grads.qkv, d.q_gain, grads.qkv, a.conv, a.qk_rstd, w.q_gain, angles(),
                                       B, T, H, D);
@@ -352,10 +356,10 @@ struct GPT : Model {
 
     static int padded_vocabulary(const GPTConfig& config) { return (config.vocab_size + 15) / 16 * 16; }
 
-    // Whether attention is computed in its linear form.
-    bool linear(int T) const {
-        if (options.kernel == AttentionKernel::automatic) return linear_pays<Real>(attention, T, D);
-        return options.kernel == AttentionKernel::linear;
+    // Whether the attention of block l is computed in its linear form.
+    bool linear(int l, int T) const {
+        if (options.kernel == AttentionKernel::automatic) return linear_pays<Real>(attention[l], T, D);
+        return options.kernel == AttentionKernel::linear && !attention[l].softmax();
     }
 
     Decay decay(int l) const {

@@ -48,7 +48,7 @@ template <class Real, class Gradient = float>
 struct GPT : Model {
     static constexpr bool kFloatGradients = std::is_same_v<Gradient, float>;
 
-    AttentionConfig attention;
+    std::vector<AttentionConfig> attention;  // (L)
     int L, H, D, C, F, V, Vp;
     ParameterStore<DeviceMemory, Real, Gradient> parameters;
     const Tensors<float>& weights = parameters.weights;
@@ -64,7 +64,7 @@ struct GPT : Model {
 
     GPT(const GPTConfig& config, const ModelOptions& options)
         : Model(config, padded_vocabulary(config), options.sharding),
-          attention(config.attention()),
+          attention(config.attention_of_blocks()),
           L(config.layers),
           H(config.heads),
           D(config.head_size()),
@@ -75,14 +75,17 @@ struct GPT : Model {
           parameters(table, sharding, options.purpose == Purpose::training),
           options(options) {
         size_t B = options.batch, T = options.seq;
-        plan_activations(plan, acts, grads, config, options, stats_size<Real>(attention, B, T, H, D));
+        std::vector<size_t> stats;  // (L)
+        for (const AttentionConfig& a : attention) stats.push_back(stats_size<Real>(a, B, T, H, D));
+        plan_activations(plan, acts, grads, config, options, stats);
         inputs.add_to(plan, config, options);
         plan.add(logits, (size_t)classifier_rows((int)(B * T), Vp) * Vp);
         plan.add(workspace, kMatmulWorkspace);
         clip.add_to(plan);
         plan.add(loss_sum, 1);
         plan.add(fixed_decay, H);
-        plan.add(scratch, scratch_size<Real>(config, options, linear((int)T)));
+        // If any block uses the linear form, block 0 does.
+        plan.add(scratch, scratch_size<Real>(config, options, linear(0, (int)T)));
     }
 
     ~GPT() override {
@@ -118,7 +121,8 @@ struct GPT : Model {
         if (!pass.norms) return;
         std::vector<NormSums> sums(L * H);
         copy_to_host(sums.data(), norm_sums.get(), L * H, stream);
-        for (int head = 0; head < L * H; head++) pass.norms[head] = sums[head].norms(attention, B, T, D);
+        for (int head = 0; head < L * H; head++)
+            pass.norms[head] = sums[head].norms(attention[head / H], B, T, D);
     }
 
     double take_loss() override {
@@ -147,8 +151,8 @@ struct GPT : Model {
                                   C, stream);
             forward_to_gelu(l, residual, B, T, cache);
             if (sums)
-                attention_norms(sums + l * H, scratch, a.heads, a.attn_stats, decay(l), attention, B, T, H, D,
-                                stream);
+                attention_norms(sums + l * H, scratch, a.heads, a.attn_stats, decay(l), attention[l], B, T, H,
+                                D, stream);
             matmul_forward(acts.delta, a.gelu, w_real.fc_proj_weight, w_real.fc_proj_bias, N, F, C, *matmuls,
                            stream);
             // One kernel adds to the residual stream and applies the LayerNorm that reads the sum next.
@@ -178,18 +182,18 @@ struct GPT : Model {
         }
         if (config.qk_norm || config.rope())
             qk_norm_rope_forward(a.heads, a.qk_rstd, a.conv, w.q_gain, inputs.rope, B, T, H, D, stream);
-        if (attention.value_factor() != 1)
-            scale_values(a.heads, (float)attention.value_factor(), N, C, stream);
+        if (attention[l].value_factor() != 1)
+            scale_values(a.heads, (float)attention[l].value_factor(), N, C, stream);
         if (config.decay == DecayKind::gate)
             decay_gate_forward(a.log_f, a.ln_1, w_real.decay_gate_weight, w.decay_gate_bias, B, T, C, H,
                                stream);
         if (cache) {
             cache->attention_forward(a.attn, a.heads, decay(l), l, T);
-        } else if (linear(T)) {
-            attention_linear_forward(a.attn, a.attn_stats, scratch, a.heads, decay(l), attention, B, T, H, D,
-                                     stream);
+        } else if (linear(l, T)) {
+            attention_linear_forward(a.attn, a.attn_stats, scratch, a.heads, decay(l), attention[l], B, T, H,
+                                     D, stream);
         } else {
-            attention_forward(a.attn, a.attn_stats, scratch, a.heads, decay(l), attention, B, T, H, D,
+            attention_forward(a.attn, a.attn_stats, scratch, a.heads, decay(l), attention[l], B, T, H, D,
                               stream);
         }
         if (config.output_gate) {
@@ -244,15 +248,15 @@ struct GPT : Model {
                 output_gate_backward(grads.norm, grads.gate, grads.norm, a.attn, a.gate, (size_t)N * C,
                                      stream);
             float* ddecay = config.decay == DecayKind::gate ? grads.log_f : d.decay;
-            if (linear(T)) {
+            if (linear(l, T)) {
                 attention_linear_backward(grads.qkv, ddecay, scratch, grads.norm, a.attn, a.attn_stats,
-                                          a.heads, decay(l), attention, B, T, H, D, stream);
+                                          a.heads, decay(l), attention[l], B, T, H, D, stream);
             } else {
                 attention_backward(grads.qkv, ddecay, scratch, grads.norm, a.attn, a.attn_stats, a.heads,
-                                   decay(l), attention, B, T, H, D, stream);
+                                   decay(l), attention[l], B, T, H, D, stream);
             }
-            if (attention.value_factor() != 1)
-                scale_values(grads.qkv, (float)attention.value_factor(), N, C, stream);
+            if (attention[l].value_factor() != 1)
+                scale_values(grads.qkv, (float)attention[l].value_factor(), N, C, stream);
             if (config.qk_norm || config.rope())
                 qk_norm_rope_backward(grads.qkv, d.q_gain, scratch, grads.qkv, a.conv, a.qk_rstd, w.q_gain,
                                       inputs.rope, B, T, H, D, stream);
@@ -425,10 +429,10 @@ struct GPT : Model {
 
     static int padded_vocabulary(const GPTConfig& config) { return (config.vocab_size + 15) / 16 * 16; }
 
-    // Whether attention is computed in its linear form.
-    bool linear(int T) const {
-        if (options.kernel == AttentionKernel::automatic) return linear_pays(attention, T, D);
-        return options.kernel == AttentionKernel::linear;
+    // Whether the attention of block l is computed in its linear form.
+    bool linear(int l, int T) const {
+        if (options.kernel == AttentionKernel::automatic) return linear_pays(attention[l], T, D);
+        return options.kernel == AttentionKernel::linear && !attention[l].softmax();
     }
 
     // The decay of layer l: of its gates, which the forward pass has made, or of delta (H).

@@ -94,7 +94,7 @@ def predictions(config: dict, T: int) -> list[tuple[float, float]]:
     """Returns a prediction for each head, one for all heads if they are alike, or none."""
     attention, scale = config["attention"], str(config["attention_scale"])
     power = power_of(attention)
-    if power == 0 or scale == "sum":
+    if power == 0 or scale == "sum" or config.get("softmax_every") == 1:
         return []
     H = config["n_head"]
     gammas = [1.0]
@@ -128,6 +128,8 @@ def read_run(folder: str) -> Run:
     label = f"{name}: {config['attention']}"
     if power:
         label += f", scale {config['attention_scale']}"
+    if config.get("softmax_every"):
+        label += f", softmax every {config['softmax_every']} blocks"
     if config["decay"] != "none":
         label += f", {config['decay']} decay"
     return Run(label, scores, power, predicted, heads, layers)

@@ -2,6 +2,7 @@
 // buffers and their names, which of them share memory, what the backward pass computes again, and where a NaN
 // came from.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <string>
 #include <type_traits>
@@ -70,13 +71,16 @@ inline bool is_recomputed(const ModelOptions& options, Recompute group, int l, i
 
 // Adds all of the above to a plan, for batches of up to options.batch x options.seq. A block has its own
 // buffer if the backward pass will read it. Otherwise all blocks share the buffer of the first one.
-//   attn_stats: number of floats that attention keeps for its backward pass
+//   attn_stats (L): the numbers of floats that the blocks' attention keeps for its backward pass
 template <class Real, class Memory>
 void plan_activations(MemoryPlan<Memory>& plan, Activations<Real>& acts, ActivationGradients<Real>& grads,
-                      const GPTConfig& config, const ModelOptions& options, size_t attn_stats) {
+                      const GPTConfig& config, const ModelOptions& options,
+                      const std::vector<size_t>& attn_stats) {
     size_t N = (size_t)options.batch * options.seq, C = config.channels, H = config.heads;
     size_t F = config.mlp_width();
     bool training = options.purpose == Purpose::training;
+    auto shares = [&](Recompute group) { return !training || options.recompute >= group; };
+    const size_t most_stats = *std::max_element(attn_stats.begin(), attn_stats.end());
     acts.h.resize(config.layers);
     plan.add(acts.embedded, N * C, "embedded");
     for (int l = 0; l < config.layers; l++) {
@@ -84,11 +88,10 @@ void plan_activations(MemoryPlan<Memory>& plan, Activations<Real>& acts, Activat
         a = {};
         std::string h = str("h.", l, ".");
         auto add = [&](auto& slot, auto& first_slot, size_t size, const char* name, Recompute group) {
-            bool shares = !training || options.recompute >= group;
-            if (shares && l > 0) {
+            if (shares(group) && l > 0) {
                 plan.alias(slot, first_slot);
             } else {
-                plan.add(slot, size, shares ? "" : h + name);
+                plan.add(slot, size, shares(group) ? "" : h + name);
             }
         };
         auto block = Recompute::block;
@@ -108,7 +111,8 @@ void plan_activations(MemoryPlan<Memory>& plan, Activations<Real>& acts, Activat
             plan.alias(a.heads, a.conv);
         }
         if (config.decay == DecayKind::gate) add(a.log_f, first.log_f, N * H, "attn.log_f", block);
-        if (attn_stats) add(a.attn_stats, first.attn_stats, attn_stats, "attn.stats", block);
+        const size_t stats = shares(block) ? most_stats : attn_stats[l];
+        if (stats) add(a.attn_stats, first.attn_stats, stats, "attn.stats", block);
         add(a.attn, first.attn, N * C, "attn.out", block);
         if (config.output_gate) {
             add(a.gate, first.gate, N * C, "attn.gate", block);

@@ -83,10 +83,11 @@ struct GPTConfig {
     int bos_token = -1;           // starts a text; -1: config.json does not say it
     std::vector<int> eos_tokens;  // each of them ends a text; empty: config.json does not say it
     AttentionKind attention_kind = AttentionKind::softmax;
+    int softmax_every = 0;  // N: blocks N, 2N, ..., counted from 1, have softmax instead; 0: none
     std::string attention_scale = "row";
     PositionKind positions = PositionKind::learned;
     bool qk_norm = false;
-    double q_gain = 1;  // what the gains of qk-norm start at in a new model
+    double q_gain = 1;  // what the gains of qk-norm start at in a new model; 1 in softmax_every's blocks
     DecayKind decay = DecayKind::none;
     int short_conv = 0;  // width of the causal convolution on the qkv projection; 0: none
     bool output_gate = false;
@@ -104,8 +105,21 @@ struct GPTConfig {
         if (token >= 0) bos_token = token, eos_tokens = {token};
     }
 
-    // The parsed form of attention_kind and attention_scale. It is an error if attention_scale is not a
-    // scale.
+    // Whether softmax_every gives block `layer` softmax in place of attention_kind.
+    bool has_softmax_instead(int layer) const {
+        return softmax_every > 0 && (layer + 1) % softmax_every == 0;
+    }
+
+    // The attention of every block (L).
+    std::vector<AttentionConfig> attention_of_blocks() const {
+        std::vector<AttentionConfig> blocks(layers, attention());
+        for (int l = 0; l < layers; l++)
+            if (has_softmax_instead(l)) blocks[l].kind = AttentionKind::softmax;
+        return blocks;
+    }
+
+    // The parsed form of attention_kind and attention_scale, without softmax_every. It is an error if
+    // attention_scale is not a scale.
     AttentionConfig attention() const {
         AttentionConfig a;
         a.kind = attention_kind;
@@ -135,6 +149,9 @@ struct GPTConfig {
         in_range("context (n_positions)", context, 1, 1 << 24);
         in_range("vocab_size", vocab_size, 2, 1 << 24);
         in_range("short_conv", short_conv, 0, 64);
+        in_range("softmax_every", softmax_every, 0, 1000);
+        if (softmax_every > 0 && attention_kind == AttentionKind::softmax)
+            fail(where, ": softmax_every is ", softmax_every, ", but attention is softmax, for all blocks");
         if (!(q_gain >= kLeastQGain && q_gain <= kMostQGain))
             fail(where, ": q_gain is ", q_gain, ", expected ", kLeastQGain, " to ", kMostQGain);
         if (channels % heads != 0) fail(where, ": ", heads, " heads do not divide ", channels, " channels");

@@ -1,7 +1,7 @@
 // Reads and writes a GPTConfig as config.json. Its keys are those of Hugging Face's GPT-2 plus `attention`,
-// `attention_scale`, `positions`, `qk_norm`, `q_gain`, `decay`, `short_conv` and `output_gate`; without these
-// the model is a plain GPT-2. This is not in config.h, because all layers include that and the JSON library
-// compiles slowly.
+// `softmax_every`, `attention_scale`, `positions`, `qk_norm`, `q_gain`, `decay`, `short_conv` and
+// `output_gate`; without these the model is a plain GPT-2. This is not in config.h, because all layers
+// include that and the JSON library compiles slowly.
 #pragma once
 #include <climits>
 #include <nlohmann/json.hpp>
@@ -24,6 +24,7 @@ inline nlohmann::ordered_json config_to_json(const GPTConfig& c) {
                                    {"layer_norm_epsilon", 1e-5},
                                    {"activation_function", "gelu_new"},
                                    {"attention", kAttentionNames[(int)c.attention_kind]},
+                                   {"softmax_every", c.softmax_every},
                                    {"attention_scale", c.attention_scale},
                                    {"positions", kPositionNames[(int)c.positions]},
                                    {"qk_norm", c.qk_norm},
@@ -93,6 +94,7 @@ inline GPTConfig config_from_json(const nlohmann::json& json, const std::string&
     if (!bos_tokens.empty()) c.bos_token = bos_tokens[0];
     c.eos_tokens = token_ids("eos_token_id");
     c.attention_kind = (AttentionKind)name("attention", kAttentionNames);
+    c.softmax_every = integer("softmax_every", 0);
     c.positions = (PositionKind)name("positions", kPositionNames);
     c.decay = (DecayKind)name("decay", kDecayNames);
     c.short_conv = integer("short_conv", 0);

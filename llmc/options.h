@@ -27,7 +27,7 @@
 // a checkpoint.
 struct ModelFlags {
     std::optional<std::string> preset, attention, attention_scale, positions, decay;
-    std::optional<int> layers, heads, channels, mlp_channels, context, short_conv;
+    std::optional<int> layers, heads, channels, mlp_channels, context, short_conv, softmax_every;
     std::optional<bool> qk_norm, output_gate;
     std::optional<double> q_gain;
 
@@ -45,6 +45,7 @@ struct ModelFlags {
         if (context) config.context = *context;
         if (attention)
             config.attention_kind = (AttentionKind)index_of_name(*attention, kAttentionNames, "--attention");
+        if (softmax_every) config.softmax_every = *softmax_every;
         if (attention_scale) config.attention_scale = *attention_scale;
         if (positions)
             config.positions = (PositionKind)index_of_name(*positions, kPositionNames, "--positions");
@@ -75,6 +76,8 @@ struct ModelFlags {
         config = over(config);
         if (config.qk_norm && !q_gain) config.q_gain = default_q_gain(config.attention_kind);
         if (q_gain && !config.qk_norm) usage_error("--q-gain: only a model with --qk-norm true has gains");
+        if (config.softmax_every && config.attention_kind == AttentionKind::softmax)
+            usage_error("--softmax-every: the other blocks need an --attention other than softmax");
         return config;
     }
 
@@ -385,6 +388,9 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     model("--context", o.model.context, "length of the longest sequence")->check(integer_in(1, 1 << 24));
     model("--attention", o.model.attention, "function that turns scores into weights (default softmax)")
         ->check(one_of(kAttentionNames));
+    model("--softmax-every", o.model.softmax_every,
+          "use softmax in every N-th block, the others have --attention; 0: in none (default 0)")
+        ->check(integer_in(0, 1000));
     model("--attention-scale", o.model.attention_scale,
           "scale of polynomial attention (default row); a number multiplies the weights of any attention")
         ->check(attention_scale_value());

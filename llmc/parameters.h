@@ -211,7 +211,8 @@ struct ParameterTable {
                 vector(layer.conv_weight, "attn.conv.weight", {config_.short_conv, 3 * C},
                        Init::identity_conv);
             if (config_.qk_norm)
-                vector(layer.q_gain, "attn.q_gain", {H}, Init::constant, Rate::attention, config_.q_gain);
+                vector(layer.q_gain, "attn.q_gain", {H}, Init::constant, Rate::attention,
+                       config_.has_softmax_instead(l) ? 1 : config_.q_gain);
             if (config_.decay == DecayKind::learned) vector(layer.decay, "attn.decay", {H}, Init::decay);
             if (config_.decay == DecayKind::gate) {
                 matrix(layer.decay_gate_weight, "attn.decay_gate.weight", C, H, 0.02, Rate::attention);

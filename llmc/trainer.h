@@ -442,6 +442,7 @@ class Trainer {
         int64_t steps_an_epoch = std::max<int64_t>(1, data.sequences() * o.seq / o.total_batch);
         std::string attention = kAttentionNames[(int)config.attention_kind];
         if (config.attention().polynomial()) attention += ", scale " + config.attention_scale;
+        if (config.softmax_every) attention += str(", softmax every ", config.softmax_every, " blocks");
         attention +=
             str(", ", kPositionNames[(int)config.positions], " positions", config.qk_norm ? ", qk-norm" : "",
                 config.qk_norm && config.q_gain != 1 ? str(" from ", config.q_gain) : "",
@@ -545,10 +546,11 @@ class Trainer {
     // layer. All ranks must call it; only rank 0 has the heads' norms.
     void write_norms(const std::vector<AttentionNorms>& norms) {
         const GPTConfig& config = model->config;
+        const std::vector<AttentionConfig> attention = config.attention_of_blocks();
         for (int l = 0; l < config.layers; l++) {
             for (int h = 0; h < config.heads && is_root(); h++) {
                 nlohmann::ordered_json line = {{"step", state.step}, {"layer", l}, {"head", h}};
-                append_norms(line, norms[(size_t)l * config.heads + h], config.attention());
+                append_norms(line, norms[(size_t)l * config.heads + h], attention[l]);
                 log(line);
             }
             double norm = std::hypot(parallel->gradient_norm(model->table.block(l)),

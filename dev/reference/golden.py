@@ -54,11 +54,13 @@ def covered(case: dict) -> set:
 
 def choose_cases() -> list[dict]:
     """Cases that cover, between them, all that a model can have; greedily, and always the same ones. The first
-    five kinds of attention share theirs; each later kind, and the gate, adds its own, so that the files of
-    others stay."""
+    five kinds of attention share theirs; each later kind, the gate, and softmax in every second block add their
+    own, so that the files of others stay."""
     cases, done = list(FIRST), set().union(*map(covered, FIRST))
     groups = [{"attention": ATTENTIONS[:5]}, *({"attention": [attention]} for attention in ATTENTIONS[5:]),
-              {"decay": ["gate"]}]
+              {"decay": ["gate"]},
+              {"attention": ["poly1", "poly3"], "attention_scale": ["row", "sum"],
+               "decay": ["none", "learned", "gate"], "softmax_every": [2]}]
     for group in groups:
         factors = FACTORS | group
         candidates = [case for case in (dict(zip(factors, values)) for values in product(*factors.values()))
@@ -107,6 +109,7 @@ def make_model(config: GPTConfig, tensors: dict[str, Tensor], dtype: torch.dtype
 def case_name(config: GPTConfig) -> str:
     words = [config.attention]
     words += [config.attention_scale] if power_of(config.attention) else []
+    words += [f"softmax{config.softmax_every}"] if config.softmax_every else []
     words += [config.positions]
     words += ["qknorm"] if config.qk_norm else []
     words += [f"{config.decay}-decay"] if config.decay != "none" else []

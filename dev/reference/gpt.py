@@ -14,7 +14,7 @@ import argparse
 import functools
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,6 +50,13 @@ class GPTConfig:
     short_conv: int = 0  # its width; 0: none
     output_gate: bool = False
     n_inner: int | None = None  # width of the MLP's hidden layer; None: 4 n_embd
+    softmax_every: int = 0  # N: blocks N, 2N, ..., counted from 1, have softmax instead; 0: none
+
+    def of_block(self, layer: int) -> "GPTConfig":
+        """The same for a model in which all blocks are like this one."""
+        if self.softmax_every == 0 or (layer + 1) % self.softmax_every != 0:
+            return self
+        return replace(self, attention="softmax", softmax_every=0, q_gain=1.0)
 
     @classmethod
     def from_json(cls, config: dict) -> "GPTConfig":
@@ -229,7 +236,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.positions == "learned" else None
-        self.h = nn.ModuleList(Block(config, fused) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config.of_block(layer), fused) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):

@@ -1,4 +1,4 @@
-// What generation keeps about the tokens so far. For each layer this is their keys and values or, if
+// What generation keeps about the tokens so far. For each layer this is their keys and values or, if its
 // attention has a linear form, a state of fixed size (attention_state.h). In addition it keeps the last
 // inputs of the short convolution, and with keys and values the gates of the tokens.
 #pragma once
@@ -24,7 +24,7 @@ class Cache {
     Cache() = default;
     Cache(const GPTConfig& config, CacheKind kind)
         : config_(config),
-          attention_(config.attention()),
+          attention_(config.attention_of_blocks()),
           kind_(kind),
           H_(config.heads),
           D_(config.head_size()),
@@ -41,21 +41,20 @@ class Cache {
     //   decay(l): the decay of layer l; with a gate, its values are not read
     template <class DecayOf>
     void begin(DecayOf decay) {
-        if (has_state_ || kind_ == CacheKind::kv || !has_linear_form(attention_, D_)) return;
-        if (kind_ == CacheKind::automatic && length < state_pays_from(attention_.power(), D_)) return;
         constexpr int kRows = 64;
-        std::vector<float> rows((size_t)kRows * 3 * C_, 0.0f);  // (64,3C), q is 0
-        has_state_ = true;
-        for (size_t l = 0; l < state_.size(); l++) {
-            state_[l].assign(H_ * state_size(attention_.power(), D_), 0.0f);
+        std::vector<float> rows;  // (64,3C), q is 0
+        for (int l = 0; l < (int)state_.size(); l++) {
+            if (!changes_to_state(l)) continue;
+            rows.resize((size_t)kRows * 3 * C_);
+            state_[l].assign(H_ * state_size(attention_[l].power(), D_), 0.0f);
             for (int t0 = 0; t0 < length; t0 += kRows) {
                 int n = std::min(kRows, length - t0);
                 for (int t = 0; t < n; t++)
                     std::copy_n(&kv_[l][(size_t)(t0 + t) * 2 * C_], 2 * C_, &rows[(size_t)t * 3 * C_ + C_]);
-                Decay some = decay((int)l);
+                Decay some = decay(l);
                 if (some.is_gate) some.values = &log_f_[l][(size_t)t0 * H_];
-                attention_state_forward<float>(nullptr, state_[l].data(), rows.data(), some, attention_, t0,
-                                               n, H_, D_);
+                attention_state_forward<float>(nullptr, state_[l].data(), rows.data(), some, attention_[l],
+                                               t0, n, H_, D_);
             }
             std::vector<float>().swap(kv_[l]);
             log_f_[l].clear();
@@ -69,19 +68,19 @@ class Cache {
                            Decay decay, int l, int T) {
         if (decay.is_gate) {  // from (H,T) to (T,H), after that of earlier tokens
             std::vector<float>& log_f = log_f_[l];
-            if (has_state_) log_f.clear();
+            if (has_state(l)) log_f.clear();
             for (int t = 0; t < T; t++)
                 for (int h = 0; h < H_; h++) log_f.push_back(decay.values[(size_t)h * T + t]);
             decay.values = log_f.data();
         }
-        if (has_state_) {
-            attention_state_forward(out, state_[l].data(), heads, decay, attention_, length, T, H_, D_);
+        if (has_state(l)) {
+            attention_state_forward(out, state_[l].data(), heads, decay, attention_[l], length, T, H_, D_);
             return;
         }
         std::vector<float>& kv = kv_[l];
         for (int t = 0; t < T; t++)
             kv.insert(kv.end(), heads + (size_t)t * 3 * C_ + C_, heads + (size_t)(t + 1) * 3 * C_);
-        attention_cached_forward(out, heads, kv.data(), decay, attention_, length, T, H_, D_);
+        attention_cached_forward(out, heads, kv.data(), decay, attention_[l], length, T, H_, D_);
     }
 
     // Computes the short convolution of T new rows and keeps the last ones for the next call.
@@ -97,18 +96,22 @@ class Cache {
         conv_history_[l].assign(rows.end() - (size_t)(K - 1) * W, rows.end());
     }
 
-    bool has_state() const { return has_state_; }  // false: it has keys and values
+    bool has_state(int l) const { return !state_[l].empty(); }  // false: layer l has keys and values
 
   private:
     GPTConfig config_;
-    AttentionConfig attention_;
+    std::vector<AttentionConfig> attention_;  // (L)
     CacheKind kind_ = CacheKind::automatic;
     int H_ = 0, D_ = 0, C_ = 0;
-    bool has_state_ = false;
     std::vector<std::vector<float>> kv_;            // (L): (length,2C)
     std::vector<std::vector<float>> log_f_;         // (L): (length,H) with a gate, or only the new tokens'
     std::vector<std::vector<float>> state_;         // (L): (H,state_size)
     std::vector<std::vector<float>> conv_history_;  // (L): (K-1,3C)
+
+    bool changes_to_state(int l) const {
+        if (has_state(l) || kind_ == CacheKind::kv || !has_linear_form(attention_[l], D_)) return false;
+        return kind_ == CacheKind::state || length >= state_pays_from(attention_[l].power(), D_);
+    }
 };
 
 }  // namespace cpu

@@ -1,4 +1,4 @@
-// What generation keeps about the tokens so far. For each layer this is their keys and values or, if
+// What generation keeps about the tokens so far. For each layer this is their keys and values or, if its
 // attention has a linear form, a state of fixed size (attention/state.h). In addition it keeps the last
 // inputs of the short convolution, and what attention needs of earlier gates.
 #pragma once
@@ -23,7 +23,7 @@ class Cache {
     Cache() = default;
     Cache(const GPTConfig& config, CacheKind kind, cudaStream_t stream)
         : config_(config),
-          attention_(config.attention()),
+          attention_(config.attention_of_blocks()),
           kind_(kind),
           stream_(stream),
           H_(config.heads),
@@ -45,18 +45,16 @@ class Cache {
     //   decay(l): the decay of layer l; with gates only that it has them
     template <class DecayOf>
     void begin(DecayOf decay) {
-        if (has_state_ || kind_ == CacheKind::kv || !has_linear_form(attention_, D_)) return;
-        if (kind_ == CacheKind::automatic && length < state_pays_from(attention_.power(), D_)) return;
-        has_state_ = true;
-        for (size_t l = 0; l < state_.size(); l++) {
-            size_t size = H_ * state_size(attention_.power(), D_);
+        for (int l = 0; l < (int)state_.size(); l++) {
+            if (!changes_to_state(l)) continue;
+            size_t size = H_ * state_size(attention_[l].power(), D_);
             state_[l] = DeviceArray<float>(size);
             check(cudaMemsetAsync(state_[l].get(), 0, size * sizeof(float), stream_));
             DeviceArray<float> log_f(length && has_gates() ? (size_t)length * H_ : 0);
             if (log_f.size()) gates_of_sums(log_f.get(), gate_sums_[l].get(), length, H_, stream_);
             if (length)
                 attention_state_of_cache(state_[l].get(), kv_[l].get(),
-                                         has_gates() ? Decay::gate(log_f.get()) : decay((int)l), attention_,
+                                         has_gates() ? Decay::gate(log_f.get()) : decay(l), attention_[l],
                                          length, H_, D_, stream_);
             wait_for(stream_);
             kv_[l] = DeviceArray<Real>();
@@ -73,16 +71,16 @@ class Cache {
         int end = length + T;
         if (has_gates()) {
             row_scale_.grow((size_t)T * H_, stream_);
-            if (!has_state_) gate_sums_[l].grow((size_t)end * H_, stream_);
-            cached_gates(has_state_ ? nullptr : gate_sums_[l].get(), row_lengths_[l].get(), row_scale_.get(),
-                         decay.log_f, attention_, length, T, H_, D_, stream_);
+            if (!has_state(l)) gate_sums_[l].grow((size_t)end * H_, stream_);
+            cached_gates(has_state(l) ? nullptr : gate_sums_[l].get(), row_lengths_[l].get(),
+                         row_scale_.get(), decay.log_f, attention_[l], length, T, H_, D_, stream_);
         } else if (l == 0 || config_.decay == DecayKind::learned) {
-            place_row_scale(decay.delta, T);
+            place_row_scale(decay.delta, l, T);
         }
-        if (has_state_) {
-            if (l == 0) scratch_.grow(attention_state_scratch(attention_.power(), H_, D_), stream_);
+        if (has_state(l)) {
+            scratch_.grow(attention_state_scratch(attention_[l].power(), H_, D_), stream_);
             attention_state_forward(out, state_[l].get(), scratch_.get(), heads, decay, row_scale_.get(),
-                                    attention_, T, H_, D_, stream_);
+                                    attention_[l], T, H_, D_, stream_);
             return;
         }
         DeviceArray<Real>& kv = kv_[l];
@@ -91,9 +89,9 @@ class Cache {
         check(cudaMemcpy2DAsync(kv.get() + length * row, row * sizeof(Real), heads + C_,
                                 3 * C_ * sizeof(Real), row * sizeof(Real), T, cudaMemcpyDeviceToDevice,
                                 stream_));
-        if (l == 0) scratch_.grow((size_t)T * H_ * end, stream_);
+        scratch_.grow((size_t)T * H_ * end, stream_);
         attention_cached_forward(out, scratch_.get(), heads, kv.get(), decay.delta, row_scale_.get(),
-                                 attention_, length, T, H_, D_, stream_, gate_sums_[l].get());
+                                 attention_[l], length, T, H_, D_, stream_, gate_sums_[l].get());
     }
 
     // Computes the short convolution of T new rows and keeps the last ones for the next call.
@@ -116,13 +114,12 @@ class Cache {
 
   private:
     GPTConfig config_;
-    AttentionConfig attention_;
+    std::vector<AttentionConfig> attention_;  // (L)
     CacheKind kind_ = CacheKind::automatic;
     cudaStream_t stream_ = nullptr;
     int H_ = 0, D_ = 0, C_ = 0;
-    bool has_state_ = false;                        // instead of keys and values
     std::vector<DeviceArray<Real>> kv_;             // (L): (length,2C) and room for more
-    std::vector<DeviceArray<float>> state_;         // (L): (H,state_size)
+    std::vector<DeviceArray<float>> state_;         // (L): (H,state_size), instead of keys and values
     std::vector<DeviceArray<double>> gate_sums_;    // (L): with gates and keys, (length,H) and room for more
     std::vector<DeviceArray<double>> row_lengths_;  // (L): with gates, (H)
     std::vector<DeviceArray<Real>> conv_history_;   // (L): (K-1,3C)
@@ -130,17 +127,24 @@ class Cache {
     DeviceArray<float> row_scale_;                  // (T,H): c_i of the new tokens
 
     bool has_gates() const { return config_.decay == DecayKind::gate; }
+    bool has_state(int l) const { return state_[l].size() > 0; }
 
-    // Computes c_i of the new tokens. With a learned decay each layer has its own; otherwise all have the
-    // same.
-    void place_row_scale(const float* decay, int T) {
+    bool changes_to_state(int l) const {
+        if (has_state(l) || kind_ == CacheKind::kv || !has_linear_form(attention_[l], D_)) return false;
+        return kind_ == CacheKind::state || length >= state_pays_from(attention_[l].power(), D_);
+    }
+
+    // Computes c_i of the new tokens. With a learned decay each layer has its own; otherwise all have that of
+    // block 0, except for softmax, which ignores it.
+    void place_row_scale(const float* decay, int l, int T) {
         std::vector<float> delta(H_), scales;
         if (decay) copy_to_host(delta.data(), decay, H_, stream_);
-        bool from_scores = attention_.softmax() || attention_.has_row_sum();  // the kernels then find c_i
+        const AttentionConfig& attention = attention_[l];
+        bool from_scores = attention.softmax() || attention.has_row_sum();  // the kernels then find c_i
         for (int t = length; t < length + T; t++)
             for (int h = 0; h < H_; h++)
                 scales.push_back(
-                    from_scores ? 1 : (float)row_scale(attention_, t, decay ? log_gamma(delta[h]) : 0, D_));
+                    from_scores ? 1 : (float)row_scale(attention, t, decay ? log_gamma(delta[h]) : 0, D_));
         row_scale_.grow(scales.size(), stream_);
         copy_to_device(row_scale_.get(), scales.data(), scales.size(), stream_);
         wait_for(stream_);

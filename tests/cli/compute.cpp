@@ -302,8 +302,9 @@ TEST_CASE("cli: eval and dump compute in bf16 where they are asked to") {
 
 TEST_CASE("cli: --norms-every logs every head and layer, and changes no loss") {
     const TempFolder folder;
-    for (const char* attention : {"softmax", "poly3"}) {
-        const std::string out = folder / attention, flags = str("--attention ", attention, " ");
+    for (const bool hybrid : {false, true}) {  // the hybrid's second block has softmax
+        const std::string out = folder / (hybrid ? "hybrid" : "softmax"),
+                          flags = hybrid ? "--attention poly3 --softmax-every 2 " : "--attention softmax ";
         check_done(
             train_gpt(str("train --data ", fixture().data, " --out ", out, kLong,
                           " --steps 12 --sample-every 0 --checkpoint-every 0 --norms-every 5 ", flags)));
@@ -327,8 +328,9 @@ TEST_CASE("cli: --norms-every logs every head and layer, and changes no loss") {
                                     "score_std", "max_score"})
                 CHECK(entry.at(key).get<double>() > 0);
             CHECK(entry.at("negative_mass").get<double>() >= 0);
-            CHECK(entry.contains("entropy") == (attention[0] == 's'));
-            CHECK(entry.contains("moment_excess") == (attention[0] == 'p'));
+            const bool softmax = !hybrid || entry.at("layer") == 1;
+            CHECK(entry.contains("entropy") == softmax);
+            CHECK(entry.contains("moment_excess") == !softmax);
         }
         CHECK(steps == std::set<int>{1, 5, 10});
         CHECK(heads == 3 * 2 * 2);

@@ -626,6 +626,7 @@ TEST_CASE("resume: flags that would make another run are refused, others change 
                          {"--total-batch 128", {"--total-batch", "128", "64", "trainer.json"}},
                          {"--attention softmax", {"attention", "softmax", "poly2", "config.json"}},
                          {"--attention-scale mean", {"attention_scale", "mean", "row", "config.json"}},
+                         {"--softmax-every 2", {"softmax_every", "2", "0", "config.json"}},
                          {"--positions learned", {"positions", "learned", "rope", "config.json"}},
                          {"--qk-norm false", {"qk_norm", "false", "true", "config.json"}},
                          {"--q-gain 0.5", {"q_gain", "0.5", "1.0", "config.json"}},

@@ -47,7 +47,8 @@ Strings words_of(const std::string& line) {
 
 const std::map<std::string, Strings> kFlags = {
     {"train",
-     words_of("--data --out --preset --layers --heads --channels --context --attention --attention-scale "
+     words_of("--data --out --preset --layers --heads --channels --context --attention --softmax-every "
+              "--attention-scale "
               "--positions --qk-norm --q-gain --decay --short-conv --output-gate --init-from --new-tokenizer "
               "--batch "
               "--seq --total-batch --steps --lr --attention-lr --schedule --warmup --final-lr-fraction "
@@ -102,7 +103,8 @@ TEST_CASE("cli: numbers that are none or out of range are refused") {
     };
     const Numbers table[] = {
         {"train --out " + out + data,
-         "--layers --heads --channels --context --short-conv --batch --seq --total-batch --steps --warmup "
+         "--layers --heads --channels --context --softmax-every --short-conv --batch --seq --total-batch "
+         "--steps --warmup "
          "--seed "
          "--threads --val-every --val-batches --sample-every --sample-tokens --checkpoint-every "
          "--keep-checkpoints",
@@ -161,6 +163,8 @@ TEST_CASE("cli: bad command lines are refused") {
         {train + "--preset gpt3", {"--preset", "gpt3", "nano", "gpt2-xl", "gpt2-xl-poly4"}},
         {train + "--preset nano-poly5", {"--preset", "nano-poly5", "nano-poly1"}},
         {train + "--attention Poly3", {"--attention", "Poly3", "softmax", "poly1", "poly4"}},
+        {train + "--softmax-every 4", {"--softmax-every", "--attention", "softmax"}},
+        {train + "--softmax-every 1001 --attention poly1", {"--softmax-every", "1001", "0 to 1000"}},
         {train + "--attention-scale tall", {"--attention-scale", "tall", "row", "context", "mean", "sum"}},
         {train + "--attention-scale nan", {"--attention-scale", "nan"}},
         {train + "--attention-scale 0", {"--attention-scale", "0"}},

@@ -111,7 +111,7 @@ TEST_CASE("loss, logits and every gradient equal the PyTorch twin's") {
             // gradient consists mostly of rounding errors.
             double norm = std::sqrt(squares(wanted.data(), t.size));
             bool rounding = norm < 1e-5 * all_gradients;
-            bool cancels = golden.config.attention().has_row_sum() && t.name.ends_with("q_gain");
+            bool cancels = t.name.ends_with("q_gain") && model->attention[t.layer].has_row_sum();
             double allowed = rounding || cancels ? std::max(1e-4 * norm, 1e-7 * all_gradients) : 1e-4 * norm;
             CHECK(relative_error(gradient.data(), wanted.data(), t.size) * norm < allowed);
         }
@@ -385,16 +385,17 @@ TEST_CASE("all_logits writes every row where the logits come in several chunks")
 }
 
 // A model with initial weights, a kind of attention that has a linear form, and sequences of several chunks.
+// With softmax_every 2 its second block has softmax.
 struct LongCase {
     GPTConfig config;
     std::vector<int> tokens;
 
-    LongCase(AttentionKind kind, DecayKind decay, int length) : tokens(length) {
+    LongCase(AttentionKind kind, DecayKind decay, int softmax_every, int length) : tokens(length) {
         config.layers = 2, config.heads = 2, config.channels = 16, config.context = 200,
         config.vocab_size = 50;
         config.attention_kind = kind, config.positions = PositionKind::rope, config.qk_norm = true,
         config.short_conv = 3;
-        config.decay = decay;
+        config.decay = decay, config.softmax_every = softmax_every;
         for (size_t i = 0; i < tokens.size(); i++) tokens[i] = (int)((i * i + i / 7) % 50);
     }
     std::unique_ptr<cpu::GPT<float>> make(const ModelOptions& options) const {
@@ -411,13 +412,20 @@ struct LongCase {
     }
 };
 
+constexpr std::pair<DecayKind, int> kLongOptions[] = {{DecayKind::none, 0},
+                                                      {DecayKind::learned, 0},
+                                                      {DecayKind::gate, 0},
+                                                      {DecayKind::learned, 2},
+                                                      {DecayKind::gate, 2}};
+
 TEST_CASE("the linear kernel gives the tiled one's loss and gradients") {
     for (AttentionKind kind : reference::linear_kinds())
-        for (DecayKind decay : {DecayKind::none, DecayKind::learned, DecayKind::gate}) {
+        for (auto [decay, softmax_every] : kLongOptions) {
             CAPTURE((int)kind);
             CAPTURE(kDecayNames[(int)decay]);
+            CAPTURE(softmax_every);
             const int T = 150;
-            LongCase c(kind, decay, T + 1);
+            LongCase c(kind, decay, softmax_every, T + 1);
             std::vector<std::vector<float>> gradients;
             std::vector<double> losses;
             for (AttentionKernel kernel : {AttentionKernel::tiled, AttentionKernel::linear}) {
@@ -439,10 +447,11 @@ TEST_CASE("the linear kernel gives the tiled one's loss and gradients") {
 
 TEST_CASE("generation goes over to the state without a change in the logits") {
     for (AttentionKind kind : reference::linear_kinds())
-        for (DecayKind decay : {DecayKind::none, DecayKind::learned, DecayKind::gate}) {
+        for (auto [decay, softmax_every] : kLongOptions) {
             CAPTURE((int)kind);
             CAPTURE(kDecayNames[(int)decay]);
-            LongCase c(kind, decay, 200);
+            CAPTURE(softmax_every);
+            LongCase c(kind, decay, softmax_every, 200);
             ModelOptions options{Purpose::inference, 1, 1};
             options.cache = CacheKind::kv;
             auto kv = c.make(options);
@@ -453,8 +462,9 @@ TEST_CASE("generation goes over to the state without a change in the logits") {
                 const float* expected = kv->decode(&c.tokens[t], 1);
                 CHECK(relative_error(automatic->decode(&c.tokens[t], 1), expected, 50) < 1e-5);
             }
-            CHECK(automatic->cache.has_state());
-            CHECK(!kv->cache.has_state());
+            CHECK(automatic->cache.has_state(0));
+            CHECK(automatic->cache.has_state(1) == (softmax_every == 0));
+            CHECK(!kv->cache.has_state(0));
         }
 }
 
@@ -475,6 +485,27 @@ TEST_CASE("a new model has RoPE and qk-norm, unless its attention is softmax or 
         const std::string error = error_of([&] { gain = flags.fresh(100, -1).q_gain; });
         CHECK(gain == (softmax ? 0.5 : 0.0));
         CHECK(error == (softmax ? "" : "--q-gain: only a model with --qk-norm true has gains"));
+    }
+    ModelFlags flags;
+    flags.softmax_every = 4;
+    check_error([&] { flags.fresh(100, -1); }, {"--softmax-every", "--attention", "softmax"});
+    flags.attention = "poly1";
+    CHECK(flags.fresh(100, -1).softmax_every == 4);
+}
+
+TEST_CASE("blocks with softmax among others: which they are, and that their gains start at 1") {
+    GPTConfig config;
+    config.layers = 7, config.heads = 2, config.channels = 8;
+    config.attention_kind = AttentionKind::poly1, config.qk_norm = true, config.q_gain = 0.25;
+    for (auto [every, expected] :
+         {std::pair(0, "ppppppp"), {1, "sssssss"}, {2, "pspspsp"}, {3, "ppsppsp"}, {8, "ppppppp"}}) {
+        config.softmax_every = every;
+        for (int l = 0; l < config.layers; l++) {
+            const bool softmax = expected[l] == 's';
+            CHECK(config.attention_of_blocks()[l].softmax() == softmax);
+            for (const ParameterTensor& t : ParameterTable(config, 50272).tensors)
+                if (t.name == str("h.", l, ".attn.q_gain")) CHECK(t.value == (softmax ? 1 : 0.25));
+        }
     }
 }
 
@@ -497,6 +528,9 @@ TEST_CASE("a kind of attention without a linear form is refused where that is as
     }
     CHECK(make(AttentionKind::poly1, "sum", AttentionKernel::linear, CacheKind::kv) != "");
     CHECK(make(AttentionKind::poly2, "sum", AttentionKernel::linear, CacheKind::state) == "");
+    config.softmax_every = 2;  // the other blocks decide
+    CHECK(make(AttentionKind::poly2, "row", AttentionKernel::linear, CacheKind::state) == "");
+    CHECK(make(AttentionKind::poly4, "row", AttentionKernel::linear, CacheKind::kv) != "");
 }
 
 TEST_CASE("micro-batches add up to the gradient of the whole batch") {

@@ -20,6 +20,7 @@ using reference::Vector;
 
 std::string describe(const GPTConfig& c) {
     return str(kAttentionNames[(int)c.attention_kind], ", scale ", c.attention_scale, ", ",
+               c.softmax_every ? str("softmax every ", c.softmax_every, ", ") : "",
                c.rope() ? "rope" : "learned", c.qk_norm ? ", qk-norm" : "", ", decay ", (int)c.decay,
                ", conv ", c.short_conv, c.output_gate ? ", output gate" : "", ", MLP ", c.mlp_width());
 }
@@ -206,6 +207,11 @@ std::vector<GPTConfig> configs() {
                 c.positions = PositionKind::rope, c.qk_norm = true;
                 c.output_gate = decay == DecayKind::learned;
                 all.push_back(c);
+                // Hybrids: one without and one with statistics in the blocks that have no softmax.
+                if (kind != AttentionKind::poly3 || !(row || sum)) continue;
+                if (decay != (row ? DecayKind::gate : DecayKind::learned)) continue;
+                c.softmax_every = 2;
+                all.push_back(c);
             }
     return all;
 }
@@ -238,6 +244,7 @@ TEST_CASE("the CUDA model against the CPU's: attention at linear cost") {
             config.attention_kind = kind, config.qk_norm = true, config.positions = PositionKind::rope;
             config.attention_scale = power == 2 ? "sum" : "row";
             config.decay = power == 3 && decay == DecayKind::learned ? DecayKind::none : decay;
+            config.softmax_every = decay == DecayKind::gate && power != 3 ? 2 : 0;
             ModelOptions options{Purpose::training, 1, 150, precision};
             options.kernel = AttentionKernel::linear;
             compare(config, options);
@@ -318,19 +325,22 @@ TEST_CASE("the CUDA model against the CPU's: tokens one after another from a cac
         AttentionKind attention;
         CacheKind kind;
         DecayKind decay;
+        int softmax_every = 0;
     };
     std::vector<Case> cases;
     for (DecayKind decay : {DecayKind::learned, DecayKind::gate})
         cases.insert(cases.end(), {{AttentionKind::softmax, CacheKind::kv, decay},
                                    {AttentionKind::poly3, CacheKind::kv, decay},
                                    {AttentionKind::poly2, CacheKind::state, decay},
-                                   {AttentionKind::poly1, CacheKind::automatic, decay}});
-    for (auto [attention, kind, decay] : cases) {
+                                   {AttentionKind::poly1, CacheKind::automatic, decay},
+                                   {AttentionKind::poly1, CacheKind::automatic, decay, 2}});
+    for (auto [attention, kind, decay, softmax_every] : cases) {
         GPTConfig config = small();
         config.attention_kind = attention, config.positions = PositionKind::rope, config.qk_norm = true,
         config.short_conv = 3, config.output_gate = true;
         CAPTURE((int)attention);
-        config.decay = decay;
+        config.decay = decay, config.softmax_every = softmax_every;
+        CAPTURE(softmax_every);
         ModelOptions options{Purpose::inference, 1, 8};
         options.cache = CacheKind::kv;
         auto cpu = cpu::choose_backend().make_model(config, options);

@@ -76,6 +76,18 @@ class PlotNormsTest(unittest.TestCase):
         run = plot_norms.read_run(folder)
         self.assertEqual((run.label, run.scores, run.predicted), ("run: sigmoid", "score_std", []))
 
+    def test_some_blocks_have_softmax(self) -> None:
+        lines = [line | {"entropy": 1.5} if line.get("layer") == 1 else line for line in norm_lines()]
+        for line in lines:
+            if "entropy" in line:
+                line.pop("moment_excess", None)
+        folder = self.make_run("run", lines, CONFIG | {"softmax_every": 2})
+        self.check_drawn(folder)
+        run = plot_norms.read_run(folder)
+        self.assertEqual((run.label, run.scores), ("run: poly3, scale row, softmax every 2 blocks", "moment_excess"))
+        self.assertEqual(len(run.predicted), 1)
+        self.assertEqual(plot_norms.predictions(CONFIG | {"softmax_every": 1}, 32), [])
+
     def test_what_a_run_may_lack(self) -> None:
         self.check_drawn(self.make_run("no checkpoint yet", norm_lines(), None))
         self.check_drawn(self.make_run("$\\frac$", norm_lines()[:2]))  # one line; the name is not a formula
