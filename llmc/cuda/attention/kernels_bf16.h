@@ -5,13 +5,13 @@
 
 namespace gpu {
 
-// What the kernels whose rows are queries need of gates: two stages of `tail` of a tile of keys and the
-// prefixes of the block's tile, in shared memory; and `head` of the thread's two rows.
+// What the kernels whose rows are queries need of gates, in shared memory: two stages of the fades from a tile
+// of keys to the beginning of the block's tile, and the prefixes of this tile; and `head` of the thread's two
+// rows.
 template <class A, bool = kGated<A>>
 struct QueryGates {
     __device__ QueryGates(float*, const AttentionShape&, int, int) {}
-    __device__ void load_keys(int) const {}
-    __device__ void begin(int, int) const {}
+    __device__ void load_keys(int, int) const {}
     template <bool>
     __device__ float fade(int, int, int, int) const {
         return 0;
@@ -19,41 +19,35 @@ struct QueryGates {
 };
 template <class A>
 struct QueryGates<A, true> {
-    float* tails;
+    float* key_fades;
     float2* prefixes;
     const GatedShape& shape;
-    float head[2], beyond[2];
+    float head[2];
 
     //   shared: (4 kAttentionTile); row: the first of the thread's rows
     __device__ QueryGates(float* shared, const GatedShape& shape, int i0, int row)
-        : tails(shared), prefixes(reinterpret_cast<float2*>(shared + 2 * kAttentionTile)), shape(shape) {
+        : key_fades(shared), prefixes(reinterpret_cast<float2*>(shared + 2 * kAttentionTile)), shape(shape) {
         const size_t at = (size_t)blockIdx.x * shape.T;
         for (int r = 0; r < 2; r++) head[r] = shape.gate.head[at + min(row + 8 * r, shape.T - 1)];
         const int n = threadIdx.x, i = i0 + n;
         if (n < kAttentionTile) prefixes[n] = i < shape.T ? shape.gate.prefix[at + i] : float2{0, 0};
     }
-    // Reads the tails of tile j into its stage.
-    __device__ void load_keys(int j) const {
+    // Makes the fades of tile j of keys in its stage, if it is earlier than `tile`.
+    __device__ void load_keys(int tile, int j) const {
         const int n = threadIdx.x, key = j * kAttentionTile + n;
-        if (n >= kAttentionTile) return;
-        tails[j % 2 * kAttentionTile + n] =
-            key < shape.T ? shape.gate.tail[(size_t)blockIdx.x * shape.T + key] : 0;
-    }
-    // Begins with tile j of keys, which is earlier than `tile`.
-    __device__ void begin(int tile, int j) {
-        const float between = gate_between<A>(shape, tile, j, gridDim.y);
-        for (int r = 0; r < 2; r++) beyond[r] = A::kOnline ? head[r] + between : head[r] * between;
+        if (n >= kAttentionTile || j == tile) return;
+        const float tail = shape.gate.tail[(size_t)blockIdx.x * shape.T + key],
+                    between = gate_between<A>(shape, tile, j, gridDim.y);
+        key_fades[j % 2 * kAttentionTile + n] = join_fades<A>(tail, between);
     }
     // log2 F for softmax, F for every other activation: of row r of the thread, which is `query` in its tile,
     // and of key `key` of tile j.
     template <bool kDiagonal>
     __device__ float fade(int r, int query, int key, int j) const {
         if constexpr (kDiagonal) {
-            const float log2_f = gate_inside(prefixes[query], prefixes[key]);
-            return A::kOnline ? log2_f : fast_exp2(log2_f);
+            return gate_inside<A>(prefixes[query], prefixes[key]);
         } else {
-            const float tail = tails[j % 2 * kAttentionTile + key];
-            return A::kOnline ? beyond[r] + tail : beyond[r] * tail;
+            return join_fades<A>(head[r], key_fades[j % 2 * kAttentionTile + key]);
         }
     }
 };
@@ -171,7 +165,7 @@ __global__ __launch_bounds__(kAttentionThreads,
         load_tile<kD>(stage, keys, stride, T - j * kAttentionTile, D);
         load_tile<kD>(stage + Tiles::size, keys + C, stride, T - j * kAttentionTile, D);
         commit_copies();
-        gates.load_keys(j);
+        gates.load_keys(tile, j);
     };
     const int first = shape.template first_tile<kAttentionTile, kSegments>(tile);
     load_tile<kD>(q_tile, head + i0 * stride, stride, T - i0, D);
@@ -197,7 +191,6 @@ __global__ __launch_bounds__(kAttentionThreads,
                 if (!kDiagonal || n <= warp)
                     mma(s[2 * n], s[2 * n + 1], q[d], Tiles::b_transposed(k, 16 * n, d));
         int distance = row - j * kAttentionTile;
-        if (!kDiagonal) gates.begin(tile, j);
         auto gate = [&](int n, int e) {
             return gates.template fade<kDiagonal>(e / 2, row - i0 + e / 2 * 8, 8 * n + 2 * t + e % 2, j);
         };
@@ -308,12 +301,10 @@ __global__ __launch_bounds__(kAttentionThreads,
         RowTerms r = weighted_row_terms<A>(stats, dot, shape, blockIdx.x, i0 + row, h);
         if constexpr (kGated<A>) {
             if (i > tile && i0 + row < T) {
-                const float head = shape.gate.head[gate_at + i0 + row];
-                if (A::kOnline) {
-                    r.weight += head;
-                } else {
-                    r.weight *= head, r.dot *= head;
-                }
+                const float fade = join_fades<A>(shape.gate.head[gate_at + i0 + row],
+                                                 gate_between<A>(shape, i, tile, gridDim.y));
+                r.weight = join_fades<A>(r.weight, fade);
+                if (!A::kOnline) r.dot *= fade;
             }
         } else if (!A::kOnline && shape.has_decay && i > tile && i0 + row < T) {
             r.weight *= fade[row], r.dot *= fade[row];
@@ -340,15 +331,13 @@ __global__ __launch_bounds__(kAttentionThreads,
         const float *weights = terms + i % 2 * 2 * kAttentionTile + 2 * t, *dots = weights + kAttentionTile;
         [[maybe_unused]] const int distance = i * kAttentionTile - j0 - key;  // from key g to the first query
         float fade_beyond[2] = {1, 1};
-        if constexpr (kGated<A>) {
-            const float between = kDiagonal ? 0 : gate_between<A>(shape, i, tile, gridDim.y);
-            for (int r = 0; r < 2; r++) fade_beyond[r] = A::kOnline ? tail[r] + between : tail[r] * between;
-        } else if (!A::kOnline && !kDiagonal && shape.has_decay) {
+        if (!kGated<A> && !A::kOnline && !kDiagonal && shape.has_decay) {
             for (int r = 0; r < 2; r++) fade_beyond[r] = fade[distance - 8 * r];
         }
 #pragma unroll 1
         for (int q0 = 0; q0 < kAttentionTile; q0 += kStep) {
             if (kDiagonal && q0 + kStep <= 16 * warp) continue;  // all these queries come before the keys
+            if (kGated<A> && kD > 96) __syncwarp();  // otherwise ptxas unrolls this loop, and spills
             auto sees = [&](int n) { return !kDiagonal || q0 + 16 * n >= 16 * warp; };
             float s[kStep / 8][4] = {}, da[kStep / 8][4] = {};
 #pragma unroll
@@ -382,16 +371,11 @@ __global__ __launch_bounds__(kAttentionThreads,
                     if constexpr (kGated<A>) {
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
-                            float by = fade_beyond[e / 2];
-                            if (kDiagonal) {
-                                by = gate_inside(prefixes[column + 2 * t + e % 2], prefixes[key + e / 2 * 8]);
-                                if (!A::kOnline) by = fast_exp2(by);
-                            }
-                            if (A::kOnline) {
-                                w[e] += by;
-                            } else {
-                                w[e] *= by, row_dot[e] *= by;
-                            }
+                            const float by = kDiagonal ? gate_inside<A>(prefixes[column + 2 * t + e % 2],
+                                                                        prefixes[key + e / 2 * 8])
+                                                       : tail[e / 2];
+                            w[e] = join_fades<A>(w[e], by);
+                            if (!A::kOnline) row_dot[e] *= by;
                         }
                     } else if (shape.has_decay) {
 #pragma unroll
@@ -489,7 +473,7 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
         load_tile<kD>(stage, keys, stride, T - j * kAttentionTile, D);
         load_tile<kD>(stage + Tiles::size, keys + C, stride, T - j * kAttentionTile, D);
         commit_copies();
-        gates.load_keys(j);
+        gates.load_keys(tile, j);
     };
     load_tile<kD>(q_tile, head + i0 * stride, stride, T - i0, D);
     load_tile<kD>(d_o_tile, dout + ((size_t)b * T + i0) * C + h * D, C, T - i0, D);
@@ -508,7 +492,6 @@ __global__ __launch_bounds__(kAttentionThreads, 2) void attention_backward_queri
         const bf16 *k = kv_tiles + j % 2 * 2 * Tiles::size, *v = k + Tiles::size;
         const int distance = i0 + query - j * kAttentionTile;  // of row g to the tile's first key
         float fade_beyond[2] = {1, 1}, tile_share[2] = {0, 0};
-        if (!kDiagonal) gates.begin(tile, j);
         if (!kGated<A> && !A::kOnline && !kDiagonal && shape.has_decay)
             for (int r = 0; r < 2; r++)
                 fade_beyond[r] = fade[min(distance + 8 * r - (kAttentionTile - 1), T - 1)];

@@ -95,10 +95,17 @@ __device__ float gate_between(const GatedShape& shape, int query_tile, int key_t
     const float log2_f = (float)(before[query_tile] - before[key_tile + 1]);
     return A::kOnline ? log2_f : fast_exp2(log2_f);
 }
-// log2 F of a pair in one tile, given the prefixes of its query and of its key. It is 0 if the pair is not
-// visible.
-__device__ inline float gate_inside(float2 query, float2 key) {
-    return fminf((query.x - key.x) + (query.y - key.y), 0);
+// The same for a pair in one tile, given the prefixes of its query and of its key. It is that of no fade if the
+// pair is not visible.
+template <class A>
+__device__ float gate_inside(float2 query, float2 key) {
+    const float log2_f = fminf((query.x - key.x) + (query.y - key.y), 0);
+    return A::kOnline ? log2_f : fast_exp2(log2_f);
+}
+// The fade over two stretches of tokens.
+template <class A>
+__device__ float join_fades(float x, float y) {
+    return A::kOnline ? x + y : x * y;
 }
 
 // The gates of pairs in a tile of queries and one of keys, for kernels that take each pair alone.
@@ -124,12 +131,8 @@ struct TileGates<A, true> {
     // log2 F_ij for softmax, F_ij for every other activation.
     __device__ float operator()(int i, int j) const {
         const size_t query = at + min(i, last), key = at + min(j, last);
-        if (is_diagonal) {
-            const float log2_f = gate_inside(tables.prefix[query], tables.prefix[key]);
-            return A::kOnline ? log2_f : fast_exp2(log2_f);
-        }
-        return A::kOnline ? tables.head[query] + (tables.tail[key] + between)
-                          : tables.head[query] * (tables.tail[key] * between);
+        if (is_diagonal) return gate_inside<A>(tables.prefix[query], tables.prefix[key]);
+        return join_fades<A>(tables.head[query], join_fades<A>(tables.tail[key], between));
     }
 };
 
