@@ -91,7 +91,7 @@ to_ptx   := -gencode arch=compute_80,code=compute_80 -Xfatbin -compress=false
 sim      := $(patsubst dev/ptxsim/%.cpp,$(BUILD)/ptxsim/%.o,$(wildcard dev/ptxsim/*.cpp))
 # The objects of the CUDA trainer. Attention has its own, because its kernels take longer to build than everything else.
 vpath %.cu llmc/cuda/attention
-objects  := attention.o linear.o cached.o state.o norms.o train_gpt.o
+objects  := attention.o gated.o linear.o cached.o state.o norms.o train_gpt.o
 on_gpu   := $(addprefix $(BUILD)/gpu/,$(objects))
 on_sim   := $(addprefix $(BUILD)/ptx/,$(objects))
 # Tests of the CUDA trainer, which run on the simulator, and of the simulator itself. `hosttests` need no nvcc.

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "tests/golden/cuda_resources.txt"
 OBJECTS = [ROOT / "build/ptx" / name  # in the Makefile's order
-           for name in ("attention.o", "linear.o", "cached.o", "state.o", "norms.o", "train_gpt.o")]
+           for name in ("attention.o", "gated.o", "linear.o", "cached.o", "state.o", "norms.o", "train_gpt.o")]
 
 
 def check(table: Path, objects: list[Path]) -> subprocess.CompletedProcess:

@@ -1,10 +1,20 @@
 // Defines the functions of attention.h: they choose a kernel, its blocks and its shared memory.
 #include "llmc/cuda/attention/attention.h"
 
-#include "llmc/cuda/attention/kernels_bf16.h"
-#include "llmc/cuda/attention/kernels_float.h"
+#include "llmc/cuda/attention/launch.h"
 
 namespace gpu {
+
+// gated.cu defines these.
+extern template void launch_forward<true>(float*, float*, float*, const float*, const GatedShape&,
+                                          AttentionKind, dim3, cudaStream_t);
+extern template void launch_forward<true>(bf16*, float*, float*, const bf16*, const GatedShape&,
+                                          AttentionKind, dim3, cudaStream_t);
+extern template void launch_backward<true>(float*, double*, const float*, const float*, const float*,
+                                           const float*, const GatedShape&, AttentionKind, dim3,
+                                           cudaStream_t);
+extern template void launch_backward<true>(bf16*, double*, const bf16*, const float*, const float*,
+                                           const bf16*, const GatedShape&, AttentionKind, dim3, cudaStream_t);
 
 // Rounds up, so that doubles may follow.
 static size_t even(size_t floats) {
@@ -48,22 +58,6 @@ __global__ void attention_dots(float* dot,        // (B,H,T)
     if (index < rows && threadIdx.x % 8 == 0) dot[index] = sum;
 }
 
-// Calls f with the kernels' head size.
-template <class Real, class F>
-void with_head_size(int D, F f) {
-    if constexpr (std::is_same_v<Real, float>) {
-        if (D <= 64) return f(std::integral_constant<int, 64>());
-        if (D <= 128) return f(std::integral_constant<int, 128>());
-    } else {
-        if (D <= 32) return f(std::integral_constant<int, 32>());
-        if (D <= 64) return f(std::integral_constant<int, 64>());
-        if (D <= 80) return f(std::integral_constant<int, 80>());
-        if (D <= 96) return f(std::integral_constant<int, 96>());
-        if (D <= 128) return f(std::integral_constant<int, 128>());
-    }
-    fail("attention: head size ", D, ", the CUDA kernels go up to 128");
-}
-
 template <class Real>
 void attention_forward(Real* out,        // (B,T,C)
                        float* stats,     // (stats_size)
@@ -77,21 +71,8 @@ void attention_forward(Real* out,        // (B,T,C)
     const auto shape = attention_shape(config, decay, T, H, D, tables, segments);
     float* exact = keeps_exact_output<Real>(config) ? stats + (size_t)B * H * T : nullptr;
     dim3 grid(B * H, ceil_div(T, kTile));
-    with_gated_activation(config.kind, decay, [&]<class A>(A) {
-        with_head_size<Real>(D, [&](auto size) {
-            constexpr int kD = size;
-            if constexpr (std::is_same_v<Real, float>) {
-                size_t shared = (3 * FloatTile<kD>::size + FloatWeights::size) * sizeof(float);
-                launch_attention(attention_forward_float_kernel<A, kD>, grid, shared, stream, out, stats, qkv,
-                                 shape);
-            } else {
-                size_t floats = kAttentionTile * sizeof(float);
-                size_t shared = 5 * Tile<kD>::size * sizeof(bf16) + (kGated<A> ? 4 : 1) * floats;
-                launch_attention(attention_forward_kernel<A, kD>, grid, shared, stream, out, stats, exact,
-                                 qkv, shape);
-            }
-        });
-    });
+    auto launch = decay.log_f ? launch_forward<true, Real> : launch_forward<false, Real>;
+    launch(out, stats, exact, qkv, shape, config.kind, grid, stream);
 }
 
 // Divides scratch between them.
@@ -143,26 +124,8 @@ void attention_backward(Real* dqkv,        // (B,T,3C)
     const auto shape = attention_shape(config, decay, T, H, D, terms.tables, segments);
     int tiles = ceil_div(T, attention_tile<Real>);
     dim3 grid(B * H, tiles);
-    with_gated_activation(config.kind, decay, [&]<class A>(A) {
-        with_head_size<Real>(D, [&](auto size) {
-            constexpr int kD = size;
-            if constexpr (std::is_same_v<Real, float>) {
-                size_t shared = (4 * FloatTile<kD>::size + FloatWeights::size) * sizeof(float);
-                launch_attention(attention_backward_keys_float_kernel<A, kD>, grid, shared, stream, dqkv,
-                                 dout, stats, dot, qkv, shape);
-                launch_attention(attention_backward_queries_float_kernel<A, kD>, grid, shared, stream, dqkv,
-                                 dlog_gamma, dout, stats, dot, qkv, shape);
-            } else {
-                size_t shared = 6 * Tile<kD>::size * sizeof(bf16), floats = kAttentionTile * sizeof(float);
-                const int tables = kGated<A> ? 2 : 1;
-                launch_attention(attention_backward_keys_kernel<A, kD>, grid, shared + (4 + tables) * floats,
-                                 stream, dqkv, dout, stats, dot, qkv, shape);
-                launch_attention(attention_backward_queries_kernel<A, kD>, grid,
-                                 shared + (kGated<A> ? 4 : 1) * floats, stream, dqkv, dlog_gamma, dout, stats,
-                                 dot, qkv, shape);
-            }
-        });
-    });
+    auto launch = decay.log_f ? launch_backward<true, Real> : launch_backward<false, Real>;
+    launch(dqkv, dlog_gamma, dout, stats, dot, qkv, shape, config.kind, grid, stream);
     if (dlog_gamma) add_decay_gradient(ddecay, dlog_gamma, decay.delta, B, tiles, H, stream);
     if (!decay.log_f) return;
     gate_gradient<><<<B * H, kGateThreads, 0, stream>>>(

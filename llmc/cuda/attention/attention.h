@@ -18,7 +18,8 @@
 //
 // Each public header of this folder declares functions for the host, and the .cu file of the same name
 // defines them for float and bf16. They have objects of their own, because their many kernels take longer to
-// build than everything else. Words and names of all files here:
+// build than everything else. gated.cu has those of attention.cu again, with gates. Words and names of all
+// files here:
 //
 //   tile      64 rows (float: 32) of q, k, v or dO in shared memory; also the pairs of two of them
 //   row       row i of A, of dA or of O: a query. Where a kernel's own rows are keys, it says so

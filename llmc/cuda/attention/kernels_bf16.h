@@ -5,9 +5,9 @@
 
 namespace gpu {
 
-// What the kernels whose rows are queries need of gates, in shared memory: two stages of the fades from a tile
-// of keys to the beginning of the block's tile, and the prefixes of this tile; and `head` of the thread's two
-// rows.
+// What the kernels whose rows are queries need of gates, in shared memory: two stages of the fades from a
+// tile of keys to the beginning of the block's tile, and the prefixes of this tile; and `head` of the
+// thread's two rows.
 template <class A, bool = kGated<A>>
 struct QueryGates {
     __device__ QueryGates(float*, const AttentionShape&, int, int) {}

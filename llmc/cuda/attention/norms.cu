@@ -333,13 +333,18 @@ void attention_norms(NormSums* sums,      // (H)
     make_tables(tables, decay, config, B, T, H, D, attention_tile<Real>, stream);
     const auto shape = attention_shape(config, decay, T, H, D, tables, {});
     float c_factor = (float)std::pow((double)D, 0.5 * config.power());
-    with_gated_activation(config.kind, decay, [&]<class A>(A) {
+    auto launch = [&]<class A>(A) {
         auto* kernel = &attention_norms_kernel<Real, A, false>;
         if constexpr (A::kPower > 0)
             if (config.has_row_sum()) kernel = &attention_norms_kernel<Real, A, true>;
         kernel<<<dim3(B * H, tiles), kAttentionThreads, 0, stream>>>(parts, qkv, stats, c_factor, shape);
         check_launch();
-    });
+    };
+    if (decay.log_f) {
+        with_activation<true>(config.kind, launch);
+    } else {
+        with_activation<false>(config.kind, launch);
+    }
     add_norms_kernel<<<dim3(kNumbers, H), kWarp, 0, stream>>>(sums, parts, B * tiles);
     check_launch();
 }

@@ -21,12 +21,9 @@ constexpr bool kGated = requires {
 };
 
 // Calls f with the activation of this kind, which is Gated if there are gates.
-template <class F>
-void with_gated_activation(AttentionKind kind, const Decay& decay, F f) {
-    with_activation(kind, [&]<class A>(A activation) {
-        if (decay.log_f) return f(Gated<A>());
-        f(activation);
-    });
+template <bool kGates, class F>
+void with_activation(AttentionKind kind, F f) {
+    with_activation(kind, [&]<class A>(A) { f(std::conditional_t<kGates, Gated<A>, A>()); });
 }
 
 // Whether a kernel for heads of up to kD channels supports segments.
@@ -95,8 +92,8 @@ __device__ float gate_between(const GatedShape& shape, int query_tile, int key_t
     const float log2_f = (float)(before[query_tile] - before[key_tile + 1]);
     return A::kOnline ? log2_f : fast_exp2(log2_f);
 }
-// The same for a pair in one tile, given the prefixes of its query and of its key. It is that of no fade if the
-// pair is not visible.
+// The same for a pair in one tile, given the prefixes of its query and of its key. It is that of no fade if
+// the pair is not visible.
 template <class A>
 __device__ float gate_inside(float2 query, float2 key) {
     const float log2_f = fminf((query.x - key.x) + (query.y - key.y), 0);
