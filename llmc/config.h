@@ -114,7 +114,8 @@ struct GPTConfig {
     std::vector<AttentionConfig> attention_of_blocks() const {
         std::vector<AttentionConfig> blocks(layers, attention());
         for (int l = 0; l < layers; l++)
-            if (has_softmax_instead(l)) blocks[l].kind = AttentionKind::softmax;
+            if (has_softmax_instead(l))
+                blocks[l].kind = AttentionKind::softmax, blocks[l].scale = ScaleKind::row;  // of the others
         return blocks;
     }
 

@@ -441,7 +441,8 @@ class Trainer {
         const GPTConfig& config = model->config;
         int64_t steps_an_epoch = std::max<int64_t>(1, data.sequences() * o.seq / o.total_batch);
         std::string attention = kAttentionNames[(int)config.attention_kind];
-        if (config.attention().polynomial()) attention += ", scale " + config.attention_scale;
+        if (config.attention().polynomial() || config.attention().value_factor() != 1)
+            attention += ", scale " + config.attention_scale;
         if (config.softmax_every) attention += str(", softmax every ", config.softmax_every, " blocks");
         attention +=
             str(", ", kPositionNames[(int)config.positions], " positions", config.qk_norm ? ", qk-norm" : "",

@@ -56,7 +56,7 @@ class GPTConfig:
         """The same for a model in which all blocks are like this one."""
         if self.softmax_every == 0 or (layer + 1) % self.softmax_every != 0:
             return self
-        return replace(self, attention="softmax", softmax_every=0, q_gain=1.0)
+        return replace(self, attention="softmax", attention_scale="row", softmax_every=0, q_gain=1.0)
 
     @classmethod
     def from_json(cls, config: dict) -> "GPTConfig":
