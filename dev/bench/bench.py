@@ -152,8 +152,8 @@ def main() -> int:
                 runs, absent = bench.measure(args.rounds or case.rounds)
             summary = report.summarise(case, runs)
             command = bench.trainer(Path("OUT"), bench.steps, LEARNING_RATE)
-            results.rows.append({"name": case.name, "shape": case.shape, "case": asdict(case),
-                                 "command": command, "absent": absent, "summary": summary,
+            results.rows.append({"name": case.name, "shape": case.shape, "kind": case.kind,
+                                 "case": asdict(case), "command": command, "absent": absent, "summary": summary,
                                  "runs": [asdict(run) for run in runs]})
             if not summary["losses_agree"]:
                 difference = f"{summary['loss_difference']:.1e}, relative"

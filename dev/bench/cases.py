@@ -30,10 +30,15 @@ class Case:
     steps: int  # measured steps in each run
     warmup: int  # steps before these
     compiled: bool = True  # also measure PyTorch compiled, which takes half a minute for each model
+    gates: bool = False  # with a decay gate and an output gate
 
     @property
     def name(self) -> str:
-        return f"{self.model.name} {self.dtype} {self.attention}"
+        return f"{self.model.name} {self.dtype} {self.kind}"
+
+    @property
+    def kind(self) -> str:
+        return self.attention + (", both gates" if self.gates else "")
 
     @property
     def shape(self) -> str:
@@ -47,7 +52,8 @@ class Case:
         return {"fp32": 1e-3, "bf16": 2e-2}[self.dtype]
 
     def flags(self) -> list[str]:
-        return [*self.model.flags(), "--attention", self.attention]
+        return [*self.model.flags(), "--attention", self.attention, "--decay", "gate" if self.gates else "none",
+                "--output-gate", str(self.gates).lower()]
 
     def operations(self) -> float:
         """The operations of a step's matrix products, forward and backward. Attention counts in the form that
@@ -56,7 +62,8 @@ class Case:
         D = m.channels // m.heads
         features = {"poly1": D, "poly2": D * (D + 1) // 2}.get(self.attention, self.seq)
         attention = 6 * m.layers * m.channels * min(self.seq, 2 * features)
-        return tokens * (6 * (12 * m.layers * m.channels ** 2 + m.vocab_size * m.channels) + attention)
+        matrices = 13 if self.gates else 12  # of a block, in channels^2
+        return tokens * (6 * (matrices * m.layers * m.channels ** 2 + m.vocab_size * m.channels) + attention)
 
 
 GPT2 = Model("GPT-2 124M", 12, 12, 768, GPT2_VOCABULARY, 1024)
@@ -68,6 +75,8 @@ CASES = [
     *(Case(GPT2, 4, 64, dtype, "softmax", rounds=3, steps=6, warmup=2) for dtype in ("fp32", "bf16")),
     *(Case(CHARACTERS, 8, 256, dtype, attention, rounds=3, steps=8, warmup=3)
       for dtype in ("fp32", "bf16") for attention in ("softmax", "poly3")),
+    *(Case(CHARACTERS, 8, 256, dtype, "poly3", rounds=3, steps=8, warmup=3, gates=True)
+      for dtype in ("fp32", "bf16")),
     *(Case(TINY, 12, 64, dtype, attention, rounds=3, steps=150, warmup=20)
       for dtype in ("fp32", "bf16") for attention in ("softmax", "poly3")),
     *(Case(LONG, 1, 4096, "bf16", attention, rounds=3, steps=6, warmup=2)

@@ -41,7 +41,7 @@ def step_table(rows: list[dict], gflops: dict[str, float]) -> list[str]:
         case, s = row["case"], row["summary"]
         ratio = f"{s['ratio']:.2f}" if s["losses_agree"] else "losses differ"
         lines.append(table_line([
-            row["shape"], case["dtype"], case["attention"],
+            row["shape"], case["dtype"], row["kind"],
             *(f"{s['ms'][p]:.4g}" if p in s["ms"] else "" for p in programs), ratio,
             f"{s['peak_mib'][TRAINER]:.0f}", f"{s['peak_mib'][s['better']]:.0f}",
             f"{100 * share_of_floor(row, gflops):.0f}%"]))

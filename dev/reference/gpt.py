@@ -153,24 +153,31 @@ def causal_mask(T: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 class FusedAttention(Attention):
     """The same as one writes it for speed, for the benchmark: softmax in PyTorch's own kernel, poly1 as
     linear attention in chunks, tables made once, and everything in the dtype that autocast gives q. What is
-    not covered (decay, scales other than `row`) is as above."""
+    not covered (fixed and learned decay, scales other than `row`) is as above."""
     CHUNK = 256
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         T, D = config.n_positions, config.n_embd // config.n_head
         self.power = power_of(config.attention)
-        self.covered = config.decay == "none" and (config.attention == "softmax" or
-                                                   self.power > 0 and config.attention_scale == "row")
+        self.covered = config.decay in ("none", "gate") and config.attention_scale == "row" and \
+            config.attention != "sigmoid"
         tables = {}
         if config.positions == "rope":
             unit = torch.cat([torch.ones(T, D // 2), torch.zeros(T, D // 2)], dim=-1).double()
             tables["cos"], tables["sin"] = rotate(unit).float().chunk(2, dim=-1)  # (T,D/2) each
         if self.covered and self.power:
-            moment = math.prod((2 * s + 1) * (1 + 2 * s / D) for s in range(self.power))
-            tables["row_scale"] = (moment * torch.arange(1, T + 1)).rsqrt()[:, None]
+            self.moment = math.prod((2 * s + 1) * (1 + 2 * s / D) for s in range(self.power))
+            tables["row_scale"] = (self.moment * torch.arange(1, T + 1)).rsqrt()[:, None]
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
+
+    def log_fade(self, x: Tensor) -> Tensor | None:
+        if not self.covered or self.config.decay == "none":
+            return super().log_fade(x)
+        total = F.logsigmoid(self.decay_gate(x).float()).transpose(1, 2).cumsum(-1)
+        hidden = causal_mask(x.shape[1], torch.bool, x.device).logical_not()
+        return (total[..., :, None] - total[..., None, :]).masked_fill(hidden, -math.inf)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, log_fade: Tensor | None) -> Tensor:
         if not self.covered:
@@ -182,8 +189,14 @@ class FusedAttention(Attention):
         if self.config.positions == "rope":
             q, k = self.rotate(q), self.rotate(k)
         if self.power == 0:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            mask = None if log_fade is None else log_fade.to(q.dtype)
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         q = q / math.sqrt(D)
+        if log_fade is not None:
+            fade = log_fade.exp()
+            scale = (self.moment * fade.square().sum(-1, keepdim=True)).rsqrt()
+            x = q @ k.mT
+            return (x ** self.power * (fade * scale).to(x.dtype)) @ v
         y = self.linear(q, k, v) if self.power == 1 and T % self.CHUNK == 0 else self.quadratic(q, k, v)
         return y * self.row_scale[:T]
 
