@@ -8,8 +8,8 @@ make --no-print-directory train_gpt
 [ -f data/shakespeare/meta.json ] ||
     .venv/bin/python data/prepare.py shakespeare --tokenizer bpe:1024 --out data/shakespeare
 run=out/quickstart
-./train_gpt train --data data/shakespeare --out $run --resume --preset nano --attention poly3 \
-    --batch 8 --context 128 --steps 2000 --lr 3e-3 --val-every 250 --sample-every 1000 --checkpoint-every 500
+./train_gpt train --data data/shakespeare --out $run --resume --preset nano-poly3 \
+    --batch 8 --context 128 --steps 2000 --lr 6e-3 --val-every 250 --sample-every 1000 --checkpoint-every 500
 .venv/bin/python dev/plot_loss.py $run --out $run/loss.png
 echo
 echo "A sample of what it has learned:"
@@ -20,6 +20,6 @@ The dataset is in data/shakespeare. The run is in $run: checkpoints step_*, metr
 Try next:
   ./train_gpt generate --model $run --prompt "To be, or" --tokens 300
   ./train_gpt eval --model $run --data data/shakespeare
-  ./train_gpt train --data data/shakespeare --out out/softmax --attention softmax --lr 2e-3
+  ./train_gpt train --data data/shakespeare --out out/softmax --preset nano --batch 8 --context 128 --steps 2000 --lr 2e-3
   .venv/bin/python dev/plot_loss.py $run out/softmax --out out/loss.png
 TEXT
