@@ -246,6 +246,7 @@ TEST_CASE_TEMPLATE("cuda decay gate: both passes", Real, float, gpu::bf16) {
         const std::vector<Real> u = convert<Real>(reference::normal((size_t)N * C, 1));
         const std::vector<Real> weight = convert<Real>(reference::normal((size_t)C * H, 2));
         Floats bias = reference::normal(H, 3, 8);
+        if (H == 9) bias[8] = -150;  // so that f is less than the least float
         const Floats dlog_f = reference::normal((size_t)N * H, 4);
         const Vector log_f =
             reference::decay_gate_forward(to_double(u), to_double(weight), to_double(bias), B, T, C, H);
