@@ -180,7 +180,7 @@ TEST_CASE("start: what a checkpoint says of an option is checked as what is type
     fs::copy(fixture().whole + "/step_00000006", last);
     const std::string start = "train_gpt: error: ", resume = "train --resume --out " + out;
     const Json options = Json::parse(get_file(file)).at("options");
-    CHECK(options.size() == 29);
+    CHECK(options.size() == 30);
     for (const auto& option : options.items()) {
         const std::string flag = option.key();
         const Json good = option.value();
