@@ -74,6 +74,7 @@ struct GPT : Model {
           Vp(padded_vocabulary(config)),
           parameters(table, sharding, options.purpose == Purpose::training),
           options(options) {
+        host_logits.resize(V);
         size_t B = options.batch, T = options.seq;
         std::vector<size_t> stats;  // (L)
         for (const AttentionConfig& a : attention) stats.push_back(stats_size<Real>(a, B, T, H, D));
@@ -358,7 +359,7 @@ struct GPT : Model {
             inputs.place(tokens + done, 1, count, cache.length, stream);
             forward_blocks(1, count, &cache);
             done += count;
-            if (done == n) last_logits(acts.ln_f + (size_t)(count - 1) * C);
+            if (done == n) copy_logits(host_logits.data(), acts.ln_f + (size_t)(count - 1) * C, 1);
         }
         return host_logits.data();
     }
@@ -368,10 +369,9 @@ struct GPT : Model {
     void all_logits(float* out, const int* tokens, int B, int T) override {
         inputs.place(tokens, B, T, 0, stream);
         forward_blocks(B, T, nullptr);
-        for (int n = 0; n < B * T; n++) {
-            last_logits(acts.ln_f + (size_t)n * C);
-            std::copy_n(host_logits.begin(), V, out + (size_t)n * V);
-        }
+        int N = B * T, chunk = classifier_rows(N, Vp);
+        for (int n = 0; n < N; n += chunk)
+            copy_logits(out + (size_t)n * V, acts.ln_f + (size_t)n * C, std::min(chunk, N - n));
     }
 
     void read(Store store, const ParameterTensor& t, float* out) const override {
@@ -416,7 +416,7 @@ struct GPT : Model {
     char* workspace;                  // (kMatmulWorkspace) bytes: the workspace of cuBLASLt
     GradientClip<Gradient> clip;
     double* loss_sum;                // (1): mean losses of the passes since the last take_loss()
-    std::vector<float> host_logits;  // (V): on the host
+    std::vector<float> host_logits;  // (V): of the last token
     MemoryPlan plan;                 // of the activations
 
     // Whether a pass adds to the gradients of matrices. At level 2, the sums are elsewhere.
@@ -441,12 +441,12 @@ struct GPT : Model {
         return config.decay == DecayKind::fixed ? fixed_decay : weights.h[l].decay;
     }
 
-    // Brings the logits (V) that follow from one row (C) of the last LayerNorm's output to the host.
-    void last_logits(const Real* row) {
-        matmul(logits, row, weights_real.wte, 1, Vp, C, false, true, false, {}, *matmuls, stream);
-        std::vector<Real> values(V);
-        copy_to_host(values.data(), logits, V, stream);
-        host_logits.assign(values.begin(), values.end());
+    // Writes the logits that follow from n rows of the last LayerNorm's output to the host.
+    void copy_logits(float* out /*(n,V)*/, const Real* rows /*(n,C)*/, int n) {
+        matmul(logits, rows, weights_real.wte, n, Vp, C, false, true, false, {}, *matmuls, stream);
+        std::vector<Real> values((size_t)n * Vp);
+        copy_to_host(values.data(), logits, values.size(), stream);
+        for (int i = 0; i < n; i++) std::copy_n(&values[(size_t)i * Vp], V, out + (size_t)i * V);
     }
 };
 

@@ -30,6 +30,7 @@ from metrics import read_metrics  # noqa: E402
 
 ROOT = HERE.parent.parent
 DIVERGED = 3  # exit status of train_gpt
+stopped = False  # by a signal
 
 
 def prepare(name: str, folder: Path) -> Path:
@@ -115,6 +116,11 @@ class Training:
         return float(found[1])
 
 
+def stop(*_: object) -> None:
+    global stopped
+    stopped = True
+
+
 def next_run(studies: list[Study], results: Results, running: list[Training]) -> dict | None:
     started = {key_of(training.run) for training in running}
     for study in studies:
@@ -125,10 +131,10 @@ def next_run(studies: list[Study], results: Results, running: list[Training]) ->
 
 
 def train(studies: list[Study], results: Results, program: str, data: Path, jobs: int) -> None:
-    """Runs until nothing is missing."""
+    """Runs until nothing is missing, or until a signal stops it: then no training goes on alone."""
     running = []
     try:
-        while True:
+        while not stopped:
             while len(running) < jobs and (run := next_run(studies, results, running)):
                 running.append(Training.start(run, prepare(run["data"], data), program))
             if not running:
@@ -165,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}, expected at least 1")
     names = args.studies or sorted(path.stem for path in HERE.glob("*.yaml") if path.stem != "datasets")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no training goes on alone
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, stop)
     try:
         studies = [read_study(HERE / f"{name}.yaml") for name in names]
         results = Results(args.results)
@@ -184,9 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"run.py: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return 130 if stopped else 0
 
 
 if __name__ == "__main__":

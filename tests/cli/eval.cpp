@@ -72,8 +72,29 @@ TEST_CASE("cli: eval of recall data scores the answers, and only these") {
         number_after("step 400: validation loss ", trained.out) ==
         doctest::Approx(number_after("loss ", known.out.substr(known.out.find("answers: ")))).epsilon(1e-3));
     write_dataset(folder / "text", kVocabulary, Tokens(100, 3), Tokens(100, 3));
-    check_failed(train_gpt("train --data " + (folder / "text") + " --out " + (folder / "no") + " " + flags), 2,
-                {"--answers-only", folder / "text", "recall"});
+    check_failed(train_gpt("train --data " + (folder / "text") + " --out " + (folder / "no") + " " + flags),
+                 2, {"--answers-only", folder / "text", "recall"});
+    if (getenv("LLMC_TRAIN_GPTCU")) {
+        const Run simulated{.environment = {"PTXSIM=nobounds,nouninit,norace"},
+                            .program = environment("LLMC_TRAIN_GPTCU", "")};
+        const Result scored = train_gpt("eval --dtype fp32 --batch 7" + on, {}, simulated);
+        check_done(scored);
+        const std::string of_answers = scored.out.substr(scored.out.find("21 answers: "));
+        CHECK(number_after("accuracy ", of_answers) == doctest::Approx(right / 21.0).epsilon(1e-3));
+        CHECK(number_after("loss ", of_answers) == doctest::Approx(loss / 21).epsilon(1e-5));
+        auto validation = [&](const std::string& out, const Run& run) {
+            const Result trained = train_gpt(
+                "train --dtype fp32 --val-every 3 --val-batches 9 --sample-every 0 "
+                "--checkpoint-every 0 --data " +
+                    data + " --out " + out + " " + kSizes +
+                    " --batch 2 --total-batch 64 --lr 1e-2 --steps 3 --answers-only",
+                {}, run);
+            check_done(trained);
+            return number_after("step 3: validation loss ", trained.out);
+        };
+        CHECK(validation(folder / "gpu", simulated) ==
+              doctest::Approx(validation(folder / "cpu", {})).epsilon(1e-4));
+    }
     // No key comes twice in a sequence of 8 tokens.
     CHECK_FALSE(contains(train_gpt("eval --seq 8" + on).out, "answers"));
 }

@@ -3,9 +3,12 @@ reported."""
 import contextlib
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 import tempfile
+import time
 import unittest
 from pathlib import Path
 
@@ -107,6 +110,27 @@ class ExperimentsTest(unittest.TestCase):
         with self.assertRaisesRegex(study.StudyError, "--seed 7.*\nended with status 1: train_gpt: error: no memory"):
             self.train(jobs=1)
         self.assertFalse(self.results.path.exists())
+
+    def test_stopped(self) -> None:
+        """No training goes on alone after a signal."""
+        started = self.folder / "started"
+        self.program.write_text(f"#!/bin/sh\necho $$ >> {started}\nexec sleep 60\n")
+        for name in "shakespeare", "stdlib":
+            (self.folder / name).mkdir()
+            (self.folder / name / "meta.json").write_text('{"source": "a test"}')
+        with subprocess.Popen([sys.executable, ROOT / "dev/experiments/run.py", "ladder", "--jobs", "2",
+                               "--train-gpt", self.program, "--data", self.folder, "--results",
+                               self.folder / "none.jsonl"]) as running:
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline and not (started.exists() and len(started.read_text().split()) == 2):
+                time.sleep(0.02)
+            trainings = [int(line) for line in started.read_text().split()]
+            running.terminate()
+            self.assertEqual(running.wait(30), 130)
+        self.assertEqual(len(trainings), 2)
+        for training in trainings:
+            with self.assertRaises(ProcessLookupError):
+                os.kill(training, 0)
 
     def test_report(self) -> None:
         self.train()

@@ -59,7 +59,7 @@ struct Fixture {
                       const std::string& more = "") const {
         return str("train --data ", data, " --out ", out, " --batch ", batch, " --steps ", steps,
                    " --layers 2 --heads 3 --channels 60 --context 7 --total-batch 336 --threads 1 --lr 1e-3 "
-                   "--attention poly3 --decay learned --val-batches 2 --val-every ",
+                   "--attention poly3 --decay gate --val-batches 2 --val-every ",
                    every, " --checkpoint-every ", every, " ", more);
     }
 };
