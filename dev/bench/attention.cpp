@@ -1,8 +1,11 @@
 // Times one attention kernel alone, forward and backward, from and to the layout of the qkv projection.
-// Prints a JSON line for each sequence length: milliseconds of a call of each pass, medians.
+// Prints a JSON line for each sequence length: milliseconds of a call of each pass, medians, and the share of
+// the matrix rate. This is the rate of the kernel's operations, forward and backward, divided by that of a
+// matrix product of 1024^3, which runs before each call. The operations are those of the products that the
+// form consists of, each once: a triangle of T by T scores, or a state of (features,D).
 //
 //   attention --attention softmax|poly1..poly4|sigmoid --kernel tiled|linear --dtype fp32|bf16 --heads H
-//             --head-size D --seq T[,T...]
+//             --head-size D --seq T[,T...] [--gate]
 //   attention --matmul N --dtype fp32|bf16     the rate of a matrix product of N^3 instead, the best of
 //   `repeat`
 #include <omp.h>
@@ -31,6 +34,7 @@ struct Settings {
     std::string attention = "softmax", kernel = "tiled", dtype = "fp32";
     int batch = 1, heads = 6, head_size = 64, repeat = 10, threads = 0, matmul = 0;
     std::vector<int> seq = {1024};
+    bool gate = false;
 };
 
 double median(std::vector<double> values) {
@@ -46,6 +50,29 @@ double milliseconds(F f) {
     return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
 }
 
+// Different products of p of D channels.
+double feature_count(int power, int D) {
+    double count = 1;
+    for (int i = 0; i < power; i++) count = count * (D + i) / (i + 1);
+    return count;
+}
+
+// Times matrix products of n^3.
+template <class Real>
+class MatrixProduct {
+  public:
+    explicit MatrixProduct(int n) : n_(n), a_((size_t)n * n, Real(1.0f)), b_(a_), c_(a_) {}
+    double operations() const { return 2.0 * n_ * n_ * n_; }
+    double milliseconds() {
+        return ::milliseconds(
+            [&] { cpu::matmul(c_.data(), a_.data(), b_.data(), n_, n_, n_, false, false, false); });
+    }
+
+  private:
+    int n_;
+    std::vector<Real> a_, b_, c_;
+};
+
 template <class Real>
 void measure(const Settings& settings, const AttentionConfig& config, int T) {
     int B = settings.batch, H = settings.heads, D = settings.head_size;
@@ -54,32 +81,43 @@ void measure(const Settings& settings, const AttentionConfig& config, int T) {
     std::vector<Real> qkv(3 * size), dqkv(3 * size);  // (B,T,3C)
     std::vector<Real> out(size), dout(size);          // (B,T,C)
     std::vector<float> stats((size_t)B * H * T);      // (B,H,T)
+    std::vector<float> log_f(stats.size()), dlog_f(stats.size());
     std::mt19937 random(1);
     std::normal_distribution<float> normal;
     for (Real& x : qkv) x = normal(random);
     for (Real& x : dout) x = normal(random);
+    for (float& x : log_f) x = -std::log1p(std::exp(-4 - normal(random)));
+    const cpu::Decay decay = settings.gate ? cpu::Decay::gate(log_f.data()) : nullptr;
+    float* ddecay = settings.gate ? dlog_f.data() : nullptr;
 
-    std::vector<double> forward, backward;
+    std::vector<double> forward, backward, product;
+    MatrixProduct<Real> matrix_product(1024);
     for (int i = 0; i <= settings.repeat; i++) {
+        double product_ms = matrix_product.milliseconds();
         double forward_ms = milliseconds([&] {
             if (linear)
-                cpu::attention_linear_forward(out.data(), stats.data(), qkv.data(), nullptr, config, B, T, H,
+                cpu::attention_linear_forward(out.data(), stats.data(), qkv.data(), decay, config, B, T, H,
                                               D);
             else
-                cpu::attention_forward(out.data(), stats.data(), qkv.data(), nullptr, config, B, T, H, D);
+                cpu::attention_forward(out.data(), stats.data(), qkv.data(), decay, config, B, T, H, D);
         });
         double backward_ms = milliseconds([&] {
             if (linear)
-                cpu::attention_linear_backward(dqkv.data(), nullptr, dout.data(), out.data(), stats.data(),
-                                               qkv.data(), nullptr, config, B, T, H, D);
+                cpu::attention_linear_backward(dqkv.data(), ddecay, dout.data(), out.data(), stats.data(),
+                                               qkv.data(), decay, config, B, T, H, D);
             else
-                cpu::attention_backward(dqkv.data(), nullptr, dout.data(), out.data(), stats.data(),
-                                        qkv.data(), nullptr, config, B, T, H, D);
+                cpu::attention_backward(dqkv.data(), ddecay, dout.data(), out.data(), stats.data(),
+                                        qkv.data(), decay, config, B, T, H, D);
         });
         if (i == 0) continue;  // the first touches the memory
         forward.push_back(forward_ms);
         backward.push_back(backward_ms);
+        product.push_back(product_ms);
     }
+    const double width = linear ? feature_count(config.power(), D) : 0.5 * T;
+    const double operations = 12.0 * B * T * H * D * width;  // 2 products forward, 4 backward
+    const double gflops = matrix_product.operations() / median(product) / 1e6;
+    const double ms = median(forward) + median(backward);
     nlohmann::ordered_json line = {{"attention", settings.attention},
                                    {"kernel", settings.kernel},
                                    {"dtype", settings.dtype},
@@ -87,21 +125,21 @@ void measure(const Settings& settings, const AttentionConfig& config, int T) {
                                    {"H", H},
                                    {"D", D},
                                    {"T", T},
+                                   {"gate", settings.gate},
                                    {"forward_ms", median(forward)},
-                                   {"backward_ms", median(backward)}};
+                                   {"backward_ms", median(backward)},
+                                   {"matmul_gflops", gflops},
+                                   {"share", operations / ms / 1e6 / gflops}};
     printf("%s\n", line.dump().c_str());
     fflush(stdout);
 }
 
 template <class Real>
 void measure_matmul(int n, int repeat) {
-    std::vector<Real> a((size_t)n * n, Real(1.0f)), b(a), c(a);
+    MatrixProduct<Real> product(n);
     double best = INFINITY;
-    for (int i = 0; i <= repeat; i++)
-        best = std::min(best, milliseconds([&] {
-                            cpu::matmul(c.data(), a.data(), b.data(), n, n, n, false, false, false);
-                        }));
-    printf("%s\n", nlohmann::json{{"gflops", 2.0 * n * n * n / best / 1e6}}.dump().c_str());
+    for (int i = 0; i <= repeat; i++) best = std::min(best, product.milliseconds());
+    printf("%s\n", nlohmann::json{{"gflops", product.operations() / best / 1e6}}.dump().c_str());
 }
 
 void run(int argc, char** argv) {
@@ -117,6 +155,7 @@ void run(int argc, char** argv) {
     app.add_option("--heads", settings.heads)->check(CLI::Range(1, 1024));
     app.add_option("--head-size", settings.head_size)->check(CLI::Range(1, 1024));
     app.add_option("--seq", settings.seq, "T[,T...]")->delimiter(',')->check(CLI::Range(1, 1 << 20));
+    app.add_flag("--gate", settings.gate, "with a decay gate and its gradient");
     app.add_option("--matmul", settings.matmul)->check(CLI::Range(1, 1 << 14));
     app.add_option("--repeat", settings.repeat)->check(CLI::Range(1, 1000000));
     app.add_option("--threads", settings.threads, "0: all")->check(CLI::Range(0, 4096));

@@ -1,8 +1,8 @@
 // Polynomial attention at a cost that is linear in the length. The numbers are those of attention.h except
 // for rounding.
 //
-//   (q.k)^p = phi(q) . phi(k), where phi holds the products of p channels (arXiv 2507.04239, "symmetric
-//   power"), so sum_j (q_i.k_j)^p v_j = phi(q_i) . S with the state S = sum_j phi(k_j) v_j^T, (features,D).
+//   (q.k)^p = phi(q) . phi(k) (attention_linear_features.h), so sum_j (q_i.k_j)^p v_j = phi(q_i) . S with the
+//   state S = sum_j phi(k_j) v_j^T, (features,D).
 //
 // The tokens are processed in chunks of 64. Pairs within a chunk go through the tiles of attention.h, pairs
 // with an earlier chunk through the state. A decay fades the state from chunk to chunk (fade.h). A factor c_i
@@ -10,133 +10,32 @@
 // form only for an even p, because absolute values have none. Its normaliser is phi(q_i) . z with z = sum_j
 // phi(k_j), which fades as the state does.
 //
-// The features come in tiles of 64 products, so that phi is built from whole vectors and the rest of the work
-// is tile_product. A tile has all products of p blocks of channels: 64 channels for p = 1, 8 x 8 channels for
-// p = 2, 4 x 4 x 4 channels for p = 3. Only tiles with ordered blocks (A <= B <= C) exist. Their products are
-// multiplied by the number of arrangements of the blocks.
-//
 // The backward pass goes through the chunks twice: from left to right with S for dq, and from right to left
 // with dS = sum_i phi(q_i) dO_i^T for dk and dv. Forward and backward together cost 7 products of
 // (features,D) for each token.
+//
+// States are float32. With bf16 the factors of every product are bf16, as in the tiles, so a tile of the
+// state is rounded when it becomes a factor. With `sum` they are float32, because its gradient is a small
+// difference of what follows from S and from z.
 #pragma once
 #include <omp.h>
 
 #include <algorithm>
 #include <cstddef>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "llmc/attention_linear_form.h"
 #include "llmc/config.h"
 #include "llmc/cpu/attention.h"
+#include "llmc/cpu/attention_linear_features.h"
 #include "llmc/cpu/isa.h"
 #include "llmc/cpu/memory.h"
 #include "llmc/cpu/tile.h"
 #include "llmc/cpu/vector.h"
 
 namespace cpu::inline LLMC_ISA {
-
-struct FeatureTile {
-    int block[3];        // the first channel of each block
-    float multiplicity;  // number of arrangements of the blocks
-    int row;             // row of the state with its first feature
-    int features;        // at most 64
-};
-
-inline std::vector<FeatureTile> feature_tiles(int power, int D) {
-    std::vector<FeatureTile> tiles;
-    auto add = [&](int a, int b, int c, float multiplicity, int features) {
-        int row = tiles.empty() ? 0 : tiles.back().row + tiles.back().features;
-        tiles.push_back({{a, b, c}, multiplicity, row, features});
-    };
-    if (power == 1)
-        for (int a = 0; a < padded(D); a += kTile) add(a, 0, 0, 1, std::min(kTile, padded(D) - a));
-    if (power == 2)
-        for (int a = 0; a < D; a += 8)
-            for (int b = a; b < D; b += 8) add(a, b, 0, a == b ? 1 : 2, kTile);
-    if (power == 3)
-        for (int a = 0; a < D; a += 4)
-            for (int b = a; b < D; b += 4)
-                for (int c = b; c < D; c += 4) add(a, b, c, a == c ? 1 : a == b || b == c ? 3 : 6, kTile);
-    return tiles;
-}
-
-inline int feature_count(int power, int D) {
-    const FeatureTile last = feature_tiles(power, D).back();
-    return last.row + last.features;
-}
-
-// phi = the products of one tile of features, times `factor`, and times the weights if there are any.
-template <int kPower>
-inline void build_features(float* phi,       // (features,64 tokens)
-                           const float* xt,  // (Dp,64 tokens)
-                           const FeatureTile& tile,
-                           const float* weights,  // (64 tokens), or null
-                           float factor) {
-    static_assert(kPower >= 1 && kPower <= 3);
-    const float *a = xt + tile.block[0] * kTile, *b = xt + tile.block[1] * kTile,
-                *c = xt + tile.block[2] * kTile;
-    for (int t = 0; t < kTile; t += kLanes) {
-        vec weight = weights ? load(weights + t) * factor : broadcast(factor);
-        float* out = phi + t;
-        auto append = [&](vec value) {
-            store(out, value);
-            out += kTile;
-        };
-        if constexpr (kPower == 1)
-            for (int i = 0; i < tile.features; i++) append(load(a + i * kTile + t) * weight);
-        if constexpr (kPower == 2)
-            for (int i = 0; i < 8; i++) {
-                vec x = load(a + i * kTile + t) * weight;
-                for (int j = 0; j < 8; j++) append(x * load(b + j * kTile + t));
-            }
-        if constexpr (kPower == 3)
-            for (int i = 0; i < 4; i++)
-                for (int j = 0; j < 4; j++) {
-                    vec xy = load(a + i * kTile + t) * weight * load(b + j * kTile + t);
-                    for (int k = 0; k < 4; k++) append(xy * load(c + k * kTile + t));
-                }
-    }
-}
-
-// Adds the gradient of x, which follows from dphi. dphi contains the weights already.
-template <int kPower>
-inline void feature_gradients(float* dxt,         // (Dp,64 tokens) +=
-                              const float* dphi,  // (features,64 tokens)
-                              const float* xt,    // (Dp,64 tokens)
-                              const FeatureTile& tile) {
-    const int A = tile.block[0] * kTile, B = tile.block[1] * kTile, C = tile.block[2] * kTile;
-    for (int t = 0; t < kTile; t += kLanes) {
-        const float* d = dphi + t;
-        auto next = [&] { return load(std::exchange(d, d + kTile)); };
-        auto add = [&](int at, vec value) { store(dxt + at + t, load(dxt + at + t) + value); };
-        auto x = [&](int at) { return load(xt + at + t); };
-        if constexpr (kPower == 1)
-            for (int i = 0; i < tile.features; i++) add(A + i * kTile, next());
-        if constexpr (kPower == 2)
-            for (int i = 0; i < 8; i++) {
-                vec left = x(A + i * kTile), dleft = {};
-                for (int j = 0; j < 8; j++) {
-                    vec g = next();
-                    dleft += g * x(B + j * kTile);
-                    add(B + j * kTile, g * left);
-                }
-                add(A + i * kTile, dleft);
-            }
-        if constexpr (kPower == 3)
-            for (int i = 0; i < 4; i++)
-                for (int j = 0; j < 4; j++) {
-                    vec left = x(A + i * kTile), middle = x(B + j * kTile), both = left * middle, sum = {};
-                    for (int k = 0; k < 4; k++) {
-                        vec g = next();
-                        sum += g * x(C + k * kTile);
-                        add(C + k * kTile, g * both);
-                    }
-                    add(A + i * kTile, sum * middle);
-                    add(B + j * kTile, sum * left);
-                }
-    }
-}
 
 // The state of one head between two chunks. The backward pass has the same with q instead of k, and dO
 // instead of v.
@@ -185,7 +84,8 @@ struct LinearState {
 
 // The work of the chunks of one head, which read a state and add to it. Pointers to rows of qkv, out, dout
 // and dqkv begin at this head's channels.
-template <int kPower, class Real>
+//   Word: of the features and of what they are multiplied by
+template <int kPower, class Real, class Word>
 class LinearHead {
   public:
     //   wants_decay: whether the gradient of log gamma is wanted
@@ -204,11 +104,12 @@ class LinearHead {
           Dp_(padded(D)),
           scratch_(scratch) {
         auto floats = [&](size_t n) { return std::exchange(scratch_, scratch_ + n); };
-        for (float** transposed : {&qt_, &kt_, &vt_, &d_o_t_, &dxt_}) *transposed = floats(Dp_ * kTile);
-        for (float** rows : {&v_, &d_o_}) *rows = floats(kTile * Dp_);
-        for (float** features : {&phi_, &dphi_}) *features = floats(kTile * kTile);
+        for (Word** tile : {&words_, &d_o_t_, &rows_, &pairs_}) *tile = (Word*)floats(kTile * Dp_ / N);
+        for (float** tile : {&qt_, &kt_, &dxt_, &dq_}) *tile = floats(kTile * Dp_);
+        for (Word** tile : {&phi_, &state_words_}) *tile = (Word*)floats(kTile * std::max(kTile, Dp_) / N);
+        for (float** tile : {&float_phi_, &dphi_}) *tile = floats(kTile * kTile);
         float *from_start, *to_end;
-        for (float** lanes : {&from_start, &to_end, &fade_to_end_slope_, &row_dot_, &faded_dot_, &distance_})
+        for (float** lanes : {&from_start, &to_end, &fade_to_end_slope_, &row_dot_, &distance_})
             *lanes = floats(kTile);
         for (int t = 0; t < kTile; t++) {
             from_start[t] = (float)std::exp(t * factors.log_gamma);
@@ -219,8 +120,16 @@ class LinearHead {
         chunk_fade_ = to_end[0];
     }
 
+    // Whether the backward pass keeps the states of all chunks, to correct the sums of a gate
+    // (correct_gate_sums()).
+    static bool saves(bool has_gate_sums) { return N > 1 && has_gate_sums; }
+    static size_t saved_size(int features, int D) {  // floats of one state
+        return (size_t)features * (padded(D) / N + 1);
+    }
+
     static size_t scratch_size(int D) {  // floats
-        return (size_t)kTile * (7 * padded(D) + 2 * kTile + 6) +
+        const size_t Dp = padded(D);
+        return kTile * (8 * Dp + 2 * std::max<size_t>(kTile, Dp) + 2 * kTile + 5) +
                std::max(forward_scratch(D), backward_scratch(1, D));
     }
 
@@ -228,7 +137,7 @@ class LinearHead {
     void add_keys(LinearState& state, const Real* qkv /*(T,3C)*/, int chunk) {
         set_fades(chunk);
         load_keys(qkv, chunk);
-        for (const FeatureTile& tile : tiles_) add_keys(state, tile);
+        for (const FeatureTile& tile : tiles_) add_keys(state, tile, pairs_);
         state.zero = false;
     }
 
@@ -241,73 +150,82 @@ class LinearHead {
         ForwardTile<Poly<kPower>, Real> queries(factors_, has_row_sum_, T_, C_, D_, scratch_);
         queries.begin(qkv, i0);
         queries.add_keys(qkv, i0);
-        load_transposed(qt_, qkv, 3 * C_, i0);
-        if (!last) load_keys(qkv, chunk);
+        const float* qt = floats_of(qt_, queries.qt, Dp_ / kTileN);
+        const Word* v = pairs_;
+        if constexpr (kSharesTiles) {
+            v = queries.v;
+            if (!last) kt_now_ = load_transposed(kt_, qkv + C_, 3 * C_, i0);
+        } else {
+            if (!last) load_keys(qkv, chunk);
+        }
         for (const FeatureTile& tile : tiles_) {
             if (!state.zero) {
-                const float* s = state.s + tile.row * Dp_;
-                build_features<kPower>(phi_, qt_, tile, if_decay(fade_from_start_), tile.multiplicity);
-                for (int r = 0; r < kTile; r += kTileRows)
-                    tile_product<true, true>(queries.o + r * Dp_, Dp_, phi_ + r, kTile, s, Dp_, Dp_,
-                                             tile.features);
-                for (int t = 0; has_row_sum_ && t < kTile; t += kLanes) {
-                    vec total = load(queries.running_sum + t);
-                    for (int f = 0; f < tile.features; f++)
-                        total += load(phi_ + f * kTile + t) * state.z[tile.row + f];
-                    store(queries.running_sum + t, total);
+                const float* weights = if_decay(fade_from_start_);
+                add_through_state(queries.o, state.s, qt, tile, weights, true);
+                if (has_row_sum_) {
+                    for (int t = 0; t < kTile; t += kLanes) {
+                        vec total = load(queries.running_sum + t);
+                        for (int f = 0; f < tile.features; f++)
+                            total += load((const Number*)phi_ + f * kTile + t) * state.z[tile.row + f];
+                        store(queries.running_sum + t, total);
+                    }
                 }
             }
-            if (!last) add_keys(state, tile);
+            if (!last) add_keys(state, tile, v);
         }
         state.zero = false;
         queries.finish(out, stats, exact);
     }
 
-    // Goes from left to right: writes the part of dq (64,Dp) that comes through the state, then adds the keys
-    // of this chunk to the state, unless it is the last chunk. Returns the gradient of log gamma through the
-    // state.
-    double backward_queries(float* dq, LinearState& state, const Real* dout /*(T,C)*/,
+    // Goes from left to right: writes the part of dq that comes through the state, then adds the keys of this
+    // chunk to the state, unless it is the last chunk. Returns the gradient of log gamma through the state.
+    double backward_queries(float* dqt /*(Dp,64)*/, LinearState& state, const Real* dout /*(T,C)*/,
                             const float* row_factor /*(T)*/, const float* row_dot /*(T), or null*/,
-                            const Real* qkv /*(T,3C)*/, int chunk) {
+                            const Real* qkv /*(T,3C)*/, int chunk,
+                            float* saved /*(saved_size), or null: not wanted*/) {
         int i0 = chunk * kTile;
         bool last = i0 + kTile >= T_;
+        if (saved) std::copy_n(state.z, state.features, saved);
+        Word* saved_words = saved ? (Word*)(saved + state.features) : nullptr;
         set_fades(chunk);
-        load_queries(qkv, dout, row_factor, row_dot, chunk);
+        load_row_terms(row_dot, chunk);
+        const float* qt = load_transposed(qt_, qkv, 3 * C_, i0);
+        load_rows(rows_, dout + (size_t)i0 * C_, C_, i0, row_factor + i0);
+        load_tile_transposed(d_o_t_, (const Number*)rows_, Dp_, kTile, D_);
         if (!last) load_keys(qkv, chunk);
-        std::fill_n(dxt_, Dp_ * kTile, 0.0f);
+        std::fill_n(dqt, Dp_ * kTile, 0.0f);
         vec dlog_gamma = {};  // in each lane: the sum over its queries
         for (const FeatureTile& tile : tiles_) {
             if (!state.zero) {
                 if (wants_decay_) {
-                    build_features<kPower>(phi_, qt_, tile, if_decay(fade_from_start_), tile.multiplicity);
+                    build_features<kPower, PairsOf::features>(float_phi_, qt, tile,
+                                                              if_decay(fade_from_start_), true);
                     multiply(dphi_, state.ds, d_o_t_, tile);
                     for (int f = 0; f < tile.features; f++)
                         for (int t = 0; t < kTile; t += kLanes) {
                             vec g = load(dphi_ + f * kTile + t);
                             if (has_row_sum_) g -= load(row_dot_ + t) * state.dz[tile.row + f];
-                            dlog_gamma += load(phi_ + f * kTile + t) * g;
+                            dlog_gamma += load(float_phi_ + f * kTile + t) * g;
                         }
                 }
-                multiply(dphi_, state.s, d_o_t_, tile);
-                for (int f = 0; f < tile.features; f++) {
-                    float z = state.z[tile.row + f];
-                    for (int t = 0; t < kTile; t += kLanes) {
-                        float* d = dphi_ + f * kTile + t;
-                        vec g = load(d);
-                        if (has_row_sum_) g -= load(row_dot_ + t) * z;
-                        if (wants_decay_) dlog_gamma += load(phi_ + f * kTile + t) * g * load(distance_ + t);
-                        if (factors_.has_decay) g *= load(fade_from_start_ + t);
-                        store(d, g * tile.multiplicity);
+                multiply(dphi_, state.s, d_o_t_, tile, saved_words);
+                if (has_row_sum_ || wants_decay_)
+                    for (int f = 0; f < tile.features; f++) {
+                        float z = state.z[tile.row + f];
+                        for (int t = 0; t < kTile; t += kLanes) {
+                            int at = f * kTile + t;
+                            vec g = load(dphi_ + at);
+                            if (has_row_sum_) g -= load(row_dot_ + t) * z;
+                            if (wants_decay_) dlog_gamma += load(float_phi_ + at) * g * load(distance_ + t);
+                            store(dphi_ + at, g);
+                        }
                     }
-                }
-                feature_gradients<kPower>(dxt_, dphi_, qt_, tile);
+                feature_gradients<kPower>(dqt, dphi_, qt, tile, true);
             }
-            if (!last) add_keys(state, tile);
+            if (!last) add_keys(state, tile, pairs_);
         }
         state.zero = false;
-        if (gate_sums_) add_gate_sums(i0, qt_, true);
-        std::fill_n(dq, kTile * Dp_, 0.0f);
-        add_transposed(dq, dxt_);
+        finish_gradients(dqt, qt, fade_from_start_, i0, true);
         double total = 0;
         for (int lane = 0; lane < kLanes; lane++) total += dlog_gamma[lane];
         return total;
@@ -316,71 +234,98 @@ class LinearHead {
     // Adds the queries of a chunk to the state of the queries after it.
     void add_queries(LinearState& dstate, const Real* dout, const float* row_factor, const float* row_dot,
                      const Real* qkv, int chunk) {
+        int i0 = chunk * kTile;
         set_fades(chunk);
-        load_queries(qkv, dout, row_factor, row_dot, chunk);
-        for (const FeatureTile& tile : tiles_) add_queries(dstate, tile);
+        load_row_terms(row_dot, chunk);
+        const float* qt = load_transposed(qt_, qkv, 3 * C_, i0);
+        load_pairs(dout + (size_t)i0 * C_, C_, i0, row_factor + i0);
+        for (const FeatureTile& tile : tiles_) add_queries(dstate, tile, qt, pairs_);
         dstate.zero = false;
     }
 
-    // Goes from right to left: writes dk and dv of a chunk, and adds to dq (64,Dp) the part that comes from
-    // keys of the same chunk. Then it adds the queries of this chunk to dstate, unless it is the first chunk.
+    // Before backward_keys() with saved states: the states of the keys before the chunk `end` and of the
+    // queries from there on.
+    void begin_correction(const LinearState& state, const LinearState& dstate, int end) {
+        corrected_from_ = std::min(T_, end * kTile);
+        crossing_ = corrected_from_ < T_ ? crossing_pairs(state.z, state.s, dstate) : 0;
+    }
+
+    // Goes from right to left: writes dq, dk and dv of a chunk, where dqt has the part of dq that comes
+    // through the state. Then it adds the queries of this chunk to dstate, unless it is the first chunk.
     // Returns the gradient of log gamma from the pairs within the chunk.
-    double backward_keys(Real* dqkv /*(T,3C)*/, float* dq, LinearState& dstate, const Real* dout,
-                         const float* row_factor, const float* row_dot, const Real* qkv, int chunk) {
+    double backward_keys(Real* dqkv /*(T,3C)*/, const float* dqt /*(Dp,64)*/, LinearState& dstate,
+                         const Real* dout, const float* row_factor, const float* row_dot, const Real* qkv,
+                         int chunk, const float* saved) {
         int j0 = chunk * kTile;
         set_fades(chunk);
+        load_row_terms(row_dot, chunk);
         BackwardTiles<Poly<kPower>, Real> keys(factors_, has_row_sum_, wants_decay_, gate_sums_, chunk,
                                                chunk + 1, T_, C_, D_, nullptr, row_dot, scratch_);
         keys.load_queries(qkv, dout, row_factor);
         keys.begin_keys(qkv, j0);
-        keys.add_queries(dq, j0);
-        load_transposed(kt_, qkv + C_, 3 * C_, j0);
-        load_transposed(vt_, qkv + 2 * C_, 3 * C_, j0);
-        if (chunk > 0) load_queries(qkv, dout, row_factor, row_dot, chunk);
+        std::fill_n(dq_, kTile * Dp_, 0.0f);
+        keys.add_queries(dq_, j0);
+        const float* kt = floats_of(kt_, keys.kt, Dp_ / kTileN);
+        const float* qt = chunk > 0 ? load_transposed(qt_, qkv, 3 * C_, j0) : nullptr;
+        const Word *vt = words_, *d_o = pairs_;
+        if constexpr (kSharesTiles) {
+            vt = keys.vt, d_o = keys.d_o_pairs;
+        } else {
+            load_tile_transposed(words_, qkv + (size_t)j0 * 3 * C_ + 2 * C_, 3 * C_, keys.keys, D_);
+            load_pairs(dout + (size_t)j0 * C_, C_, j0, row_factor + j0);
+        }
         std::fill_n(dxt_, Dp_ * kTile, 0.0f);
         for (const FeatureTile& tile : tiles_) {
             if (!dstate.zero) {
-                const float* ds = dstate.s + tile.row * Dp_;
-                build_features<kPower>(phi_, kt_, tile, if_decay(fade_to_end_), 1);
-                for (int r = 0; r < kTile; r += kTileRows)
-                    tile_product<true, true>(keys.dv + r * Dp_, Dp_, phi_ + r, kTile, ds, Dp_, Dp_,
-                                             tile.features);
-                multiply(dphi_, dstate.s, vt_, tile);
-                if (factors_.has_decay || has_row_sum_)
-                    for (int f = 0; f < tile.features; f++)
-                        for (int t = 0; t < kTile; t += kLanes) {
-                            float* d = dphi_ + f * kTile + t;
-                            vec g = load(d);
-                            if (has_row_sum_) g -= dstate.z[tile.row + f];
-                            if (factors_.has_decay) g *= load(fade_to_end_ + t);
-                            store(d, g);
-                        }
-                feature_gradients<kPower>(dxt_, dphi_, kt_, tile);
+                add_through_state(keys.dv, dstate.s, kt, tile, if_decay(fade_to_end_), false);
+                multiply(dphi_, dstate.s, vt, tile);
+                for (int f = 0; has_row_sum_ && f < tile.features; f++)
+                    for (int t = 0; t < kTile; t += kLanes) {
+                        float* d = dphi_ + f * kTile + t;
+                        store(d, load(d) - dstate.z[tile.row + f]);
+                    }
+                feature_gradients<kPower>(dxt_, dphi_, kt, tile, false);
             }
-            if (chunk > 0) add_queries(dstate, tile);
+            if (chunk > 0) add_queries(dstate, tile, qt, d_o);
         }
         dstate.zero = false;
-        if (gate_sums_) add_gate_sums(j0, kt_, false);
+        finish_gradients(dxt_, kt, fade_to_end_, j0, false);
+        if (saved && chunk > 0) correct_gate_sums(j0, saved, dstate);
         add_transposed(keys.dk, dxt_);
         keys.write_keys(dqkv);
+        add_transposed(dq_, dqt);
+        for (int r = 0; r < keys.keys; r++)
+            for_vectors(D_, [&](int d, int n) {
+                store(dqkv + (size_t)(j0 + r) * 3 * C_ + d, load(dq_ + r * Dp_ + d, n), n);
+            });
         return keys.dlog_gamma;
     }
 
   private:
+    static constexpr int N = kDepth<Word>, kTileN = kDepth<TileWord<Real>>;
+    static constexpr bool kSharesTiles = N == kTileN;        // with the products within a chunk
+    using Number = std::conditional_t<N == 1, float, bf16>;  // in a word
+
     const std::vector<FeatureTile>& tiles_;
     const HeadFactors& factors_;
     bool has_row_sum_, wants_decay_;
     double* gate_sums_;
     int T_, C_, D_, Dp_;
     float* scratch_;                               // for the tiles within a chunk
-    float *qt_, *kt_, *vt_, *d_o_t_;               // (Dp,64)
-    float* dxt_;                                   // (Dp,64): gradient of q or of k
-    float *v_, *d_o_;                              // (64,Dp): v, and dO times the row factors
-    float *phi_, *dphi_;                           // (64 features,64 tokens)
+    float *qt_, *kt_;                              // (Dp,64)
+    const float* kt_now_ = nullptr;                // (Dp,64): the keys of this chunk
+    float *dxt_, *dq_;                             // (Dp,64): gradient of k; (64,Dp): of q
+    Word *words_, *d_o_t_;                         // (Dp/N,64): memory; dO times the row factors
+    Word* rows_;                                   // (64,Dp/N): memory
+    Word* pairs_;                                  // (64/N,Dp): v, or dO times the row factors
+    Word *phi_, *state_words_;                     // features of one tile, and its rows of a state
+    float *float_phi_, *dphi_;                     // (64 features,64 tokens)
     const float *fade_from_start_, *fade_to_end_;  // (64): gamma^t, gamma^(64-t), or those of set_fades()
     float* fade_to_end_slope_;                     // (64): (64-t) gamma^(64-t)
-    float *row_dot_, *faded_dot_;  // (64): dot for the scale `sum`, and the same times fade_from_start_
-    float* distance_;   // (64): distance of a query from the start of the chunk, minus the neutral distance
+    float* row_dot_;                               // (64): dot for the scale `sum`
+    float* distance_;  // (64): distance of a query from the start of the chunk, minus the neutral distance
+    double crossing_ = 0;  // the pairs that cross the token corrected_from_
+    int corrected_from_ = 0;
     float chunk_fade_;  // gamma^64, or that of set_fades()
 
     // With a gate, each chunk has fades of its own.
@@ -390,14 +335,57 @@ class LinearHead {
         chunk_fade_ = factors_.chunk_fade(chunk);
     }
 
-    // Adds the pairs that go through the state to the sums of a gate. They follow from the gradients dxt_ of
-    // the queries or keys xt without a sum over features: weights are homogeneous in both, so x . dx is p
-    // times the sum of the pairs.
-    void add_gate_sums(int first, const float* xt /*(Dp,64)*/, bool of_queries) {
+    // The weights that build_features() takes: null without a decay, because all are 1 then.
+    const float* if_decay(const float* weights) const { return factors_.has_decay ? weights : nullptr; }
+
+    const float* load_transposed(float* memory /*(Dp,64)*/, const Real* rows, int stride, int first) {
+        Word* words = N > 1 ? words_ : (Word*)memory;
+        load_tile_transposed(words, rows + (size_t)first * stride, stride, std::min(kTile, T_ - first), D_);
+        return floats_of(memory, words, Dp_ / N);
+    }
+
+    // Products with row factors are rounded as in the tiles.
+    void load_rows(Word* tile, const Real* src, int stride, int first, const float* row_factors) {
+        load_tile(tile, src, stride, std::min(kTile, T_ - first), D_, row_factors);
+        if constexpr (!kSharesTiles)
+            for (int i = 0; i < kTile * Dp_; i++) tile[i] = bf16(tile[i]);
+    }
+
+    void load_pairs(const Real* src, int stride, int first, const float* row_factors) {
+        load_rows(N > 1 ? rows_ : pairs_, src, stride, first, row_factors);
+        if constexpr (N > 1) pair_rows(pairs_, rows_, D_);
+    }
+
+    void load_keys(const Real* qkv, int chunk) {
+        int j0 = chunk * kTile;
+        kt_now_ = load_transposed(kt_, qkv + C_, 3 * C_, j0);
+        load_pairs(qkv + (size_t)j0 * 3 * C_ + 2 * C_, 3 * C_, j0, nullptr);
+    }
+
+    void load_row_terms(const float* row_dot, int chunk) {
+        int i0 = chunk * kTile, n = std::min(kTile, T_ - i0);
+        std::fill_n(row_dot_, kTile, 0.0f);
+        if (row_dot) std::copy_n(row_dot + i0, n, row_dot_);
+        for (int t = 0; t < kTile; t++)
+            distance_[t] =
+                (float)t -
+                (t < n && !factors_.neutral_distance.empty() ? factors_.neutral_distance[i0 + t] : 0);
+    }
+
+    // Multiplies the gradients of x by the fades of the tokens, and adds the pairs that go through the state
+    // to the sums of a gate. They follow without a sum over features: weights are homogeneous in q and in k,
+    // so x . dx is p times the sum of the pairs.
+    void finish_gradients(float* dxt /*(Dp,64)*/, const float* xt /*(Dp,64)*/, const float* fades, int first,
+                          bool of_queries) {
+        if (!factors_.has_decay) return;
         for (int t = 0; t < kTile; t += kLanes) {
             vec total = {};
-            for (int d = 0; d < D_; d++) total += load(xt + d * kTile + t) * load(dxt_ + d * kTile + t);
-            for (int lane = 0; lane < kLanes && first + t + lane < T_; lane++) {
+            for (int d = 0; d < D_; d++) {
+                const vec g = load(dxt + d * kTile + t) * load(fades + t);
+                store(dxt + d * kTile + t, g);
+                total += load(xt + d * kTile + t) * g;
+            }
+            for (int lane = 0; gate_sums_ && lane < kLanes && first + t + lane < T_; lane++) {
                 double pairs = total[lane] / kPower, *sums = gate_sums_ + first + t + lane;
                 *sums += of_queries ? pairs : -pairs;
                 if (of_queries) sums[T_] += pairs;
@@ -405,92 +393,130 @@ class LinearHead {
         }
     }
 
-    // The weights that build_features() takes: null without a decay, because all are 1 then.
-    const float* if_decay(const float* weights) const { return factors_.has_decay ? weights : nullptr; }
-
-    void load_transposed(float* tile, const Real* rows, int stride, int first) {
-        load_tile_transposed(tile, rows + (size_t)first * stride, stride, std::min(kTile, T_ - first), D_);
+    // The sum of the pairs whose keys are in a state (z, s) and whose queries are in dstate.
+    template <class T>
+    double crossing_pairs(const float* z, const T* s, const LinearState& dstate) const {
+        double total = 0;
+        for (size_t f = 0; f < dstate.features; f++) {
+            vec pairs = {};
+            for (int d = 0; d < Dp_; d += kLanes)
+                pairs += load(s + f * Dp_ + d) * load(dstate.s + f * Dp_ + d);
+            total += sum(pairs) - z[f] * dstate.z[f];
+        }
+        return total;
     }
 
-    void load_keys(const Real* qkv, int chunk) {
-        int j0 = chunk * kTile;
-        load_transposed(kt_, qkv + C_, 3 * C_, j0);
-        load_tile(v_, qkv + (size_t)j0 * 3 * C_ + 2 * C_, 3 * C_, std::min(kTile, T_ - j0), D_);
+    // The gradient of a gate is the sum of all pairs that it lies between, which is found by adding up
+    // gate_sums_ from the right. Each pair is added with its query and subtracted with its key. In bf16 the
+    // two are rounded differently, and what is left of them would grow with the number of tokens. But at the
+    // first token of a chunk the states give the same sum without a detour, so the sums of the tokens up to
+    // the next chunk are changed by what is missing, each by the same.
+    void correct_gate_sums(int first, const float* saved, const LinearState& dstate) {
+        const double crossing = crossing_pairs(saved, (const Number*)(saved + dstate.features), dstate);
+        double missing = crossing - crossing_;
+        for (int t = first; t < corrected_from_; t++) missing -= gate_sums_[t];
+        for (int t = first; t < corrected_from_; t++) gate_sums_[t] += missing / (corrected_from_ - first);
+        corrected_from_ = first, crossing_ = crossing;
     }
 
-    void load_queries(const Real* qkv, const Real* dout, const float* row_factor, const float* row_dot,
-                      int chunk) {
-        int i0 = chunk * kTile, n = std::min(kTile, T_ - i0);
-        load_transposed(qt_, qkv, 3 * C_, i0);
-        load_tile(d_o_, dout + (size_t)i0 * C_, C_, n, D_, row_factor + i0);
-        if constexpr (!std::is_same_v<TileWord<Real>, float>)  // rounded as in the tiles within a chunk
-            for (int i = 0; i < kTile * Dp_; i++) d_o_[i] = bf16(d_o_[i]);
-        transpose(d_o_t_, kTile, Dp_, [&](int r, int d) { return load(d_o_ + r * Dp_ + d); });
-        std::fill_n(row_dot_, kTile, 0.0f);
-        if (row_dot) std::copy_n(row_dot + i0, n, row_dot_);
-        for (int t = 0; t < kTile; t++) faded_dot_[t] = row_dot_[t] * fade_from_start_[t];
-        for (int t = 0; t < kTile; t++)
-            distance_[t] =
-                (float)t -
-                (t < n && !factors_.neutral_distance.empty() ? factors_.neutral_distance[i0 + t] : 0);
-    }
-
-    // x (64,Dp) += the transpose of xt (Dp,64). It overwrites vt_.
+    // x (64,Dp) += the transpose of xt (Dp,64).
     void add_transposed(float* x, const float* xt) {
-        transpose(vt_, Dp_, kTile, [&](int d, int t) { return load(xt + d * kTile + t); });
-        for (int i = 0; i < kTile * Dp_; i += kLanes) store(x + i, load(x + i) + load(vt_ + i));
+        transpose(
+            Dp_, kTile, [&](int d, int t) { return load(xt + d * kTile + t); },
+            [&](int t, int d, vec row) { store(x + t * Dp_ + d, load(x + t * Dp_ + d) + row); });
+    }
+
+    // The rows of a state for a tile of features, as the words of a product that sums over features.
+    const Word* pairs_of_features(const float* s, const FeatureTile& tile) {
+        s += (size_t)tile.row * Dp_;
+        if constexpr (N == 1) {
+            return s;
+        } else {
+            for (int f = 0; f < tile.features; f += 2)
+                for (int d = 0; d < Dp_; d += kLanes)
+                    store_pairs(state_words_ + f / 2 * Dp_ + d, load(s + f * Dp_ + d),
+                                load(s + (f + 1) * Dp_ + d));
+            return state_words_;
+        }
+    }
+
+    // The same for a product that sums over channels.
+    const Word* pairs_of_channels(const float* s, const FeatureTile& tile, Word* words) {
+        s += (size_t)tile.row * Dp_;
+        if constexpr (N == 1) {
+            return s;
+        } else {
+            for (int i = 0; i < tile.features * Dp_; i += kLanes) store((bf16*)words + i, load(s + i));
+            return words;
+        }
+    }
+
+    // o (64,Dp) += the features of xt (Dp,64) times the rows of a state, for one tile of features.
+    void add_through_state(float* o, const float* s, const float* xt, const FeatureTile& tile,
+                           const float* weights, bool of_queries) {
+        build_features<kPower, PairsOf::features>(phi_, xt, tile, weights, of_queries);
+        const Word* words = pairs_of_features(s, tile);
+        for (int r = 0; r < kTile; r += kTileRows)
+            tile_product<true, true>(o + r * Dp_, Dp_, phi_ + r, kTile, words, Dp_, Dp_, tile.features / N);
     }
 
     // out (features,64 tokens) = s (features,Dp) xt (Dp,64 tokens), for the rows of this tile.
-    void multiply(float* out, const float* s, const float* xt, const FeatureTile& tile) {
+    // The words of the state are in `saved` (features,Dp/N) afterwards if that is not null.
+    void multiply(float* out, const float* s, const Word* xt /*(Dp/N,64)*/, const FeatureTile& tile,
+                  Word* saved = nullptr) {
+        const Word* words =
+            pairs_of_channels(s, tile, saved ? saved + (size_t)tile.row * Dp_ / N : state_words_);
         for (int r = 0; r < tile.features; r += kTileRows)
-            tile_product<false, false>(out + r * kTile, kTile, s + (size_t)(tile.row + r) * Dp_, Dp_, xt,
-                                       kTile, kTile, Dp_);
+            tile_product<false, false>(out + r * kTile, kTile, words + r * Dp_ / N, Dp_ / N, xt, kTile, kTile,
+                                       Dp_ / N);
     }
 
-    // s = fade s + phi_ x (64,Dp), for the rows of this tile.
-    void accumulate(float* s, const FeatureTile& tile, const float* x) {
+    // s = fade s + the features of xt (Dp,64) times x, for the rows of this tile.
+    void accumulate(float* s, const float* xt, const FeatureTile& tile, const float* weights, bool of_queries,
+                    const Word* x /*(64/N,Dp)*/) {
+        build_features<kPower, PairsOf::tokens>(phi_, xt, tile, weights, of_queries);
         s += (size_t)tile.row * Dp_;
-        if (factors_.has_decay)
-            for (int i = 0; i < tile.features * Dp_; i += kLanes) store(s + i, load(s + i) * chunk_fade_);
         for (int r = 0; r < tile.features; r += kTileRows)
-            tile_product<false, true>(s + r * Dp_, Dp_, phi_ + r * kTile, kTile, x, Dp_, Dp_, kTile);
+            tile_product<false, true>(s + r * Dp_, Dp_, phi_ + r * kTile / N, kTile / N, x, Dp_, Dp_,
+                                      kTile / N, chunk_fade_);
     }
 
-    // z = fade z + the sum of phi_ over the tokens, for the rows of this tile.
-    void accumulate_sums(float* z, const FeatureTile& tile) {
+    // z = fade z + the sum of `features` (features,64 tokens), times the factors of the tokens if there are
+    // any, for the rows of this tile.
+    template <class T>
+    void accumulate_sums(float* z, const T* features, const FeatureTile& tile,
+                         const float* factors = nullptr) {
         for (int f = 0; f < tile.features; f++) {
             vec total = {};
-            for (int t = 0; t < kTile; t += kLanes) total += load(phi_ + f * kTile + t);
+            for (int t = 0; t < kTile; t += kLanes) {
+                const vec phi = load(features + f * kTile + t);
+                total += factors ? phi * load(factors + t) : phi;
+            }
             z[tile.row + f] = chunk_fade_ * z[tile.row + f] + sum(total);
         }
     }
 
-    void add_keys(LinearState& state, const FeatureTile& tile) {
+    void add_keys(LinearState& state, const FeatureTile& tile, const Word* v /*(64/N,Dp)*/) {
         if (state.ds) {
             float* s = state.s + (size_t)tile.row * Dp_;
             float* ds = state.ds + (size_t)tile.row * Dp_;
             for (int i = 0; i < tile.features * Dp_; i += kLanes)
                 store(ds + i, load(ds + i) + (float)kTile * load(s + i));
-            build_features<kPower>(phi_, kt_, tile, fade_to_end_slope_, 1);
-            accumulate(state.ds, tile, v_);
+            accumulate(state.ds, kt_now_, tile, fade_to_end_slope_, false, v);
             if (has_row_sum_) {
                 for (int f = tile.row; f < tile.row + tile.features; f++)
                     state.dz[f] += (float)kTile * state.z[f];
-                accumulate_sums(state.dz, tile);
+                accumulate_sums(state.dz, (const Number*)phi_, tile);
             }
         }
-        build_features<kPower>(phi_, kt_, tile, if_decay(fade_to_end_), 1);
-        accumulate(state.s, tile, v_);
-        if (has_row_sum_) accumulate_sums(state.z, tile);
+        accumulate(state.s, kt_now_, tile, if_decay(fade_to_end_), false, v);
+        if (has_row_sum_) accumulate_sums(state.z, (const Number*)phi_, tile);
     }
 
-    void add_queries(LinearState& dstate, const FeatureTile& tile) {
-        build_features<kPower>(phi_, qt_, tile, if_decay(fade_from_start_), tile.multiplicity);
-        accumulate(dstate.s, tile, d_o_);
-        if (!has_row_sum_) return;
-        build_features<kPower>(phi_, qt_, tile, faded_dot_, tile.multiplicity);
-        accumulate_sums(dstate.z, tile);
+    void add_queries(LinearState& dstate, const FeatureTile& tile, const float* qt /*(Dp,64)*/,
+                     const Word* d_o /*(64/N,Dp)*/) {
+        accumulate(dstate.s, qt, tile, if_decay(fade_from_start_), true, d_o);
+        if (has_row_sum_) accumulate_sums(dstate.z, (const Number*)phi_, tile, row_dot_);
     }
 };
 
@@ -508,10 +534,10 @@ inline bool linear_pays(const AttentionConfig& config, int T, int D) {
 
 // All heads of one call. Each head is a task, or several parts if there are fewer heads than threads. A part
 // is a range of chunks, and the states that it starts from are made first.
-template <int kPower, class Real>
+template <int kPower, class Real, class Word>
 class LinearHeads {
   public:
-    using Head = LinearHead<kPower, Real>;
+    using Head = LinearHead<kPower, Real, Word>;
 
     LinearHeads(const AttentionConfig& config, Decay decay, bool wants_decay, int B, int T, int H, int D)
         : config_(config),
@@ -529,6 +555,7 @@ class LinearHeads {
     }
 
     int parts() const { return parts_; }
+    int features() const { return features_; }
     int tasks() const { return B_ * H_ * parts_; }  // (B,H,parts)
     int first_chunk(int part) const { return (int)((int64_t)chunks_ * part / parts_); }
     int max_chunks() const { return (chunks_ + parts_ - 1) / parts_; }  // in a part
@@ -601,6 +628,16 @@ class LinearHeads {
     }
 };
 
+// Calls f with LinearHeads of a kind, made from the other arguments.
+template <class Real, class F, class... Arguments>
+inline void with_linear_heads(F f, const AttentionConfig& config, Arguments... arguments) {
+    with_linear_power(config.kind, [&](auto power) {
+        if constexpr (has_linear_sum(power))
+            if (config.has_row_sum()) return f(LinearHeads<power, Real, float>(config, arguments...));
+        f(LinearHeads<power, Real, TileWord<Real>>(config, arguments...));
+    });
+}
+
 template <class Real>
 inline void attention_linear_forward(Real* out,        // (B,T,C)
                                      float* stats,     // (stats_size)
@@ -608,12 +645,11 @@ inline void attention_linear_forward(Real* out,        // (B,T,C)
                                      Decay decay, const AttentionConfig& config, int B, int T, int H, int D) {
     int C = H * D;
     float* exact = keeps_exact_output<Real>(config) ? stats + (size_t)B * H * T : nullptr;
-    with_linear_power(config.kind, [&](auto power) {
-        LinearHeads<power, Real> heads(config, decay, false, B, T, H, D);
+    auto run = [&]<class Heads>(const Heads& heads) {
         auto states = heads.key_states(qkv);
 #pragma omp parallel
         {
-            AlignedArray scratch(LinearHead<power, Real>::scratch_size(D));
+            AlignedArray scratch(Heads::Head::scratch_size(D));
             LinearState thread_state = heads.thread_state(false);
 #pragma omp for schedule(dynamic, 1)
             for (int task = 0; task < heads.tasks(); task++) {
@@ -627,7 +663,8 @@ inline void attention_linear_forward(Real* out,        // (B,T,C)
                                  exact ? exact + row : nullptr, state, qkv + heads.at(bh, 3 * C), chunk);
             }
         }
-    });
+    };
+    with_linear_heads<Real>(run, config, decay, false, B, T, H, D);
 }
 
 template <class Real>
@@ -641,15 +678,17 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
                                       int D) {
     int C = H * D, Dp = padded(D);
     RowTerms rows(dout, out, stats, config, B, T, H, D);
-    with_linear_power(config.kind, [&](auto power) {
-        LinearHeads<power, Real> heads(config, decay, ddecay, B, T, H, D);
+    auto run = [&]<class Heads>(const Heads& heads) {
         auto states = heads.key_states(qkv);
         auto dstates = heads.query_states(dout, rows, qkv);
         DecayGradient decay_gradient(ddecay, decay, B, T, H, heads.parts(), 1);  // parts have own tokens
+        const bool saves = Heads::Head::saves(decay_gradient.wants_gate());
+        const size_t saved_size = Heads::Head::saved_size(heads.features(), D);
 #pragma omp parallel
         {
-            AlignedArray scratch(LinearHead<power, Real>::scratch_size(D));
-            AlignedArray part_dq((size_t)heads.max_chunks() * kTile * Dp);
+            AlignedArray scratch(Heads::Head::scratch_size(D));
+            AlignedArray part_dqt((size_t)heads.max_chunks() * kTile * Dp);
+            AlignedArray part_saved(saves ? heads.max_chunks() * saved_size : 0);
             LinearState thread_state = heads.thread_state(heads.wants_decay()),
                         thread_dstate = heads.thread_state(false);
 #pragma omp for schedule(dynamic, 1)
@@ -664,23 +703,22 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
                 const Real *rows_qkv = qkv + heads.at(bh, 3 * C), *rows_dout = dout + heads.at(bh, C);
                 Real* rows_dqkv = dqkv + heads.at(bh, 3 * C);
                 const float *row_dot = rows.dot(bh), *row_factor = rows.factor(bh, heads.factors(bh));
-                auto dq = [&](int chunk) { return part_dq.get() + (size_t)(chunk - first) * kTile * Dp; };
+                auto dqt = [&](int chunk) { return part_dqt.get() + (size_t)(chunk - first) * kTile * Dp; };
+                auto saved = [&](int chunk) {
+                    return saves ? part_saved.get() + (chunk - first) * saved_size : nullptr;
+                };
                 for (int chunk = first; chunk < end; chunk++)
-                    dlog_gamma += head.backward_queries(dq(chunk), state, rows_dout, row_factor, row_dot,
-                                                        rows_qkv, chunk);
+                    dlog_gamma += head.backward_queries(dqt(chunk), state, rows_dout, row_factor, row_dot,
+                                                        rows_qkv, chunk, saved(chunk));
+                if (saves) head.begin_correction(state, dstate, end);
                 for (int chunk = end - 1; chunk >= first; chunk--)
-                    dlog_gamma += head.backward_keys(rows_dqkv, dq(chunk), dstate, rows_dout, row_factor,
-                                                     row_dot, rows_qkv, chunk);
-                for (int t = first * kTile; t < std::min(T, end * kTile); t++) {
-                    const float* from = part_dq.get() + (size_t)(t - first * kTile) * Dp;
-                    for_vectors(D, [&](int d, int n) {
-                        store(rows_dqkv + (size_t)t * 3 * C + d, load(from + d, n), n);
-                    });
-                }
+                    dlog_gamma += head.backward_keys(rows_dqkv, dqt(chunk), dstate, rows_dout, row_factor,
+                                                     row_dot, rows_qkv, chunk, saved(chunk));
             }
         }
         decay_gradient.finish(heads.factors());
-    });
+    };
+    with_linear_heads<Real>(run, config, decay, ddecay != nullptr, B, T, H, D);
 }
 
 }  // namespace cpu

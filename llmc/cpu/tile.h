@@ -82,26 +82,27 @@ inline void transpose_block(vec* rows) {
     swap_blocks<1>(rows, lanes);
 }
 
-// out (columns,rows) = the transpose of rows x columns words. Both sizes are multiples of kLanes. row(r, c)
-// returns the 16 words of row r from column c on.
-template <class Row>
-inline void transpose(float* out, int rows, int columns, Row row) {
+// Transposes rows x columns words. Both sizes are multiples of kLanes. row(r, c) returns the 16 words of row
+// r from column c on, and put(c, r, words) takes those of column c from row r on.
+template <class Row, class Put>
+inline void transpose(int rows, int columns, Row row, Put put) {
     for (int r = 0; r < rows; r += kLanes)
         for (int c = 0; c < columns; c += kLanes) {
             vec block[kLanes];
             for (int i = 0; i < kLanes; i++) block[i] = row(r + i, c);
             transpose_block(block);
-            for (int i = 0; i < kLanes; i++) store(out + (c + i) * rows + r, block[i]);
+            for (int i = 0; i < kLanes; i++) put(c + i, r, block[i]);
         }
 }
 
 // The transpose of what load_tile() writes: tile (padded(D),kTile).
 template <class Real>
 inline void load_tile_transposed(float* tile, const Real* src, int stride, int rows, int D) {
-    transpose(tile, kTile, padded(D), [&](int r, int d) {
+    auto row = [&](int r, int d) {
         if (r >= rows) return vec{};
         return load(src + (size_t)r * stride + d, D - d < kLanes ? D - d : kLanes);
-    });
+    };
+    transpose(kTile, padded(D), row, [&](int d, int r, vec x) { store(tile + d * kTile + r, x); });
 }
 
 // load_tile() in pairs of channels: tile (kTile,padded(D)/2).
@@ -152,12 +153,28 @@ inline void pair_rows(bf16_pair* pairs, const bf16_pair* rows, int D) {
         }
 }
 
+// The numbers of a tile of words as floats, in rows of kTile: `tile` itself, or (2 rows,kTile) in `memory`.
+inline const float* floats_of(float*, const float* tile, int) {
+    return tile;
+}
+inline const float* floats_of(float* memory, const bf16_pair* tile, int rows) {
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < kTile; i += kLanes) {
+            vuint words;
+            memcpy(&words, tile + r * kTile + i, sizeof(words));
+            store(memory + 2 * r * kTile + i, (vec)(words << 16));
+            store(memory + (2 * r + 1) * kTile + i, (vec)(words & 0xFFFF0000u));
+        }
+    return memory;
+}
+
 // Stores two rows of floats as one row of pairs.
 inline void store_pairs(bf16_pair* out, vec first, vec second) {
 #ifdef __AVX512BF16__
-    vuint low = __builtin_convertvector((vhalf)_mm512_cvtneps_pbh((__m512)first), vuint);
-    vuint high = __builtin_convertvector((vhalf)_mm512_cvtneps_pbh((__m512)second), vuint);
-    vuint words = low | high << 16;
+    typedef uint16_t halves __attribute__((vector_size(2 * sizeof(vhalf))));
+    auto both = (halves)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);  // all of `first`, then `second`
+    halves words = __builtin_shufflevector(both, both, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 #else
     vuint words = round_to_bf16(first) >> 16 | (round_to_bf16(second) & 0xFFFF0000u);
 #endif
@@ -186,12 +203,13 @@ inline void block_product(float* c,  // (R, V vectors)
                           const Word* a,  // (R,K), or (K,R) with kTransA
                           int a_stride,
                           const Word* b,  // (K, V vectors)
-                          int b_stride, int K) {
+                          int b_stride, int K, float kept) {
     vec sums[R][V];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sums[r][v] = kAccumulate ? load(c + r * c_stride + v * kLanes) : vec{};
+        for (int v = 0; v < V; v++)
+            sums[r][v] = kAccumulate ? load(c + r * c_stride + v * kLanes) * kept : vec{};
     for (int k = 0; k < K; k++) {
         vec bk[V];
 #pragma GCC unroll 4
@@ -209,18 +227,19 @@ inline void block_product(float* c,  // (R, V vectors)
         for (int v = 0; v < V; v++) store(c + r * c_stride + v * kLanes, sums[r][v]);
 }
 
-// c (kTileRows,N) = or += a (kTileRows,K) b (K,N). With kTransA, a is stored as (K,kTileRows). N is a
-// multiple of kLanes, and K counts words.
+// c (kTileRows,N) = a (kTileRows,K) b (K,N), with kAccumulate plus `kept` times what c was. With kTransA, a
+// is stored as (K,kTileRows). N is a multiple of kLanes, and K counts words.
 template <bool kTransA, bool kAccumulate, class Word>
 inline void tile_product(float* c, int c_stride, const Word* a, int a_stride, const Word* b, int b_stride,
-                         int N, int K) {
+                         int N, int K, float kept = 1) {
     constexpr int kStep = kTileVectors * kLanes;
     int n = 0;
     for (; n + kStep <= N; n += kStep)
         block_product<kTileRows, kTileVectors, kTransA, kAccumulate>(c + n, c_stride, a, a_stride, b + n,
-                                                                     b_stride, K);
+                                                                     b_stride, K, kept);
     for (; n < N; n += kLanes)
-        block_product<kTileRows, 1, kTransA, kAccumulate>(c + n, c_stride, a, a_stride, b + n, b_stride, K);
+        block_product<kTileRows, 1, kTransA, kAccumulate>(c + n, c_stride, a, a_stride, b + n, b_stride, K,
+                                                          kept);
 }
 
 }  // namespace cpu
