@@ -358,7 +358,7 @@ struct GPT : Model {
 
     // Whether the attention of block l is computed in its linear form.
     bool linear(int l, int T) const {
-        if (options.kernel == AttentionKernel::automatic) return linear_pays<Real>(attention[l], T, D);
+        if (options.kernel == AttentionKernel::automatic) return linear_pays(attention[l], T, D);
         return options.kernel == AttentionKernel::linear && !attention[l].softmax();
     }
 

@@ -522,14 +522,11 @@ class LinearHead {
 
 // Whether the linear form is faster than the tiles at T tokens. A query sees (T+64)/2 keys in tiles on
 // average. A key costs as many operations as a feature of the state, and half a chunk of keys is seen in both
-// forms. But the tiles have a higher rate in bf16, and the linear form has more to load and to transpose for
-// each chunk. `make bench` measured where the two are equally fast.
-template <class Real>
+// forms. But the linear form has more to load and to transpose for each chunk. `make bench` measured where
+// the two are equally fast, which is nearly the same in float32 and bf16.
 inline bool linear_pays(const AttentionConfig& config, int T, int D) {
-    constexpr bool kPairs = !std::is_same_v<TileWord<Real>, float>;
-    if (!has_linear_form(config, D)) return false;
-    double ratio = kPairs ? 1.75 : 1.0, overhead = kPairs ? 150 : 200;
-    return T > ratio * 2 * feature_count(config.power(), D) + overhead;
+    constexpr int kOverhead = 200;
+    return has_linear_form(config, D) && T > 2 * feature_count(config.power(), D) + kOverhead;
 }
 
 // All heads of one call. Each head is a task, or several parts if there are fewer heads than threads. A part

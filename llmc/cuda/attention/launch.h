@@ -6,8 +6,9 @@
 
 namespace gpu {
 
-// Calls f with the kernels' head size.
-template <class Real, class F>
+// Calls f with the kernels' head size. With gates there are fewer sizes, because each takes long to build:
+// heads of 80 and 96 use the kernels for 128.
+template <class Real, bool kGates, class F>
 void with_head_size(int D, F f) {
     if constexpr (std::is_same_v<Real, float>) {
         if (D <= 64) return f(std::integral_constant<int, 64>());
@@ -15,8 +16,10 @@ void with_head_size(int D, F f) {
     } else {
         if (D <= 32) return f(std::integral_constant<int, 32>());
         if (D <= 64) return f(std::integral_constant<int, 64>());
-        if (D <= 80) return f(std::integral_constant<int, 80>());
-        if (D <= 96) return f(std::integral_constant<int, 96>());
+        if constexpr (!kGates) {
+            if (D <= 80) return f(std::integral_constant<int, 80>());
+            if (D <= 96) return f(std::integral_constant<int, 96>());
+        }
         if (D <= 128) return f(std::integral_constant<int, 128>());
     }
     fail("attention: head size ", D, ", the CUDA kernels go up to 128");
@@ -27,7 +30,7 @@ template <bool kGates, class Real>
 void launch_forward(Real* out, float* stats, float* exact, const Real* qkv, const GatedShape& shape,
                     AttentionKind kind, dim3 grid, cudaStream_t stream) {
     with_activation<kGates>(kind, [&]<class A>(A) {
-        with_head_size<Real>(shape.D, [&](auto size) {
+        with_head_size<Real, kGates>(shape.D, [&](auto size) {
             constexpr int kD = size;
             if constexpr (std::is_same_v<Real, float>) {
                 size_t shared = (3 * FloatTile<kD>::size + FloatWeights::size) * sizeof(float);
@@ -48,7 +51,7 @@ void launch_backward(Real* dqkv, double* dlog_gamma, const Real* dout, const flo
                      const Real* qkv, const GatedShape& shape, AttentionKind kind, dim3 grid,
                      cudaStream_t stream) {
     with_activation<kGates>(kind, [&]<class A>(A) {
-        with_head_size<Real>(shape.D, [&](auto size) {
+        with_head_size<Real, kGates>(shape.D, [&](auto size) {
             constexpr int kD = size;
             if constexpr (std::is_same_v<Real, float>) {
                 size_t shared = (4 * FloatTile<kD>::size + FloatWeights::size) * sizeof(float);
