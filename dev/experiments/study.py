@@ -1,8 +1,9 @@
 """Reads the studies (NAME.yaml) and the results (results.jsonl) of this folder.
 
 A study is a table. Each of its cells has the flags of `train_gpt train` that its row, its column and the whole
-study give, and a dataset. A cell is trained with every value of `try` and the first seed; then the best of these
-values (usually of the learning rate) with the other seeds. The keys of a NAME.yaml:
+study give, and a dataset. A cell is trained with every value of `try` (usually the learning rate) and the first
+seed, then with the other seeds, except for values that were much worse. The value with the best mean counts. The
+keys of a NAME.yaml:
 
     question   what the study asks; the report prints it
     data       names of datasets, the keys of datasets.yaml; a row or column may have a `data` of its own
@@ -30,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.jsonl"
 # Means over all heads of numbers that llmc/norms.h explains.
 NORMS = ("attention_norm", "jacobian_norm", "effective_keys", "mean_gate")
+MUCH_WORSE = 0.1  # nats above the best loss of the first seed
 KEYS = {"question", "data", "flags", "try", "seeds", "rows", "columns", "show", "plot", "jobs"}
 NOT_FLAGS = {"name", "only", "data", "try"}
 
@@ -87,25 +89,37 @@ class Cell:
     def run(self, tried: dict, seed: int) -> dict:
         return {"data": self.data, "flags": self.flags | tried | {"seed": seed}}
 
-    def best(self, results: Results) -> dict | None:
-        """The try with the best loss, or None while a run of the first seed is missing."""
+    def of_try(self, tried: dict, results: Results) -> list[dict]:
+        """Its results, one for each seed that has run."""
+        runs = [results.get(self.run(tried, seed)) for seed in self.seeds]
+        return [result for result in runs if result]
+
+    def worth(self, results: Results) -> list[dict]:
+        """The tries that go on to the other seeds; none while a run of the first seed is missing."""
         found = [results.get(self.run(tried, self.seeds[0])) for tried in self.tried]
         if None in found:
-            return None
-        return min(zip(found, self.tried), key=lambda pair: loss_of(pair[0]))[1]
+            return []
+        limit = min(map(loss_of, found)) + MUCH_WORSE
+        return [tried for tried, result in zip(self.tried, found) if loss_of(result) <= limit]
 
     def missing(self, results: Results) -> list[dict]:
         """The runs that can be started now."""
-        best = self.best(results)
-        runs = [self.run(tried, self.seeds[0]) for tried in self.tried] if best is None else \
-            [self.run(best, seed) for seed in self.seeds]
+        worth = self.worth(results)
+        runs = [self.run(tried, seed) for tried in worth or self.tried
+                for seed in (self.seeds if worth else self.seeds[:1])]
         return [run for run in runs if results.get(run) is None]
 
+    def best(self, results: Results) -> dict | None:
+        """The try with the best mean loss among those with most results."""
+        tries = [(tried, self.of_try(tried, results)) for tried in self.worth(results)]
+        if not tries:
+            return None
+        return min(tries, key=lambda pair: (-len(pair[1]), statistics.fmean(map(loss_of, pair[1]))))[0]
+
     def found(self, results: Results) -> list[dict]:
-        """The results of the best try, one for each seed that has run."""
+        """The results of the best try."""
         best = self.best(results)
-        runs = [] if best is None else [results.get(self.run(best, seed)) for seed in self.seeds]
-        return [result for result in runs if result]
+        return [] if best is None else self.of_try(best, results)
 
 
 @dataclass

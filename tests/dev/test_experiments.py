@@ -34,7 +34,8 @@ show: [loss, attention_norm]
 plot: {kind: rows}
 """
 
-# Its loss is best at lr 2e-3, grows with the seed, and is smaller for poly3; every run diverges at context 16 and lr 4e-3.
+# Its loss is best at lr 2e-3 with the first seed, at 1e-3 with the other, and much worse at 4e-3. It is smaller for
+# poly3. At context 16 and lr 4e-3 it diverges.
 FAKE = '''#!{python} -SE
 import json, sys
 from pathlib import Path
@@ -43,7 +44,8 @@ if flags["--context"] == "8" and flags["--seed"] == "7":
     sys.exit("train_gpt: error: no memory")
 assert flags["--threads"] == "1" and flags["--qk-norm"] == "true"
 lr = float(flags["--lr"])
-loss = 3 + abs(lr - 2e-3) * 100 + int(flags["--seed"]) / 100 - 0.5 * (flags["--attention"] == "poly3")
+loss = 3 + {{1e-3: 0.04, 2e-3: 0, 4e-3: 0.2}}[lr] + int(flags["--seed"]) / 100
+loss += 0.3 * (lr == 2e-3 and flags["--seed"] == "6") - 0.5 * (flags["--attention"] == "poly3")
 out = Path(flags["--out"])
 out.mkdir()
 diverges = flags["--context"] == "16" and lr == 4e-3
@@ -79,15 +81,16 @@ class ExperimentsTest(unittest.TestCase):
             run.train([study.read_study(self.grid)], self.results, str(self.program), self.folder, jobs)
         return output.getvalue()
 
-    def test_the_best_try_of_the_first_seed_runs_with_the_other_seeds(self) -> None:
+    def test_the_best_mean_counts_and_what_is_much_worse_is_given_up(self) -> None:
         printed = self.train()
-        # 3 cells x 2 datasets x (3 tries + 1 more seed)
-        self.assertEqual(len(printed.splitlines()), 24)
+        # 3 cells x 2 datasets x (3 tries with the first seed + 2 with the other)
+        self.assertEqual(len(printed.splitlines()), 30)
         all_results = self.results.runs.values()
-        self.assertEqual({result["flags"]["lr"] for result in all_results if result["flags"]["seed"] == 6}, {2e-3})
+        self.assertEqual({result["flags"]["lr"] for result in all_results if result["flags"]["seed"] == 6},
+                         {1e-3, 2e-3})
         found = study.read_study(self.grid).cells[0].found(self.results)
-        self.assertEqual([result["loss"] for result in found], [3.05, 3.06])
-        self.assertEqual(found[0]["curve"], [[2, 1.0, 3.05]])
+        self.assertEqual([result["loss"] for result in found], [3.09, 3.1])
+        self.assertEqual(found[0]["curve"], [[2, 1.0, 3.09]])
         self.assertEqual(found[0]["ms"], 500)
         self.assertEqual(found[0]["parameters"], 1234)
         self.assertEqual(found[0]["norms"]["first"]["attention_norm"], 0.5)
@@ -146,8 +149,8 @@ class ExperimentsTest(unittest.TestCase):
                                         "of 2 seeds; in brackets the best --lr\n\n| | softmax | cubic |\n"))
         self.assertTrue(text.endswith("<!-- end of grid -->\nafter\n"))
         self.assertNotIn("old", text)
-        self.assertIn("| short | 3.055 ± 0.007 (0.002) | 2.555 ± 0.007 (0.002) |", text)
-        self.assertIn("| long | 3.055 ± 0.007 (0.002) |  |", text)
+        self.assertIn("| short | 3.095 ± 0.007 (0.001) | 2.595 ± 0.007 (0.001) |", text)
+        self.assertIn("| long | 3.095 ± 0.007 (0.001) |  |", text)
         self.assertIn("| short | 1.000 ± 0.000 | 1.000 ± 0.000 |", text)
         self.assertTrue((self.folder / "evidence/grid.png").read_bytes().startswith(b"\x89PNG"))
         page.write_text("nothing\n")
