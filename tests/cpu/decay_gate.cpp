@@ -159,6 +159,7 @@ TEST_CASE_TEMPLATE("gated attention: 2048 tokens", Real, float, bf16) {
     for (int t = 900; t < 1500; t++) log_f[t] *= 1e-3f;
     std::vector<AttentionConfig> configs = {{.kind = AttentionKind::softmax},
                                             {.kind = AttentionKind::poly3},
+                                            {.kind = AttentionKind::poly2},
                                             {.kind = AttentionKind::poly2, .scale = ScaleKind::sum}};
     if (thorough()) configs = every_config();
     for (const AttentionConfig& config : configs)
