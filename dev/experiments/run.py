@@ -67,7 +67,7 @@ class Training:
         folder = tempfile.TemporaryDirectory(prefix="experiment-")
         command = [program, "train", "--data", str(data), "--out", f"{folder.name}/run"]
         for flag, value in ({"threads": 1} | run["flags"]).items():
-            command += [f"--{flag}", text_of(value)]
+            command += [f"--{flag}"] if value is None else [f"--{flag}", text_of(value)]
         log = open(f"{folder.name}/log", "w")
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
                                    env=os.environ | {"OMP_WAIT_POLICY": "passive"})

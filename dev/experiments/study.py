@@ -7,7 +7,7 @@ keys of a NAME.yaml:
 
     question   what the study asks; the report prints it
     data       names of datasets, the keys of datasets.yaml; a row or column may have a `data` of its own
-    flags      flags of all runs
+    flags      flags of all runs; a flag that takes no value has none here, either
     try        one flag and the values to try: {lr: [3.0e-3, 6.0e-3]}; a row may have its own
     seeds      the seeds, 1 to 3 if there is no such key
     rows       a list of {name: ..., FLAG: VALUE ...}; `only` lists the columns that a row has, if not all
