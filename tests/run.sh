@@ -11,8 +11,8 @@ export LLMC_TRAIN_GPT=build/train_gpt LLMC_FAULT_PRELOAD=build/fault_preload.so
 log=$(mktemp -d)
 trap 'rm -rf "$log"' EXIT
 
-# The first program starts other programs and waits for them. So everything else runs at the same time as the first one,
-# and each writes to a file of its own.
+# The first program starts other programs and waits for them, and its tests of several ranks wait most. So these and everything
+# else run at the same time as the rest of the first one, and each writes to a file of its own.
 passed=0 failed=0
 declare -A beside
 run_beside() { # name, command
@@ -20,6 +20,8 @@ run_beside() { # name, command
     beside[$1]=$!
 }
 for tests in "${@:2}"; do run_beside "$tests" "$tests"; done
+ranks="$1 of several ranks"
+run_beside "$ranks" "$1" -sf='*tests/dist/*'
 run_beside python .venv/bin/python -m unittest tests/*/test_*.py
 trap 'kill "${beside[@]}" 2>/dev/null; rm -rf "$log"' EXIT
 finish() { # name: waits for it, puts its output into $log/output and its exit status into $status
@@ -28,12 +30,12 @@ finish() { # name: waits for it, puts its output into $log/output and its exit s
     status=$?
     tee "$log/output" <"$log/${1//\//_}"
 }
-for tests in "$@"; do
+for tests in "$@" "$ranks"; do
     if [ -n "${beside[$tests]:-}" ]; then
         finish "$tests"
     else
         echo "== $tests"
-        "$tests" 2>&1 | tee "$log/output"
+        "$tests" -sfe='*tests/dist/*' 2>&1 | tee "$log/output"
         status=${PIPESTATUS[0]}
     fi
     # "[doctest] test cases: 50 | 49 passed | 1 failed | 0 skipped". A crash prints no such line and counts as one failure.
