@@ -173,7 +173,8 @@ TEST_CASE("cli: whatever limits OpenMP's threads, logits, loss, gradients and te
                 CAPTURE(dtype);
                 const bool is_bf16 = dtype[0] == 'b';
                 const Safetensors &expected = is_bf16 ? bf16 : fp32, got = numbers(dtype, limited);
-                for (const auto& [name, entry] : expected.header.items()) {
+                for (const auto& entry : expected.header.items()) {
+                    const std::string& name = entry.key();
                     if (name == "__metadata__") continue;
                     CAPTURE(name);
                     const double error = reference::relative_error(

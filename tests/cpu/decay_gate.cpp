@@ -116,8 +116,7 @@ TEST_CASE("oracle: gates agree with finite differences") {
 TEST_CASE_TEMPLATE("decay gate: the layer", Real, float, bf16) {
     for (const Size& s : std::vector<Size>{{2, 1, 1, 8}, {2, 7, 3, 7}, {1, 65, 6, 8}, {1, 130, 5, 11}})
         for (bool accumulate : {false, true}) {
-            const auto [B, T, H, D] = s;
-            const int C = H * D;
+            const int B = s.B, T = s.T, H = s.H, C = s.H * s.D;
             CAPTURE(T);
             CAPTURE(accumulate);
             auto inp = random_as<Real>((size_t)B * T * C, 1), weight = random_as<Real>((size_t)C * H, 2),

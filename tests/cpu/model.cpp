@@ -420,7 +420,9 @@ constexpr std::pair<DecayKind, int> kLongOptions[] = {{DecayKind::none, 0},
 
 TEST_CASE("the linear kernel gives the tiled one's loss and gradients") {
     for (AttentionKind kind : reference::linear_kinds())
-        for (auto [decay, softmax_every] : kLongOptions) {
+        for (const auto& options_of_case : kLongOptions) {
+            const DecayKind decay = options_of_case.first;
+            const int softmax_every = options_of_case.second;
             CAPTURE((int)kind);
             CAPTURE(kDecayNames[(int)decay]);
             CAPTURE(softmax_every);
@@ -447,7 +449,9 @@ TEST_CASE("the linear kernel gives the tiled one's loss and gradients") {
 
 TEST_CASE("generation goes over to the state without a change in the logits") {
     for (AttentionKind kind : reference::linear_kinds())
-        for (auto [decay, softmax_every] : kLongOptions) {
+        for (const auto& options_of_case : kLongOptions) {
+            const DecayKind decay = options_of_case.first;
+            const int softmax_every = options_of_case.second;
             CAPTURE((int)kind);
             CAPTURE(kDecayNames[(int)decay]);
             CAPTURE(softmax_every);
@@ -728,7 +732,9 @@ TEST_CASE("--attention-lr multiplies the steps of c_attn, q_gain and the gate, a
     };
     auto usual = moves(1), slower = moves(0.25);
     int slow = 0;
-    for (auto& [name, expected] : usual) {
+    for (auto& entry : usual) {
+        const std::string& name = entry.first;
+        std::vector<float>& expected = entry.second;
         CAPTURE(name);
         const bool attention =
             name.find("c_attn") != name.npos || name.ends_with("q_gain") || name.ends_with("out_gate.weight");

@@ -334,13 +334,14 @@ TEST_CASE("the CUDA model against the CPU's: tokens one after another from a cac
                                    {AttentionKind::poly2, CacheKind::state, decay},
                                    {AttentionKind::poly1, CacheKind::automatic, decay},
                                    {AttentionKind::poly1, CacheKind::automatic, decay, 2}});
-    for (auto [attention, kind, decay, softmax_every] : cases) {
+    for (const Case& c : cases) {
+        const CacheKind kind = c.kind;
         GPTConfig config = small();
-        config.attention_kind = attention, config.positions = PositionKind::rope, config.qk_norm = true,
+        config.attention_kind = c.attention, config.positions = PositionKind::rope, config.qk_norm = true,
         config.short_conv = 3, config.output_gate = true;
-        CAPTURE((int)attention);
-        config.decay = decay, config.softmax_every = softmax_every;
-        CAPTURE(softmax_every);
+        config.decay = c.decay, config.softmax_every = c.softmax_every;
+        CAPTURE((int)c.attention);
+        CAPTURE(c.softmax_every);
         ModelOptions options{Purpose::inference, 1, 8};
         options.cache = CacheKind::kv;
         auto cpu = cpu::choose_backend().make_model(config, options);
