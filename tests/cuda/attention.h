@@ -25,7 +25,7 @@ constexpr int kTiled = -1;  // segment: attention in tiles, not the linear form
 template <class Real>
 void check_attention(const Kind& kind, const Size& size, const std::vector<Real>& qkv, const Floats& delta,
                      double tolerance = 1e-5, int segment = kTiled) {
-    auto [B, T, H, D] = size;
+    const int B = size.B, T = size.T, H = size.H, D = size.D;
     const int C = H * D;
     const AttentionConfig& config = kind.config;
     INFO(reference::describe(kind), ", B ", B, ", T ", T, ", H ", H, ", D ", D, ", segment ", segment);

@@ -37,7 +37,7 @@ Floats log_gates(const Size& size, Gates kind) {
 template <class Real>
 void check_gates(const AttentionConfig& config, const Size& size, Gates gates = Gates::usual,
                  int segment = kTiled, double tolerance = 1e-5) {
-    auto [B, T, H, D] = size;
+    const int B = size.B, T = size.T, H = size.H, D = size.D;
     const int C = H * D;
     INFO(reference::describe(config), ", B ", B, ", T ", T, ", H ", H, ", D ", D, ", gates ", (int)gates,
          ", segment ", segment);
@@ -239,8 +239,9 @@ TEST_CASE_TEMPLATE("cuda decay gate: both passes", Real, float, gpu::bf16) {
     struct Shape {
         int B, T, C, H;
     };
-    for (auto [B, T, C, H] :
+    for (const Shape& shape :
          {Shape{1, 1, 1, 1}, Shape{2, 3, 40, 3}, Shape{2, 70, 130, 9}, Shape{1, 300, 128, 4}}) {
+        const int B = shape.B, T = shape.T, C = shape.C, H = shape.H;
         CAPTURE(C);
         const int N = B * T;
         const std::vector<Real> u = convert<Real>(reference::normal((size_t)N * C, 1));

@@ -20,7 +20,7 @@ struct Size {
 template <class Real>
 std::vector<AttentionNorms> measure(const AttentionOption& option, const Size& size,
                                     const std::vector<Real>& qkv, bool gates = false) {
-    auto [B, T, H, D] = size;
+    const int B = size.B, T = size.T, H = size.H, D = size.D;
     const AttentionConfig& config = option.config;
     const Device<Real> device_qkv(qkv), out((size_t)B * T * H * D);
     const Device<float> delta(reference::decay_of(option, H));
@@ -58,7 +58,7 @@ std::vector<AttentionNorms> measure(const AttentionOption& option, const Size& s
 template <class Real>
 void check_norms(const AttentionOption& option, const Size& size, const Floats& qkv, double tolerance = 1e-5,
                  bool gates = false) {
-    auto [B, T, H, D] = size;
+    const int B = size.B, T = size.T, H = size.H, D = size.D;
     INFO(describe(option), ", B ", B, ", T ", T, ", H ", H, ", D ", D);
     const std::vector<Real> rounded = convert<Real>(qkv);
     std::vector<AttentionNorms> norms = measure(option, size, rounded, gates);
