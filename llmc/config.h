@@ -58,8 +58,8 @@ inline double gaussian_moment(int power, int D) {
 
 constexpr double kLeastQGain = 0.001, kMostQGain = 1000;
 
-// What q_gain starts at in a new model of this kind, where nobody says otherwise. A polynomial learns best if
-// its scores start small, the more so the lower its degree: dev/experiments/gain.yaml.
+// What q_gain starts at in a new model of this kind without --q-gain. A polynomial learns best if its scores
+// start small. A lower degree needs smaller ones. dev/experiments/gain.yaml has the measurements.
 inline double default_q_gain(AttentionKind kind) {
     switch (attention_power(kind)) {
         case 1:
@@ -188,7 +188,7 @@ inline AttentionKind attention_of_preset(const std::string& name) {
 }
 
 // Returns `config` with the sizes of a preset: one of kPresets, or one of them with a polynomial, as in
-// "nano-poly3". Those have that kind of attention, and a MLP as much narrower as an output gate has weights,
+// "nano-poly3". Those have that kind of attention, and an MLP as much narrower as an output gate has weights,
 // so that the model keeps its number of parameters.
 inline GPTConfig with_preset(GPTConfig config, const std::string& name) {
     const AttentionKind kind = attention_of_preset(name);

@@ -456,7 +456,7 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
     optimise("--steps", o.steps, false, "number of optimizer steps in all")->check(integer_in(1, kMostInt));
     optimise("--lr", o.learning_rate, false, "peak learning rate")->check(number_in(0, 1e30));
     optimise("--attention-lr", o.adamw.attention_lr, false,
-             "factor of the learning rate for q, k, v (c_attn), q's gains and the output gate")
+             "factor of the learning rate for q, k, v (c_attn), q's gains and both gates")
         ->check(number_in(0, 1e6));
     optimise("--schedule", o.schedule, false, "schedule of the learning rate")->check(one_of(kScheduleNames));
     optimise("--warmup", o.warmup, false, "steps of warm-up; -1: a tenth of --steps, at most 700")

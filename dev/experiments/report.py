@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from study import HERE, NORMS, RESULTS, Cell, Results, Study, StudyError, loss_of, mean_and_spread, read_study
+from study import (HERE, NORMS, RESULTS, Cell, Results, Study, StudyError, exit_status, mean_and_spread,
+                   read_study, study_names)
 
 DOCS = HERE.parent.parent / "docs"
 TITLES = {"loss": "validation loss", "accuracy": "right answers", "ms": "ms a step", "parameters": "parameters",
@@ -151,12 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=DOCS, metavar="DIR",
                         help="folder of evidence.md (default: docs)")
     args = parser.parse_args(argv)
-    names = args.studies or sorted(path.stem for path in HERE.glob("*.yaml") if path.stem != "datasets")
     page = args.docs / "evidence.md"
-    try:
+
+    def work() -> int:
         results = Results(args.results)
         text = page.read_text()
-        for name in names:
+        for name in args.studies or study_names():
             study = read_study(HERE / f"{name}.yaml")
             begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
             if text.count(begin) != 1 or text.count(end) != 1:
@@ -166,15 +167,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             picture = args.docs / "evidence" / f"{name}.png"
             if study.plot and draw(study, results, picture):
                 print(f"wrote {picture}")
-        page.write_text(text)
+        part = page.with_suffix(".tmp")
+        part.write_text(text)
+        part.replace(page)  # so that the page is never half written
         print(f"wrote {page}")
-    except StudyError as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"report.py: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return exit_status("report.py", work)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from study import HERE, NORMS, RESULTS, Results, Study, StudyError, key_of, read_study, read_yaml
+from study import (HERE, NORMS, RESULTS, Results, Study, StudyError, exit_status, key_of, read_study, read_yaml,
+                   study_names)
 
 sys.path.insert(0, str(HERE.parent))
 from metrics import read_metrics  # noqa: E402
@@ -170,11 +171,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}, expected at least 1")
-    names = args.studies or sorted(path.stem for path in HERE.glob("*.yaml") if path.stem != "datasets")
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, stop)
-    try:
-        studies = [read_study(HERE / f"{name}.yaml") for name in names]
+
+    def work() -> int:
+        studies = [read_study(HERE / f"{name}.yaml") for name in args.studies or study_names()]
         results = Results(args.results)
         if args.list:
             for study in studies:
@@ -185,13 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for study in studies:
             if study.jobs:
                 train([study], results, args.train_gpt, args.data, study.jobs)
-    except StudyError as error:
-        print(f"run.py: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"run.py: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
-    return 130 if stopped else 0
+        return 130 if stopped else 0
+
+    return exit_status("run.py", work)
 
 
 if __name__ == "__main__":

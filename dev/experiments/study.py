@@ -21,7 +21,8 @@ remove results.jsonl.
 """
 import json
 import statistics
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,6 +189,23 @@ def read_study(path: Path) -> Study:
         raise StudyError(f"{path}: no runs in it; expected rows or columns, and data")
     return Study(path.stem, " ".join((content.get("question") or "").split()), cells, rows, columns,
                  content.get("show") or ["loss"], content.get("plot") or {}, content.get("jobs"))
+
+
+def exit_status(program: str, work: Callable[[], int]) -> int:
+    """What `work` returns, or 1 after one line on stderr that says what was wrong with a file."""
+    try:
+        return work()
+    except StudyError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}"
+    print(f"{program}: {message}", file=sys.stderr)
+    return 1
+
+
+def study_names() -> list[str]:
+    """All studies of this folder."""
+    return sorted(path.stem for path in HERE.glob("*.yaml") if path.stem != "datasets")
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
