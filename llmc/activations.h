@@ -145,12 +145,15 @@ void plan_activations(MemoryPlan<Memory>& plan, Activations<Real>& acts, Activat
     } else {
         plan.add(grads.residual_real, N * C);
     }
+    if (config.output_gate) {
+        plan.add_either(grads.fc, N * F, grads.gate, N * C);
+    } else {
+        plan.add(grads.fc, N * F);
+    }
     plan.add(grads.norm, N * C);
     plan.add(grads.qkv, N * 3 * C);
     if (config.short_conv) plan.add(grads.conv, N * 3 * C);
     if (config.decay == DecayKind::gate) plan.add(grads.log_f, N * H);
-    plan.add(grads.fc, N * (config.output_gate ? std::max(F, C) : F));
-    if (config.output_gate) plan.alias(grads.gate, grads.fc);
 }
 
 // Says which flags make a model fit into `free` bytes of memory together with `more` bytes that others will

@@ -4,6 +4,7 @@
 // static functions finite(x, n), zero(x, n), read(out, x, n), which copies to the host, and write(x, in, n),
 // which copies from the host.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <functional>
 #include <string>
@@ -21,13 +22,18 @@ class MemoryPlan {
         size_t offset = bytes_;
         bytes_ += (size * sizeof(Real) + kAlignment - 1) / kAlignment * kAlignment;
         settings_.push_back([&slot, offset](char* memory) { slot = (Real*)(memory + offset); });
-        if (!name.empty())
-            kept_.push_back({name, [&slot, size] { return Memory::finite(slot, size); }});
+        if (!name.empty()) kept_.push_back({name, [&slot, size] { return Memory::finite(slot, size); }});
     }
     // `slot` will point to the same memory as `other`, which must have been added before.
     template <class Real>
     void alias(Real*& slot, Real*& other) {
         settings_.push_back([&slot, &other](char*) { slot = other; });
+    }
+    // Two buffers in the same memory, which has room for the larger one.
+    template <class Real>
+    void add_either(Real*& slot, size_t size, Real*& other, size_t other_size) {
+        add(slot, std::max(size, other_size));
+        alias(other, slot);
     }
     void allocate() {
         char* memory = memory_.allocate(bytes_);
