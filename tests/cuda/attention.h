@@ -20,6 +20,41 @@ using Kind = reference::AttentionOption;
 
 constexpr int kTiled = -1;  // segment: attention in tiles, not the linear form
 
+// The passes of the form that `segment` says, with their scratch memory.
+template <class Real>
+void run_forward(Real* out, float* stats, const Real* qkv, const gpu::Decay& decay,
+                 const AttentionConfig& config, const Size& size, int segment) {
+    const auto& [B, T, H, D] = size;
+    const bool gates = decay.log_f;
+    if (segment == kTiled) {
+        const Device<float> scratch(gpu::attention_forward_scratch(T, H, gates ? B : 0));
+        gpu::attention_forward<Real>(out, stats, scratch.get(), qkv, decay, config, B, T, H, D, nullptr);
+    } else {
+        const Device<float> scratch(
+            gpu::attention_linear_forward_scratch<Real>(config, B, T, H, D, segment, gates));
+        gpu::attention_linear_forward<Real>(out, stats, scratch.get(), qkv, decay, config, B, T, H, D,
+                                            nullptr, segment);
+    }
+}
+
+template <class Real>
+void run_backward(Real* dqkv, float* ddecay, const Real* dout, const Real* out, const float* stats,
+                  const Real* qkv, const gpu::Decay& decay, const AttentionConfig& config, const Size& size,
+                  int segment) {
+    const auto& [B, T, H, D] = size;
+    const bool gates = decay.log_f;
+    if (segment == kTiled) {
+        const Device<float> scratch(gpu::attention_backward_scratch(B, T, H, gates));
+        gpu::attention_backward<Real>(dqkv, ddecay, scratch.get(), dout, out, stats, qkv, decay, config, B, T,
+                                      H, D, nullptr);
+    } else {
+        const Device<float> scratch(
+            gpu::attention_linear_backward_scratch<Real>(config, B, T, H, D, segment, gates));
+        gpu::attention_linear_backward<Real>(dqkv, ddecay, scratch.get(), dout, out, stats, qkv, decay,
+                                             config, B, T, H, D, nullptr, segment);
+    }
+}
+
 // Both passes. The backward pass gets the oracle's out and stats, so that each is judged alone. `tolerance`
 // is that of floats; `segment` that of the linear form.
 template <class Real>
@@ -47,17 +82,8 @@ void check_attention(const Kind& kind, const Size& size, const std::vector<Real>
     if (has_stats) outputs.push_back(expect<float>("stats", stats, dqkv_tolerance));
     Vector sums;
     check_layer(outputs, [&](auto& out) {
-        const Device<float> scratch(
-            segment == kTiled ? gpu::attention_forward_scratch(T, H)
-                              : gpu::attention_linear_forward_scratch<Real>(config, B, T, H, D, segment));
         float* row_stats = has_stats ? (float*)out["stats"] : nullptr;
-        if (segment == kTiled) {
-            gpu::attention_forward<Real>(out["out"], row_stats, scratch.get(), device_qkv.get(), decay,
-                                         config, B, T, H, D, nullptr);
-        } else {
-            gpu::attention_linear_forward<Real>(out["out"], row_stats, scratch.get(), device_qkv.get(), decay,
-                                                config, B, T, H, D, nullptr, segment);
-        }
+        run_forward<Real>(out["out"], row_stats, device_qkv.get(), decay, config, size, segment);
         if (!has_stats) return;
         Floats host(y.stats.size());
         gpu::check(cudaMemcpy(host.data(), row_stats, host.size() * sizeof(float), cudaMemcpyDeviceToHost));
@@ -78,19 +104,9 @@ void check_attention(const Kind& kind, const Size& size, const std::vector<Real>
     const Device<float> device_stats(convert<float>(stats));
     std::vector<Real> got(qkv.size());
     check_layer(outputs, [&](auto& out) {
-        const Device<float> scratch(
-            segment == kTiled ? gpu::attention_backward_scratch(B, T, H)
-                              : gpu::attention_linear_backward_scratch<Real>(config, B, T, H, D, segment));
         float* ddecay = learned ? (float*)out["ddecay"] : nullptr;
-        if (segment == kTiled) {
-            gpu::attention_backward<Real>(out["dqkv"], ddecay, scratch.get(), device_dout.get(),
-                                          device_out.get(), device_stats.get(), device_qkv.get(), decay,
-                                          config, B, T, H, D, nullptr);
-        } else {
-            gpu::attention_linear_backward<Real>(out["dqkv"], ddecay, scratch.get(), device_dout.get(),
-                                                 device_out.get(), device_stats.get(), device_qkv.get(),
-                                                 decay, config, B, T, H, D, nullptr, segment);
-        }
+        run_backward<Real>(out["dqkv"], ddecay, device_dout.get(), device_out.get(), device_stats.get(),
+                           device_qkv.get(), decay, config, size, segment);
         gpu::check(cudaMemcpy(got.data(), out["dqkv"], got.size() * sizeof(Real), cudaMemcpyDeviceToHost));
     });
     // Each part alone, for one may be much smaller than the others. Not with a single key, where the weights

@@ -58,16 +58,7 @@ void check_gates(const AttentionConfig& config, const Size& size, Gates gates = 
     if (stats.size()) outputs.push_back(expect<float>("stats", stats, tolerance));
     check_layer(outputs, [&](auto& out) {
         float* row_stats = stats.size() ? (float*)out["stats"] : nullptr;
-        const Device<float> scratch(segment == kTiled ? gpu::attention_forward_scratch(T, H, B)
-                                                      : gpu::attention_linear_forward_scratch<Real>(
-                                                            config, B, T, H, D, segment, true));
-        if (segment == kTiled) {
-            gpu::attention_forward<Real>(out["out"], row_stats, scratch.get(), device_qkv.get(), decay,
-                                         config, B, T, H, D, nullptr);
-        } else {
-            gpu::attention_linear_forward<Real>(out["out"], row_stats, scratch.get(), device_qkv.get(), decay,
-                                                config, B, T, H, D, nullptr, segment);
-        }
+        run_forward<Real>(out["out"], row_stats, device_qkv.get(), decay, config, size, segment);
     });
 
     const auto d = reference::attention_backward(to_double(dout), to_double(qkv), to_double(log_f), config, B,
@@ -77,18 +68,8 @@ void check_gates(const AttentionConfig& config, const Size& size, Gates gates = 
     const Device<Real> device_out(convert<Real>(y.out));
     const Device<float> device_stats(convert<float>(stats));
     check_layer(outputs, [&](auto& out) {
-        const Device<float> scratch(segment == kTiled ? gpu::attention_backward_scratch(B, T, H, true)
-                                                      : gpu::attention_linear_backward_scratch<Real>(
-                                                            config, B, T, H, D, segment, true));
-        if (segment == kTiled) {
-            gpu::attention_backward<Real>(out["dqkv"], out["dlog_f"], scratch.get(), device_dout.get(),
-                                          device_out.get(), device_stats.get(), device_qkv.get(), decay,
-                                          config, B, T, H, D, nullptr);
-        } else {
-            gpu::attention_linear_backward<Real>(out["dqkv"], out["dlog_f"], scratch.get(), device_dout.get(),
-                                                 device_out.get(), device_stats.get(), device_qkv.get(),
-                                                 decay, config, B, T, H, D, nullptr, segment);
-        }
+        run_backward<Real>(out["dqkv"], out["dlog_f"], device_dout.get(), device_out.get(),
+                           device_stats.get(), device_qkv.get(), decay, config, size, segment);
     });
 }
 
