@@ -6,6 +6,7 @@
 // direction of the product's sum: along the channels in load_tile and load_tile_transposed, along the rows in
 // pair_rows.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <type_traits>
 #include <utility>
@@ -128,12 +129,17 @@ inline void load_tile_transposed(bf16_pair* tile, const bf16* src, int stride, i
     for (int r = 0; r < kTile; r += kLanes)
         for (int d = 0; d < D; d += 2 * kLanes) {
             vec block[kLanes];
-            int channels = D - d < 2 * kLanes ? D - d : 2 * kLanes;
-            for (int i = 0; i < kLanes; i++) {
-                bf16 words[2 * kLanes] = {};
-                if (r + i < rows)
-                    memcpy((void*)words, src + (size_t)(r + i) * stride + d, sizeof(bf16) * channels);
-                memcpy(&block[i], words, sizeof(vec));
+            const int channels = std::min(D - d, 2 * kLanes);
+            const bf16* from = src + (size_t)r * stride + d;
+            if (r + kLanes <= rows && channels == 2 * kLanes) {
+                for (int i = 0; i < kLanes; i++) block[i] = load((const float*)(from + (size_t)i * stride));
+            } else {
+                for (int i = 0; i < kLanes; i++) {
+                    bf16 words[2 * kLanes] = {};
+                    if (r + i < rows)
+                        memcpy((void*)words, from + (size_t)i * stride, sizeof(bf16) * channels);
+                    memcpy(&block[i], words, sizeof(vec));
+                }
             }
             transpose_block(block);
             for (int i = 0; i < (padded(D) - d) / 2 && i < kLanes; i++)
