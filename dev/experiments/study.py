@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.jsonl"
 # Means over all heads of numbers that llmc/norms.h explains.
 NORMS = ("attention_norm", "jacobian_norm", "effective_keys", "mean_gate")
-MUCH_WORSE = 0.1  # nats above the best loss of the first seed
+MUCH_WORSE = 0.05  # nats above the best loss of the first seed
 KEYS = {"question", "data", "flags", "try", "seeds", "rows", "columns", "show", "plot", "jobs"}
 NOT_FLAGS = {"name", "only", "data", "try"}
 
