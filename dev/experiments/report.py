@@ -5,10 +5,13 @@ left empty.
     python dev/experiments/report.py [STUDY ...]
 
 `plot` in a study's file is {kind: lines, x: FLAG} (a line for each row, over the columns' values of that flag),
-{kind: rows} (a line for each column, over the rows), {kind: curves} (loss against seconds) or {kind: norms} (loss
-against the norm of attention).
+{kind: rows} (a line for each column, over the rows), {kind: curves} (loss against the steps times the median time
+of a step) or {kind: norms} (loss against the norm of attention). With {optimum_against: FLAG} beside x, there is
+also a table of each row's best x, and of its power law in that flag of the rows.
 """
 import argparse
+import math
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +87,39 @@ def tables(study: Study, results: Results) -> str:
                     texts.append(text)
                 lines.append(f"| {row['name']} | " + " | ".join(texts) + " |")
             parts.append("\n".join(lines))
+    if "optimum_against" in study.plot:
+        parts.append(optima(study, results))
     return "\n\n".join(parts)
+
+
+def best_x(points: list[tuple[float, float]]) -> float | None:
+    """Where the loss is smallest: the vertex of the parabola in log x through the best of the points (x, loss) and
+    its two neighbours. None if the best is the first or the last."""
+    points = sorted(points)
+    best = min(range(len(points)), key=lambda i: points[i][1])
+    if best in (0, len(points) - 1):
+        return None
+    (x0, y0), (x1, y1), (x2, y2) = ((math.log(x), y) for x, y in points[best - 1:best + 2])
+    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    return math.exp((x0 + x1) / 2 - left * (x2 - x0) / 2 / (right - left))
+
+
+def optima(study: Study, results: Results) -> str:
+    """The table of each row's best x, and the exponent of the power law that fits them best."""
+    x, against = study.plot["x"], study.plot["optimum_against"]
+    points, fit, lines = {}, [], [f"| {against} | best {x} |", "|--:|--:|"]
+    for cell in study.cells:
+        losses = values_of(cell, results, "loss") if cell.found(results) else None
+        if losses:
+            points.setdefault(cell.flags[against], []).append((cell.flags[x], statistics.fmean(losses)))
+    for value, found in points.items():
+        best = best_x(found)
+        lines.append(f"| {value} | " + (f"{best:.3g} |" if best else "at the end of the range |"))
+        fit += [(math.log(value), math.log(best))] if best else []
+    if len(fit) > 1:
+        exponent, _ = statistics.linear_regression(*zip(*fit))
+        lines += ["", f"The power law that fits these best: {x} ~ {against}^{exponent:.2f}"]
+    return "\n".join(lines)
 
 
 def draw(study: Study, results: Results, path: Path) -> bool:
@@ -122,7 +157,9 @@ def draw(study: Study, results: Results, path: Path) -> bool:
                 axes.set_xscale("log", base=2)
                 axes.set_xlabel("--" + study.plot["x"])
         for i, cell in enumerate(cells if kind == "curves" else []):
-            _, seconds, losses = zip(*[point for point in cell.found(results)[0]["curve"] if point[0] > 0])
+            found = cell.found(results)[0]
+            steps, _, losses = zip(*[point for point in found["curve"] if point[0] > 0])
+            seconds = [step * found["ms"] / 1000 for step in steps]
             axes.plot(seconds, losses, marker="o", markersize=3, color=f"C{i % 10}", label=cell.name())
             axes.set_xlabel("seconds of training")
         for i, cell in enumerate(cells if kind == "norms" else []):

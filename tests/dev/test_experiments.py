@@ -158,6 +158,24 @@ class ExperimentsTest(unittest.TestCase):
             self.assertEqual(report.main(arguments), 1)
         self.assertIn("expected one place for grid", error.getvalue())
 
+    def test_optimum(self) -> None:
+        self.assertAlmostEqual(report.best_x([(4, 0.25), (2, 0.25), (1, 2.25), (8, 2.25)]), 2 ** 1.5)
+        self.assertIsNone(report.best_x([(1, 3), (2, 2), (4, 1)]))
+        self.grid.write_text("""
+data: [plays]
+seeds: [1]
+rows: [{name: a, context: 4}, {name: b, context: 16}, {name: c, context: 64}]
+columns: [{name: x1, scale: 1}, {name: x2, scale: 2}, {name: x4, scale: 4}, {name: x8, scale: 8}]
+plot: {kind: lines, x: scale, optimum_against: context}
+""")
+        grid, results = study.read_study(self.grid), study.Results(self.results.path)
+        best = {4: 4, 16: 2, 64: 8}
+        for cell in grid.cells:
+            loss = 3 + abs(cell.flags["scale"].bit_length() - best[cell.flags["context"]].bit_length())
+            results.add(cell.run({}, 1) | {"loss": loss})
+        self.assertEqual(report.optima(grid, results), "| context | best scale |\n|--:|--:|\n| 4 | 4 |\n| 16 | 2 |\n"
+                         "| 64 | at the end of the range |\n\nThe power law that fits these best: scale ~ context^-0.50")
+
     def test_wrong_files_are_named(self) -> None:
         for old, new, message in [("question: Which?", "quest: Which?", "unknown keys quest"),
                                   ("name: short, ", "", "needs a name"),
