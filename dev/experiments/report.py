@@ -1,6 +1,6 @@
 """Writes the tables and plots of the studies from results.jsonl: tables into docs/evidence.md, between the
-comments `<!-- NAME -->` and `<!-- end of NAME -->`, plots to docs/evidence/NAME.png. Cells without results are
-left empty.
+comments `<!-- NAME -->` and `<!-- end of NAME -->`, plots to docs/evidence/NAME.png. A cell is empty until all of
+its runs have ended.
 
     python dev/experiments/report.py [STUDY ...]
 
@@ -193,15 +193,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         results = Results(args.results)
+        studies = [read_study(HERE / f"{name}.yaml") for name in args.studies or study_names()]
         text = page.read_text()
-        for name in args.studies or study_names():
-            study = read_study(HERE / f"{name}.yaml")
-            begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        for study in studies:
+            begin, end = f"<!-- {study.name} -->\n", f"<!-- end of {study.name} -->"
             if text.count(begin) != 1 or text.count(end) != 1:
-                raise StudyError(f"{page}: expected one place for {name}, between {begin.strip()} and {end}")
+                raise StudyError(f"{page}: expected one place for {study.name}, between {begin.strip()} and {end}")
             before, after = text.split(begin)
             text = before + begin + tables(study, results) + "\n\n" + end + after.split(end)[1]
-            picture = args.docs / "evidence" / f"{name}.png"
+        for study in studies:
+            picture = args.docs / "evidence" / f"{study.name}.png"
             if study.plot and draw(study, results, picture):
                 print(f"wrote {picture}")
         part = page.with_suffix(".tmp")

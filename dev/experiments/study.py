@@ -111,14 +111,13 @@ class Cell:
         return [run for run in runs if results.get(run) is None]
 
     def best(self, results: Results) -> dict | None:
-        """The try with the best mean loss among those with most results."""
-        tries = [(tried, self.of_try(tried, results)) for tried in self.worth(results)]
-        if not tries:
+        """The try with the best mean loss; None while a run is missing, because half the runs may name another."""
+        if self.missing(results):
             return None
-        return min(tries, key=lambda pair: (-len(pair[1]), statistics.fmean(map(loss_of, pair[1]))))[0]
+        return min(self.worth(results), key=lambda tried: statistics.fmean(map(loss_of, self.of_try(tried, results))))
 
     def found(self, results: Results) -> list[dict]:
-        """The results of the best try."""
+        """The results of the best try, one for each seed."""
         best = self.best(results)
         return [] if best is None else self.of_try(best, results)
 

@@ -108,6 +108,18 @@ class ExperimentsTest(unittest.TestCase):
         self.assertEqual(set(study.Results(self.results.path).runs),
                          {study.key_of(json.loads(line)) for line in lines})
 
+    def test_half_a_cell_is_no_result(self) -> None:
+        """The other seed of the rate that is better by the first seed alone is missing."""
+        self.train()
+        cell = study.read_study(self.grid).cells[0]
+        del self.results.runs[study.key_of(cell.run({"lr": 2e-3}, 6))]
+        self.assertEqual(cell.found(self.results), [])
+
+    def test_every_study_has_a_place_on_the_page(self) -> None:
+        page = (ROOT / "docs/evidence.md").read_text()
+        self.assertEqual(re.findall("(?m)^<!-- end of (.*) -->$", page), re.findall("(?m)^<!-- ([a-z]*) -->$", page))
+        self.assertEqual(sorted(re.findall("(?m)^<!-- ([a-z]*) -->$", page)), study.study_names())
+
     def test_a_failed_run_is_named_and_is_no_result(self) -> None:
         self.grid.write_text(GRID.replace("[5, 6]", "[7]"))
         with self.assertRaisesRegex(study.StudyError, "--seed 7.*\nended with status 1: train_gpt: error: no memory"):
