@@ -4,8 +4,8 @@
 // a <= b <= c, and phi(q) has the same products times the number of their arrangements. The state is float32
 // for every type of model, because its sums grow with the text.
 //
-// The state of a head is sum_j F_ij phi(k_j) v_j^T (features,D), where F_ij is the fade of the decay. For the
-// scale `sum`, sum_j F_ij phi(k_j) (features) follows, and for `row` with a gate n_i.
+// The state of a head is sum_j F_ij phi(k_j) v_j^T (features,D), where F_ij is the fade of the decay, and
+// then, for the scale `sum`, sum_j F_ij phi(k_j) (features).
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -28,7 +28,7 @@ inline int64_t state_features(int power, int D) {
 }
 
 inline size_t state_size(int power, int D) {  // floats of a head
-    return (size_t)state_features(power, D) * (D + 1) + 1;
+    return (size_t)state_features(power, D) * (D + 1);
 }
 
 // From this number of tokens on, a state is smaller than keys and values, and its update is cheaper than a
@@ -60,11 +60,13 @@ inline void for_features(int power, const float* q /*(D)*/, const float* k /*(D)
 // Adds the tokens start .. start+n-1 to the state, through which they see each other. The kind of attention
 // must have a linear form (has_linear_form()).
 template <class Real>
-inline void attention_state_forward(Real* out,        // (n,C), or null if only the state is wanted
-                                    float* state,     // (H,state_size)
-                                    const Real* qkv,  // (n,3C)
-                                    Decay decay,      // with a gate: log f (n,H) of the new tokens
-                                    const AttentionConfig& config, int start, int n, int H, int D) {
+inline void attention_state_forward(
+    Real* out,            // (n,C), or null if only the state is wanted
+    float* state,         // (H,state_size)
+    double* row_lengths,  // (H): with a gate, n_i of the last token, 0 at first
+    const Real* qkv,      // (n,3C)
+    Decay decay,          // with a gate: log f (n,H) of the new tokens
+    const AttentionConfig& config, int start, int n, int H, int D) {
     int C = H * D;
     const int power = config.power();
     size_t size = state_size(power, D);
@@ -72,14 +74,21 @@ inline void attention_state_forward(Real* out,        // (n,C), or null if only 
 #pragma omp parallel for schedule(dynamic, 1)
     for (int h = 0; h < H; h++) {
         double log_g = decay && !decay.is_gate ? log_gamma(decay.values[h]) : 0;
-        float &gated_length = state[(h + 1) * size - 1], gamma = (float)std::exp(log_g);
+        // The fade of one token in two parts. Over thousands of tokens with a fade near 1, what a float
+        // leaves out of it would add up.
+        float fade, fade_rest;
+        auto set_fade = [&](double f) { fade = (float)f, fade_rest = (float)(f - fade); };
+        set_fade(std::exp(log_g));
         std::vector<float> q(D), k(D), v(D), o(D);
         for (int t = 0; t < n; t++) {
+            double row_length;
             if (decay.is_gate) {
-                gamma = std::exp(decay.values[(size_t)t * H + h]);
-                gated_length = 1 + gamma * gamma * gated_length;
+                const double f = std::exp((double)decay.values[(size_t)t * H + h]);
+                set_fade(f);
+                row_length = row_lengths[h] = 1 + f * f * row_lengths[h];
+            } else {
+                row_length = effective_row_length(start + t, log_g);
             }
-            double row_length = decay.is_gate ? gated_length : effective_row_length(start + t, log_g);
             const Real* row = qkv + (size_t)t * 3 * C + h * D;
             for (int d = 0; d < D; d++)
                 q[d] = row[d] * inverse_sqrt_d, k[d] = row[C + d], v[d] = row[2 * C + d];
@@ -88,12 +97,13 @@ inline void attention_state_forward(Real* out,        // (n,C), or null if only 
             float *s = state + h * size, *z = s + state_features(power, D) * D;
             for_features(power, q.data(), k.data(), D, [&](float phi_q, float phi_k) {
                 for_vectors(D, [&](int d, int lanes) {
-                    vec sum = gamma * load(s + d, lanes) + phi_k * load(&v[d], lanes);
+                    const vec old = load(s + d, lanes);
+                    const vec sum = fade * old + (fade_rest * old + phi_k * load(&v[d], lanes));
                     store(s + d, sum, lanes);
                     store(&o[d], load(&o[d], lanes) + phi_q * sum, lanes);
                 });
                 s += D;
-                *z = gamma * *z + phi_k;
+                *z = fade * *z + (fade_rest * *z + phi_k);
                 total += phi_q * *z++;
             });
             if (!out) continue;

@@ -31,7 +31,8 @@ class Cache {
           C_(config.channels),
           kv_(config.layers),
           log_f_(config.layers),
-          state_(config.layers) {
+          state_(config.layers),
+          row_lengths_(config.layers) {
         size_t rows = std::max(0, config.short_conv - 1);
         conv_history_.assign(config.layers, std::vector<float>(rows * 3 * C_, 0.0f));
     }
@@ -47,14 +48,15 @@ class Cache {
             if (!changes_to_state(l)) continue;
             rows.resize((size_t)kRows * 3 * C_);
             state_[l].assign(H_ * state_size(attention_[l].power(), D_), 0.0f);
+            row_lengths_[l].assign(H_, 0.0);
             for (int t0 = 0; t0 < length; t0 += kRows) {
                 int n = std::min(kRows, length - t0);
                 for (int t = 0; t < n; t++)
                     std::copy_n(&kv_[l][(size_t)(t0 + t) * 2 * C_], 2 * C_, &rows[(size_t)t * 3 * C_ + C_]);
                 Decay some = decay(l);
                 if (some.is_gate) some.values = &log_f_[l][(size_t)t0 * H_];
-                attention_state_forward<float>(nullptr, state_[l].data(), rows.data(), some, attention_[l],
-                                               t0, n, H_, D_);
+                attention_state_forward<float>(nullptr, state_[l].data(), row_lengths_[l].data(), rows.data(),
+                                               some, attention_[l], t0, n, H_, D_);
             }
             std::vector<float>().swap(kv_[l]);
             log_f_[l].clear();
@@ -74,7 +76,8 @@ class Cache {
             decay.values = log_f.data();
         }
         if (has_state(l)) {
-            attention_state_forward(out, state_[l].data(), heads, decay, attention_[l], length, T, H_, D_);
+            attention_state_forward(out, state_[l].data(), row_lengths_[l].data(), heads, decay,
+                                    attention_[l], length, T, H_, D_);
             return;
         }
         std::vector<float>& kv = kv_[l];
@@ -106,6 +109,7 @@ class Cache {
     std::vector<std::vector<float>> kv_;            // (L): (length,2C)
     std::vector<std::vector<float>> log_f_;         // (L): (length,H) with a gate, or only the new tokens'
     std::vector<std::vector<float>> state_;         // (L): (H,state_size)
+    std::vector<std::vector<double>> row_lengths_;  // (L): (H) beside a state, for gates
     std::vector<std::vector<float>> conv_history_;  // (L): (K-1,3C)
 
     bool changes_to_state(int l) const {

@@ -143,9 +143,10 @@ TEST_CASE("attention by a state gives the outputs of attention, in any pieces") 
             Floats qkv = normal((size_t)s.T * 3 * C, 1), out((size_t)s.T * C, NAN), delta;
             for (int h = 0; h < (decays ? s.H : 0); h++) delta.push_back(1.0f + h);
             Floats state(s.H * cpu::state_size(kind.config.power(), s.D));
+            std::vector<double> row_lengths(s.H);
             for (int start = 0, n = 1; start < s.T; start += n, n = n % 5 + 1) {
                 n = std::min(n, s.T - start);
-                cpu::attention_state_forward(&out[(size_t)start * C], state.data(),
+                cpu::attention_state_forward(&out[(size_t)start * C], state.data(), row_lengths.data(),
                                              &qkv[(size_t)start * 3 * C], decays ? delta.data() : nullptr,
                                              kind.config, start, n, s.H, s.D);
             }

@@ -295,21 +295,47 @@ TEST_CASE("gated attention: keys and values, and the state, give the outputs of 
             const bool has_state = has_linear_form(config, D);
             Floats cached((size_t)T * C, NAN), stated(cached),
                 state(has_state ? H * cpu::state_size(config.power(), D) : 0);
+            std::vector<double> row_lengths(H);
             for (int start = 0, n = 1; start < T; start += n, n = n % 5 + 1) {
                 n = std::min(n, T - start);
                 const float* x = &qkv[(size_t)start * 3 * C];
                 cpu::attention_cached_forward(&cached[(size_t)start * C], x, cache.data(),
                                               Decay::gate(rows.data()), config, start, n, H, D);
                 if (has_state)
-                    cpu::attention_state_forward(&stated[(size_t)start * C], state.data(), x,
-                                                 Decay::gate(&rows[(size_t)start * H]), config, start, n, H,
-                                                 D);
+                    cpu::attention_state_forward(&stated[(size_t)start * C], state.data(), row_lengths.data(),
+                                                 x, Decay::gate(&rows[(size_t)start * H]), config, start, n,
+                                                 H, D);
             }
             CHECK(relative_error(to_double(cached), y) < 1e-5);
             // The first rows of `sum` are divided by x^2, which may be tiny beside the features that it is a
             // sum of.
             if (has_state) CHECK(relative_error(to_double(stated), y) < (config.has_row_sum() ? 1e-4 : 1e-5));
         }
+}
+
+TEST_CASE("attention by a state keeps its digits over thousands of tokens that hardly fade") {
+    // exp(log_f) and these decays are far from the nearest float, so the same rounding would be made in every
+    // step.
+    const int T = 4096, D = 8;
+    for (const AttentionConfig& config : std::vector<AttentionConfig>{
+             {.kind = AttentionKind::poly1}, {.kind = AttentionKind::poly2, .scale = ScaleKind::sum}})
+        for (float log_f : {-1.1e-4f, -0.9e-5f})
+            for (bool is_gate : {false, true}) {
+                INFO(describe(config));
+                CAPTURE(log_f);
+                CAPTURE(is_gate);
+                const Floats qkv = normal((size_t)T * 3 * D, 1),
+                             delta = {(float)-std::log(std::expm1(-(double)log_f))};
+                const Floats values = is_gate ? Floats(T, log_f) : delta;
+                Floats out((size_t)T * D, NAN), state(cpu::state_size(config.power(), D));
+                double row_length = 0;
+                cpu::attention_state_forward(out.data(), state.data(), &row_length, qkv.data(),
+                                             is_gate ? Decay::gate(values.data()) : Decay(values.data()),
+                                             config, 0, T, 1, D);
+                const Vector y =
+                    attention_forward(to_double(qkv), to_double(values), config, 1, T, 1, D, is_gate).out;
+                CHECK(relative_error(to_double(out), y) < 1e-5);
+            }
 }
 
 TEST_CASE("gated attention: there are no subnormal fades, which are slow") {

@@ -1,5 +1,6 @@
 // Decay gates of llmc/cuda against the double precision oracle: attention with them in every form, and the
 // layer that makes them.
+#include <optional>
 #include <random>
 
 #include "llmc/cuda/attention/cached.h"
@@ -150,13 +151,14 @@ namespace {
 
 // Keys and values of `start` tokens, of which a state is made if there is to be one, and then n tokens.
 template <class Real>
-void check_cached_gates(const AttentionConfig& config, int start, int n, int H, int D, bool state) {
+void check_cached_gates(const AttentionConfig& config, int start, int n, int H, int D, bool state,
+                        std::optional<float> constant = {} /*log f of every token*/) {
     const int T = start + n, C = H * D;
     INFO(reference::describe(config));
     CAPTURE(start);
     CAPTURE(state);
     const std::vector<Real> qkv = convert<Real>(reference::normal((size_t)T * 3 * C, 1));
-    const Floats log_f = log_gates({1, T, H, D}, Gates::mixed);
+    const Floats log_f = constant ? Floats(H * T, *constant) : log_gates({1, T, H, D}, Gates::mixed);
     const Vector all =
         reference::attention_forward(to_double(qkv), to_double(log_f), config, 1, T, H, D, true).out;
     std::vector<Real> cache;
@@ -212,6 +214,10 @@ TEST_CASE_TEMPLATE("attention with gates on the GPU: a few new tokens after thos
         check_cached_gates<Real>(config, 0, 18, 2, 4, true);
         check_cached_gates<Real>(config, 9, 3, 2, 4, true);
     }
+}
+
+TEST_CASE("a state with gates on the GPU keeps its digits over thousands of tokens that hardly fade") {
+    check_cached_gates<float>({.kind = AttentionKind::poly1}, 3000, 2, 1, 4, true, -1.1e-4f);
 }
 
 // ------------------------------------------------------------------------------------------------ the layer

@@ -32,7 +32,11 @@ __global__ void attention_state_kernel(
     const int tiles = gridDim.x, h = blockIdx.y, thread = threadIdx.x, warp = thread / kWarp,
               lane = thread % kWarp;
     const auto tile = FeatureTile<P>::at(blockIdx.x, blocks);
-    float gamma = decay ? (float)exp(log_gamma(decay[h])) : 1;
+    // The fade of one token in two parts. Over thousands of tokens with a fade near 1, what a float leaves
+    // out of it would add up.
+    float fade, fade_rest;
+    auto set_fade = [&](double f) { fade = (float)f, fade_rest = (float)(f - fade); };
+    set_fade(decay ? exp(log_gamma(decay[h])) : 1);
     float* s = state + ((size_t)h * tiles + blockIdx.x) * kFeatures * D + h * tiles * kFeatures;
     float* z = state + ((size_t)h * (D + 1) + D) * tiles * kFeatures + blockIdx.x * kFeatures;
     auto for_each_number = [&](auto f) {
@@ -57,12 +61,12 @@ __global__ void attention_state_kernel(
         for (int m = 0; m < kColumns; m++)
             if (lane + m * kWarp < D)
                 v[m] = to_float(k[(size_t)t * stride + H * D + h * D + lane + m * kWarp]);
-        if (log_f) gamma = expf(log_f[(size_t)h * log_f_stride + t]);
+        if (log_f) set_fade(exp((double)log_f[(size_t)h * log_f_stride + t]));
         for_each_number([&](int i, int m, int) {
-            sums[i][m] = gamma * sums[i][m] + phi[0][warp * kRows + i] * v[m];
+            sums[i][m] = fade * sums[i][m] + (fade_rest * sums[i][m] + phi[0][warp * kRows + i] * v[m]);
             o[m] += phi[1][warp * kRows + i] * sums[i][m];
         });
-        if (thread < kFeatures) z_sum = gamma * z_sum + phi[0][thread];
+        if (thread < kFeatures) z_sum = fade * z_sum + (fade_rest * z_sum + phi[0][thread]);
         if (!shares) continue;
         for (int m = 0; m < kColumns; m++) o_shares[warp][lane + m * kWarp] = o[m];
         if (thread < kFeatures) totals[thread] = phi[1][thread] * z_sum;
