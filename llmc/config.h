@@ -130,9 +130,10 @@ struct GPTConfig {
         }
         const char* end = attention_scale.data() + attention_scale.size();
         auto [stop, error] = std::from_chars(attention_scale.data(), end, a.constant);
-        if (error != std::errc() || stop != end || !std::isfinite(a.constant) || a.constant == 0)
+        const bool is_number = error == std::errc() && stop == end;
+        if (!is_number || !std::isnormal((float)a.constant))
             fail("attention_scale: ", shown(attention_scale),
-                 " is not row, context, mean, sum or a number other than 0");
+                 " is not row, context, mean, sum or a number other than 0 that a float can hold");
         a.scale = ScaleKind::constant;
         return a;
     }
@@ -150,7 +151,9 @@ struct GPTConfig {
         in_range("context (n_positions)", context, 1, 1 << 24);
         in_range("vocab_size", vocab_size, 2, 1 << 24);
         in_range("short_conv", short_conv, 0, 64);
-        in_range("softmax_every", softmax_every, 0, 1000);
+        if (softmax_every != 0 && (softmax_every < 2 || softmax_every > layers))
+            fail(where, ": softmax_every is ", softmax_every, ", expected 0, or 2 to the number of layers, ",
+                 layers);
         if (softmax_every > 0 && attention_kind == AttentionKind::softmax)
             fail(where, ": softmax_every is ", softmax_every, ", but attention is softmax, for all blocks");
         if (!(q_gain >= kLeastQGain && q_gain <= kMostQGain))

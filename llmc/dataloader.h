@@ -36,7 +36,7 @@
 
 // The meta.json of a dataset folder has
 //   {"name": .., "vocab_size": .., "eot_token": .., "tokens": {"train": .., "val": ..}, "bytes": {the same},
-//    "shards": {the same}, "recall": {"keys": [begin, end], "values": [begin, end]}}
+//    "shards": {the same}, "recall": {"keys": [begin, end], "values": [begin, end], "seq": N}}
 // Only vocab_size must be present. llmc/recall.h says what "recall" means. The shards that llm.c publishes
 // have no meta.json; they have GPT-2 tokens.
 struct DatasetInfo {
@@ -51,6 +51,7 @@ struct DatasetInfo {
     };
     struct Recall {
         Range keys, values;  // tokens
+        int seq = 0;         // tokens of an example; 0: not known
     };
     bool described = false;  // there is a meta.json
     std::string name;
@@ -108,6 +109,7 @@ inline DatasetInfo read_dataset_info(const std::string& folder) {
             return DatasetInfo::Range{value[0], value[1]};
         };
         info.recall = {range("keys"), range("values")};
+        integer(json.at("recall"), "seq", 1, INT32_MAX, info.recall->seq);
     }
     return info;
 }

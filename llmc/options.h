@@ -78,6 +78,11 @@ struct ModelFlags {
         if (q_gain && !config.qk_norm) usage_error("--q-gain: only a model with --qk-norm true has gains");
         if (config.softmax_every && config.attention_kind == AttentionKind::softmax)
             usage_error("--softmax-every: the other blocks need an --attention other than softmax");
+        const AttentionConfig attention = config.attention();
+        if (attention_scale && !attention.polynomial() && attention.scale != ScaleKind::constant)
+            usage_error("--attention-scale ", *attention_scale, ": ",
+                        kAttentionNames[(int)config.attention_kind],
+                        " has no scale of its rows, expected a number");
         return config;
     }
 

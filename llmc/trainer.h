@@ -414,6 +414,12 @@ class Trainer {
     void settle_sizes(const GPTConfig& config) {
         if (o.seq == 0) o.seq = config.context;
         check_batch(config, o.batch, o.seq);
+        // Then every sequence has the same number of answers, so that batches and ranks have equal weights.
+        if (o.answers_only && (info.recall->seq == 0 || o.seq % info.recall->seq != 0))
+            usage_error("--answers-only: --seq is ", o.seq, ", expected ",
+                        info.recall->seq ? str(info.recall->seq, ", the length of the examples in ")
+                                         : str("a \"seq\" in the meta.json of "),
+                        o.data);
         int64_t micro_batch = (int64_t)o.batch * o.seq;
         std::string of_ranks = comm->ranks > 1 ? str(" x ", comm->ranks, " ranks") : "";
         micro_batch *= comm->ranks;

@@ -20,9 +20,9 @@ void write_recall(const std::string& folder, int examples) {
             tokens.push_back(token >= 4 && token < 8 ? 4 + (token + i) % 4 : token);
     tokens.push_back(9);
     write_dataset(folder, kVocabulary, tokens, tokens);
-    const Json ranges = {{"keys", {0, 4}}, {"values", {4, 8}}};
+    const Json recall = {{"keys", {0, 4}}, {"values", {4, 8}}, {"seq", kSeq}};
     put_file(folder + "/meta.json",
-             Json{{"vocab_size", kVocabulary}, {"eot_token", 9}, {"recall", ranges}}.dump());
+             Json{{"vocab_size", kVocabulary}, {"eot_token", 9}, {"recall", recall}}.dump());
 }
 
 }  // namespace
@@ -74,6 +74,9 @@ TEST_CASE("cli: eval of recall data scores the answers, and only these") {
     write_dataset(folder / "text", kVocabulary, Tokens(100, 3), Tokens(100, 3));
     check_failed(train_gpt("train --data " + (folder / "text") + " --out " + (folder / "no") + " " + flags),
                  2, {"--answers-only", folder / "text", "recall"});
+    // In pieces of examples, some have more answers than others, and some none.
+    check_failed(train_gpt("train --seq 4 --data " + data + " --out " + (folder / "no") + " " + flags), 2,
+                 {"--answers-only", "--seq is 4", "expected 16", data});
     if (getenv("LLMC_TRAIN_GPTCU")) {
         const Run simulated{.environment = {"PTXSIM=nobounds,nouninit,norace"},
                             .program = environment("LLMC_TRAIN_GPTCU", "")};

@@ -706,11 +706,11 @@ TEST_CASE("hooks of buckets: in order, before weights are read, before gradients
     }
 }
 
-TEST_CASE("--attention-lr multiplies the steps of c_attn, q_gain and the gate, and of nothing else") {
+TEST_CASE("--attention-lr multiplies the steps of c_attn, q_gain and the gates, and of nothing else") {
     SafetensorsFile params(kGolden + "params.safetensors");
     std::vector<int> inputs = ints(params, "input_ids"), targets = ints(params, "targets");
     GPTConfig config = golden_cases()[1].config;
-    config.output_gate = true, config.short_conv = 2;
+    config.output_gate = true, config.short_conv = 2, config.decay = DecayKind::gate;
     CHECK(rate_runs(ParameterTable(config, 32), 1).size() == 1);
     // How far each tensor moves in the first step, weight decay included.
     auto moves = [&](double attention_lr) {
@@ -737,7 +737,7 @@ TEST_CASE("--attention-lr multiplies the steps of c_attn, q_gain and the gate, a
         std::vector<float>& expected = entry.second;
         CAPTURE(name);
         const bool attention =
-            name.find("c_attn") != name.npos || name.ends_with("q_gain") || name.ends_with("out_gate.weight");
+            name.find("c_attn") != name.npos || name.ends_with("q_gain") || name.find("_gate.") != name.npos;
         CHECK(squares(expected.data(), expected.size()) > 0);
         if (attention) {
             for (float& x : expected) x *= 0.25f;
@@ -747,7 +747,7 @@ TEST_CASE("--attention-lr multiplies the steps of c_attn, q_gain and the gate, a
         }
         slow += attention;
     }
-    CHECK(slow == 2 * 4);
+    CHECK(slow == 2 * 6);
 }
 
 TEST_CASE("an optimizer's step over slices is that over the whole, and not finite gradients change nothing") {

@@ -282,7 +282,7 @@ TEST_CASE("config.json goes out and comes back; what it may not say is refused")
     GPTConfig config;
     config.layers = 3, config.heads = 2, config.channels = 20, config.context = 7, config.vocab_size = 99;
     config.attention_kind = AttentionKind::poly2, config.attention_scale = "0.125",
-    config.positions = PositionKind::rope, config.softmax_every = 4;
+    config.positions = PositionKind::rope, config.softmax_every = 3;
     config.qk_norm = true, config.decay = DecayKind::gate, config.short_conv = 4;
     config.q_gain = 0.3, config.output_gate = true, config.mlp_channels = 7;
     for (const std::vector<int>& ends : {std::vector<int>(), {98}, {3, 0}}) {
@@ -311,8 +311,9 @@ TEST_CASE("config.json goes out and comes back; what it may not say is refused")
     refused("vocab_size", 1, {"the/file", "vocab_size"});
     refused("attention", "cosine", {"the/file", "cosine", "softmax, poly1"});
     refused("attention", 3, {"the/file", "attention"});
-    refused("attention", "softmax", {"the/file", "softmax_every is 4", "softmax"});
-    refused("softmax_every", 1001, {"the/file", "softmax_every", "1001", "0 to 1000"});
+    refused("attention", "softmax", {"the/file", "softmax_every is 3", "softmax"});
+    refused("softmax_every", 1, {"the/file", "softmax_every is 1", "the number of layers"});
+    refused("softmax_every", 1001, {"the/file", "softmax_every is 1001", "the number of layers"});
     refused("softmax_every", "all", {"the/file", "softmax_every", "all"});
     refused("attention_scale", "big", {"the/file", "big"});
     refused("attention_scale", true, {"the/file", "attention_scale"});
