@@ -30,6 +30,7 @@
 #include "llmc/config.h"
 #include "llmc/cpu/attention.h"
 #include "llmc/cpu/attention_linear_features.h"
+#include "llmc/cpu/attention_linear_poly1.h"
 #include "llmc/cpu/isa.h"
 #include "llmc/cpu/linear_state.h"
 #include "llmc/cpu/memory.h"
@@ -44,6 +45,9 @@ namespace cpu::inline LLMC_ISA {
 template <int kPower, class Real, class Word>
 class LinearHead {
   public:
+    // Whether the gradient of log gamma needs the derivative of the state.
+    static constexpr bool kKeepsDerivative = true;
+
     //   wants_decay: whether the gradient of log gamma is wanted
     //   gate_sums: (2,T) +=: for HeadFactors::gate_gradient(), or null: not wanted
     LinearHead(const std::vector<FeatureTile>& tiles, const HeadFactors& factors, bool has_row_sum,
@@ -64,28 +68,21 @@ class LinearHead {
         for (float** tile : {&qt_, &kt_, &dxt_, &dq_}) *tile = floats(kTile * Dp_);
         for (Word** tile : {&phi_, &state_words_}) *tile = (Word*)floats(kTile * std::max(kTile, Dp_) / N);
         for (float** tile : {&float_phi_, &dphi_}) *tile = floats(kTile * kTile);
-        float *from_start, *to_end;
-        for (float** lanes : {&from_start, &to_end, &fade_to_end_slope_, &row_dot_, &distance_})
-            *lanes = floats(kTile);
-        for (int t = 0; t < kTile; t++) {
-            from_start[t] = (float)std::exp(t * factors.log_gamma);
-            to_end[t] = (float)std::exp((kTile - t) * factors.log_gamma);
-            fade_to_end_slope_[t] = (kTile - t) * to_end[t];
-        }
-        fade_from_start_ = from_start, fade_to_end_ = to_end;
-        chunk_fade_ = to_end[0];
+        for (float** lanes : {&fade_to_end_slope_, &row_dot_, &distance_}) *lanes = floats(kTile);
+        for (int t = 0; wants_decay && t < kTile; t++)
+            fade_to_end_slope_[t] = (kTile - t) * factors.to_end(0)[t];
     }
 
-    // Whether the backward pass keeps the states of all chunks, to correct the sums of a gate
-    // (correct_gate_sums()).
-    static bool saves(bool has_gate_sums) { return N > 1 && has_gate_sums; }
-    static size_t saved_size(int features, int D) {  // floats of one state
-        return (size_t)features * (padded(D) / N + 1);
+    // What the backward pass from left to right keeps of a chunk for the pass from right to left: the part of
+    // dq that comes through the state (Dp,64), and to correct the sums of a gate (correct_gate_sums()) the
+    // state itself.
+    static size_t kept_size(bool has_gate_sums, int features, int D) {  // floats
+        return (size_t)kTile * padded(D) + (saves(has_gate_sums) ? features * (padded(D) / N + 1) : 0);
     }
 
     static size_t scratch_size(int D) {  // floats
         const size_t Dp = padded(D);
-        return kTile * (8 * Dp + 2 * std::max<size_t>(kTile, Dp) + 2 * kTile + 5) +
+        return kTile * (8 * Dp + 2 * std::max<size_t>(kTile, Dp) + 2 * kTile + 3) +
                std::max(forward_scratch(D), backward_scratch(1, D));
     }
 
@@ -116,8 +113,7 @@ class LinearHead {
         }
         for (const FeatureTile& tile : tiles_) {
             if (!state.zero) {
-                const float* weights = if_decay(fade_from_start_);
-                add_through_state(queries.o, state.s, qt, tile, weights, true);
+                add_through_state(queries.o, state.s, qt, tile, fade_from_start_, true);
                 if (has_row_sum_) {
                     for (int t = 0; t < kTile; t += kLanes) {
                         vec total = load(queries.running_sum + t);
@@ -135,12 +131,12 @@ class LinearHead {
 
     // Goes from left to right: writes the part of dq that comes through the state, then adds the keys of this
     // chunk to the state, unless it is the last chunk. Returns the gradient of log gamma through the state.
-    double backward_queries(float* dqt /*(Dp,64)*/, LinearState& state, const Real* dout /*(T,C)*/,
-                            const float* row_factor /*(T)*/, const float* row_dot /*(T), or null*/,
-                            const Real* qkv /*(T,3C)*/, int chunk,
-                            float* saved /*(saved_size), or null: not wanted*/) {
+    double backward_from_left(float* kept /*(kept_size)*/, LinearState& state, const Real* dout /*(T,C)*/,
+                              const float* row_factor /*(T)*/, const float* row_dot /*(T), or null*/,
+                              const Real* qkv /*(T,3C)*/, int chunk) {
         int i0 = chunk * kTile;
         bool last = i0 + kTile >= T_;
+        float *dqt = kept, *saved = saves(gate_sums_) ? kept + kTile * Dp_ : nullptr;
         if (saved) std::copy_n(state.z, state.features, saved);
         Word* saved_words = saved ? (Word*)(saved + state.features) : nullptr;
         set_fades(chunk);
@@ -154,8 +150,7 @@ class LinearHead {
         for (const FeatureTile& tile : tiles_) {
             if (!state.zero) {
                 if (wants_decay_) {
-                    build_features<kPower, PairsOf::features>(float_phi_, qt, tile,
-                                                              if_decay(fade_from_start_), true);
+                    build_features<kPower, PairsOf::features>(float_phi_, qt, tile, fade_from_start_, true);
                     multiply(dphi_, state.ds, d_o_t_, tile);
                     for (int f = 0; f < tile.features; f++)
                         for (int t = 0; t < kTile; t += kLanes) {
@@ -199,19 +194,20 @@ class LinearHead {
         dstate.zero = false;
     }
 
-    // Before backward_keys() with saved states: the states of the keys before the chunk `end` and of the
+    // Before the pass from right to left: the states of the keys before the chunk `end` and of the
     // queries from there on.
     void begin_correction(const LinearState& state, const LinearState& dstate, int end) {
+        if (!saves(gate_sums_)) return;
         corrected_from_ = std::min(T_, end * kTile);
         crossing_ = corrected_from_ < T_ ? crossing_pairs(state.z, state.s, dstate) : 0;
     }
 
-    // Goes from right to left: writes dq, dk and dv of a chunk, where dqt has the part of dq that comes
-    // through the state. Then it adds the queries of this chunk to dstate, unless it is the first chunk.
-    // Returns the gradient of log gamma from the pairs within the chunk.
-    double backward_keys(Real* dqkv /*(T,3C)*/, const float* dqt /*(Dp,64)*/, LinearState& dstate,
-                         const Real* dout, const float* row_factor, const float* row_dot, const Real* qkv,
-                         int chunk, const float* saved) {
+    // Goes from right to left: writes dq, dk and dv of a chunk. Then it adds the queries of this chunk to
+    // dstate, unless it is the first chunk. Returns the gradient of log gamma from the pairs within the
+    // chunk.
+    double backward_from_right(Real* dqkv /*(T,3C)*/, const float* kept, LinearState& dstate,
+                               const Real* dout, const float* row_factor, const float* row_dot,
+                               const Real* qkv, int chunk) {
         int j0 = chunk * kTile;
         set_fades(chunk);
         load_row_terms(row_dot, chunk);
@@ -233,7 +229,7 @@ class LinearHead {
         std::fill_n(dxt_, Dp_ * kTile, 0.0f);
         for (const FeatureTile& tile : tiles_) {
             if (!dstate.zero) {
-                add_through_state(keys.dv, dstate.s, kt, tile, if_decay(fade_to_end_), false);
+                add_through_state(keys.dv, dstate.s, kt, tile, fade_to_end_, false);
                 multiply(dphi_, dstate.s, vt, tile);
                 for (int f = 0; has_row_sum_ && f < tile.features; f++)
                     for (int t = 0; t < kTile; t += kLanes) {
@@ -246,10 +242,10 @@ class LinearHead {
         }
         dstate.zero = false;
         finish_gradients(dxt_, kt, fade_to_end_, j0, false);
-        if (saved && chunk > 0) correct_gate_sums(j0, saved, dstate);
+        if (saves(gate_sums_) && chunk > 0) correct_gate_sums(j0, kept + kTile * Dp_, dstate);
         add_transposed(keys.dk, dxt_);
         keys.write_keys(dqkv);
-        add_transposed(dq_, dqt);
+        add_transposed(dq_, kept);
         for (int r = 0; r < keys.keys; r++)
             for_vectors(D_, [&](int d, int n) {
                 store(dqkv + (size_t)(j0 + r) * 3 * C_ + d, load(dq_ + r * Dp_ + d, n), n);
@@ -276,23 +272,20 @@ class LinearHead {
     Word* pairs_;                                  // (64/N,Dp): v, or dO times the row factors
     Word *phi_, *state_words_;                     // features of one tile, and its rows of a state
     float *float_phi_, *dphi_;                     // (64 features,64 tokens)
-    const float *fade_from_start_, *fade_to_end_;  // (64): gamma^t, gamma^(64-t), or those of set_fades()
+    const float *fade_from_start_, *fade_to_end_;  // (64): see HeadFactors; null without a decay
     float* fade_to_end_slope_;                     // (64): (64-t) gamma^(64-t)
     float* row_dot_;                               // (64): dot for the scale `sum`
     float* distance_;  // (64): distance of a query from the start of the chunk, minus the neutral distance
     double crossing_ = 0;  // the pairs that cross the token corrected_from_
     int corrected_from_ = 0;
-    float chunk_fade_;  // gamma^64, or that of set_fades()
+    float chunk_fade_;
 
-    // With a gate, each chunk has fades of its own.
+    static bool saves(bool has_gate_sums) { return N > 1 && has_gate_sums; }
+
     void set_fades(int chunk) {
-        if (!factors_.is_gate) return;
         fade_from_start_ = factors_.from_start(chunk), fade_to_end_ = factors_.to_end(chunk);
         chunk_fade_ = factors_.chunk_fade(chunk);
     }
-
-    // The weights that build_features() takes: null without a decay, because all are 1 then.
-    const float* if_decay(const float* weights) const { return factors_.has_decay ? weights : nullptr; }
 
     const float* load_transposed(float* memory /*(Dp,64)*/, const Real* rows, int stride, int first) {
         Word* words = N > 1 ? words_ : (Word*)memory;
@@ -465,13 +458,13 @@ class LinearHead {
                 accumulate_sums(state.dz, (const Number*)phi_, tile);
             }
         }
-        accumulate(state.s, kt_now_, tile, if_decay(fade_to_end_), false, v);
+        accumulate(state.s, kt_now_, tile, fade_to_end_, false, v);
         if (has_row_sum_) accumulate_sums(state.z, (const Number*)phi_, tile);
     }
 
     void add_queries(LinearState& dstate, const FeatureTile& tile, const float* qt /*(Dp,64)*/,
                      const Word* d_o /*(64/N,Dp)*/) {
-        accumulate(dstate.s, qt, tile, if_decay(fade_from_start_), true, d_o);
+        accumulate(dstate.s, qt, tile, fade_from_start_, true, d_o);
         if (has_row_sum_) accumulate_sums(dstate.z, (const Number*)phi_, tile, row_dot_);
     }
 };
@@ -490,7 +483,7 @@ inline bool linear_pays(const AttentionConfig& config, int T, int D) {
 template <int kPower, class Real, class Word>
 class LinearHeads {
   public:
-    using Head = LinearHead<kPower, Real, Word>;
+    using Head = std::conditional_t<kPower == 1, LinearHeadPoly1<Real>, LinearHead<kPower, Real, Word>>;
 
     LinearHeads(const AttentionConfig& config, Decay decay, bool wants_decay, int B, int T, int H, int D)
         : config_(config),
@@ -512,14 +505,18 @@ class LinearHeads {
     int tasks() const { return B_ * H_ * parts_; }  // (B,H,parts)
     int first_chunk(int part) const { return (int)((int64_t)chunks_ * part / parts_); }
     int max_chunks() const { return (chunks_ + parts_ - 1) / parts_; }  // in a part
-    bool wants_decay() const { return wants_decay_; }                   // the gradient of log gamma
+    // Whether the state of the keys has its derivative by log gamma.
+    bool keeps_derivative() const { return wants_decay_ && Head::kKeepsDerivative; }
     const LayerFactors& factors() const { return factors_; }
     const HeadFactors& factors(int bh) const { return factors_[bh]; }
     size_t at(int bh, int row_size) const { return head_offset(bh, row_size, T_, H_, D_); }
 
     Head head(int bh, float* scratch, double* gate_sums = nullptr) const {
-        return Head(tiles_, factors(bh), config_.has_row_sum(), wants_decay_, gate_sums, T_, H_ * D_, D_,
-                    scratch);
+        if constexpr (kPower == 1)
+            return Head(factors(bh), wants_decay_, gate_sums, T_, H_ * D_, D_, scratch);
+        else
+            return Head(tiles_, factors(bh), config_.has_row_sum(), wants_decay_, gate_sums, T_, H_ * D_, D_,
+                        scratch);
     }
 
     // The state of a thread, which goes through whole heads. It is empty if heads have several parts, because
@@ -530,7 +527,7 @@ class LinearHeads {
 
     // The states (B*H,parts) of the keys before each part; empty if there is only one.
     std::vector<LinearState> key_states(const Real* qkv) const {
-        return states(false, wants_decay_, [&](Head& head, LinearState& state, int bh, int chunk) {
+        return states(false, keeps_derivative(), [&](Head& head, LinearState& state, int bh, int chunk) {
             head.add_keys(state, qkv + at(bh, 3 * H_ * D_), chunk);
         });
     }
@@ -629,20 +626,18 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
                                       const Real* qkv,     // (B,T,3C)
                                       Decay decay, const AttentionConfig& config, int B, int T, int H,
                                       int D) {
-    int C = H * D, Dp = padded(D);
+    int C = H * D;
     RowTerms rows(dout, out, stats, config, B, T, H, D);
     auto run = [&]<class Heads>(const Heads& heads) {
         auto states = heads.key_states(qkv);
         auto dstates = heads.query_states(dout, rows, qkv);
         DecayGradient decay_gradient(ddecay, decay, B, T, H, heads.parts(), 1);  // parts have own tokens
-        const bool saves = Heads::Head::saves(decay_gradient.wants_gate());
-        const size_t saved_size = Heads::Head::saved_size(heads.features(), D);
+        const size_t kept_size = Heads::Head::kept_size(decay_gradient.wants_gate(), heads.features(), D);
 #pragma omp parallel
         {
             AlignedArray scratch(Heads::Head::scratch_size(D));
-            AlignedArray part_dqt((size_t)heads.max_chunks() * kTile * Dp);
-            AlignedArray part_saved(saves ? heads.max_chunks() * saved_size : 0);
-            LinearState thread_state = heads.thread_state(heads.wants_decay()),
+            AlignedArray part_kept(heads.max_chunks() * kept_size);
+            LinearState thread_state = heads.thread_state(heads.keeps_derivative()),
                         thread_dstate = heads.thread_state(false);
 #pragma omp for schedule(dynamic, 1)
             for (int task = 0; task < heads.tasks(); task++) {
@@ -656,17 +651,14 @@ inline void attention_linear_backward(Real* dqkv,          // (B,T,3C)
                 const Real *rows_qkv = qkv + heads.at(bh, 3 * C), *rows_dout = dout + heads.at(bh, C);
                 Real* rows_dqkv = dqkv + heads.at(bh, 3 * C);
                 const float *row_dot = rows.dot(bh), *row_factor = rows.factor(bh, heads.factors(bh));
-                auto dqt = [&](int chunk) { return part_dqt.get() + (size_t)(chunk - first) * kTile * Dp; };
-                auto saved = [&](int chunk) {
-                    return saves ? part_saved.get() + (chunk - first) * saved_size : nullptr;
-                };
+                auto kept = [&](int chunk) { return part_kept.get() + (chunk - first) * kept_size; };
                 for (int chunk = first; chunk < end; chunk++)
-                    dlog_gamma += head.backward_queries(dqt(chunk), state, rows_dout, row_factor, row_dot,
-                                                        rows_qkv, chunk, saved(chunk));
-                if (saves) head.begin_correction(state, dstate, end);
+                    dlog_gamma += head.backward_from_left(kept(chunk), state, rows_dout, row_factor, row_dot,
+                                                          rows_qkv, chunk);
+                head.begin_correction(state, dstate, end);
                 for (int chunk = end - 1; chunk >= first; chunk--)
-                    dlog_gamma += head.backward_keys(rows_dqkv, dqt(chunk), dstate, rows_dout, row_factor,
-                                                     row_dot, rows_qkv, chunk, saved(chunk));
+                    dlog_gamma += head.backward_from_right(rows_dqkv, kept(chunk), dstate, rows_dout,
+                                                           row_factor, row_dot, rows_qkv, chunk);
             }
         }
         decay_gradient.finish(heads.factors());

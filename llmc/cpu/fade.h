@@ -90,13 +90,18 @@ class HeadFactors {
         if (has_row_length)
             for (double e : row_scale_log_derivatives(T, log_gamma)) neutral_distance.push_back((float)e);
         size_ = T + 2 * kTile;
-        memory_ = AlignedArray(2 * (size_t)size_);
+        memory_ = AlignedArray(2 * (size_t)size_ + 2 * kTile);
         rising_ = memory_.get(), falling_ = rising_ + size_;
         for (int at = 0; at < size_; at++) {
             // Pairs at a distance below 0 are masked, so any number will do for them.
             int distance = std::max(0, at - kTile);
             float fade = (float)(config.softmax() ? distance * log_gamma : std::exp(distance * log_gamma));
             rising_[at] = falling_[size_ - 1 - at] = fade;
+        }
+        from_start_ = falling_ + size_, to_end_ = from_start_ + kTile;
+        for (int t = 0; t < kTile; t++) {
+            from_start_[t] = (float)std::exp(t * log_gamma);
+            to_end_[t] = (float)std::exp((kTile - t) * log_gamma);
         }
     }
 
@@ -122,11 +127,14 @@ class HeadFactors {
         return {memory, kTile};
     }
 
-    // For the linear form with a gate. Its chunks are the tiles, and the state of the keys before a chunk is
-    // faded to the last token before it.
-    const float* from_start(int chunk) const { return from_start_ + (size_t)chunk * kTile; }  // (64)
-    const float* to_end(int chunk) const { return to_end_ + (size_t)chunk * kTile; }          // (64)
-    float chunk_fade(int chunk) const { return fade_of(totals_[chunk]); }
+    // For the linear form. Its chunks are the tiles. With a gate, the state of the keys before a chunk is
+    // faded to the last token before it; otherwise to its first token, so that from_start_t = gamma^t and
+    // to_end_t = gamma^(64-t). Both are null without a decay.
+    const float* from_start(int chunk) const { return from_start_ + at(chunk); }  // (64)
+    const float* to_end(int chunk) const { return to_end_ + at(chunk); }          // (64)
+    float chunk_fade(int chunk) const {
+        return is_gate ? fade_of(totals_[chunk]) : has_decay ? to_end_[0] : 1.0f;
+    }
     // The logarithm of the fade over whole chunks.
     double log_fade(int first, int end) const {
         if (!is_gate) return log_gamma * ((double)kTile * (end - first));
@@ -157,10 +165,11 @@ class HeadFactors {
     bool is_log_ = false;
     int size_ = 0;
     AlignedArray memory_;
-    float *rising_ = nullptr, *falling_ = nullptr;                       // (size)
-    float *step_ = nullptr, *from_start_ = nullptr, *to_end_ = nullptr;  // (tiles,64), with a gate
-    std::vector<double> totals_;                                         // (tiles): sum of log f, with a gate
-    std::vector<double> row_length_;  // (T): n_i, with a gate and the scale `row`
+    float *rising_ = nullptr, *falling_ = nullptr;     // (size)
+    float* step_ = nullptr;                            // (tiles,64), with a gate
+    float *from_start_ = nullptr, *to_end_ = nullptr;  // (tiles,64) with a gate, otherwise (64)
+    std::vector<double> totals_;                       // (tiles): sum of log f, with a gate
+    std::vector<double> row_length_;                   // (T): n_i, with a gate and the scale `row`
 
     void make_gate(const float* log_f /*(T)*/, int T) {
         const int tiles = (T + kTile - 1) / kTile;
@@ -180,6 +189,8 @@ class HeadFactors {
         for (int at = 0; at < 3 * size_; at += kLanes)
             store(step_ + at, drop_smallest(exp(load(step_ + at))));
     }
+
+    size_t at(int chunk) const { return is_gate ? (size_t)chunk * kTile : 0; }
 
     static float fade_of(double log_fade) {
         const double fade = std::exp(log_fade);

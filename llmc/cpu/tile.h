@@ -55,10 +55,9 @@ inline void load_tile(float* tile,
     int Dp = padded(D);
     for (int r = 0; r < rows; r++) {
         float factor = row_factors ? row_factors[r] : 1.0f;
-        for (int d = 0; d < Dp; d += kLanes) {
-            int lanes = D - d < kLanes ? D - d : kLanes;
-            store(tile + r * Dp + d, load(src + (size_t)r * stride + d, lanes) * factor);
-        }
+        for_vectors(D, [&](int d, int n) {
+            store(tile + r * Dp + d, load(src + (size_t)r * stride + d, n) * factor);
+        });
     }
     memset(tile + rows * Dp, 0, sizeof(float) * (kTile - rows) * Dp);
 }
@@ -112,15 +111,14 @@ inline void load_tile(bf16_pair* tile, const bf16* src, int stride, int rows, in
     int Dp = padded(D);
     bf16* out = (bf16*)tile;
     for (int r = 0; r < rows; r++)
-        for (int d = 0; d < Dp; d += kLanes) {
-            int lanes = D - d < kLanes ? D - d : kLanes;
+        for_vectors(D, [&](int d, int n) {
             const bf16* from = src + (size_t)r * stride + d;
-            if (!row_factors && lanes == kLanes) {
+            if (!row_factors && n == kLanes) {
                 memcpy((void*)(out + r * Dp + d), from, sizeof(bf16) * kLanes);
             } else {
-                store(out + r * Dp + d, load(from, lanes) * (row_factors ? row_factors[r] : 1.0f));
+                store(out + r * Dp + d, load(from, n) * (row_factors ? row_factors[r] : 1.0f));
             }
-        }
+        });
     memset((void*)(out + rows * Dp), 0, sizeof(bf16) * (kTile - rows) * Dp);
 }
 
@@ -148,12 +146,14 @@ inline void load_tile_transposed(bf16_pair* tile, const bf16* src, int stride, i
 }
 
 // Makes pairs of neighbouring rows, (kTile/2,padded(D)), from pairs of channels, (kTile,padded(D)/2).
-inline void pair_rows(bf16_pair* pairs, const bf16_pair* rows, int D) {
+//   stride: of the rows, in words; 0: padded(D)/2
+inline void pair_rows(bf16_pair* pairs, const bf16_pair* rows, int D, size_t stride = 0) {
     int Dp = padded(D);
-    const bf16* from = (const bf16*)rows;
+    if (stride == 0) stride = Dp / 2;
     for (int r = 0; r < kTile; r += 2)
         for (int d = 0; d < Dp; d += kLanes) {
-            vuint first = (vuint)load(from + r * Dp + d), second = (vuint)load(from + (r + 1) * Dp + d);
+            const bf16 *a = (const bf16*)(rows + r * stride) + d, *b = a + 2 * stride;
+            vuint first = (vuint)load(a), second = (vuint)load(b);
             vuint words = first >> 16 | second;
             memcpy(pairs + r / 2 * Dp + d, &words, sizeof(words));
         }
