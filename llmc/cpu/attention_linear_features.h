@@ -4,8 +4,8 @@
 //   power")
 //
 // The features come in tiles of at most 64 products, so that phi is built from whole vectors and the rest of
-// the work is tile_product. A tile has the products of p blocks of channels: 64 channels for p = 1, 8 x 8
-// channels for p = 2, 4 x 4 x 4 channels for p = 3. Only tiles with ordered blocks (A <= B <= C) exist. Their
+// the work is tile_product. A tile has the products of p blocks of channels: 8 x 8 channels for p = 2, 4 x 4 x
+// 4 channels for p = 3. (For p = 1 the features are the channels: attention_linear_poly1.h.) Only tiles with ordered blocks (A <= B <= C) exist. Their
 // products are multiplied by the number of arrangements of the blocks, on the side of the queries.
 //
 // A block of p = 2 with itself has every product of two different channels twice, so 40 of its 64 products
@@ -42,8 +42,6 @@ inline std::vector<FeatureTile> feature_tiles(int power, int D) {
         int row = tiles.empty() ? 0 : tiles.back().row + tiles.back().features;
         tiles.push_back({{a, b, c}, multiplicity, row, features});
     };
-    if (power == 1)
-        for (int a = 0; a < padded(D); a += kTile) add(a, 0, 0, 1, std::min(kTile, padded(D) - a));
     if (power == 2)
         for (int a = 0; a < D; a += kBlock2)
             for (int b = a; b < D; b += kBlock2) add(a, b, 0, a == b ? 1 : 2, a == b ? kSquare2 : kTile);
@@ -55,6 +53,7 @@ inline std::vector<FeatureTile> feature_tiles(int power, int D) {
 }
 
 inline int feature_count(int power, int D) {
+    if (power == 1) return padded(D);
     const FeatureTile last = feature_tiles(power, D).back();
     return last.row + last.features;
 }
@@ -74,7 +73,7 @@ inline void build_features(Word* phi,  // (features/N,64 tokens), or (features,6
                            const FeatureTile& tile,
                            const float* weights,  // (64 tokens), or null
                            bool of_queries) {
-    static_assert(kPower >= 1 && kPower <= 3);
+    static_assert(kPower == 2 || kPower == 3);
     const float *a = xt + tile.block[0] * kTile, *b = xt + tile.block[1] * kTile,
                 *c = xt + tile.block[2] * kTile;
     const float factor = of_queries ? tile.multiplicity : 1.0f;
@@ -94,8 +93,6 @@ inline void build_features(Word* phi,  // (features/N,64 tokens), or (features,6
             f += 2;
         };
         auto x = [&](const float* block, int i) { return load(block + i * kTile + t); };
-        if constexpr (kPower == 1)
-            for (int i = 0; i < tile.features; i += 2) append(x(a, i) * weight, x(a, i + 1) * weight);
         if constexpr (kPower == 2) {
             if (a == b) {
                 for (int s = 0; s < kSteps2; s++) {
@@ -133,8 +130,6 @@ inline void feature_gradients(float* dxt,         // (Dp,64 tokens) +=
         auto next = [&] { return load(std::exchange(d, d + kTile)); };
         auto add = [&](int at, vec value) { store(dxt + at + t, load(dxt + at + t) + value); };
         auto x = [&](int at) { return load(xt + at + t); };
-        if constexpr (kPower == 1)
-            for (int i = 0; i < tile.features; i++) add(A + i * kTile, next());
         if constexpr (kPower == 2) {
             vec right[kBlock2], dright[kBlock2] = {};  // these stay in registers
 #pragma GCC unroll 8

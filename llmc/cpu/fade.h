@@ -77,11 +77,15 @@ class HeadFactors {
         const bool has_row_length = config.polynomial() && config.scale == ScaleKind::row;
         if (is_gate) {
             make_gate(decay.values + (size_t)head * T, T);
-            if (has_row_length) row_length_ = gated_row_lengths(decay.values + (size_t)head * T, T);
-            for (int i = 0; i < T; i++)
-                row_factor[i] =
-                    (float)(row_scale_of_length(config, i, has_row_length ? row_length_[i] : 1, D) *
-                            qk_factor);
+            if (has_row_length) {
+                row_length_ = gated_row_lengths(decay.values + (size_t)head * T, T);
+                // c_i is that of the length 1 divided by sqrt(n_i): a loop that the compiler makes vectors of.
+                const double shortest = row_scale_of_length(config, 0, 1, D) * qk_factor;
+                for (int i = 0; i < T; i++) row_factor[i] = (float)(shortest / std::sqrt(row_length_[i]));
+            } else {
+                for (int i = 0; i < T; i++)
+                    row_factor[i] = (float)(row_scale_of_length(config, i, 1, D) * qk_factor);
+            }
             return;
         }
         if (decay) log_gamma = ::log_gamma(decay.values[head]);
