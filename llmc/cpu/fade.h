@@ -79,7 +79,8 @@ class HeadFactors {
             make_gate(decay.values + (size_t)head * T, T);
             if (has_row_length) {
                 row_length_ = gated_row_lengths(decay.values + (size_t)head * T, T);
-                // c_i is that of the length 1 divided by sqrt(n_i): a loop that the compiler makes vectors of.
+                // c_i is that of the length 1 divided by sqrt(n_i): a loop that the compiler makes vectors
+                // of.
                 const double shortest = row_scale_of_length(config, 0, 1, D) * qk_factor;
                 for (int i = 0; i < T; i++) row_factor[i] = (float)(shortest / std::sqrt(row_length_[i]));
             } else {
@@ -115,7 +116,7 @@ class HeadFactors {
         if (!has_decay) return {};
         if (!is_gate) return {rising_ + kTile + (i0 - j0), -1};
         if (i0 == j0)
-            for (int j = kTile - 1; j >= 0; j--) extend(memory, j, j + 1, j0 + j + 1);
+            fill_diagonal(memory, kTile - 1, -1, i0 + 1);
         else
             combine(memory, to_end_ + j0, from_start_ + i0, i0, j0);
         return {memory, kTile};
@@ -125,7 +126,7 @@ class HeadFactors {
         if (!has_decay) return {};
         if (!is_gate) return {falling_ + size_ - 1 - kTile - (i0 - j0), -1};
         if (i0 == j0)
-            for (int i = 0; i < kTile; i++) extend(memory, i, i - 1, i0 + i);
+            fill_diagonal(memory, 0, 1, i0);
         else
             combine(memory, from_start_ + i0, to_end_ + j0, i0, j0);
         return {memory, kTile};
@@ -201,16 +202,17 @@ class HeadFactors {
         return fade < kSmallestFade ? 0.0f : (float)fade;
     }
 
-    // Computes row `to` of a tile on the diagonal from row `from`, which is one token nearer to the diagonal
-    // of the tile: all of its pairs have f_t between them in addition.
-    void extend(float* tile, int to, int from, int t) const {
-        const bool has_from = from >= 0 && from < kTile;
-        const float step = has_from ? step_[t] : 0.0f;
-        for (int lane = 0; lane < kTile; lane += kLanes) {
-            vec fade = has_from ? load(tile + from * kTile + lane) : vec{};
-            fade = is_log_ ? fade + step : drop_smallest(fade * step);
-            store(tile + to * kTile + lane,
-                  lane_index() + lane == to ? broadcast(is_log_ ? 0.0f : 1.0f) : fade);
+    // A tile on the diagonal. Each row follows from the one before it, which is one token nearer to the
+    // diagonal: all of its pairs have f_t between them in addition, where t is this row plus `t`.
+    void fill_diagonal(float* tile, int first_row, int direction, int t) const {
+        vec fades[kTile / kLanes] = {};
+        for (int row = first_row; row >= 0 && row < kTile; row += direction) {
+            const float step = row == first_row ? 0.0f : step_[t + row];
+            for (int i = 0; i < kTile / kLanes; i++) {
+                const vec fade = is_log_ ? fades[i] + step : drop_smallest(fades[i] * step);
+                fades[i] = lane_index() + i * kLanes == row ? broadcast(is_log_ ? 0.0f : 1.0f) : fade;
+                store(tile + row * kTile + i * kLanes, fades[i]);
+            }
         }
     }
 
