@@ -144,7 +144,6 @@ class LinearHeadPoly1 {
             const Word* dx_rows = store_weights(fades, r);
             prefetch(qkv + 2 * C_, 3 * C_, first_ - kTile + r);
             through_state(d_o, st, from_start_, r);
-            prefetch(dout, C_, first_ - kTile + r);
             tile_product<false, true>(sums_, Dp_, dx_rows, kTile / N, k_pairs, Dp_, Dp_, seen / N);
             for (int i = 0; wants_sums && i < kTileRows; i++) pairs_of_queries[r + i] = product(q, r + i, i);
             write_rows(dqkv, r);
@@ -156,8 +155,9 @@ class LinearHeadPoly1 {
         }
         for (int r = 0; r < kTile; r += kTileRows) {  // keys
             const int from = r / N;                   // the word of the first query that sees them
-            prefetch<1>(dqkv, 3 * C_, first_ - kTile + r);
+            prefetch(dout, C_, first_ - kTile + r);
             through_state(v, dst, to_end_, r);
+            prefetch<1>(dqkv, 3 * C_, first_ - kTile + r);
             for (int i = 0; wants_decay_ && i < kTileRows; i++) pairs_at_end += product(k, r + i, i);
             tile_product<true, true>(sums_, Dp_, dx_ + from * kTile + r, kTile, q_pairs + from * Dp_, Dp_,
                                      Dp_, kTile / N - from);
