@@ -12,7 +12,8 @@
 //
 // The backward pass goes through the chunks twice: from left to right with S for dq, and from right to left
 // with dS = sum_i phi(q_i) dO_i^T for dk and dv. Forward and backward together cost 7 products of
-// (features,D) for each token.
+// (features,D) for each token. poly1 has code of its own for a head (attention_linear_poly1.h), because there
+// loads and copies weigh more than the products.
 //
 // States are float32. With bf16 the factors of every product are bf16, as in the tiles, so a tile of the
 // state is rounded when it becomes a factor. With `sum` they are float32, because its gradient is a small
@@ -471,11 +472,11 @@ class LinearHead {
 
 // Whether the linear form is faster than the tiles at T tokens. A query sees (T+64)/2 keys in tiles on
 // average. A key costs as many operations as a feature of the state, and half a chunk of keys is seen in both
-// forms. But the linear form has more to load and to transpose for each chunk. `make bench` measured where
-// the two are equally fast, which is nearly the same in float32 and bf16.
+// forms. But from poly2 on, the linear form has more to load and to transpose for each chunk. `make bench`
+// measured where the two are equally fast, which is nearly the same in float32 and bf16.
 inline bool linear_pays(const AttentionConfig& config, int T, int D) {
-    constexpr int kOverhead = 200;
-    return has_linear_form(config, D) && T > 2 * feature_count(config.power(), D) + kOverhead;
+    const int overhead = config.power() == 1 ? 0 : 200;
+    return has_linear_form(config, D) && T > 2 * feature_count(config.power(), D) + overhead;
 }
 
 // All heads of one call. Each head is a task, or several parts if there are fewer heads than threads. A part

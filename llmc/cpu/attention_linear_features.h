@@ -5,8 +5,9 @@
 //
 // The features come in tiles of at most 64 products, so that phi is built from whole vectors and the rest of
 // the work is tile_product. A tile has the products of p blocks of channels: 8 x 8 channels for p = 2, 4 x 4 x
-// 4 channels for p = 3. (For p = 1 the features are the channels: attention_linear_poly1.h.) Only tiles with ordered blocks (A <= B <= C) exist. Their
-// products are multiplied by the number of arrangements of the blocks, on the side of the queries.
+// 4 channels for p = 3. Only tiles with ordered blocks (A <= B <= C) exist. Their products are multiplied by
+// the number of arrangements of the blocks, on the side of the queries. For p = 1 there are no tiles, because
+// the features are the channels (attention_linear_poly1.h).
 //
 // A block of p = 2 with itself has every product of two different channels twice, so 40 of its 64 products
 // are enough. They are x_i x_(i+s mod 8) for the steps s = 0 .. 4: those of s = 1, 2, 3 count twice, and s =

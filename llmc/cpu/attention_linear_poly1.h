@@ -1,11 +1,11 @@
-// One head of linear attention of poly1, whose features are the channels of q and k themselves: the state is
-// S = sum_j k_j v_j^T, (D,D), and neither it nor the gradients need features to be built. attention_linear.h
-// has the passes over the chunks and all other powers.
+// One head of linear attention of poly1. Its features are the channels of q and k themselves, so the state is
+// S = sum_j k_j v_j^T, (D,D), and no features are built. attention_linear.h has the passes over the chunks,
+// and all other powers.
 //
-// A chunk has so few operations that its loads and copies must be few, too. So every row of q, k, v and dO is
-// loaded once a pass into a tile of words, which the products within the chunk and those through the state
-// share, and the results of kTileRows rows go from one product through the next to the output while they are
-// in the nearest cache.
+// A chunk has so few operations that its loads and copies must be few, too. Products within the chunk and
+// through the state share the same words of q, k, v and dO. A product whose sum goes over channels reads rows
+// of q, k and v where they are. The results of kTileRows rows go through all products up to the output while
+// they are in the nearest cache.
 //
 // The backward pass from left to right only keeps the state before each chunk. The pass from right to left
 // computes dq, dk and dv.
@@ -21,6 +21,7 @@
 #include "llmc/cpu/fade.h"
 #include "llmc/cpu/isa.h"
 #include "llmc/cpu/linear_state.h"
+#include "llmc/cpu/memory.h"
 #include "llmc/cpu/tile.h"
 #include "llmc/cpu/vector.h"
 
@@ -31,7 +32,7 @@ namespace cpu::inline LLMC_ISA {
 template <class Real>
 class LinearHeadPoly1 {
   public:
-    static constexpr bool kKeepsDerivative = false;
+    static constexpr bool kKeepsDerivative = false;  // log_gamma_gradient() does not need it
 
     LinearHeadPoly1(const HeadFactors& factors, bool wants_decay, double* gate_sums, int T, int C, int D,
                     float* scratch)  // (scratch_size(D))
@@ -73,7 +74,8 @@ class LinearHeadPoly1 {
         });
     }
 
-    void forward(Real* out /*(T,C)*/, float*, float*, LinearState& state, const Real* qkv, int chunk) {
+    void forward(Real* out /*(T,C)*/, float* /*stats*/, float* /*exact*/, LinearState& state, const Real* qkv,
+                 int chunk) {
         begin(chunk);
         const Rows q = load_rows(q_rows_, qkv, 3 * C_), k = load_rows(k_rows_, qkv + C_, 3 * C_),
                    v = load_rows(v_rows_, qkv + 2 * C_, 3 * C_);
@@ -131,6 +133,7 @@ class LinearHeadPoly1 {
         const Word *q_pairs = pairs(q_pairs_, q), *k_pairs = pairs(kv_pairs_, k),
                    *d_o_pairs = pairs(d_o_pairs_, d_o);
         const TileFades fades = factors_.fades_of_queries(first_, first_, fades_);
+        // Sums of g_ij. pairs_at_end are those that cross the end of the chunk.
         double pairs_of_queries[kTile] = {}, pairs_of_keys[kTile] = {}, pairs_at_end = 0;
         const bool wants_sums = gate_sums_ || wants_decay_;
 
@@ -379,9 +382,10 @@ class LinearHeadPoly1 {
         }
     }
 
-    // The part of a chunk in the gradient of log gamma, which is the sum of all pairs times their distances
-    // (minus e_i). The distance of a pair is the sum of its parts in the chunks that it reaches over: up to
-    // the query, from the key, or both, or the whole chunk. pairs_at_end are those of the last two kinds.
+    // The part of a chunk in the gradient of log gamma, which is the sum of all g_ij times i-j (minus e_i).
+    // The distance i-j is the sum of the distances in the chunks that the pair reaches over: in each, that
+    // from the key or the chunk's begin to the query or the chunk's end.
+    //   pairs_at_end: the pairs that cross the end of the chunk
     double log_gamma_gradient(const double* of_queries /*(64)*/, const double* of_keys /*(64)*/,
                               double pairs_at_end) const {
         double total = kTile * pairs_at_end;
