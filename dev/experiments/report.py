@@ -7,7 +7,7 @@ its runs have ended.
 `plot` in a study's file is {kind: lines, x: FLAG} (a line for each row, over the columns' values of that flag),
 {kind: rows} (a line for each column, over the rows), {kind: curves} (loss against the steps times the median time
 of a step) or {kind: norms} (loss against the norm of attention). With {optimum_against: FLAG} beside x, there is
-also a table of each row's best x, and of its power law in that flag of the rows.
+also a table of each row's best x and of its largest good one, and of their power laws in that flag of the rows.
 """
 import argparse
 import math
@@ -23,6 +23,9 @@ DOCS = HERE.parent.parent / "docs"
 TITLES = {"loss": "validation loss", "accuracy": "right answers", "ms": "ms a step", "parameters": "parameters",
           "attention_norm": "norm of A / sqrt(N)", "jacobian_norm": "norm of the Jacobian / sqrt(N)",
           "effective_keys": "effective number of keys", "mean_gate": "mean gate"}
+
+
+GOOD = 0.05  # nats above the best loss of a row
 
 
 def title_of(what: str) -> str:
@@ -105,20 +108,24 @@ def best_x(points: list[tuple[float, float]]) -> float | None:
 
 
 def optima(study: Study, results: Results) -> str:
-    """The table of each row's best x, and the exponent of the power law that fits them best."""
+    """The table of each row's best x, and of its largest one with a good loss, with the exponents of the power laws
+    that fit these best."""
     x, against = study.plot["x"], study.plot["optimum_against"]
-    points, fit, lines = {}, [], [f"| {against} | best {x} |", "|--:|--:|"]
+    points, fits = {}, ([], [])
+    lines = [f"| {against} | best {x} | largest {x} within {GOOD} of the best loss |", "|--:|--:|--:|"]
     for cell in study.cells:
         losses = values_of(cell, results, "loss") if cell.found(results) else None
         if losses:
             points.setdefault(cell.flags[against], []).append((cell.flags[x], statistics.fmean(losses)))
     for value, found in points.items():
-        best = best_x(found)
-        lines.append(f"| {value} | " + (f"{best:.3g} |" if best else "at the end of the range |"))
-        fit += [(math.log(value), math.log(best))] if best else []
-    if len(fit) > 1:
-        exponent, _ = statistics.linear_regression(*zip(*fit))
-        lines += ["", f"The power law that fits these best: {x} ~ {against}^{exponent:.2f}"]
+        limit = min(loss for _, loss in found) + GOOD
+        answers = best_x(found), max(place for place, loss in found if loss <= limit)
+        lines.append(f"| {value} | " + " | ".join(f"{answer:.3g}" if answer else "at an end of the range"
+                                                  for answer in answers) + " |")
+        for fit, answer in zip(fits, answers):
+            fit += [(math.log(value), math.log(answer))] if answer else []
+    laws = [statistics.linear_regression(*zip(*fit))[0] if len(fit) > 1 else None for fit in fits]
+    lines.append("| power law | " + " | ".join("" if law is None else f"{against}^{law:.2f}" for law in laws) + " |")
     return "\n".join(lines)
 
 

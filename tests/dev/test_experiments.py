@@ -184,9 +184,12 @@ plot: {kind: lines, x: scale, optimum_against: context}
         best = {4: 4, 16: 2, 64: 8}
         for cell in grid.cells:
             loss = 3 + abs(cell.flags["scale"].bit_length() - best[cell.flags["context"]].bit_length())
+            loss -= 0.96 * (cell.flags["scale"] == 4 and cell.flags["context"] == 16)  # nearly as good as the best
             results.add(cell.run({}, 1) | {"loss": loss})
-        self.assertEqual(report.optima(grid, results), "| context | best scale |\n|--:|--:|\n| 4 | 4 |\n| 16 | 2 |\n"
-                         "| 64 | at the end of the range |\n\nThe power law that fits these best: scale ~ context^-0.50")
+        self.assertEqual(report.optima(grid, results).splitlines(), [
+            "| context | best scale | largest scale within 0.05 of the best loss |", "|--:|--:|--:|",
+            "| 4 | 4 | 4 |", "| 16 | 2.8 | 4 |", "| 64 | at an end of the range | 8 |",
+            "| power law | context^-0.27 | context^0.25 |"])
 
     def test_wrong_files_are_named(self) -> None:
         for old, new, message in [("question: Which?", "quest: Which?", "unknown keys quest"),
