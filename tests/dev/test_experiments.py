@@ -188,7 +188,7 @@ plot: {kind: lines, x: scale, optimum_against: context}
             results.add(cell.run({}, 1) | {"loss": loss})
         self.assertEqual(report.optima(grid, results).splitlines(), [
             "| context | best scale | largest scale within 0.05 of the best loss |", "|--:|--:|--:|",
-            "| 4 | 4 | 4 |", "| 16 | 2.8 | 4 |", "| 64 | at an end of the range | 8 |",
+            "| 4 | 4 | 4 |", "| 16 | 2.75 | 4 |", "| 64 | at an end of the range | 8 |",
             "| power law | context^-0.27 | context^0.25 |"])
 
     def test_wrong_files_are_named(self) -> None:
