@@ -59,7 +59,7 @@ struct ModelFlags {
 
     // The configuration of a new model. With softmax the defaults are those of GPT-2. Every other attention
     // has RoPE and qk-norm, because it has no normaliser, so the size of its weights follows from the size of
-    // its scores. A polynomial has both gates, too, with which it learns as well as softmax:
+    // its scores. A polynomial has both gates and a short convolution, too, with which it learns best:
     // docs/evidence.md.
     GPTConfig fresh(int vocab_size, int eot_token) const {
         GPTConfig config = with_preset(GPTConfig(), "nano");
@@ -72,6 +72,7 @@ struct ModelFlags {
         if (over(config).attention().polynomial()) {
             config.decay = DecayKind::gate;
             config.output_gate = true;
+            config.short_conv = 4;
         }
         config = over(config);
         if (config.qk_norm && !q_gain) config.q_gain = default_q_gain(config.attention_kind);
@@ -413,7 +414,8 @@ inline void add_train(CLI::App& app, TrainOptions& o) {
           "how attention fades with distance (default: gate with a polynomial, otherwise none)")
         ->check(one_of(kDecayNames));
     model("--short-conv", o.model.short_conv,
-          "width of a causal convolution on q, k and v; 0: no convolution (default 0)")
+          "width of a causal convolution on q, k and v; 0: no convolution (default: 4 with a polynomial, "
+          "otherwise 0)")
         ->check(integer_in(0, 64));
     model(
         "--output-gate", o.model.output_gate,

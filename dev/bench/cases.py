@@ -53,7 +53,7 @@ class Case:
 
     def flags(self) -> list[str]:
         return [*self.model.flags(), "--attention", self.attention, "--decay", "gate" if self.gates else "none",
-                "--output-gate", str(self.gates).lower()]
+                "--output-gate", str(self.gates).lower(), "--short-conv", "0"]
 
     def operations(self) -> float:
         """The operations of a step's matrix products, forward and backward. Attention counts in the form that

@@ -481,6 +481,10 @@ TEST_CASE("a new model has RoPE and qk-norm, unless its attention is softmax or 
         CHECK(flags.fresh(100, -1).attention_kind == kind);
         CHECK(flags.fresh(100, -1).rope() == !softmax);
         CHECK(flags.fresh(100, -1).qk_norm == !softmax);
+        const bool polynomial = attention_power(kind) > 0;
+        CHECK(flags.fresh(100, -1).decay == (polynomial ? DecayKind::gate : DecayKind::none));
+        CHECK(flags.fresh(100, -1).output_gate == polynomial);
+        CHECK(flags.fresh(100, -1).short_conv == (polynomial ? 4 : 0));
         flags.positions = "learned", flags.qk_norm = softmax;
         CHECK(!flags.fresh(100, -1).rope());
         CHECK(flags.fresh(100, -1).qk_norm == softmax);

@@ -83,7 +83,7 @@ TEST_CASE("the table has GPT-2's tensors and numbers of parameters") {
         CHECK((config.output_gate && config.qk_norm && config.rope()));
         const std::string size = std::string(name).substr(0, std::string(name).find("-poly"));
         const double usual = (double)count(size.c_str()) - (double)config.context * config.channels;
-        CHECK(std::abs(ParameterTable(config, 50304).count / usual - 1) < 2e-3);
+        CHECK(std::abs(ParameterTable(config, 50304).count / usual - 1) < 2.5e-3);
         // Given flags are stronger, and the MLP keeps its share of a given width.
         flags.channels = 2 * config.channels, flags.attention = "softmax", flags.decay = "none";
         const GPTConfig other = flags.fresh(50304, -1);

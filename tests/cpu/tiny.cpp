@@ -19,7 +19,8 @@ TEST_CASE("tiny.cpp: loss and gradients are those of train_gpt's dump") {
         // Some large steps make the weights differ from where they start.
         const std::string flags =
             " --layers 2 --heads 3 --channels 24 --context 20 --batch 2 --lr 0.05 "
-            "--warmup 0 --positions learned --qk-norm true --decay none --output-gate false --attention " +
+            "--warmup 0 --positions learned --qk-norm true --decay none --output-gate false "
+            "--short-conv 0 --attention " +
             kind;
         const std::string model = train_model(data, out + kind, flags, 4);
         check_done(
