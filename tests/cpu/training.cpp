@@ -164,7 +164,9 @@ TEST_CASE("cli: weights follow the seed, samples the seed and the step") {
                       "--attention poly3 --threads 2 --seed ",
                       seed, " --data ", data, " --out ", out, kSizes));
     check_done(run);
-    CHECK(contains(run.out, "poly3, scale row, rope positions, qk-norm from 0.5, decay gate, output gate\n"));
+    CHECK(contains(
+        run.out,
+        "poly3, scale row, rope positions, qk-norm from 0.5, decay gate, short conv 4, output gate\n"));
     CHECK(contains(run.out, "20 steps, cosine schedule to 0 after 2 steps of warm-up, fp32\n"));
     CHECK(contains(run.out, " over 64 tokens\n"));  // these are all tokens, although a batch is larger
     const std::string last = out + "/step_00000020";
